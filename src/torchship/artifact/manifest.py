@@ -1,0 +1,85 @@
+"""The manifest of an artifact: everything that is known about it, as plain JSON."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from torchship.recipe import Recipe
+from torchship.tensors import Signature
+
+FORMAT = 1
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of the artifact. `native` files are someone's machine code and open only with trust."""
+
+    path: str
+    sha256: str
+    size: int
+    kind: Literal["data", "native"] = "data"
+
+
+class BatchPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One point of the latency curve, as measured: milliseconds per call, rows per second."""
+
+    batch: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    rows_per_s: float
+
+
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a fresh process measured; `peak_memory` and `file_size` in bytes, `load_s` in seconds."""
+
+    curve: tuple[BatchPoint, ...]
+    load_s: float
+    peak_memory: int
+    file_size: int
+    threads: int
+
+
+class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the guard found: agreement with the fp32 reference, and the user's metric where there is one.
+
+    `error` is the largest relative L2 error over the outputs, `cosine` the smallest cosine similarity,
+    `top1` the share of rows with the reference's arg-max (None where no output is a classifier's).
+    `metric` and `reference_metric` are the user's own.
+    """
+
+    passed: bool
+    error: float
+    cosine: float
+    top1: float | None = None
+    metric: float | None = None
+    reference_metric: float | None = None
+    reason: str = ""
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an artifact comes from: torchship and package versions, time (ISO, UTC), model."""
+
+    torchship: str
+    created: str
+    source: str
+    model_hash: str
+    packages: dict[str, str] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of `manifest.json`. `labels` names the classes of a classifier, where known."""
+
+    format: int
+    name: str
+    signature: Signature
+    recipe: Recipe
+    files: tuple[FileEntry, ...]
+    provenance: Provenance
+    hardware: str
+    fingerprint: str
+    max_batch: int
+    timing: Timing | None = None
+    verdict: Verdict | None = None
+    labels: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Backends: one module an execution engine; contract: probe, propose, build, open."""

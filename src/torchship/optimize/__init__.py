@@ -1,0 +1,1 @@
+"""The workshop: capture a module, try recipes, guard and measure them, choose, report."""

@@ -1,0 +1,1 @@
+"""Transforms: one module each; contract: apply(model, options) -> Model."""

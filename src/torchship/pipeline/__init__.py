@@ -1,0 +1,1 @@
+"""Pipelines: stages in a row or a graph, as plain data, checked before anything starts."""

@@ -1,0 +1,47 @@
+"""Finds plugins: a plugin is a module, its folder is its kind, its file name is its name.
+
+Outsiders add theirs by entry points of the group `torchship.<kind>`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from types import ModuleType
+
+from torchship.errors import BadConfig
+
+_FOLDERS = {
+    "backends": "torchship.backends",
+    "transforms": "torchship.optimize.transforms",
+    "deploy": "torchship.deploy",
+}
+
+
+def names(kind: str) -> list[str]:
+    """The names of all plugins of a kind, sorted, without importing any of them."""
+    folder = importlib.import_module(_FOLDERS[kind])
+    inside = {found.name for found in pkgutil.iter_modules(folder.__path__) if not found.name.startswith("_")}
+    return sorted(inside | {point.name for point in entry_points(group=f"torchship.{kind}")})
+
+
+def load(kind: str, *, name: str) -> ModuleType:
+    """Import one plugin. Raises BadConfig with the known names when there is none of that name."""
+    for point in entry_points(group=f"torchship.{kind}"):
+        if point.name == name:
+            module: ModuleType = point.load()
+            return module
+    if name not in names(kind):
+        raise BadConfig(f"unknown {kind.rstrip('s')} {name!r}", hint=f"use one of {', '.join(names(kind))}")
+    return importlib.import_module(f"{_FOLDERS[kind]}.{name}")
+
+
+def reason_against(kind: str, *, name: str, **facts: object) -> str:
+    """Why a plugin cannot run here, in one line with the mend; empty when it can. Never raises, whatever it does."""
+    try:
+        return str(load(kind, name=name).probe(**facts))
+    except BaseException as fault:  # a plugin may fail in any way while it looks for its libraries
+        if isinstance(fault, KeyboardInterrupt):
+            raise
+        return f"{type(fault).__name__}: {' '.join(str(fault).split())}"

@@ -1,0 +1,204 @@
+"""Child processes that start fresh (never forked), take and give plain data, and cannot outlive or harm their parent.
+
+`spawn` starts `module:function(argument)` and returns at once; `run` waits for the result under limits.
+Argument and result are JSON: nothing is pickled, and nothing is inherited but the file descriptors that are named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_LOG_TAIL = 4096
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a child ended: `value` when `fault` is empty; `peak` is the largest resident size of its tree in bytes."""
+
+    value: Any = None
+    fault: str = ""
+    log: str = ""
+    seconds: float = 0.0
+    peak: int = 0
+
+
+class _Answer(msgspec.Struct):
+    """What a child writes before it exits."""
+
+    value: Any = None
+    fault: str = ""
+
+
+def spawn(
+    target: str,
+    *,
+    argument: object = None,
+    fds: Sequence[int] = (),
+    output: int | None = None,
+    answer: int | None = None,
+    threads: int | None = None,
+    cpus: Collection[int] = (),
+    env: Mapping[str, str] = {},
+) -> subprocess.Popen[bytes]:
+    """Start `module:function(argument)` in a fresh interpreter, in a session of its own.
+
+    It dies when the calling thread's process dies. `fds` stay open under their numbers; `output` takes stdout and
+    stderr; `threads` bounds the numeric libraries; `cpus` pins the process; `answer` takes the result.
+    """
+    given = os.memfd_create("torchship-argument")
+    try:
+        os.write(given, msgspec.json.encode([target, argument, os.getpid(), sorted(cpus), answer]))
+        os.lseek(given, 0, os.SEEK_SET)
+        environment = os.environ | {name: str(threads) for name in _THREAD_VARIABLES if threads} | dict(env)
+        environment["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path)
+        return subprocess.Popen(
+            [sys.executable, "-c", f"from torchship.process import _main; _main({given})"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=(given, *fds, *(() if answer is None else (answer,))),
+            start_new_session=True,
+            env=environment,
+        )
+    finally:
+        os.close(given)
+
+
+def run(
+    target: str,
+    *,
+    argument: object = None,
+    timeout: float,
+    memory: int | None = None,
+    threads: int | None = None,
+    cpus: Collection[int] = (),
+    env: Mapping[str, str] = {},
+) -> Outcome:
+    """Run `module:function(argument)` in a child for at most `timeout` seconds and `memory` bytes.
+
+    Never raises for what the child does: exceptions, signals, hangs and blow-ups are an Outcome with a fault.
+    KeyboardInterrupt kills the child and goes on.
+    """
+    answer, log = os.memfd_create("torchship-answer"), os.memfd_create("torchship-log")
+    started = time.monotonic()
+    try:
+        child = spawn(target, argument=argument, output=log, answer=answer, threads=threads, cpus=cpus, env=env)
+        try:
+            fault, peak = _watch(child, deadline=started + timeout, timeout=timeout, memory=memory)
+        finally:
+            stop(child)
+        size = os.fstat(answer).st_size
+        found = msgspec.json.decode(os.pread(answer, size, 0), type=_Answer) if size else _Answer()
+        fault = fault or found.fault or ("" if child.returncode == 0 else describe_exit(child.returncode))
+        return Outcome(found.value, fault, tail(log), time.monotonic() - started, peak)
+    finally:
+        os.close(answer)
+        os.close(log)
+
+
+def _watch(child: subprocess.Popen[bytes], *, deadline: float, timeout: float, memory: int | None) -> tuple[str, int]:
+    peak = 0
+    pause = 0.005
+    while child.poll() is None:
+        peak = max(peak, resident(child.pid))
+        if memory and peak > memory:
+            return f"took {peak / 2**30:.2f} GiB, more than its limit of {memory / 2**30:.2f} GiB", peak
+        if time.monotonic() > deadline:
+            return f"did not finish within {timeout:.0f} s", peak
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+    return "", peak
+
+
+def resident(pid: int) -> int:
+    """Resident memory of a process and its descendants in bytes; 0 when it is gone."""
+    try:
+        top = psutil.Process(pid)
+        return sum(_resident_of(process) for process in (top, *top.children(recursive=True)))
+    except psutil.Error:
+        return 0
+
+
+def _resident_of(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def stop(child: subprocess.Popen[bytes], *, grace: float = 0.0) -> None:
+    """End a child and everything in its session: SIGTERM and `grace` seconds first if asked for, then SIGKILL."""
+    if grace and child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    child.wait()
+
+
+def describe_exit(code: int) -> str:
+    """`killed by SIGSEGV` or `exited with code 3`."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def tail(log: int) -> str:
+    """The last lines of a log file, at most 4 KiB."""
+    size = os.fstat(log).st_size
+    text = os.pread(log, _LOG_TAIL, max(0, size - _LOG_TAIL)).decode(errors="replace")
+    return text.strip()
+
+
+def resolve(target: str) -> Any:
+    """The object that `module:attribute` (dots allowed) names. Raises ImportError or AttributeError."""
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _main(given: int) -> None:
+    """The child's side."""
+    with os.fdopen(given, "rb") as file:
+        target, argument, parent, cpus, answer = msgspec.json.decode(file.read())
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    try:
+        result = _Answer(value=resolve(target)(argument))
+        code = 0
+    except Exception as fault:
+        import traceback
+
+        traceback.print_exc()
+        line = getattr(fault, "line", None) or f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}"
+        result, code = _Answer(fault=line), 1
+    if answer is not None:
+        os.write(answer, msgspec.json.encode(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no interpreter teardown: libraries with live threads crash there

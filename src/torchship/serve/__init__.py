@@ -1,0 +1,1 @@
+"""The theatre: artifacts and pipelines served on lines of worker processes."""

@@ -1,0 +1,1 @@
+"""Protocols: one module each; contract: listen(service, ...)."""

@@ -1,0 +1,182 @@
+"""The Stage: Tensors in, Tensors out; and the two ways to make one from what is at hand (a function, other stages).
+
+A *row* stage (`signature.batched`) is called with the rows of many jobs joined and its output is split back by rows.
+A *job* stage is called with one job's tensors and may change the number of rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+import msgspec
+import numpy as np
+
+from torchship.errors import BadConfig, BadInput
+from torchship.tensors import Signature, Tensors
+
+Value: TypeAlias = str | int | float | bool
+Parameters: TypeAlias = Mapping[str, Value]
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """A value that a request may set for a stage: a threshold, top-k. Bounds are inclusive."""
+
+    name: str
+    default: Value
+    low: float | None = None
+    high: float | None = None
+    about: str = ""
+
+    def check(self, value: object) -> Value:
+        """`value` in the type of the default. Raises BadInput naming parameter, type and bounds."""
+        kind = type(self.default)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is float and number:
+            value = float(cast(float, value))
+        if type(value) is not kind:
+            raise BadInput(f"parameter {self.name!r} is {value!r}, expected {kind.__name__}", hint=self.about)
+        if number and not self.inside(float(cast(float, value))):
+            raise BadInput(f"parameter {self.name!r} is {value}, expected {self.low} to {self.high}", hint=self.about)
+        return value
+
+    def inside(self, value: float) -> bool:
+        """Whether a number lies within the bounds (NaN never does)."""
+        return (
+            not math.isnan(value)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+        )
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """Tensors in, Tensors out. Not called from two threads at once. `close` may be called twice."""
+
+    signature: Signature
+    max_batch: int
+    parameters: tuple[Parameter, ...]
+
+    def __call__(self, tensors: Tensors, parameters: Parameters = ...) -> Tensors:
+        """Run on `tensors`, already checked against the signature; `parameters` holds the request's."""
+        ...
+
+    def close(self) -> None:
+        """Give memory, files and devices back."""
+        ...
+
+
+def select(wanted: Sequence[Parameter], given: Parameters, defaults: Parameters = {}) -> dict[str, Value]:
+    """The values for `wanted` out of a request's parameters, checked; else the pipeline's or the stage's default."""
+    chosen: dict[str, Value] = {}
+    for parameter in wanted:
+        value = given.get(parameter.name, defaults.get(parameter.name, parameter.default))
+        chosen[parameter.name] = parameter.check(value)
+    return chosen
+
+
+def stage(text: str, *, batched: bool = False, max_batch: int = 0) -> Callable[[Any], Any]:
+    """Declare the signature of a function or class that is to be used as a stage; it changes nothing else.
+
+    `text` reads `image:BYTES[1] -> pixels:FP32[1,3,224,224]`. A function without `batched` is a job stage.
+    Positional parameters are the tensors it consumes; keyword-only ones are the values a request may set,
+    bounded by `Annotated[float, msgspec.Meta(ge=0, le=1, description=...)]`. It returns a mapping, or the
+    arrays in the order of the outputs. A generator function streams several answers. A class is made once
+    in each worker with the stage's options, then called the same way; it may have `close`.
+    """
+    signature = Signature.parse(text, batched=batched)
+
+    def declared(body: Any) -> Any:
+        body.torchship_stage = (signature, max_batch or (64 if batched else 1))
+        return body
+
+    return declared
+
+
+def _declared_parameters(body: Callable[..., Any]) -> tuple[Parameter, ...]:
+    found = []
+    for name, parameter in inspect.signature(body, eval_str=True).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if not isinstance(parameter.default, str | int | float | bool):
+            raise BadConfig(f"stage parameter {name!r} needs a default that is a string, number or boolean")
+        metas = [meta for meta in getattr(parameter.annotation, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+        meta = metas[0] if metas else msgspec.Meta()
+        low, high = (None if bound is None else float(bound) for bound in (meta.ge, meta.le))
+        found.append(Parameter(name, parameter.default, low, high, meta.description or ""))
+    return tuple(found)
+
+
+class FunctionStage:
+    """A declared function, or an instance of a declared class, as a Stage."""
+
+    def __init__(self, body: Callable[..., Any], *, options: Mapping[str, Any] = {}) -> None:
+        """Raises BadConfig when `body` is not declared with `@stage` or does not take its options."""
+        declared = getattr(body, "torchship_stage", None)
+        if declared is None:
+            raise BadConfig(f"{body!r} declares no signature", hint='put @stage("inputs -> outputs") on it')
+        self.signature, self.max_batch = declared
+        self._body = self._make(body, options)
+        call = vars(body)["__call__"] if inspect.isclass(body) else body
+        self.parameters = _declared_parameters(call)
+        self.streams = inspect.isgeneratorfunction(call)
+
+    @staticmethod
+    def _make(body: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+        if isinstance(body, type):
+            try:
+                inspect.signature(body).bind(**options)
+            except TypeError as fault:
+                raise BadConfig(f"options of {body.__qualname__}: {fault}") from None
+            made: Callable[..., Any] = body(**options)
+            return made
+        if options:
+            raise BadConfig(f"{body.__qualname__} takes no options: {sorted(options)}", hint="set parameters instead")
+        return body
+
+    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
+        """One answer. Raises BadInput for a parameter that is out of its bounds."""
+        return self._named(self._run(tensors, parameters))
+
+    def stream(self, tensors: Tensors, parameters: Parameters = {}) -> Iterator[Tensors]:
+        """All answers of a generator, or the one answer of a function."""
+        answers = self._run(tensors, parameters)
+        yield from map(self._named, answers if self.streams else (answers,))
+
+    def _run(self, tensors: Tensors, parameters: Parameters) -> Any:
+        consumed = (tensors[spec.name] for spec in self.signature.inputs)
+        return self._body(*consumed, **select(self.parameters, parameters))
+
+    def _named(self, answer: Any) -> Tensors:
+        names = [spec.name for spec in self.signature.outputs]
+        if not isinstance(answer, Mapping):
+            answer = dict(zip(names, answer if isinstance(answer, tuple) else (answer,), strict=True))
+        missing = [name for name in names if name not in answer]
+        if missing:
+            raise BadConfig(
+                f"the stage returned {sorted(answer)} without {missing}", hint="return every declared output"
+            )
+        return {name: np.asarray(answer[name]) for name in names}
+
+    def close(self) -> None:
+        """Close the instance, if it is one that can be closed."""
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            close()
+
+
+def join(jobs: Sequence[Tensors]) -> Tensors:
+    """The rows of several jobs as one batch; the jobs hold the same tensors."""
+    if len(jobs) == 1:
+        return jobs[0]
+    return {name: np.concatenate([job[name] for job in jobs]) for name in jobs[0]}
+
+
+def split(batch: Tensors, rows: Sequence[int]) -> list[Tensors]:
+    """Undo `join`: views of `batch`, `rows[i]` rows for job i."""
+    ends = np.cumsum(rows)
+    return [
+        {name: array[end - count : end] for name, array in batch.items()} for end, count in zip(ends, rows, strict=True)
+    ]
