@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from torchship.errors import BadConfig, BadInput
+from torchship.face import make_callable
 from torchship.tensors import Signature, Tensors
 
 Value: TypeAlias = str | int | float | bool
@@ -180,3 +181,6 @@ def split(batch: Tensors, rows: Sequence[int]) -> list[Tensors]:
     return [
         {name: array[end - count : end] for name, array in batch.items()} for end, count in zip(ends, rows, strict=True)
     ]
+
+
+make_callable(__name__, verb="torchship.stage:stage")

@@ -1,1 +1,91 @@
-"""The command line: one file a command."""
+"""The command line: one file a command, imported only when it is called.
+
+A file here offers a click command named `command`; its file name is the command's name.
+Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+from importlib import import_module
+
+import click
+
+from torchship import __version__
+from torchship.errors import BadConfig, BadInput, TorchshipError
+
+_ABOUT = {
+    "optimize": "Search the best valid way to run a model here, and publish it.",
+    "inspect": "Show what an artifact holds and what was measured.",
+    "predict": "Run an artifact, or a served model, on a file.",
+    "serve": "Serve artifacts and pipelines by REST and gRPC.",
+    "store": "List, show, remove, export and import artifacts.",
+    "doctor": "Say what this machine can run, and why a model does not export.",
+    "bench": "Load a server or an artifact and report throughput and latency.",
+    "compare": "Compare two artifacts.",
+    "pipeline": "Check and draw a pipeline.",
+    "faces": "Enrol, identify and verify faces.",
+}
+
+
+class _Commands(click.Group):
+    """Finds commands by file name; the one-line help above is shown without importing any of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        found = {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+        known = [name for name in _ABOUT if name in found]
+        return [*known, *sorted(found.difference(known))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        command = import_module(f"torchship.cli.{name}").command
+        assert isinstance(command, click.Command)  # noqa: S101  # the contract of this folder
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _ABOUT.get(name, "")) for name in self.list_commands(ctx)])
+
+
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog='Shell completion: eval "$(_TORCHSHIP_COMPLETE=bash_source torchship)"  (or zsh_source, fish_source)',
+)
+@click.version_option(__version__, prog_name="torchship")
+def app() -> None:
+    """Take a PyTorch model from the lab to production: searched, guarded, packed, served.
+
+    \b
+    torchship optimize torchvision.models:resnet18 --input "image:FP32[-1,3,224,224]"
+    torchship serve resnet18 --http-port 8000
+    """
+
+
+def main() -> None:
+    """The console script: turns every error of ours into one line with a hint, and an exit code."""
+    try:
+        code = app.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as fault:
+        fault.show()
+        sys.exit(fault.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except TorchshipError as fault:
+        show(fault)
+        sys.exit(2 if isinstance(fault, BadInput | BadConfig) else 1)
+
+
+def show(fault: TorchshipError) -> None:
+    """Print an error as one line, its hint beneath."""
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {' '.join(str(fault).split())}", err=True)
+    if fault.hint:
+        click.echo(f" {click.style('hint', fg='cyan')}: {fault.hint}", err=True)
