@@ -1,0 +1,210 @@
+"""What this machine is: cores, threads, memory, shared memory, tools, and which backends run on it. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+import psutil
+
+from torchship import plugins
+from torchship.hardware import Hardware, here
+from torchship.optimize.doctor import features
+from torchship.optimize.doctor.features import Feature
+
+Level: TypeAlias = Literal["ok", "warn", "bad"]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")
+_GIB = 2**30
+_SHM = "/dev/shm"  # noqa: S108  # nothing is written there, its size is what we are after
+_SMALL_SHM = 256 * 2**20
+
+
+class Fact(msgspec.Struct, frozen=True):
+    """One line of the examination; `advice` says how to mend what is not `ok`."""
+
+    name: str
+    value: str
+    level: Level = "ok"
+    advice: str = ""
+
+
+class BackendRow(msgspec.Struct, frozen=True):
+    """A backend; `reason` says why it cannot run here and how to mend that, empty when it can."""
+
+    name: str
+    reason: str = ""
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """All that the doctor found without looking at a model."""
+
+    hardware: Hardware
+    fingerprint: str
+    facts: list[Fact]
+    features: list[Feature]
+    backends: list[BackendRow]
+    packages: dict[str, str]
+    advice: list[str]
+
+
+def examine() -> Machine:
+    """Look at this machine. Reads the kernel's files and package metadata; imports no torch, opens no device."""
+    hardware = here()
+    facts = [
+        fact for look in (_cores, _threads, _load, _memory, _shared_memory, _files, _tools) for fact in look(hardware)
+    ]
+    rows = [
+        BackendRow(name, plugins.reason_against("backends", name=name, hardware=hardware))
+        for name in plugins.names("backends")
+    ]
+    packages = _versions()
+    return Machine(
+        hardware, hardware.fingerprint, facts, features.of(hardware), rows, packages, _advice(facts, packages)
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _advice(facts: list[Fact], packages: Mapping[str, str]) -> list[str]:
+    advice = [fact.advice for fact in facts if fact.level != "ok" and fact.advice]
+    if "torch" not in packages:
+        advice.append("this install opens and serves artifacts; to optimize models: pip install 'torchship[optimize]'")
+    if "openvino" not in packages and platform.machine() == "x86_64":
+        advice.append("OpenVINO is often the fastest backend on x86: pip install 'torchship[openvino]'")
+    return advice
+
+
+def quota() -> float | None:
+    """The cores that the control group grants (a fraction is possible), None where it sets no limit."""
+    try:
+        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if allowed == "max" else int(allowed) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _cores(hardware: Hardware) -> Iterator[Fact]:
+    logical = os.cpu_count() or hardware.cores
+    physical = psutil.cpu_count(logical=False) or logical
+    yield Fact("processor", f"{hardware.processor} ({hardware.machine})")
+    pinned = sorted(os.sched_getaffinity(0))
+    text = f"{hardware.cores} usable of {logical} logical, {physical} physical"
+    if hardware.cores < logical:
+        text += f"; pinned to {_ranges(pinned)}"
+    granted = quota()
+    if granted is not None and granted < hardware.cores:
+        advice = (
+            f"the control group grants {granted:g} of {hardware.cores} cores: run with --threads {max(1, int(granted))}"
+        )
+        yield Fact("cores", f"{text}; quota {granted:g}", "warn", advice)
+    else:
+        yield Fact("cores", text)
+    for gpu in hardware.gpus:
+        detail = f"{gpu.memory / _GIB:.0f} GiB, compute capability {gpu.capability}, driver {gpu.driver}"
+        yield Fact("gpu", f"{gpu.name}, {detail}")
+    if not hardware.gpus:
+        yield Fact("gpu", "none (nvidia-smi lists no card)")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2,5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return ",".join("-".join(map(str, span)) for span in spans)
+
+
+def _threads(hardware: Hardware) -> Iterator[Fact]:
+    given = {name: os.environ[name] for name in THREAD_VARIABLES if os.environ.get(name)}
+    over = [name for name, value in given.items() if value.isdigit() and int(value) > hardware.cores]
+    text = ", ".join(f"{name}={value}" for name, value in given.items()) or f"libraries' choice ({hardware.cores})"
+    if over:
+        advice = f"more threads than cores make models much slower: export {over[0]}={hardware.cores}"
+        yield Fact("threads", text, "warn", advice)
+    else:
+        yield Fact("threads", text)
+
+
+def _load(hardware: Hardware) -> Iterator[Fact]:
+    load = os.getloadavg()[0]
+    if load > hardware.cores / 2:
+        yield Fact("load", f"{load:.1f} in the last minute", "warn", "the machine is busy: timings taken now are noisy")
+    else:
+        yield Fact("load", f"{load:.1f} in the last minute")
+
+
+def _memory(hardware: Hardware) -> Iterator[Fact]:
+    free = min(int(psutil.virtual_memory().available), hardware.memory)
+    text = f"{hardware.memory / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free"
+    if free < 2 * _GIB:
+        yield Fact(
+            "memory", text, "warn", "a search keeps torch in memory (0.5 GiB and more a trial): free at least 2 GiB"
+        )
+    else:
+        yield Fact("memory", text)
+
+
+def _shared_memory(hardware: Hardware) -> Iterator[Fact]:
+    try:
+        usage = shutil.disk_usage(_SHM)
+    except OSError:
+        yield Fact(_SHM, "not there", "bad", f"mount a tmpfs on {_SHM}: the server passes tensors through it")
+        return
+    text = f"{usage.total / _GIB:.2f} GiB, {usage.free / _GIB:.2f} GiB free"
+    if usage.free < _SMALL_SHM:
+        advice = f"{_SHM} is small: a full one kills with a bus error; docker run --shm-size=1g (or --ipc=host)"
+        yield Fact(_SHM, text, "warn", advice)
+    else:
+        yield Fact(_SHM, text)
+
+
+def _files(hardware: Hardware) -> Iterator[Fact]:
+    import resource
+    import tempfile
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        yield Fact(
+            "open files", str(soft), "warn", f"a server needs a file for each connection: ulimit -n {min(hard, 65536)}"
+        )
+    else:
+        yield Fact("open files", str(soft))
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    level: Level = "warn" if free < 5 * _GIB else "ok"
+    yield Fact(
+        f"disk {folder}",
+        f"{free / _GIB:.0f} GiB free",
+        level,
+        "trials write models there: free 5 GiB" if level == "warn" else "",
+    )
+
+
+def _tools(hardware: Hardware) -> Iterator[Fact]:
+    libc, number = platform.libc_ver()
+    yield Fact(
+        "python", f"{platform.python_version()} on {platform.system()} {platform.release()}, {libc} {number}".strip()
+    )
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
+    if compiler:
+        yield Fact("c++ compiler", str(shutil.which(compiler)))
+    else:
+        yield Fact("c++ compiler", "none", "warn", "inductor and aoti compile C++: apt install g++")
