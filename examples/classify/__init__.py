@@ -1,0 +1,1 @@
+"""EfficientNet-Lite0 with its ImageNet weights: from nn.Module to an answer over REST."""

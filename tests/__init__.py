@@ -1,0 +1,1 @@
+"""Tests, by kind: unit, contracts, laws, journeys, house."""

@@ -1,0 +1,138 @@
+"""The house keeps its shape: sizes, names, docstrings, the error tree, light imports."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from torchship import errors
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src/torchship").rglob("*.py"))
+EVERYTHING = [
+    path for folder in ("src", "tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+GENERATED = "_pb2.py"
+FORBIDDEN_NAMES = {
+    "utils",
+    "util",
+    "helper",
+    "helpers",
+    "manager",
+    "handler",
+    "factory",
+    "base",
+    "common",
+    "misc",
+    "core",
+}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=relative)
+def test_a_file_has_at_most_400_lines_and_says_what_it_is(path: Path) -> None:
+    if path.name.endswith(GENERATED):
+        return
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text)), "a module begins with one sentence"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_a_function_has_at_most_50_lines(path: Path) -> None:
+    if path.name.endswith(GENERATED):
+        return
+    long = {
+        f.name: f.end_lineno - f.lineno + 1 for f in functions(path) if f.end_lineno and f.end_lineno - f.lineno >= 50
+    }
+    assert not long
+
+
+def test_the_median_file_is_small() -> None:
+    sizes = sorted(len(path.read_text().splitlines()) for path in SOURCES)
+    assert sizes[len(sizes) // 2] < 200
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_names_say_what_a_thing_is(path: Path) -> None:
+    words = set(re.split(r"[_\W]+", relative(path).removesuffix(".py")))
+    classes = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    words |= {word.lower() for name in classes for word in re.findall(r"[A-Z][a-z]+", name)}
+    assert not words & FORBIDDEN_NAMES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_public_functions_are_documented(path: Path) -> None:
+    bare = [f.name for f in ast.parse(path.read_text()).body
+            if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and not f.name.startswith("_") and not ast.get_docstring(f)]  # fmt: skip
+    assert not bare
+
+
+def test_the_error_tree_is_drawn_as_it_is() -> None:
+    drawn: dict[str, str] = {}
+    path: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"^([│ ├└─]*)([A-Z]\w+)(?:\s|$)", line)
+        if found and inspect.isclass(getattr(errors, found[2], None)):
+            depth = len(found[1]) // 4
+            path[depth:] = [found[2]]
+            drawn[found[2]] = path[depth - 1] if depth else "Exception"
+    real = {
+        name: thing.__bases__[0].__name__
+        for name, thing in vars(errors).items()
+        if inspect.isclass(thing) and issubclass(thing, Exception) and thing.__module__ == errors.__name__
+    }
+    assert drawn == real
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return {name.partition(".")[0] for name in found.stdout.split()}
+
+
+HEAVY = {"torch", "numpy", "onnxruntime", "onnx", "openvino", "PIL", "rich", "uvloop", "zmq", "psutil", "msgspec"}
+
+
+def test_importing_the_package_is_light() -> None:
+    assert not loaded_after("import torchship") & HEAVY
+
+
+def test_help_is_light() -> None:
+    run = "try: torchship.cli.main()\nexcept SystemExit: pass"
+    statement = f"import sys, torchship.cli\nsys.argv = ['torchship', '--help']\n{run}"
+    assert not loaded_after(statement) & HEAVY
+
+
+@pytest.mark.parametrize("room", ["serve", "client", "artifact", "wire", "stages", "pipeline"])
+def test_the_theatre_starts_without_torch(room: str) -> None:
+    statement = (
+        "import importlib, pkgutil, torchship\n"
+        f"import torchship.{room} as room\n"
+        "for found in pkgutil.walk_packages(room.__path__, room.__name__ + '.'): importlib.import_module(found.name)"
+    )
+    assert not loaded_after(statement) & {"torch", "onnx", "openvino", "torchvision"}
+
+
+def test_nothing_unpickles() -> None:
+    allowed = {"src/torchship/optimize"}  # the search and its own trial children: docs/decisions/0003
+    pattern = re.compile(r"\bpickle\.loads?\b|recv_pyobj|weights_only=False|allow_pickle=True|cloudpickle")
+    found = [relative(path) for path in SOURCES if pattern.search(path.read_text())]
+    assert [path for path in found if not any(path.startswith(room) for room in allowed)] == []

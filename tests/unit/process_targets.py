@@ -1,0 +1,54 @@
+"""What the process tests run in children."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+
+from torchship.errors import BadInput
+from torchship.process import spawn
+
+
+def echo(argument: object) -> object:
+    return argument
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def affinity(_: object) -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def complain(text: str) -> None:
+    print("last words", file=sys.stderr)
+    raise BadInput(text, hint="mend it")
+
+
+def crash(_: object) -> None:
+    ctypes.string_at(0)
+
+
+def leave(code: int) -> None:
+    os._exit(code)
+
+
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def eat(size: int) -> int:
+    block = bytearray(size)
+    block[::4096] = b"x" * len(block[::4096])
+    time.sleep(30)
+    return len(block)
+
+
+def parent_of_a_sleeper(pid_file: str) -> None:
+    child = spawn(f"{__name__}:sleep", argument=60)
+    with open(pid_file, "w") as file:
+        file.write(str(child.pid))
+    time.sleep(60)

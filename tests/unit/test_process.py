@@ -1,0 +1,89 @@
+"""Children take and give plain data, keep to their limits, and never outlive their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from torchship import process
+
+HERE = "tests.unit.process_targets"
+
+
+def test_plain_data_goes_in_and_out() -> None:
+    value = {"text": "ü", "list": [1, 2.5, None], "long": "x" * 300_000}
+    outcome = process.run(f"{HERE}:echo", argument=value, timeout=30)
+    assert (outcome.value, outcome.fault) == (value, "")
+    assert outcome.peak > 0
+
+
+def test_threads_and_cores_are_pinned() -> None:
+    assert process.run(f"{HERE}:environment", argument="OMP_NUM_THREADS", timeout=30, threads=3).value == "3"
+    core = min(os.sched_getaffinity(0))
+    assert process.run(f"{HERE}:affinity", timeout=30, cpus=[core]).value == [core]
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "fault"),
+    [
+        ("complain", "bad thing", "bad thing (mend it)"),
+        ("crash", None, "killed by SIGSEGV"),
+        ("leave", 7, "exited with code 7"),
+        ("missing", None, "AttributeError"),
+    ],
+)
+def test_every_end_has_its_words(target: str, argument: object, fault: str) -> None:
+    outcome = process.run(f"{HERE}:{target}", argument=argument, timeout=30)
+    assert fault in outcome.fault
+    assert outcome.value is None
+
+
+def test_the_log_is_kept() -> None:
+    assert "last words" in process.run(f"{HERE}:complain", argument="x", timeout=30).log
+
+
+def test_a_hang_is_ended() -> None:
+    outcome = process.run(f"{HERE}:sleep", argument=60, timeout=0.5)
+    assert "did not finish within" in outcome.fault
+    assert outcome.seconds < 20
+
+
+def test_a_blow_up_is_ended() -> None:
+    outcome = process.run(f"{HERE}:eat", argument=400 * 2**20, timeout=30, memory=200 * 2**20)
+    assert "more than its limit of 0.20 GiB" in outcome.fault
+
+
+def test_children_die_with_their_parent(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    parent = process.spawn(f"{HERE}:parent_of_a_sleeper", argument=str(pid_file))
+    deadline = time.monotonic() + 20
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    grandchild = int(pid_file.read_text())
+    assert psutil.pid_exists(grandchild)
+    time.sleep(0.5)  # let it arm its death signal
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    while time.monotonic() < deadline and psutil.pid_exists(grandchild):
+        if psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.02)
+    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+
+
+def test_no_descriptor_leaks() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        process.run(f"{HERE}:echo", argument=1, timeout=30)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_signals_have_names() -> None:
+    assert process.describe_exit(-9) == "killed by SIGKILL"
+    assert process.describe_exit(3) == "exited with code 3"
+    assert process.describe_exit(-200) == "killed by signal 200"

@@ -1,0 +1,98 @@
+"""Functions and classes as stages, request parameters, join and split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import pytest
+
+from torchship.errors import BadConfig, BadInput
+from torchship.stage import FunctionStage, Parameter, Stage, join, split, stage
+from torchship.tensors import Array
+
+Score = Annotated[float, msgspec.Meta(ge=0, le=1, description="smallest score that is kept")]
+
+
+@stage("scores:FP32[-1] -> kept:FP32[-1], count:INT64[1]")
+def keep(scores: Array, *, threshold: Score = 0.5) -> tuple[Array, Array]:
+    kept = scores[scores >= threshold]
+    return kept, np.array([kept.size])
+
+
+@stage("x:INT32[-1,2] -> y:INT32[-1,2]", batched=True, max_batch=8)
+class Scale:
+    def __init__(self, by: int = 2) -> None:
+        self.by, self.closed = by, False
+
+    def __call__(self, x: Array) -> Array:
+        return x * self.by
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@stage("n:INT32[1] -> i:INT32[1]")
+def count(n: Array) -> Iterator[Array]:
+    for i in range(int(n[0])):
+        yield np.array([i], np.int32)
+
+
+SCORES = {"scores": np.array([0.2, 0.6, 0.9], np.float32)}
+
+
+def test_a_function_is_a_stage() -> None:
+    made = FunctionStage(keep)
+    assert isinstance(made, Stage)
+    assert made.max_batch == 1
+    assert not made.signature.batched
+    assert made(SCORES)["count"] == [2]
+    assert made(SCORES, {"threshold": 0.7})["kept"].tolist() == pytest.approx([0.9])
+    assert made.parameters == (Parameter("threshold", 0.5, 0.0, 1.0, "smallest score that is kept"),)
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"), [(1.5, "0.0 to 1.0"), ("x", "float"), (float("nan"), "0.0"), (True, "float")]
+)
+def test_parameters_are_checked(value: object, fault: str) -> None:
+    with pytest.raises(BadInput, match=fault):
+        FunctionStage(keep)(SCORES, {"threshold": value})  # type: ignore[dict-item]
+
+
+def test_a_class_is_made_with_its_options_and_closed() -> None:
+    made = FunctionStage(Scale, options={"by": 3})
+    assert made({"x": np.ones((2, 2), np.int32)})["y"].tolist() == [[3, 3], [3, 3]]
+    assert (made.max_batch, made.signature.batched) == (8, True)
+    made.close()
+    with pytest.raises(BadConfig, match="options of Scale"):
+        FunctionStage(Scale, options={"bye": 3})
+
+
+def test_generators_stream() -> None:
+    made = FunctionStage(count)
+    assert made.streams
+    assert [answer["i"][0] for answer in made.stream({"n": np.array([3], np.int32)})] == [0, 1, 2]
+
+
+def test_undeclared_functions_are_refused() -> None:
+    with pytest.raises(BadConfig, match="declares no signature"):
+        FunctionStage(lambda x: x)
+    with pytest.raises(BadConfig, match="takes no options"):
+        FunctionStage(keep, options={"a": 1})
+
+
+def test_a_missing_output_is_named() -> None:
+    @stage("x:FP32[1] -> y:FP32[1]")
+    def forgets(x: Array) -> dict[str, Array]:
+        return {"z": x}
+
+    with pytest.raises(BadConfig, match="without \\['y'\\]"):
+        FunctionStage(forgets)({"x": np.zeros(1, np.float32)})
+
+
+def test_split_undoes_join() -> None:
+    jobs = [{"a": np.arange(n * 2).reshape(n, 2), "b": np.arange(n)} for n in (1, 3, 2)]
+    for job, back in zip(jobs, split(join(jobs), [1, 3, 2]), strict=True):
+        assert all(np.array_equal(job[name], back[name]) for name in job)

@@ -1,0 +1,112 @@
+"""Signature and TensorSpec: parsing, printing, and errors that name the fault."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import pytest
+
+from torchship.errors import BadConfig, BadInput
+from torchship.tensors import DTYPES, Free, Signature, TensorSpec, dtype_name, numpy_dtype
+
+IMAGES = Signature.parse("image:FP32[-1,3,4,4] -> y:FP32[-1,10]")
+TEXT = Signature.parse("ids:INT64[batch,seq:1..8], mask:INT64[batch,seq:1..8] -> y:FP32[-1,4]")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtypes_round_trip(name: str) -> None:
+    assert dtype_name(numpy_dtype(name)) == name
+
+
+def test_byte_strings_are_bytes_and_big_endian_is_native() -> None:
+    assert dtype_name(np.array([b"a"]).dtype) == "BYTES"
+    assert dtype_name(np.array(["a"]).dtype) == "BYTES"
+    assert dtype_name(np.dtype(">f4")) == "FP32"
+    assert numpy_dtype("BF16") == np.dtype(ml_dtypes.bfloat16)
+
+
+def test_unknown_dtypes_are_named() -> None:
+    with pytest.raises(BadInput, match="FP8"):
+        numpy_dtype("FP8")
+    with pytest.raises(BadInput, match="complex64"):
+        dtype_name(np.dtype(np.complex64))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["image:FP32[-1,3,224,224]", "ids:INT64[batch,seq:1..512]", "x:BF16[2..,4]", "scalar:FP32[]", "a.b-c:BYTES[1]"],
+)
+def test_specs_print_as_they_read(text: str) -> None:
+    assert str(TensorSpec.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("image", "not a tensor"),
+        ("image:FP31[1]", "FP31"),
+        ("image:FP32[1,x y]", "x y"),
+        ("image:FP32[5..2]", "before it begins"),
+        ("image:FP32[1,,2]", "not an axis"),
+        ("1x:FP32[1]", "not a tensor"),
+    ],
+)
+def test_bad_specs_name_the_part(text: str, fault: str) -> None:
+    with pytest.raises(BadConfig, match=fault):
+        TensorSpec.parse(text)
+
+
+def test_a_signature_survives_json() -> None:
+    assert msgspec.json.decode(msgspec.json.encode(TEXT), type=Signature) == TEXT
+    assert TEXT.inputs[0].shape == (Free(name="batch"), Free(1, 8, "seq"))
+    with pytest.raises(BadConfig, match="not a signature"):
+        Signature.parse("x:FP32[1]")
+
+
+def test_rows_are_counted() -> None:
+    assert IMAGES.check({"image": np.zeros((5, 3, 4, 4), np.float32)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("array", "fault"),
+    [
+        (np.zeros((1, 3, 4, 4)), "FP64, expected FP32"),
+        (np.zeros((3, 4, 4), np.float32), "a single row still needs its batch axis"),
+        (np.zeros((1, 3, 4, 5), np.float32), "axis 3 is 5, expected 4"),
+        (np.zeros((0, 3, 4, 4), np.float32), "at least 1|empty"),
+    ],
+)
+def test_bad_tensors_are_named(array: np.ndarray, fault: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        IMAGES.check({"image": array})
+    assert __import__("re").search(fault, caught.value.line)
+
+
+def test_wrong_names_are_listed() -> None:
+    with pytest.raises(BadInput, match=r"missing \['image'\], unknown \['picture'\]"):
+        IMAGES.check({"picture": np.zeros((1, 3, 4, 4), np.float32)})
+    with pytest.raises(BadInput, match="unknown"):
+        IMAGES.check({"image": np.zeros((1, 3, 4, 4), np.float32), "more": np.zeros(1)})
+
+
+def test_axes_of_one_name_are_equally_long() -> None:
+    good = np.zeros((2, 5), np.int64)
+    assert TEXT.check({"ids": good, "mask": good}) == 2
+    with pytest.raises(BadInput, match="axis 'seq' is 5 elsewhere"):
+        TEXT.check({"ids": good, "mask": good[:, :4]})
+    with pytest.raises(BadInput, match="expected 1 to 8"):
+        TEXT.check({"ids": np.zeros((2, 9), np.int64), "mask": np.zeros((2, 9), np.int64)})
+
+
+def test_rows_must_agree() -> None:
+    pair = Signature.parse("a:FP32[-1,1], b:FP32[-1,1] -> y:FP32[-1]")
+    with pytest.raises(BadInput, match="differ in their number of rows"):
+        pair.check({"a": np.zeros((1, 1), np.float32), "b": np.zeros((2, 1), np.float32)})
+
+
+def test_nan_is_refused_only_on_request() -> None:
+    array = np.full((1, 3, 4, 4), np.nan, np.float32)
+    assert IMAGES.check({"image": array}) == 1
+    with pytest.raises(BadInput, match="NaN"):
+        IMAGES.check({"image": array}, nan="refuse")
