@@ -69,7 +69,12 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of `manifest.json`. `labels` names the classes of a classifier, where known."""
+    """The content of `manifest.json`.
+
+    `recipe` made the files under `backend/`; `fallback`, where there is one, those under `fallback/`, which open on
+    any machine. `hardware` is a line for people, `fingerprint` decides whether native files may be opened here.
+    `labels` names the classes of a classifier, where known.
+    """
 
     format: int
     name: str
@@ -80,6 +85,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hardware: str
     fingerprint: str
     max_batch: int
+    kind: Literal["model", "pipeline"] = "model"
+    fallback: Recipe | None = None
     timing: Timing | None = None
     verdict: Verdict | None = None
     labels: tuple[str, ...] = ()

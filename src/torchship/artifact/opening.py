@@ -1,0 +1,149 @@
+"""Opens an artifact: nothing in it is believed before the manifest is understood and every file is hashed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import msgspec
+
+from torchship import plugins
+from torchship.artifact import folder as folders
+from torchship.artifact import tensorfile
+from torchship.artifact.folder import MANIFEST, MAX_BYTES, MAX_FILES, SIGNATURE
+from torchship.artifact.manifest import FORMAT, FileEntry, Manifest
+from torchship.errors import CorruptArtifact, Unavailable, UnsafeArtifact, Unsupported
+from torchship.recipe import Recipe
+from torchship.stage import Stage
+from torchship.tensors import Array
+
+_MAX_MANIFEST = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk, and what its manifest says. Immutable: a change is a new version."""
+
+    path: Path
+    manifest: Manifest
+
+    def open(self, *, device: str = "cpu", threads: int = 0, trust: bool = False) -> Stage:
+        """Open it as a Stage on `device` with `threads` threads (0: as many as there are cores).
+
+        Raises UnsafeArtifact when it holds native code and is not trusted, Unavailable when its backend cannot run
+        here, Unsupported for a pipeline (the pipeline room opens those).
+        """
+        manifest = self.manifest
+        if manifest.kind != "model":
+            raise Unsupported(f"{manifest.name!r} is a {manifest.kind}", hint="open it with torchship.pipeline")
+        self._check_trust(trust)
+        return self._open_part("backend", manifest.recipe, device, threads)
+
+    def _open_part(self, part: str, recipe: Recipe, device: str, threads: int) -> Stage:
+        backend = plugins.load("backends", name=recipe.backend)
+        try:
+            opened = backend.open(
+                self.path / part,
+                signature=self.manifest.signature,
+                options=recipe.options,
+                device=device,
+                threads=threads,
+            )
+        except ImportError as fault:
+            packages = " ".join(getattr(backend, "PACKAGES", ())) or recipe.backend
+            raise Unavailable(
+                f"{self.manifest.name!r} needs the backend {recipe.backend!r}: {fault}",
+                hint=f"pip install {packages}",
+            ) from None
+        return cast(Stage, opened)
+
+    def _check_trust(self, trust: bool) -> None:
+        native = [entry.path for entry in self.manifest.files if entry.kind == "native"]
+        if native and not trust:
+            raise UnsafeArtifact(
+                f"{self.manifest.name!r} holds native code ({native[0]})",
+                hint="open it with trust=True (--trust) only if you know who made it",
+            )
+
+    def inputs(self) -> dict[str, Array]:
+        """The stored example inputs; empty when there are none."""
+        return tensorfile.load(self.path / "examples" / "inputs.safetensors")
+
+    def outputs(self) -> dict[str, Array]:
+        """What the artifact answered to the example inputs when it was packed; empty when not stored."""
+        return tensorfile.load(self.path / "examples" / "outputs.safetensors")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(entry.size for entry in self.manifest.files)
+
+
+class _Head(msgspec.Struct):
+    """Just enough of any format version to refuse it politely."""
+
+    format: int
+
+
+def read_manifest(data: bytes, *, where: str) -> Manifest:
+    """Decode and check a manifest. Raises CorruptArtifact, Unsupported for another format version, UnsafeArtifact."""
+    try:
+        version = msgspec.json.decode(data, type=_Head).format
+    except msgspec.MsgspecError as fault:
+        raise CorruptArtifact(f"{where} is not a manifest: {fault}", hint="pack the artifact again") from None
+    if version != FORMAT:
+        hint = "upgrade torchship" if version > FORMAT else "pack the artifact again with this torchship"
+        raise Unsupported(f"{where} has format version {version}, this torchship reads {FORMAT}", hint=hint)
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as fault:
+        raise CorruptArtifact(f"{where}: {fault}", hint="pack the artifact again") from None
+    _check_entries(manifest.files)
+    return manifest
+
+
+def _check_entries(entries: tuple[FileEntry, ...]) -> None:
+    paths = [folders.check_path(entry.path) for entry in entries]
+    if len(set(paths)) != len(paths) or {MANIFEST, SIGNATURE} & set(paths):
+        raise CorruptArtifact("the manifest lists a file twice, or lists itself", hint="pack the artifact again")
+    if len(paths) > MAX_FILES:
+        raise UnsafeArtifact(f"the manifest lists {len(paths)} files", hint=f"at most {MAX_FILES} are allowed")
+    if any(entry.size < 0 for entry in entries) or sum(entry.size for entry in entries) > MAX_BYTES:
+        raise UnsafeArtifact("the manifest lists files of an impossible size", hint="do not open this artifact")
+
+
+def open_artifact(path: Path | str, *, verify: bool | Literal["known"] = True) -> Artifact:
+    """The artifact in the folder `path`, verified: every file hashed, unknown files and links refused.
+
+    `verify=False` only reads the manifest; `verify="known"` lets files pass that the manifest does not list.
+    Raises NotFound, CorruptArtifact, UnsafeArtifact, or Unsupported for an unknown format version.
+    """
+    root = Path(path)
+    present = folders.files_below(root)
+    if MANIFEST not in present:
+        raise CorruptArtifact(f"{root} has no {MANIFEST}", hint="packing did not finish, or this is no artifact")
+    manifest = read_manifest(folders.read(root, MANIFEST, limit=_MAX_MANIFEST), where=str(root / MANIFEST))
+    if verify:
+        _verify(root, manifest, present, strict=verify != "known")
+    return Artifact(root, manifest)
+
+
+def _verify(root: Path, manifest: Manifest, present: dict[str, os.stat_result], *, strict: bool) -> None:
+    listed = {entry.path: entry for entry in manifest.files}
+    missing = sorted(listed.keys() - present.keys())
+    unknown = sorted(present.keys() - listed.keys() - {MANIFEST, SIGNATURE})
+    if missing:
+        raise CorruptArtifact(f"{root} lacks {missing[0]}", hint="copy or publish the artifact again")
+    if unknown and strict:
+        raise CorruptArtifact(f"{root} holds {unknown[0]}, which its manifest does not list", hint="remove that file")
+    for path, entry in listed.items():
+        if present[path].st_size != entry.size:
+            raise CorruptArtifact(
+                f"{path} has {present[path].st_size} bytes, the manifest says {entry.size}",
+                hint="copy or publish the artifact again",
+            )
+    for path, entry in listed.items():
+        if folders.sha256(root, path) != entry.sha256:
+            raise CorruptArtifact(f"{path} was changed: its hash is wrong", hint="copy or publish the artifact again")

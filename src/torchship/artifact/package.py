@@ -1,0 +1,122 @@
+"""Packs a folder of backend files into an artifact: hashes every file, then writes the manifest last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from torchship import hardware as machines
+from torchship import plugins
+from torchship.artifact import folder as folders
+from torchship.artifact import tensorfile
+from torchship.artifact.folder import MANIFEST, SIGNATURE
+from torchship.artifact.manifest import FORMAT, FileEntry, Manifest, Provenance, Timing, Verdict
+from torchship.artifact.opening import Artifact, open_artifact
+from torchship.errors import BadConfig, BadInput
+from torchship.recipe import Recipe
+from torchship.tensors import Signature, Tensors
+
+
+def pack(
+    folder: Path | str,
+    *,
+    name: str,
+    signature: Signature,
+    recipe: Recipe,
+    provenance: Provenance,
+    max_batch: int = 64,
+    inputs: Tensors = {},
+    outputs: Tensors = {},
+    hardware: machines.Hardware | None = None,
+    fallback: Recipe | None = None,
+    timing: Timing | None = None,
+    verdict: Verdict | None = None,
+    labels: Sequence[str] = (),
+    kind: Literal["model", "pipeline"] = "model",
+) -> Artifact:
+    """Turn `folder`, whose `backend/` (and `fallback/`) a backend has filled, into an artifact in place.
+
+    `inputs` are example inputs that fit the signature and `outputs` what the artifact must answer to them.
+    Until the manifest is there, which is written last, the folder is no artifact; a crash leaves none.
+    Raises BadInput when the examples do not fit, UnsafeArtifact for links and devices among the files.
+    """
+    root = Path(folder)
+    folders.files_below(root)
+    (root / MANIFEST).unlink(missing_ok=True)
+    (root / SIGNATURE).unlink(missing_ok=True)
+    _write_examples(root, signature, inputs, outputs)
+    machine = hardware or machines.here()
+    manifest = Manifest(
+        format=FORMAT,
+        name=name,
+        signature=signature,
+        recipe=recipe,
+        files=(),
+        provenance=provenance,
+        hardware=machine.line,
+        fingerprint=machine.fingerprint,
+        max_batch=max_batch,
+        kind=kind,
+        fallback=fallback,
+        timing=timing,
+        verdict=verdict,
+        labels=tuple(labels),
+    )
+    return _seal(root, manifest)
+
+
+def amend(folder: Path | str, **changes: Any) -> Artifact:
+    """Change fields of the manifest (`timing`, `verdict`, `labels`, `name` ...) and take in files that were added,
+    such as those under `report/`. What was packed before may not have changed. A signature is dropped.
+
+    Raises CorruptArtifact when a file of the artifact was changed or lost, BadConfig for an unknown field.
+    """
+    artifact = open_artifact(folder, verify="known")
+    unknown = set(changes) - set(Manifest.__struct_fields__) | set(changes) & {"files", "format"}
+    if unknown:
+        raise BadConfig(f"the manifest has no field {sorted(unknown)} to amend")
+    (artifact.path / SIGNATURE).unlink(missing_ok=True)
+    return _seal(artifact.path, msgspec.structs.replace(artifact.manifest, **changes))
+
+
+def _write_examples(root: Path, signature: Signature, inputs: Tensors, outputs: Tensors) -> None:
+    if inputs:
+        try:
+            signature.check(inputs)
+        except BadInput as fault:
+            raise BadInput(f"example inputs: {fault}", hint=fault.hint) from None
+        folders.write(root / "examples" / "inputs.safetensors", tensorfile.encode(inputs))
+    if outputs:
+        folders.write(root / "examples" / "outputs.safetensors", tensorfile.encode(outputs))
+
+
+def _seal(root: Path, manifest: Manifest) -> Artifact:
+    """Hash every file and write the manifest, after everything else is on the disk."""
+    native = {place for place, recipe in _parts(manifest) if _is_native(recipe)}
+    entries = []
+    for path, info in folders.files_below(root).items():
+        if path in (MANIFEST, SIGNATURE):
+            continue
+        folders.check_path(path)
+        code: Literal["native", "data"] = "native" if path.split("/")[0] in native else "data"
+        entries.append(FileEntry(path, folders.sha256(root, path), info.st_size, code))
+        folders.sync(root / path)
+    for place, _, _ in os.walk(root):
+        folders.sync(Path(place))
+    sealed = msgspec.structs.replace(manifest, files=tuple(entries))
+    folders.write(root / MANIFEST, msgspec.json.format(msgspec.json.encode(sealed), indent=1))
+    return Artifact(root, sealed)
+
+
+def _parts(manifest: Manifest) -> list[tuple[str, Recipe]]:
+    if manifest.kind == "pipeline":
+        return []
+    return [("backend", manifest.recipe)] + ([("fallback", manifest.fallback)] if manifest.fallback else [])
+
+
+def _is_native(recipe: Recipe) -> bool:
+    return bool(plugins.load("backends", name=recipe.backend).KIND == "native")
