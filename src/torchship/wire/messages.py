@@ -22,7 +22,7 @@ class WantedOutput:
 @dataclass(slots=True)
 class Request:
     """One inference request. `deadline` counts from arrival in seconds (0: the model's own); an empty version means
-    the current one; an empty `outputs` means all of them."""
+    the current one; an empty `outputs` means all of them, in binary where `binary` says so."""
 
     model: str
     inputs: Tensors
@@ -33,6 +33,7 @@ class Request:
     deadline: float = 0.0
     priority: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    binary: bool = False
 
 
 @dataclass(slots=True)

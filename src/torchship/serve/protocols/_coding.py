@@ -1,0 +1,58 @@
+"""gzip and deflate, both ways, with a limit on what a small body may grow to."""
+
+from __future__ import annotations
+
+import zlib
+
+from torchship.serve.protocols._exchange import HttpFault
+from torchship.wire.raw import Buffer
+
+CODINGS = ("gzip", "deflate")
+
+
+def decompress(data: Buffer, *, coding: str, limit: int) -> bytes:
+    """Undo `Content-Encoding`. Raises HttpFault 415 for another coding, 413 above `limit` bytes, 400 for bad data."""
+    if coding == "identity":
+        return bytes(data)
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise HttpFault(415, f"Content-Encoding {coding[:40]!r} is not understood", hint="use gzip or deflate")
+    try:
+        return _inflate(data, wbits=47 if coding != "deflate" else zlib.MAX_WBITS, limit=limit)
+    except zlib.error as fault:
+        if coding == "deflate":  # some clients mean deflate without the zlib header
+            try:
+                return _inflate(data, wbits=-zlib.MAX_WBITS, limit=limit)
+            except zlib.error:
+                pass
+        raise HttpFault(400, f"the body is not {coding}: {fault}") from None
+
+
+def _inflate(data: Buffer, *, wbits: int, limit: int) -> bytes:
+    machine = zlib.decompressobj(wbits)
+    plain = machine.decompress(data, limit + 1)
+    if len(plain) > limit:
+        raise HttpFault(413, f"the body is larger than {limit} bytes when unpacked")
+    if not machine.eof:
+        raise HttpFault(400, "the compressed body ends too early")
+    if machine.unused_data:
+        raise HttpFault(400, "there are bytes after the compressed body")
+    return plain
+
+
+def compress(data: bytes, *, coding: str) -> bytes:
+    """`data` with the `Content-Encoding` gzip or deflate, at the fastest level."""
+    machine = zlib.compressobj(1, zlib.DEFLATED, 31 if coding == "gzip" else zlib.MAX_WBITS)
+    return machine.compress(data) + machine.flush()
+
+
+def acceptable(header: str) -> str:
+    """The coding to use for an `Accept-Encoding` header: gzip, deflate, or "" for none."""
+    wishes: dict[str, float] = {}
+    for item in header.lower().split(","):
+        name, _, parameter = item.strip().partition(";")
+        try:
+            wishes[name.strip()] = float(parameter.strip().removeprefix("q=")) if parameter else 1.0
+        except ValueError:
+            continue
+    named = [(wishes[name], -place, name) for place, name in enumerate(CODINGS) if wishes.get(name, 0) > 0]
+    return max(named)[2] if named else ""

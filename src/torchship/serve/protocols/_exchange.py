@@ -1,0 +1,149 @@
+"""One HTTP request and the way its answer goes, whatever the version of HTTP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
+
+from torchship.errors import Busy, TorchshipError
+from torchship.wire.raw import Buffer
+from torchship.wire.status import status_of, text_of
+
+Headers: TypeAlias = tuple[tuple[str, str], ...]
+JSON = "application/json"
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class HttpFault(TorchshipError):
+    """A request that fails as HTTP, before it means anything: `status` says how."""
+
+    def __init__(self, status: int, message: str, *, hint: str = "", headers: Headers = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.headers = headers
+
+
+class Head:
+    """Request line and headers, parsed once and shared by byte-identical requests: never changed after that.
+
+    `headers` have lower-case names; repeated ones are joined by a comma. `length` is -1 for a chunked body.
+    """
+
+    __slots__ = (
+        "encoding", "endpoint", "expects", "headers", "keep_alive", "length", "method", "old", "path", "places",
+        "query", "scope",
+    )  # fmt: skip
+
+    def __init__(self, method: str, path: str, query: str, headers: Mapping[str, str]) -> None:
+        self.method, self.path, self.query, self.headers = method, path, query, headers
+        self.length = 0
+        self.keep_alive = True
+        self.old = False  # HTTP/1.0
+        self.expects = False
+        self.encoding = ""
+        self.endpoint: Endpoint = _unrouted
+        self.scope = ""
+        self.places: Mapping[str, str] = {}  # what the path's {names} stand for
+
+
+class Sink(Protocol):
+    """Where answers go: a connection of HTTP/1.1, or of HTTP/2."""
+
+    def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        """The whole answer."""
+        ...
+
+    def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
+        """The head of an answer that is streamed."""
+        ...
+
+    def write(self, exchange: Exchange, data: bytes) -> None:
+        """Some of a streamed answer."""
+        ...
+
+    def end(self, exchange: Exchange) -> None:
+        """The end of a streamed answer."""
+        ...
+
+    async def drained(self) -> None:
+        """Wait until the peer has taken what was written."""
+        ...
+
+
+class Exchange:
+    """A request and its answer. An endpoint calls `answer` or `fail` once, or `begin`, `write`..., `end`."""
+
+    __slots__ = ("body", "gone", "head", "job", "ready", "sink", "started")
+
+    def __init__(self, sink: Sink, head: Head, body: Buffer) -> None:
+        self.sink = sink
+        self.head = head
+        self.body = body
+        self.job: Any = None  # a future or task that is cancelled when the caller goes away
+        self.ready: bytes | None = None
+        self.started = False
+        self.gone = False
+
+    def answer(self, body: bytes, *, status: int = 200, content_type: str = JSON, headers: Headers = ()) -> None:
+        """Send the whole answer; nothing happens when the caller is gone."""
+        if not self.gone:
+            self.sink.send(self, status, body, content_type, headers)
+
+    def answer_json(self, value: Any, *, status: int = 200) -> None:
+        """Send `value` as JSON."""
+        self.answer(msgspec.json.encode(value), status=status)
+
+    def fail(self, error: BaseException) -> None:
+        """Send an error: `{"error": text}` with the status of the table."""
+        if self.gone:
+            return
+        if self.started:  # the status is out already: tell inside the stream, then close it
+            self.write(b'data: {"error":' + msgspec.json.encode(text_of(error)) + b"}\n\n")
+            self.end()
+            return
+        headers: Headers = ()
+        status = status_of(error).http
+        if isinstance(error, HttpFault):
+            status, headers = error.status, error.headers
+        elif isinstance(error, Busy):
+            headers = (("retry-after", str(max(1, math.ceil(error.retry_after)))),)
+        self.sink.send(self, status, msgspec.json.encode({"error": text_of(error)}), JSON, headers)
+
+    def begin(self, *, status: int = 200, content_type: str = JSON, headers: Headers = ()) -> None:
+        """Send the head of a streamed answer."""
+        if not self.gone:
+            self.started = True
+            self.sink.begin(self, status, content_type, headers)
+
+    def write(self, data: bytes) -> None:
+        """Send some of a streamed answer."""
+        if not self.gone and data:
+            self.sink.write(self, data)
+
+    def end(self) -> None:
+        """End a streamed answer."""
+        if not self.gone:
+            self.sink.end(self)
+
+    def leave(self) -> None:
+        """The caller went away: stop what was begun for it."""
+        self.gone = True
+        if self.job is not None:
+            self.job.cancel()
+
+
+Endpoint: TypeAlias = Callable[[Exchange], object]
+Admit: TypeAlias = Callable[[str, Mapping[str, str]], None]
+
+
+def _unrouted(exchange: Exchange) -> None:
+    raise HttpFault(404, "Not Found")
+
+
+def header_lines(headers: Iterable[tuple[str, str]]) -> bytes:
+    """Headers as HTTP/1.1 writes them. Values come from our own code, never from a request."""
+    return b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers)

@@ -1,0 +1,402 @@
+"""HTTP/1.1 on a socket: framing, order, limits and time-outs; what a request means is decided elsewhere.
+
+A steady client sends the same head bytes again and again: a head is parsed and routed once and then looked up by
+its bytes, so that only a body costs anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import cast
+
+from torchship.errors import TorchshipError
+from torchship.serve.protocols._chunks import Chunks
+from torchship.serve.protocols._coding import acceptable, compress, decompress
+from torchship.serve.protocols._exchange import JSON, REASONS, Admit, Exchange, Head, Headers, HttpFault, header_lines
+from torchship.serve.protocols._heads import parse_head
+from torchship.serve.protocols._routes import Router
+from torchship.wire.raw import Buffer
+
+_COMPRESS_FROM = 1024
+_OFF_LOOP_FROM = 1 << 16  # (de)compressing more than this would hold up everybody else
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """What one caller may use. Sizes in bytes, times in seconds."""
+
+    body: int = 64 << 20
+    head: int = 32 << 10
+    connections: int = 4096
+    pipelined: int = 128
+    streams: int = 128
+    head_seconds: float = 10.0
+    body_seconds: float = 30.0
+    body_rate: float = 20_000.0  # bytes a second, on top of body_seconds
+    idle_seconds: float = 75.0
+    write_seconds: float = 30.0
+
+
+@dataclass(slots=True)
+class Site:
+    """What the connections of one listener share."""
+
+    router: Router
+    limits: Limits = field(default_factory=Limits)
+    admit: Admit | None = None
+    connections: set[Connection] = field(default_factory=set)
+    heads: dict[bytes, Head] = field(default_factory=dict)
+    now: float = 0.0
+    ok_json: bytes = b""
+    date: bytes = b""
+    closing: bool = False
+    empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
+
+    def tick(self, now: float) -> None:
+        """Once a second: the clock and the Date header, and connections that are too slow."""
+        self.now = now
+        self.date = f"server: torchship\r\ndate: {formatdate(usegmt=True)}\r\n".encode()
+        self.ok_json = b"HTTP/1.1 200 OK\r\n" + self.date + b"content-type: application/json\r\ncontent-length: "
+        for connection in tuple(self.connections):
+            connection.overdue(now)
+
+    def gone(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        if self.empty is not None and not self.connections and not self.empty.done():
+            self.empty.set_result(None)
+
+    def head_of(self, data: bytes) -> Head:
+        """The parsed head, remembered by its bytes."""
+        head = self.heads.get(data)
+        if head is None:
+            head = parse_head(data)
+            self.router.resolve(head)
+            if len(self.heads) >= 1024:
+                self.heads.clear()
+            if len(data) <= 2048:
+                self.heads[data] = head
+        return head
+
+
+class Connection(asyncio.Protocol):
+    """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
+
+    __slots__ = (
+        "_body", "_buffer", "_busy", "_chunks", "_closing", "_head", "_need", "_paused", "_pending", "_since", "_site",
+        "_took_off", "_waiter", "_writable", "transport",
+    )  # fmt: skip
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._buffer = b""
+        self._head: Head | None = None  # set while its body arrives
+        self._body = bytearray()
+        self._need = 0
+        self._chunks: Chunks | None = None
+        self._pending: deque[Exchange] = deque()
+        self._closing = False
+        self._paused = False
+        self._writable = True
+        self._waiter: asyncio.Future[None] | None = None
+        self._since = site.now
+        self._took_off: asyncio.Protocol | None = None
+        self.transport: asyncio.Transport
+
+    # -- the socket -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A peer is there; too many of them are turned away."""
+        self.transport = cast(asyncio.Transport, transport)
+        if self._site.closing or len(self._site.connections) >= self._site.limits.connections:
+            self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+            self._closing = True
+            return
+        self._site.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The peer is gone: nothing that it asked for is needed any more."""
+        self._site.gone(self)
+        self._closing = True
+        self.resume_writing()
+        for exchange in self._pending:
+            exchange.leave()
+        self._pending.clear()
+
+    def eof_received(self) -> bool:
+        """A peer that only stopped sending still gets its answers."""
+        self._closing = True
+        return bool(self._pending)
+
+    def pause_writing(self) -> None:
+        """The peer reads too slowly: take no more of its requests."""
+        self._writable = False
+        self._since = self._site.now
+        self._hold()
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self._writable = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        self._release()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the peer."""
+        if self._closing:
+            return
+        if self._buffer:
+            self._buffer += data
+        else:
+            self._buffer = data
+            if self._head is None:
+                self._since = self._site.now
+        if not self._paused:
+            self._read()
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            place = 0
+            while not self._closing and not self._paused:
+                before = place
+                place = self._read_body(place) if self._head is not None else self._read_head(place)
+                if place == before:
+                    break
+            if place:
+                self._buffer = self._buffer[place:]
+        except TorchshipError as fault:
+            self._refuse(fault)
+
+    def _read_head(self, place: int) -> int:
+        """Take one head, and its body where that is there too; the new place (the same one: more is needed)."""
+        buffer, limits = self._buffer, self._site.limits
+        end = buffer.find(b"\r\n\r\n", place)
+        if end < 0 or end - place > limits.head:
+            if len(buffer) - place > limits.head:
+                raise HttpFault(431, f"the request head is larger than {limits.head} bytes")
+            return place
+        end += 4
+        head = self._site.head_of(buffer[place:end])
+        length = head.length
+        if 0 <= length <= len(buffer) - end:
+            self._begin(head, memoryview(buffer)[end : end + length] if length else b"")
+            return end + length
+        if length > limits.body:
+            raise HttpFault(413, f"the body has {length} bytes, the limit is {limits.body}")
+        self._head, self._need, self._since = head, length, self._site.now
+        self._body = bytearray()
+        self._chunks = Chunks(limits.body) if length < 0 else None
+        if head.expects and end == len(buffer) and not self._pending:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return end
+
+    def _read_body(self, place: int) -> int:
+        head = cast(Head, self._head)
+        if self._chunks is not None:
+            place, done = self._chunks.feed(self._buffer, place, self._body)
+            if not done:
+                return place
+        else:
+            take = min(self._need - len(self._body), len(self._buffer) - place)
+            self._body += memoryview(self._buffer)[place : place + take]
+            place += take
+            if len(self._body) < self._need:
+                return place
+        body, self._body, self._head, self._chunks = self._body, bytearray(), None, None
+        self._begin(head, body)
+        return place
+
+    def _begin(self, head: Head, body: Buffer) -> None:
+        """A request is complete: hand it to its endpoint."""
+        exchange = Exchange(self, head, body)
+        self._pending.append(exchange)
+        self._since = self._site.now
+        if not head.keep_alive:
+            self._closing = True
+        if len(self._pending) >= self._site.limits.pipelined:
+            self._hold()
+        try:
+            if self._site.admit is not None:
+                self._site.admit(head.scope, head.headers)
+            if head.encoding and body:
+                self._unpack(exchange)
+            else:
+                head.endpoint(exchange)
+        except Exception as fault:
+            exchange.fail(fault)
+
+    def _unpack(self, exchange: Exchange) -> None:
+        """Decompress the body first; a large one beside the event loop."""
+        coding, limit = exchange.head.encoding, self._site.limits.body
+        if len(exchange.body) < _OFF_LOOP_FROM:
+            exchange.body = decompress(exchange.body, coding=coding, limit=limit)
+            exchange.head.endpoint(exchange)
+            return
+
+        def unpacked(future: asyncio.Future[bytes]) -> None:
+            try:
+                exchange.body = future.result()
+                exchange.job = None
+                if not exchange.gone:
+                    exchange.head.endpoint(exchange)
+            except asyncio.CancelledError:
+                return
+            except Exception as fault:
+                exchange.fail(fault)
+
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(None, lambda: decompress(exchange.body, coding=coding, limit=limit))
+        exchange.job = work
+        work.add_done_callback(unpacked)
+
+    def _refuse(self, fault: TorchshipError) -> None:
+        """What came is not HTTP that we take: say so after the answers that are due, then close."""
+        head = Head("", "", "", {})
+        head.keep_alive = False
+        exchange = Exchange(self, head, b"")
+        self._pending.append(exchange)
+        self._closing = True
+        self._head, self._buffer = None, b""
+        exchange.fail(fault if isinstance(fault, HttpFault) else HttpFault(400, str(fault), hint=fault.hint))
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        """Write a whole answer, or keep it until those before it are written."""
+        head = exchange.head
+        if len(body) >= _COMPRESS_FROM and "accept-encoding" in head.headers:
+            coding = acceptable(head.headers["accept-encoding"])
+            if coding and len(body) >= _OFF_LOOP_FROM:
+                headers = (*headers, ("content-encoding", coding), ("vary", "accept-encoding"))
+                loop = asyncio.get_running_loop()
+                packing = loop.run_in_executor(None, lambda: compress(body, coding=coding))
+                packing.add_done_callback(
+                    lambda done: (
+                        None if exchange.gone else self._send(exchange, status, done.result(), content_type, headers)
+                    )
+                )
+                return
+            if coding:
+                body = compress(body, coding=coding)
+                headers = (*headers, ("content-encoding", coding), ("vary", "accept-encoding"))
+        self._send(exchange, status, body, content_type, headers)
+
+    def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        head = exchange.head
+        if status == 200 and not headers and content_type is JSON and head.keep_alive and not head.old:
+            data = b"%b%d\r\n\r\n%b" % (self._site.ok_json, len(body), body)
+        else:
+            data = self._top(head, status, content_type, (*headers, ("content-length", str(len(body))))) + body
+        if head.method == "HEAD":
+            data = data[: len(data) - len(body)]
+        if self._pending and self._pending[0] is exchange:
+            self._pending.popleft()
+            self.transport.write(data)
+            if self._pending or self._closing or self._paused:
+                self._flush()
+        else:
+            exchange.ready = data
+
+    def _top(self, head: Head, status: int, content_type: str, headers: Headers) -> bytes:
+        line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode() + self._site.date
+        if not head.keep_alive:
+            headers = (*headers, ("connection", "close"))
+        elif head.old:
+            headers = (*headers, ("connection", "keep-alive"))
+        return line + header_lines((("content-type", content_type), *headers)) + b"\r\n"
+
+    def _flush(self) -> None:
+        """Write the answers whose turn it is, and close when all is said."""
+        pending = self._pending
+        while pending and pending[0].ready is not None:
+            exchange = pending.popleft()
+            self.transport.write(cast(bytes, exchange.ready))
+        if pending and pending[0].started:
+            return
+        if self._closing and not pending:
+            self.transport.close()
+        elif not pending:
+            self._since = self._site.now
+        self._release()
+
+    def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
+        """The head of a streamed answer, chunked (or until the connection closes, for HTTP/1.0)."""
+        head = exchange.head
+        if head.old:
+            head.keep_alive = False
+            self._closing = True
+        extra = () if head.old else (("transfer-encoding", "chunked"),)
+        self._put(exchange, self._top(head, status, content_type, (*headers, *extra)))
+
+    def write(self, exchange: Exchange, data: bytes) -> None:
+        """A piece of a streamed answer."""
+        self._put(exchange, data if exchange.head.old else b"%x\r\n%b\r\n" % (len(data), data))
+
+    def end(self, exchange: Exchange) -> None:
+        """The last piece of a streamed answer."""
+        self._put(exchange, b"" if exchange.head.old else b"0\r\n\r\n")
+        exchange.started = False
+        if self._pending and self._pending[0] is exchange:
+            self._pending.popleft()
+            self._flush()
+        elif exchange.ready is None:
+            exchange.ready = b""
+
+    def _put(self, exchange: Exchange, data: bytes) -> None:
+        if self._pending and self._pending[0] is exchange:
+            if exchange.ready:
+                data, exchange.ready = exchange.ready + data, None
+            self.transport.write(data)
+        else:
+            exchange.ready = (exchange.ready or b"") + data
+
+    async def drained(self) -> None:
+        """Wait until the peer has taken most of what was written."""
+        if not self._writable:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    # -- pace -----------------------------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        if not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def _release(self) -> None:
+        if self._paused and self._writable and len(self._pending) < self._site.limits.pipelined:
+            self._paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+                asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._buffer and not self._paused and not self._closing:
+            self._read()
+
+    def overdue(self, now: float) -> None:
+        """Close the connection when its peer has kept us waiting for too long."""
+        waited, limits = now - self._since, self._site.limits
+        if not self._writable:
+            if waited > limits.write_seconds:
+                self.transport.abort()
+        elif self._head is not None:
+            if waited > limits.body_seconds + len(self._body) / limits.body_rate:
+                self._refuse(HttpFault(408, "the body did not arrive in time"))
+        elif self._buffer and not self._paused:
+            if waited > limits.head_seconds:
+                self._refuse(HttpFault(408, "the request head did not arrive in time"))
+        elif not self._pending and waited > limits.idle_seconds:
+            self.transport.close()
+
+    def retire(self) -> None:
+        """The server stops: close now, or as soon as the answers that are due have been sent."""
+        self._closing = True
+        if not self._pending:
+            self.transport.close()

@@ -1,0 +1,117 @@
+"""Numbers and strings in JSON to arrays and back: typed all the way, so that a fault names its element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from torchship.errors import BadInput
+from torchship.tensors import Array, numpy_dtype
+from torchship.wire.raw import Buffer, as_bytes, element_count, object_array
+
+# The largest double that still rounds to a finite number of the type.
+_FLOAT_MAX = {"FP16": 65519.99999999999, "BF16": 3.3961775292304601e38, "FP32": 3.4028235677973362e38}
+_MAX_DEPTH = 32
+
+
+def _element(datatype: str) -> Any:
+    if datatype == "BYTES":
+        return str
+    if datatype == "BOOL":
+        return bool | Annotated[int, msgspec.Meta(ge=0, le=1)]
+    if datatype in _FLOAT_MAX:
+        return Annotated[float, msgspec.Meta(ge=-_FLOAT_MAX[datatype], le=_FLOAT_MAX[datatype])]
+    if datatype == "FP64":
+        return float
+    info = np.iinfo(numpy_dtype(datatype))
+    if info.max > np.iinfo(np.int64).max or info.min == np.iinfo(np.int64).min:
+        return int  # msgspec's bounds are int64: numpy checks these two
+    return Annotated[int, msgspec.Meta(ge=int(info.min), le=int(info.max))]
+
+
+@lru_cache(maxsize=256)  # bounded: 14 datatypes by 32 depths, and callers choose both
+def _decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
+    kind: Any = _element(datatype)
+    for _ in range(depth):
+        kind = list[kind]
+    return msgspec.json.Decoder(kind)
+
+
+def decode_json_data(data: Buffer | msgspec.Raw, *, name: str, datatype: str, shape: Sequence[int]) -> Array:
+    """An array of `shape` from JSON `data`, flat or nested, row-major.
+
+    Integers are taken for floats, 0 and 1 for booleans; everything else that is not of the datatype, out of its
+    range, ragged or of another number of elements is refused. Raises BadInput naming the element.
+    """
+    count = element_count(shape, name=name)
+    dtype = numpy_dtype(datatype)
+    text = memoryview(data)
+    depth = _depth(text) if len(text) > 1 and text[1] in b"[ \n\t\r" else 1
+    try:
+        items = _decoder(datatype, depth).decode(text)
+        array = _bytes_array(items, depth) if datatype == "BYTES" else np.array(items, dtype)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as fault:
+        raise BadInput(f"tensor {name!r} of {datatype}: {_explain(fault)}", hint="see data of this input") from None
+    if depth == 1 and array.size == count:
+        return array.reshape(shape)
+    if array.shape == tuple(shape):
+        return array
+    got = f"{array.size} elements" if depth == 1 else f"shape {list(array.shape)}"
+    raise BadInput(f"tensor {name!r} has data of {got}, expected {count} elements of shape {list(shape)}")
+
+
+def encode_json_data(array: Array) -> list[Any]:
+    """The elements of an array in row-major order as JSON can print them; NaN and infinity become null.
+
+    BYTES must be UTF-8 to travel as JSON. Raises BadInput when they are not.
+    """
+    items: list[Any] = array.ravel().tolist()
+    if array.dtype.kind not in "OSU":
+        return items
+    try:
+        return [item if isinstance(item, str) else as_bytes(item).decode() for item in items]
+    except UnicodeDecodeError:
+        raise BadInput("a BYTES output is not UTF-8", hint="ask for binary output (binary_data: true)") from None
+
+
+def _depth(text: memoryview) -> int:
+    depth = 0
+    for position in range(min(len(text), 4096)):
+        if text[position] == 0x5B:
+            depth += 1
+            if depth > _MAX_DEPTH:
+                raise BadInput(f"data is nested deeper than {_MAX_DEPTH}", hint="send it flat")
+        elif text[position] not in b" \n\t\r":
+            break
+    return max(depth, 1)
+
+
+def _bytes_array(items: list[Any], depth: int) -> Array:
+    if depth == 1:
+        return object_array([item.encode() for item in items])
+    shape: list[int] = []
+    for _ in range(depth):
+        shape.append(len(items))
+        if len(shape) == depth:
+            break
+        if len({len(item) for item in items}) > 1:
+            raise ValueError("nested lists differ in their length")
+        items = [part for item in items for part in item]
+    flat = object_array([item.encode() for item in items])
+    # `shape` counts flattened lists; turn counts into lengths
+    lengths = [shape[0]] + [after // max(before, 1) for before, after in pairwise(shape)]
+    return flat.reshape(lengths)
+
+
+def _explain(fault: Exception) -> str:
+    text = str(fault)
+    if "inhomogeneous" in text:
+        return "nested lists differ in their length"
+    if isinstance(fault, OverflowError):
+        return "an integer is out of range"
+    return text.replace("$", "data")

@@ -1,0 +1,284 @@
+"""The Open Inference Protocol over HTTP: bodies of JSON with the binary tensor extension, to messages and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from torchship.errors import BadInput
+from torchship.stage import Value
+from torchship.tensors import Array, Free, TensorSpec
+from torchship.wire.classification import classify
+from torchship.wire.json_arrays import decode_json_data, encode_json_data
+from torchship.wire.messages import Request, Response, WantedOutput
+from torchship.wire.raw import Buffer, datatype_of, decode_raw, encode_raw, object_array
+
+
+class Regions(Protocol):
+    """Shared memory that a client has registered: where tensors can lie instead of in the body."""
+
+    def read(self, region: str, *, offset: int, size: int) -> memoryview:
+        """The bytes of an input. Raises BadInput for a region or a range that is not registered."""
+        ...
+
+    def write(self, region: str, data: bytes, *, offset: int, size: int) -> None:
+        """Put the bytes of an output there. Raises BadInput when they do not fit."""
+        ...
+
+
+class Body(NamedTuple):
+    """An encoded answer: `header_length` is the length of its JSON where binary tensors follow, else None."""
+
+    data: bytes
+    header_length: int | None
+
+
+class _Input(msgspec.Struct, gc=False):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: dict[str, Value] | None = None
+
+
+class _Wanted(msgspec.Struct, gc=False):
+    name: str
+    parameters: dict[str, Value] | None = None
+
+
+class _Question(msgspec.Struct, gc=False):
+    inputs: list[_Input]
+    id: str = ""
+    parameters: dict[str, Value] | None = None
+    outputs: list[_Wanted] | None = None
+
+
+class _Output(msgspec.Struct, gc=False, omit_defaults=True):
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, Any] | None = None
+    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Answer(msgspec.Struct, gc=False, omit_defaults=True):
+    model_name: str
+    model_version: str
+    outputs: list[_Output]
+    id: str = ""
+    parameters: dict[str, Any] | None = None
+
+
+_QUESTION = msgspec.json.Decoder(_Question)
+_ANSWER = msgspec.json.Encoder()
+
+
+def decode_request(
+    body: Buffer, *, model: str, version: str = "", header_length: int | None = None, regions: Regions | None = None
+) -> Request:
+    """Read the body of an infer call; arrays of binary tensors are views of `body`.
+
+    `header_length` is the value of `Inference-Header-Content-Length` (None: no such header, the body is all JSON).
+    Raises BadInput naming the fault and its place.
+    """
+    if header_length is None:
+        text, rest = body, memoryview(b"")
+    else:
+        if not 0 < header_length <= len(body):
+            raise BadInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+        view = memoryview(body)
+        text, rest = view[:header_length], view[header_length:]
+    try:
+        question = _QUESTION.decode(text)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
+        raise BadInput(f"request body: {fault}", hint="see the Open Inference Protocol, or GET /docs") from None
+    inputs: dict[str, Array] = {}
+    for item in question.inputs:
+        if item.name in inputs:
+            raise BadInput(f"input {item.name!r} is given twice")
+        if item.data is not msgspec.UNSET and item.parameters is None:
+            inputs[item.name] = decode_json_data(item.data, name=item.name, datatype=item.datatype, shape=item.shape)
+        else:
+            inputs[item.name], rest = _input(item, rest, regions)
+    if rest:
+        raise BadInput(f"{len(rest)} bytes are left after the last binary tensor", hint="check binary_data_size")
+    request = Request(model, inputs, version, question.id)
+    if question.parameters:
+        apply_parameters(request, question.parameters)
+    if question.outputs:
+        request.outputs = tuple(_wanted(item, request.binary) for item in question.outputs)
+    return request
+
+
+def _input(item: _Input, rest: memoryview, regions: Regions | None) -> tuple[Array, memoryview]:
+    """One input that may be JSON, binary or in shared memory; and what is left of the binary data."""
+    parameters = item.parameters or {}
+    size = parameters.get("binary_data_size")
+    region = parameters.get("shared_memory_region")
+    if (item.data is not msgspec.UNSET) + (size is not None) + (region is not None) != 1:
+        raise BadInput(
+            f"input {item.name!r} needs its data exactly once",
+            hint="either data, or binary_data_size, or shared_memory_region",
+        )
+    if item.data is not msgspec.UNSET:
+        return decode_json_data(item.data, name=item.name, datatype=item.datatype, shape=item.shape), rest
+    if region is not None:
+        found = read_region(regions, parameters, name=item.name)
+        return decode_raw(found, name=item.name, datatype=item.datatype, shape=item.shape), rest
+    if type(size) is not int or not 0 <= size <= len(rest):
+        raise BadInput(f"input {item.name!r}: binary_data_size is {size!r}, {len(rest)} bytes of data are left")
+    return decode_raw(rest[:size], name=item.name, datatype=item.datatype, shape=item.shape), rest[size:]
+
+
+def read_region(regions: Regions | None, parameters: Mapping[str, Value], *, name: str) -> bytes:
+    """The bytes of an input in shared memory, copied: the client could change them while the model runs."""
+    region, size, offset = place_of(parameters, name=name)
+    if regions is None:
+        raise BadInput(f"input {name!r}: shared memory is off", hint="the server's configuration can enable it")
+    return bytes(regions.read(region, offset=offset, size=size))
+
+
+def place_of(parameters: Mapping[str, Value], *, name: str) -> tuple[str, int, int]:
+    """Region, size and offset from the parameters of a tensor."""
+    region = parameters.get("shared_memory_region")
+    size = parameters.get("shared_memory_byte_size")
+    offset = parameters.get("shared_memory_offset", 0)
+    if type(region) is not str or type(size) is not int or type(offset) is not int or size < 0 or offset < 0:
+        raise BadInput(f"tensor {name!r}: shared memory needs a region, a byte_size and an offset of 0 or more")
+    return region, size, offset
+
+
+def apply_parameters(request: Request, parameters: Mapping[str, Value]) -> None:
+    """Sort the parameters of a request: those of the protocol into its fields, the rest for the stages."""
+    given = dict(parameters)
+    binary = given.pop("binary_data_output", False)
+    if type(binary) is not bool:
+        raise BadInput(f"parameter binary_data_output is {binary!r}, expected true or false")
+    request.binary = binary
+    if "timeout" in given:
+        request.deadline = _whole(given.pop("timeout"), "timeout", 1 << 53) / 1e6
+    if "priority" in given:
+        request.priority = _whole(given.pop("priority"), "priority", 1 << 31)
+    request.parameters = given
+
+
+def _whole(value: Value, name: str, top: int) -> int:
+    if type(value) is str and value.isascii() and value.isdigit() and len(value) < 20:
+        value = int(value)
+    if type(value) is not int or not 0 <= value <= top:
+        raise BadInput(f"parameter {name} is {value!r}, expected an integer of 0 or more")
+    return value
+
+
+def wanted_output(name: str, parameters: Mapping[str, Value], *, binary: bool) -> WantedOutput:
+    """One output of a request from its parameters. Raises BadInput for a wrong one."""
+    given = dict(parameters)
+    binary_data = given.pop("binary_data", binary)
+    classification = given.pop("classification", 0)
+    if type(binary_data) is not bool:
+        raise BadInput(f"output {name!r}: binary_data is {binary_data!r}, expected true or false")
+    if type(classification) is not int or classification < 0:
+        raise BadInput(f"output {name!r}: classification is {classification!r}, expected a number of classes")
+    if "shared_memory_region" in given:
+        place_of(given, name=name)
+    return WantedOutput(name, binary_data, classification, given)
+
+
+def _wanted(item: _Wanted, binary: bool) -> WantedOutput:
+    return wanted_output(item.name, item.parameters or {}, binary=binary)
+
+
+def decode_plain(body: Buffer, *, model: str, version: str, inputs: Sequence[TensorSpec]) -> Request:
+    """A request whose body is nothing but the bytes of the model's only input, one row (a picture, a raw tensor).
+
+    Raises BadInput when the model has several inputs or the bytes do not fit.
+    """
+    if len(inputs) != 1:
+        raise BadInput(f"a body without JSON needs a model with one input, {model!r} has {len(inputs)}")
+    (spec,) = inputs
+    shape = [axis if isinstance(axis, int) else max(axis.min, 1) for axis in spec.shape]
+    if spec.dtype == "BYTES":
+        if any(length != 1 for length in shape):
+            raise BadInput(f"a body without JSON is one element, input {spec.name!r} is {spec}")
+        return Request(model, {spec.name: object_array([bytes(body)]).reshape(shape)}, version)
+    free = [place for place, axis in enumerate(spec.shape) if isinstance(axis, Free) and place > 0]
+    if len(free) == 1:  # its length follows from the number of bytes
+        shape[free[0]] = 1
+        one = decode_raw(bytes(0), name=spec.name, datatype=spec.dtype, shape=[0]).itemsize
+        for length in shape:
+            one *= length
+        shape[free[0]] = len(body) // one if one else 0
+    return Request(
+        model, {spec.name: decode_raw(body, name=spec.name, datatype=spec.dtype, shape=shape)}, version, binary=True
+    )
+
+
+def encode_response(
+    response: Response,
+    request: Request,
+    *,
+    labels: Mapping[str, Sequence[str]] = {},
+    regions: Regions | None = None,
+) -> Body:
+    """The body of an answer, with the outputs in the order and encoding that the request asks for.
+
+    Raises BadInput when the request names an output that the model does not have.
+    """
+    outputs: list[_Output] = []
+    blobs: list[bytes] = []
+    if request.outputs or request.binary:
+        wishes = request.outputs or [WantedOutput(name, binary=request.binary) for name in response.outputs]
+        for wish in wishes:
+            outputs.append(_output(wish, response, blobs, labels, regions))
+    else:
+        for name, array in response.outputs.items():
+            data = encode_json_data(array)
+            outputs.append(_Output(name, datatype_of(array), list(array.shape), None, data))
+    answer = _Answer(response.model, response.version, outputs, response.id, response.parameters or None)
+    text = _ANSWER.encode(answer)
+    if not blobs and not any(wish.binary for wish in request.outputs):
+        return Body(text, None)
+    return Body(b"".join([text, *blobs]), len(text))
+
+
+def _output(
+    wish: WantedOutput,
+    response: Response,
+    blobs: list[bytes],
+    labels: Mapping[str, Sequence[str]],
+    regions: Regions | None,
+) -> _Output:
+    array = chosen_output(wish, response, labels)
+    output = _Output(wish.name, datatype_of(array), list(array.shape))
+    if "shared_memory_region" in wish.parameters:
+        output.parameters = write_region(regions, wish, encode_raw(array))
+    elif wish.binary:
+        blobs.append(encode_raw(array))
+        output.parameters = {"binary_data_size": len(blobs[-1])}
+    else:
+        output.data = encode_json_data(array)
+    return output
+
+
+def chosen_output(wish: WantedOutput, response: Response, labels: Mapping[str, Sequence[str]] = {}) -> Array:
+    """The array that answers one wish, turned into classes where asked for."""
+    try:
+        array = response.outputs[wish.name]
+    except KeyError:
+        hint = f"the outputs are {', '.join(response.outputs)}"
+        raise BadInput(f"model {response.model!r} has no output {wish.name!r}", hint=hint) from None
+    return classify(array, top=wish.classification, labels=labels.get(wish.name, ())) if wish.classification else array
+
+
+def write_region(regions: Regions | None, wish: WantedOutput, data: bytes) -> dict[str, Any]:
+    """Put an output into the client's shared memory; the parameters that tell it where."""
+    region, size, offset = place_of(wish.parameters, name=wish.name)
+    if regions is None:
+        raise BadInput(f"output {wish.name!r}: shared memory is off", hint="the server's configuration can enable it")
+    regions.write(region, data, offset=offset, size=size)
+    place: dict[str, Any] = {"shared_memory_region": region, "shared_memory_byte_size": len(data)}
+    if offset:
+        place["shared_memory_offset"] = offset
+    return place

@@ -1,0 +1,96 @@
+"""Raw tensors: little-endian row-major bytes, and length-prefixed BYTES, to arrays and back."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from torchship.errors import BadInput
+from torchship.tensors import Array, dtype_name, numpy_dtype
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+_LENGTH = struct.Struct("<I")
+
+
+def decode_raw(data: Buffer, *, name: str, datatype: str, shape: Sequence[int]) -> Array:
+    """An array of `shape` over the bytes of `data`, without a copy (except BYTES, whose items are copied).
+
+    Raises BadInput when the number of bytes does not fit `shape`.
+    """
+    count = element_count(shape, name=name)
+    if datatype == "BYTES":
+        return _decode_bytes(data, name=name, count=count).reshape(shape)
+    dtype = numpy_dtype(datatype)
+    if len(data) != count * dtype.itemsize:
+        raise BadInput(
+            f"tensor {name!r} has {len(data)} bytes of data, expected {count * dtype.itemsize}",
+            hint=f"{datatype} of shape {list(shape)} takes {dtype.itemsize} bytes an element",
+        )
+    if datatype == "BOOL":
+        return np.frombuffer(data, np.uint8).astype(np.bool_).reshape(shape)  # a byte of 2 is no valid bool
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def encode_raw(array: Array) -> bytes:
+    """The bytes of an array as they go on the wire."""
+    if array.dtype.kind not in "OSU":
+        return array.tobytes()
+    items = [as_bytes(item) for item in array.ravel().tolist()]
+    return b"".join(part for item in items for part in (_LENGTH.pack(len(item)), item))
+
+
+def as_bytes(item: object) -> bytes:
+    """One element of a BYTES tensor. Raises BadInput for what is neither bytes nor text."""
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str):
+        return item.encode()
+    if isinstance(item, bytearray | memoryview):
+        return bytes(item)
+    raise BadInput(f"a BYTES element is {type(item).__name__}", hint="use bytes or str")
+
+
+def element_count(shape: Sequence[int], *, name: str) -> int:
+    """The product of a shape from the wire. Raises BadInput for a negative or absurd length."""
+    for axis in shape:
+        if axis < 0 or axis > 1 << 40:
+            raise BadInput(f"tensor {name!r} has shape {list(shape)}", hint="lengths are 0 or more in a request")
+    if len(shape) > 32:
+        raise BadInput(f"tensor {name!r} has {len(shape)} axes", hint="at most 32 axes")
+    return math.prod(shape)
+
+
+def object_array(items: Sequence[bytes]) -> Array:
+    """A one-dimensional BYTES tensor."""
+    array = np.empty(len(items), np.object_)
+    array[:] = items
+    return array
+
+
+def _decode_bytes(data: Buffer, *, name: str, count: int) -> Array:
+    if count * 4 > len(data):  # each element has at least its length: refuse before anything is allocated
+        raise BadInput(f"tensor {name!r} has {len(data)} bytes of data, too few for {count} BYTES elements")
+    items: list[bytes] = []
+    place, size = 0, len(data)
+    view = memoryview(data)
+    for _ in range(count):
+        if place + 4 > size:
+            raise BadInput(f"tensor {name!r} ends after {len(items)} of {count} BYTES elements")
+        (length,) = _LENGTH.unpack_from(view, place)
+        place += 4
+        if length > size - place:
+            raise BadInput(f"tensor {name!r}: element {len(items)} says {length} bytes, {size - place} are left")
+        items.append(bytes(view[place : place + length]))
+        place += length
+    if place != size:
+        raise BadInput(f"tensor {name!r} has {size - place} bytes after its {count} BYTES elements")
+    return object_array(items)
+
+
+def datatype_of(array: Array) -> str:
+    """The wire datatype of an answer's array (object arrays are BYTES)."""
+    return "BYTES" if array.dtype.kind == "O" else dtype_name(array.dtype)
