@@ -58,6 +58,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """The wire name of a numpy dtype (`str` and `bytes` arrays are BYTES). Raises BadInput for others."""
+    known = _NAMES.get(dtype)  # first: asking numpy for kind and name costs microseconds
+    if known is not None:
+        return known
     if dtype.kind in "SU":
         return "BYTES"
     if dtype.name == "bfloat16":
@@ -188,6 +191,14 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __str__(self) -> str:
         return " -> ".join(", ".join(map(str, side)) for side in (self.inputs, self.outputs))
+
+    @property
+    def max_rows(self) -> int:
+        """How many rows a call may hold: 1 where not batched; the first axis's length or maximum; else 64."""
+        first = [spec.shape[0] for spec in self.inputs if spec.shape]
+        if not self.batched or not first:
+            return 1
+        return min(axis if isinstance(axis, int) else axis.max or 64 for axis in first)
 
     def check(self, tensors: Tensors, *, nan: NanPolicy = "allow") -> int:
         """Raise BadInput naming the fault, or return the number of rows (1 where the signature is not batched)."""

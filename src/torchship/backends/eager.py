@@ -1,0 +1,95 @@
+"""Plain torch, not compiled: the reference that every other backend is measured against."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchship.errors import BuildFailed, CorruptArtifact, NotFound
+from torchship.hardware import Hardware
+from torchship.lowering import program
+from torchship.lowering.needs import missing
+from torchship.lowering.safety import refuse_code_in_script
+from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.model import Model
+from torchship.recipe import Options, Recipe
+from torchship.stage import Stage
+from torchship.tensors import Signature
+
+if TYPE_CHECKING:
+    import torch
+
+KIND = "data"
+PACKAGES = ("torch",)
+SCRIPT = "script.ts"
+
+
+def probe(*, hardware: Hardware) -> str:
+    """Why it cannot run here, with the mend; empty when it can."""
+    return missing("torch", pip="torchship[optimize]")
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
+    """The reference itself."""
+    return [Recipe("eager")]
+
+
+def build(model: Model, *, options: Options, out: Path) -> None:
+    """Save the exported program; a module that `torch.export` cannot take is saved as TorchScript.
+
+    Raises BuildFailed with both reasons.
+    """
+    try:
+        program.save(program.export(model), out)
+    except BuildFailed as refusal:
+        (out / program.PROGRAM).unlink(missing_ok=True)
+        try:
+            scripted(model).save(str(out / SCRIPT))
+        except Exception as fault:
+            raise BuildFailed(
+                f"{refusal}; torch.jit.script: {program.one_line(fault, limit=200)}", hint=refusal.hint
+            ) from refusal
+
+
+def scripted(model: Model) -> torch.jit.ScriptModule:
+    """The user's module scripted with its control flow, inside the traced flat module of the model."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; it is what is left for such modules
+        flat = model.module.eval()
+        inner = getattr(flat, "inner", None)
+        if inner is None:
+            return torch.jit.script(flat)
+        shell = copy.copy(flat)
+        shell._modules = dict(flat._modules) | {"inner": torch.jit.script(inner)}
+        return torch.jit.trace(shell, model.torch_inputs(model.examples[0]), check_trace=False)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
+    """Load the program as plain data. Raises UnsafeArtifact, CorruptArtifact, NotFound or Unavailable."""
+    prepare(device=device, threads=threads)
+    if (path / program.PROGRAM).exists():
+        module = program.load(path)
+    elif (path / SCRIPT).exists():
+        module = _load_script(path / SCRIPT)
+    else:
+        raise NotFound(f"{path} holds neither {program.PROGRAM} nor {SCRIPT}")
+    return TorchStage(module.to(device), signature=signature, device=device)
+
+
+def _load_script(path: Path) -> torch.nn.Module:
+    import warnings
+
+    import torch
+
+    refuse_code_in_script(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-any-return,no-untyped-call]
+        except RuntimeError as fault:
+            raise CorruptArtifact(f"{path.name} cannot be loaded: {program.one_line(fault)}") from fault

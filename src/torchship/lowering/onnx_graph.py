@@ -1,0 +1,129 @@
+"""A Model as an ONNX file, with the path of the module that each node came from."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torchship.errors import BuildFailed
+from torchship.lowering.needs import missing
+from torchship.lowering.program import one_line
+from torchship.model import Model
+from torchship.tensors import Free
+
+OPSET = 18
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_KEPT = (_SCOPES, "namespace")
+_PROTOBUF_LIMIT = 1_900_000_000
+
+
+def write(model: Model, path: Path) -> None:
+    """Export to `path` with the signature's names and free axes (opset 18).
+
+    The exporter that builds on `torch.export` goes first, the one that traces goes second.
+    Raises BuildFailed with both reasons.
+    """
+    absent = missing("torch onnx onnxscript", pip="torchship[optimize]")
+    if absent:
+        raise BuildFailed(f"no ONNX export: {absent}")
+    try:
+        _write_exported(model, path)
+    except Exception as first:
+        try:
+            _write_traced(model, path)
+        except Exception as second:
+            raise BuildFailed(
+                f"no ONNX export: {one_line(first)}; traced: {one_line(second, limit=200)}",
+                hint="torchship doctor says where and why",
+            ) from first
+    _forget_sources(path)
+
+
+def _write_exported(model: Model, path: Path) -> None:
+    import torch
+
+    with _quiet():
+        torch.onnx.export(
+            model.module.eval(),
+            model.torch_inputs(model.examples[0]),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=model.dynamic_shapes(),
+            input_names=[spec.name for spec in model.signature.inputs],
+            output_names=[spec.name for spec in model.signature.outputs],
+            external_data=_size(model) > _PROTOBUF_LIMIT,
+            opset_version=OPSET,
+            verbose=False,
+        )
+
+
+def _write_traced(model: Model, path: Path) -> None:
+    import torch
+
+    specs = (*model.signature.inputs, *model.signature.outputs)
+    with _quiet():
+        torch.onnx.export(
+            model.module.eval(),
+            model.torch_inputs(model.examples[0]),
+            str(path),
+            dynamo=False,
+            dynamic_axes={spec.name: [i for i, a in enumerate(spec.shape) if isinstance(a, Free)] for spec in specs},
+            input_names=[spec.name for spec in model.signature.inputs],
+            output_names=[spec.name for spec in model.signature.outputs],
+            opset_version=OPSET,
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters print progress and warn about themselves; neither helps the user."""
+    import torch
+
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _size(model: Model) -> int:
+    tensors = (*model.module.parameters(), *model.module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _forget_sources(path: Path) -> None:
+    """Drop stack traces with the builder's own file names; keep the module paths."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False)
+    for node in graph.graph.node:
+        kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key in _KEPT]
+        del node.metadata_props[:]
+        for key, value in kept:
+            node.metadata_props.add(key=key, value=value)
+    onnx.save(graph, str(path))
+
+
+def module_paths(graph: Any) -> dict[str, str]:
+    """Node name to the path of the module it came from (`inner.layer1.0.conv1`), for nodes where it is known."""
+    found = {}
+    for node in graph.graph.node:
+        for entry in node.metadata_props:
+            if entry.key == _SCOPES:
+                scopes = ast.literal_eval(entry.value)
+                found[node.name] = scopes[-2] if len(scopes) > 1 else ""
+    return found

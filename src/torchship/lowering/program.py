@@ -1,0 +1,66 @@
+"""A Model as an exported program (`torch.export`): made, saved, and loaded again without running its file's code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchship.errors import BuildFailed, CorruptArtifact
+from torchship.lowering.safety import refuse_code_in_program
+from torchship.model import Model
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+PROGRAM = "program.pt2"
+
+
+def one_line(fault: BaseException, *, limit: int = 400) -> str:
+    """Type and message of an exception on one line of at most `limit` characters."""
+    text = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def export(model: Model, *, module: torch.nn.Module | None = None) -> ExportedProgram:
+    """`torch.export` with a Dim for every free axis; `module` stands in for the model's own where it is given.
+
+    The example must have two rows or more: torch specialises on one. Raises BuildFailed with torch's reason.
+    """
+    import torch
+
+    inputs = model.torch_inputs(model.examples[0])
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                (module or model.module).eval(), inputs, dynamic_shapes=model.dynamic_shapes(), strict=False
+            )
+    except Exception as fault:
+        raise BuildFailed(
+            f"torch.export cannot capture this model: {one_line(fault)}", hint="torchship doctor says where and why"
+        ) from fault
+
+
+def save(program: ExportedProgram, out: Path) -> None:
+    """Write `program` into the folder `out`. Raises BuildFailed when torch cannot write it as plain data."""
+    import torch
+
+    try:
+        torch.export.save(program, out / PROGRAM)
+        refuse_code_in_program(out / PROGRAM)
+    except Exception as fault:
+        raise BuildFailed(f"the exported program cannot be saved as plain data: {one_line(fault)}") from fault
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The module of the program in `folder`, on the CPU. Raises CorruptArtifact or UnsafeArtifact."""
+    import torch
+
+    refuse_code_in_program(folder / PROGRAM)
+    try:
+        return torch.export.load(folder / PROGRAM).module(check_guards=False)
+    except Exception as fault:
+        raise CorruptArtifact(
+            f"{PROGRAM} cannot be loaded by torch {torch.__version__}: {one_line(fault)}",
+            hint="open it with the torch version that the manifest names",
+        ) from fault

@@ -1,0 +1,86 @@
+"""A torch callable as a Stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from torchship.errors import Unavailable
+from torchship.model import to_numpy, to_torch
+from torchship.stage import Parameter, Parameters
+from torchship.tensors import Free, Signature, Tensors, numpy_dtype
+
+
+class TorchStage:
+    """Runs `body(*inputs) -> tuple of tensors`, both in the order of the signature, on one device."""
+
+    def __init__(
+        self, body: Callable[..., Any], *, signature: Signature, device: str = "cpu", check: bool = False
+    ) -> None:
+        self.signature = signature
+        self.max_batch = signature.max_rows
+        self.parameters: tuple[Parameter, ...] = ()
+        self._body: Callable[..., Any] | None = body
+        self._device = device
+        self._check = check
+
+    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
+        """Run on the host's arrays; answers are arrays of the host."""
+        import torch
+
+        if self._body is None:
+            raise Unavailable("the stage is closed")
+        if self._check:
+            self.signature.check(tensors)
+        inputs = [to_torch(tensors[spec.name]) for spec in self.signature.inputs]
+        if self._device != "cpu":
+            inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
+        with torch.inference_mode():
+            answers = self._body(*inputs)
+        if isinstance(answers, torch.Tensor):
+            answers = (answers,)
+        specs = self.signature.outputs
+        return {
+            spec.name: np.asarray(to_numpy(answer)).astype(numpy_dtype(spec.dtype), copy=False)
+            for spec, answer in zip(specs, answers, strict=True)
+        }
+
+    def close(self) -> None:
+        """Forget the model, and give the device's memory back."""
+        if self._body is None:
+            return
+        self._body = None
+        if self._device != "cpu":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def prepare(*, device: str, threads: int) -> None:
+    """Set the threads of torch (0: every core of this process) and make sure that `device` is there.
+
+    Raises Unavailable.
+    """
+    import torch
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise Unavailable(f"torch sees no device {device!r}", hint="check nvidia-smi and that torch is a CUDA build")
+
+
+def blank(signature: Signature, *, rows: int) -> Tensors:
+    """Zeros that fit the signature, for warming up: `rows` rows, other free axes at twice their minimum or so."""
+
+    def length(position: int, axis: int | Free) -> int:
+        if isinstance(axis, int):
+            return axis
+        wanted = rows if position == 0 and signature.batched else max(axis.min * 2, 8)
+        return max(axis.min, min(wanted, axis.max or wanted))
+
+    return {
+        spec.name: np.zeros([length(i, axis) for i, axis in enumerate(spec.shape)], numpy_dtype(spec.dtype))
+        for spec in signature.inputs
+    }
