@@ -1,0 +1,1 @@
+"""Speed and accuracy claims, one command each: `python -m benchmarks.NAME`."""
