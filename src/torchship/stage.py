@@ -96,7 +96,8 @@ def stage(text: str, *, batched: bool = False, max_batch: int = 0) -> Callable[[
     return declared
 
 
-def _declared_parameters(body: Callable[..., Any]) -> tuple[Parameter, ...]:
+def declared_parameters(body: Callable[..., Any]) -> tuple[Parameter, ...]:
+    """The values that a request may set: the keyword-only parameters of a function. Raises BadConfig."""
     found = []
     for name, parameter in inspect.signature(body, eval_str=True).parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -121,7 +122,7 @@ class FunctionStage:
         self.signature, self.max_batch = declared
         self._body = self._make(body, options)
         call = vars(body)["__call__"] if inspect.isclass(body) else body
-        self.parameters = _declared_parameters(call)
+        self.parameters = declared_parameters(call)
         self.streams = inspect.isgeneratorfunction(call)
 
     @staticmethod

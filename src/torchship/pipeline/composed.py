@@ -1,0 +1,125 @@
+"""Composed: a whole pipeline as one Stage in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torchship.artifact import Store
+from torchship.errors import BadInput, StageFailed, TorchshipError
+from torchship.pipeline import rows
+from torchship.pipeline.config import StageConfig
+from torchship.pipeline.describe import blame
+from torchship.pipeline.opening import open_stage
+from torchship.pipeline.planning import Node, Plan
+from torchship.stage import Parameters, Stage, select
+from torchship.tensors import Array, Tensors
+
+
+class Composed:
+    """Runs every node of a plan in order. The Line gives the same answers with processes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store | None = None,
+        *,
+        opening: Callable[[StageConfig, Store | None], Stage] = open_stage,
+    ) -> None:
+        """Open all stages; when one fails, those already open are closed. Raises what `open_stage` raises."""
+        self.plan = plan
+        self.signature = plan.signature
+        self.max_batch = plan.max_batch
+        self.parameters = plan.parameters
+        self._stages: list[Stage] = []
+        try:
+            for node in plan.nodes:
+                self._stages.append(opening(node.config, store))
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
+        """The outputs for one job. Raises BadInput, StageFailed naming the stage."""
+        slots = self._start(tensors)
+        for node, stage in zip(self.plan.nodes, self._stages, strict=True):
+            self._settle(node, run_node(node, stage, slots, parameters), slots)
+        return self._answer(slots)
+
+    def stream(self, tensors: Tensors, parameters: Parameters = {}) -> Iterator[Tensors]:
+        """All answers of a pipeline whose last stage streams; the one answer of any other."""
+        if not self.plan.streams:
+            yield self(tensors, parameters)
+            return
+        slots = self._start(tensors)
+        for node, stage in zip(self.plan.nodes[:-1], self._stages, strict=False):
+            self._settle(node, run_node(node, stage, slots, parameters), slots)
+        last = self.plan.nodes[-1]
+        for outputs in stream_node(last, self._stages[-1], slots, parameters):
+            yield self._answer(slots | dict(zip(last.gives, _ordered(last, outputs), strict=True)))
+
+    def close(self) -> None:
+        """Close all stages, the last first."""
+        while self._stages:
+            self._stages.pop().close()
+
+    def _start(self, tensors: Tensors) -> dict[str, Array]:
+        specs = self.plan.signature.inputs
+        return {key: tensors[spec.name] for key, spec in zip(self.plan.inputs, specs, strict=True)}
+
+    def _settle(self, node: Node, outputs: Tensors, slots: dict[str, Array]) -> None:
+        slots.update(zip(node.gives, _ordered(node, outputs), strict=True))
+        for key in slots.keys() - set(node.keeps):
+            del slots[key]
+
+    def _answer(self, slots: dict[str, Array]) -> Tensors:
+        specs = self.plan.signature.outputs
+        return {spec.name: slots[key] for key, spec in zip(self.plan.outputs, specs, strict=True)}
+
+
+def _ordered(node: Node, outputs: Tensors) -> Sequence[Array]:
+    return [outputs[spec.name] for spec in node.signature.outputs]
+
+
+def take(node: Node, slots: dict[str, Array]) -> dict[str, Array]:
+    """The tensors that `node` takes out of a job's slots, under its own names; checked where the plan could not.
+
+    Raises BadInput naming the stage and the tensor.
+    """
+    taken = {spec.name: slots[key] for spec, key in zip(node.signature.inputs, node.takes, strict=True)}
+    if not node.checked:
+        none_left = node.signature.batched and all(array.shape[:1] == (0,) for array in taken.values())
+        try:
+            if not none_left:
+                node.signature.check(taken)
+        except BadInput as fault:
+            raise blame(fault, where=f"stage {node.name!r}") from None
+    return taken
+
+
+def run_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Parameters) -> Tensors:
+    """Run one node for one job, with the request's parameters that it names. Raises BadInput, StageFailed."""
+    taken = take(node, slots)
+    values = select(node.parameters, parameters, node.defaults)
+    try:
+        return rows.check_outputs(node.signature, rows.run(stage, taken, values, max_batch=node.max_batch))
+    except TorchshipError as fault:
+        raise blame(fault, where=f"stage {node.name!r}") from fault
+    except Exception as fault:
+        raise _failed(node, fault) from fault
+
+
+def stream_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Parameters) -> Iterator[Tensors]:
+    """The same for a node that streams."""
+    taken = take(node, slots)
+    values = select(node.parameters, parameters, node.defaults)
+    try:
+        for outputs in stage.stream(taken, values):  # type: ignore[attr-defined]
+            yield rows.check_outputs(node.signature, outputs)
+    except TorchshipError as fault:
+        raise blame(fault, where=f"stage {node.name!r}") from fault
+    except Exception as fault:
+        raise _failed(node, fault) from fault
+
+
+def _failed(node: Node, fault: Exception) -> StageFailed:
+    return StageFailed(f"stage {node.name!r} raised {type(fault).__name__}: {' '.join(str(fault).split())[:500]}")

@@ -1,0 +1,78 @@
+"""What a pipeline is as plain data: its stages from top to bottom, as TOML and Python both write them."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from torchship.errors import BadConfig, NotFound
+from torchship.stage import Value
+
+
+class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One stage: exactly one of `run`, `artifact` and `remote` says what it is.
+
+    `inputs` maps the stage's own input names to tensors of the pipeline (`pixels`, or `decode.pixels` for those of
+    one stage), `outputs` its own output names to the names under which later stages find them. `parameters` are this
+    pipeline's defaults for values that a request may set.
+    """
+
+    run: str = ""
+    artifact: str = ""
+    remote: str | tuple[str, ...] = ""
+    name: str = ""
+    options: dict[str, Any] = {}
+    parameters: dict[str, Value] = {}
+    inputs: dict[str, str] = {}
+    outputs: dict[str, str] = {}
+    signature: str = ""
+    copies: int = 1
+    device: str = "cpu"
+    threads: int = 0
+    max_batch: int = 0
+    trust: bool = False
+
+
+class PipelineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Stages from top to bottom. `inputs` (as `image:BYTES[1]`) are by default those of the first stage, `outputs`
+    (names of tensors) those of the last; `parameters` are defaults for every stage that names them."""
+
+    name: str
+    stages: tuple[StageConfig, ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    parameters: dict[str, Value] = {}
+
+
+def convert(data: object, *, where: str = "$") -> PipelineConfig:
+    """Plain data as a PipelineConfig. Raises BadConfig whose message starts with the path of the fault."""
+    try:
+        return msgspec.convert(data, PipelineConfig)
+    except msgspec.ValidationError as fault:
+        message, _, path = str(fault).partition(" - at `$")
+        raise BadConfig(f"{where}{path.rstrip('`')}: {message}", hint="see docs/pipelines.md") from None
+
+
+def read(path: Path | str) -> PipelineConfig:
+    """A pipeline from a TOML file: its tables at the top level, or the only `[[model]]` with stages of a server's file.
+
+    Raises NotFound, BadConfig.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise BadConfig(f"{path}: not TOML: {fault}") from None
+    if "stages" in data:
+        return convert({"name": Path(path).stem, **data})
+    models = data.get("model", [])
+    found = [(i, model) for i, model in enumerate(models) if isinstance(model, dict) and "stages" in model]
+    if len(found) != 1:
+        raise BadConfig(f"{path}: holds {len(found)} pipelines, expected one", hint="write `stages = [...]`")
+    index, model = found[0]
+    known = {name: model[name] for name in PipelineConfig.__struct_fields__ if name in model}
+    return convert(known, where=f"$.model[{index}]")

@@ -1,0 +1,118 @@
+"""What a stage takes, gives and lets a request set, found without opening it: no weights are read, nothing is made."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import msgspec
+
+from torchship import process
+from torchship.artifact import Store, open_artifact
+from torchship.errors import BadConfig, TorchshipError
+from torchship.pipeline.config import StageConfig
+from torchship.stage import Parameter, declared_parameters
+from torchship.tensors import Signature
+
+
+class Description(msgspec.Struct, frozen=True):
+    """A stage before it is opened. `takes_labels`: its option `labels` is filled from the artifact before it."""
+
+    signature: Signature
+    max_batch: int
+    parameters: tuple[Parameter, ...] = ()
+    streams: bool = False
+    labels: tuple[str, ...] = ()
+    takes_labels: bool = False
+
+
+def describe(config: StageConfig, store: Store) -> Description:
+    """Describe a stage in this process: a Python stage's module is imported, an artifact's manifest is read.
+
+    Raises BadConfig, NotFound, ArtifactError, Unavailable.
+    """
+    kinds = [kind for kind in ("run", "artifact", "remote") if getattr(config, kind)]
+    if len(kinds) != 1:
+        said = f"has {' and '.join(kinds)}" if kinds else "says nothing to run"
+        raise BadConfig(f"the stage {said}", hint="give exactly one of run, artifact, remote")
+    if config.run:
+        return _of_python(config)
+    if config.artifact:
+        return _of_artifact(config, store)
+    return _of_remote(config)
+
+
+def load_body(target: str) -> Any:
+    """The function or class that `module:name` means. Raises BadConfig saying what is missing."""
+    if ":" not in target:
+        raise BadConfig(f"{target!r} is not module:name", hint='as in run = "torchship.stages.images:Decode"')
+    try:
+        return process.resolve(target)
+    except ModuleNotFoundError as fault:
+        raise BadConfig(f"{target!r}: no module named {fault.name!r}", hint="is it on PYTHONPATH?") from None
+    except AttributeError as fault:
+        raise BadConfig(f"{target!r}: {fault}") from None
+
+
+def _of_python(config: StageConfig) -> Description:
+    body = load_body(config.run)
+    declared = getattr(body, "torchship_stage", None)
+    if declared is None:
+        raise BadConfig(f"{config.run!r} declares no signature", hint='put @stage("inputs -> outputs") on it')
+    signature, max_batch = declared
+    call = vars(body)["__call__"] if inspect.isclass(body) else body
+    takes_labels = False
+    if inspect.isclass(body):
+        known = inspect.signature(body)
+        takes_labels = "labels" in known.parameters
+        try:
+            known.bind(**config.options)
+        except TypeError as fault:
+            raise BadConfig(f"options of {config.run}: {fault}", hint=f"it takes {known}") from None
+    elif config.options:
+        raise BadConfig(f"{config.run} takes no options: {sorted(config.options)}", hint="set parameters instead")
+    return Description(
+        signature,
+        config.max_batch or max_batch,
+        declared_parameters(call),
+        streams=inspect.isgeneratorfunction(call),
+        takes_labels=takes_labels,
+    )
+
+
+def _of_artifact(config: StageConfig, store: Store) -> Description:
+    manifest = open_artifact(store.resolve(config.artifact), verify=False).manifest
+    return Description(manifest.signature, config.max_batch or manifest.max_batch, labels=manifest.labels)
+
+
+def _of_remote(config: StageConfig) -> Description:
+    if not config.signature:
+        raise BadConfig("a remote stage needs a signature", hint='signature = "x:FP32[-1,4] -> y:FP32[-1,2]"')
+    return Description(Signature.parse(config.signature), config.max_batch or 64)
+
+
+class _Question(msgspec.Struct):
+    config: StageConfig
+    root: str
+
+
+def describe_apart(config: StageConfig, store: Store) -> Description:
+    """The same in a child process, so that a stage's imports (torch, a model library) never burden this one."""
+    if not config.run:
+        return describe(config, store)
+    question = msgspec.to_builtins(_Question(config, str(store.root)))
+    outcome = process.run("torchship.pipeline.describe:answer", argument=question, timeout=120.0)
+    if outcome.fault:
+        raise BadConfig(outcome.fault)
+    return msgspec.convert(outcome.value, Description)
+
+
+def answer(question: object) -> object:
+    """The child's side of `describe_apart`."""
+    asked = msgspec.convert(question, _Question)
+    return msgspec.to_builtins(describe(asked.config, Store(asked.root)))
+
+
+def blame(fault: TorchshipError, *, where: str) -> TorchshipError:
+    """The same error with the path of the stage in front."""
+    return type(fault)(f"{where}: {fault}", hint=fault.hint)

@@ -1,0 +1,84 @@
+"""Composed runs the plan: carried tensors, chunks, no rows, parameters, faults that name their stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.pipeline.test_plan import DOUBLE, PARSE, SCORE, made
+from torchship.errors import BadInput, StageFailed
+from torchship.pipeline import Composed
+from torchship.pipeline.config import StageConfig
+from torchship.pipeline.opening import open_stage
+from torchship.stage import Stage
+
+
+def text(content: str) -> dict[str, Any]:
+    """A request."""
+    return {"text": np.array([content.encode()], object)}
+
+
+def test_one_job_from_end_to_end() -> None:
+    composed = Composed(made(PARSE, DOUBLE, SCORE))
+    answer = composed(text("1,2,3,4,5"))  # five rows through a stage that takes two
+    assert answer["rows"].tolist() == [5]
+    assert answer["score"].tolist() == [2 * (1 + 1 + 2 + 4 + 3 + 9) + 9]
+    assert composed(text("1,2,3,4,5"), {"weight": 0, "top": 1})["score"].tolist() == [4]
+    composed.close()
+    composed.close()
+
+
+def test_no_rows_pass_by_the_model() -> None:
+    answer = Composed(made(PARSE, DOUBLE, SCORE))(text(",,"))
+    assert answer["rows"].tolist() == [0]
+    assert answer["score"].tolist() == [2]
+
+
+def test_a_classes_options_and_bytes() -> None:
+    composed = Composed(made(PARSE, DOUBLE, {"run": "Name", "options": {"prefix": "is "}}))
+    assert composed(text("1,.5"))["name"].tolist() == [b"is a", b"is a"]
+    assert composed(text("3"))["name"].tolist() == [b"is b"]
+
+
+def test_streams_answer_after_answer() -> None:
+    composed = Composed(made(PARSE, DOUBLE, {"run": "one_by_one"}))
+    answers = list(composed.stream(text("1,2,3,4"), {"most": 2}))
+    assert [answer["turn"].tolist() for answer in answers] == [[0], [1]]
+    assert len(list(Composed(made(PARSE, DOUBLE)).stream(text("1")))) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("loses_rows", "stage 'loses_rows': output 'y' has shape [1, 2] for 2 rows"),
+        ("wrong_dtype", "stage 'wrong_dtype': gave 'y' as FP64[2, 2]"),
+        ("raises", "stage 'raises' raised ZeroDivisionError: the user's own mistake"),
+    ],
+)
+def test_faults_name_their_stage(body: str, words: str) -> None:
+    composed = Composed(made(PARSE, {"run": body}))
+    with pytest.raises(StageFailed) as caught:
+        composed(text("1,2"))
+    assert words in str(caught.value)
+
+
+def test_a_parameter_out_of_bounds_is_bad_input() -> None:
+    with pytest.raises(BadInput, match="'weight' is 11"):
+        Composed(made(PARSE, DOUBLE, SCORE))(text("1"), {"weight": 11})
+
+
+def test_what_was_opened_is_closed_when_a_later_stage_fails_to_open() -> None:
+    closed: list[str] = []
+
+    def opening(config: StageConfig, store: object) -> Stage:
+        if config.run.endswith("score"):
+            raise StageFailed("no")
+        stage = open_stage(config)
+        stage.close = lambda: closed.append(config.run)  # type: ignore[method-assign]
+        return stage
+
+    with pytest.raises(StageFailed):
+        Composed(made(PARSE, DOUBLE, SCORE), opening=opening)
+    assert [run.split(":")[1] for run in closed] == ["double", "parse"]
