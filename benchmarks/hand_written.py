@@ -115,7 +115,8 @@ def torchscript_frozen(work: Work) -> Runner:
 
     example = torch.from_numpy(subjects.batch(work.name, 1, seed=1))
     with torch.inference_mode():
-        return _torch_runner(torch.jit.freeze(torch.jit.trace(work.module(), example))  # type: ignore[no-untyped-call])
+        traced = torch.jit.trace(work.module(), example)  # type: ignore[no-untyped-call]
+        return _torch_runner(torch.jit.freeze(traced))
 
 
 def compile_frozen(work: Work) -> Runner:
