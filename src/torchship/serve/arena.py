@@ -1,0 +1,236 @@
+"""The arena: anonymous shared memory between the host and one worker, handed over by file descriptor.
+
+It has `depth` slots; a slot has an input half, written by the host only, and an output half, written by the worker
+only, so that a batch in flight owns one slot. The rows of a batch lie in it as one contiguous slice per tensor.
+What does not fit into a slot travels in a `Region` of its own that goes with the message.
+
+Nothing has a name: nothing can clash, be found by others or be left behind in /dev/shm. The file is sealed against
+resizing and its pages are reserved when it is made, so that a full memory is an error here and not a bus error later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from torchship.errors import StageFailed, Unavailable
+from torchship.tensors import Array, TensorSpec, numpy_dtype
+
+ALIGN = 64
+_PAGE = mmap.PAGESIZE
+_HEADROOM = 64 * 2**20
+_LENGTH = struct.Struct("<I")
+
+
+class Block(msgspec.Struct, array_like=True, frozen=True):
+    """One tensor in shared memory: its shape, where it begins and how many bytes it takes."""
+
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class Region:
+    """One piece of anonymous shared memory, mapped here and handed to another process by its descriptor."""
+
+    def __init__(self, fd: int, *, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self.map = mmap.mmap(fd, size)
+        self.memory = memoryview(self.map)
+
+    @classmethod
+    def make(cls, size: int) -> Region:
+        """Reserve `size` bytes. Raises Unavailable when this machine or container has not that much memory left."""
+        size = max(_PAGE, -(-size // _PAGE) * _PAGE)
+        free = free_memory()
+        if size + _HEADROOM > free:
+            raise Unavailable(
+                f"{size / 2**20:.0f} MiB of shared memory are needed, {free / 2**20:.0f} MiB are free",
+                hint="lower max_batch, copies or the queue, or give the container more memory",
+            )
+        fd = os.memfd_create("torchship-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(fd, 0, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, size=size)
+        except OSError as fault:
+            os.close(fd)
+            raise Unavailable(f"cannot reserve {size} bytes of shared memory: {fault.strerror}") from None
+
+    @classmethod
+    def take(cls, fd: int) -> Region:
+        """Map what another process made; the descriptor becomes ours. Raises StageFailed when it is not sealed."""
+        try:
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise OSError("it is not sealed")  # a file that can shrink under us would kill us by a bus error
+            return cls(fd, size=os.fstat(fd).st_size)
+        except OSError as fault:
+            os.close(fd)
+            raise StageFailed(f"a worker handed over memory that cannot be used: {fault}") from None
+
+    def close(self) -> None:
+        """Give the memory back; may be called twice. Views that still live keep their pages until they die."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        self.memory.release()
+        try:
+            self.map.close()
+        except BufferError:
+            pass  # the last view unmaps it
+
+
+class Arena:
+    """`depth` slots of an input and an output half each, in one Region; the owner hands out the slots."""
+
+    def __init__(self, region: Region, *, depth: int, input_size: int, output_size: int) -> None:
+        self.region = region
+        self.depth = depth
+        self.input_size = input_size
+        self.output_size = output_size
+        self._free = list(range(depth))
+
+    @classmethod
+    def make(cls, *, depth: int, input_size: int, output_size: int) -> Arena:
+        """Reserve the memory of an arena; sizes are bytes a slot. Raises Unavailable when there is not enough."""
+        input_size, output_size = aligned(input_size), aligned(output_size)
+        region = Region.make(depth * (input_size + output_size))
+        return cls(region, depth=depth, input_size=input_size, output_size=output_size)
+
+    @property
+    def free(self) -> int:
+        """How many slots hold no batch."""
+        return len(self._free)
+
+    def acquire(self) -> int:
+        """A slot that holds no batch. Raises IndexError when there is none: ask `free` first."""
+        return self._free.pop()
+
+    def release(self, slot: int) -> None:
+        """Give a slot back. Raises ValueError for one that was not taken."""
+        if slot in self._free or not 0 <= slot < self.depth:
+            raise ValueError(f"slot {slot} is not in use")
+        self._free.append(slot)
+
+    def input_span(self, slot: int) -> tuple[int, int]:
+        """Where the input half of a slot begins and ends."""
+        start = slot * (self.input_size + self.output_size)
+        return start, start + self.input_size
+
+    def output_span(self, slot: int) -> tuple[int, int]:
+        """Where the output half of a slot begins and ends."""
+        start = slot * (self.input_size + self.output_size) + self.input_size
+        return start, start + self.output_size
+
+    def close(self) -> None:
+        """Give the memory back; may be called twice."""
+        self.region.close()
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to where the next tensor may begin."""
+    return -(-size // ALIGN) * ALIGN
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: the machine's, or what its control group leaves if that is less."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit.isdigit():
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass
+    return free
+
+
+def size_of(array: Array) -> int:
+    """Bytes that `write` needs for an array: BYTES are packed as lengths and contents."""
+    if array.dtype == object:
+        return int(sum(map(len, array.flat))) + _LENGTH.size * array.size
+    return array.nbytes
+
+
+def size_of_rows(specs: Sequence[TensorSpec], *, rows: int, batched: bool, free: int) -> int:
+    """Bytes that `rows` rows of these tensors take; `free` for each tensor whose size cannot be known."""
+    total = 0
+    for spec in specs:
+        axes = spec.shape[1:] if batched else spec.shape
+        if spec.dtype == "BYTES" or not all(isinstance(axis, int) for axis in axes):
+            total += aligned(free)
+            continue
+        count = rows if batched else 1
+        for axis in axes:
+            count *= axis if isinstance(axis, int) else 1
+        total += aligned(count * numpy_dtype(spec.dtype).itemsize)
+    return total
+
+
+def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> Block:
+    """Write the rows of several arrays one after the other at `offset`; the block that they make together.
+
+    The arrays agree in dtype and in every axis but the first; a single array may have any shape.
+    """
+    first = arrays[0]
+    shape = first.shape if len(arrays) == 1 else (sum([len(array) for array in arrays]), *first.shape[1:])
+    if first.dtype == object:
+        packed = b"".join([_pack(array) for array in arrays])
+        memory[offset : offset + len(packed)] = packed
+        return Block(shape, offset, len(packed))
+    view = np.ndarray(shape, first.dtype, memory, offset)
+    if len(arrays) == 1:
+        view[...] = first
+    else:
+        np.concatenate(arrays, out=view)
+    return Block(shape, offset, view.nbytes)
+
+
+def read(block: Block, *, dtype: np.dtype[np.generic], memory: memoryview) -> Array:
+    """The tensor of a block: a view of the memory, or an array of `bytes` objects. Raises StageFailed when cut off."""
+    if block.offset < 0 or block.offset + block.size > len(memory):
+        raise StageFailed(f"a block of {block.size} bytes at {block.offset} lies outside of its memory")
+    if dtype.hasobject:
+        return _unpack(memory[block.offset : block.offset + block.size], block.shape)
+    try:
+        return np.ndarray(block.shape, dtype, memory, block.offset)
+    except (TypeError, ValueError) as fault:
+        raise StageFailed(f"a block does not hold its shape {list(block.shape)}: {fault}") from None
+
+
+def _pack(array: Array) -> bytes:
+    pieces: list[bytes] = []
+    for item in array.flat:
+        data = item.encode() if isinstance(item, str) else bytes(item)
+        pieces.append(_LENGTH.pack(len(data)))
+        pieces.append(data)
+    return b"".join(pieces)
+
+
+def _unpack(memory: memoryview, shape: tuple[int, ...]) -> Array:
+    found = np.empty(shape, object)
+    flat = found.reshape(-1)  # a view: `empty` is contiguous
+    at = 0
+    try:
+        for index in range(flat.size):
+            (length,) = _LENGTH.unpack_from(memory, at)
+            at += _LENGTH.size + length
+            if at > len(memory):
+                raise struct.error("cut off")
+            flat[index] = bytes(memory[at - length : at])
+    except struct.error as fault:
+        raise StageFailed(f"a block of BYTES is damaged: {fault}") from None
+    return found

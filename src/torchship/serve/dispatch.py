@@ -1,0 +1,214 @@
+"""Dispatch: the queue in front of a station, and which visits make the next batch; pure, without clocks or sockets.
+
+Batches form by themselves while the workers are busy: whoever becomes free takes what waits, so `max_wait` is 0
+unless asked for. Visits whose shapes or parameters differ wait in lanes of their own, since they cannot be joined.
+A lower priority number goes first; within one, the longest waiting lane goes first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchship.errors import Busy, Expired, TorchshipError
+from torchship.stage import Value
+from torchship.tensors import Array
+
+FOREVER = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way through a line, with its own clock (seconds, monotonic).
+
+    `tensors` holds everything known so far; `reply` is called once, with `fault` set when there is no answer.
+    """
+
+    tensors: dict[str, Array]
+    reply: Callable[[Job], None]
+    parameters: dict[str, Value]
+    arrived: float
+    deadline: float = FOREVER
+    priority: int = 0
+    rows: int = 1
+    size: int = 0
+    done: bool = False
+    fault: TorchshipError | None = None
+    waiting: list[int] = field(default_factory=list)
+    left: int = 1
+    part: Callable[[dict[str, Array]], None] | None = None
+    spans: list[Span] | None = None
+    context: Any = None
+
+    def expired(self) -> Expired:
+        """The error for a job whose deadline has passed."""
+        return Expired(
+            f"no answer within {self.deadline - self.arrived:g} s", hint="send a longer timeout, or fewer requests"
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class Span:
+    """When a job was queued at a station, sent to a worker, run, and collected; seconds, monotonic."""
+
+    station: str
+    since: float
+    sent: float
+    began: float
+    ended: float
+    back: float
+    rows: int
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """A job's call at one station: the tensors that it brings, in the order of the stage's inputs.
+
+    `key` is equal for visits that may share a batch. `alone` is set after a crash: a suspect runs by itself.
+    `finish` takes the outputs; a stream has its answers taken one by one by `part`, and `finish` ends it.
+    """
+
+    job: Job
+    arrays: list[Array]
+    rows: int
+    finish: Callable[[Visit, list[Array]], None]
+    values: dict[str, Value] = field(default_factory=dict)
+    key: Hashable = None
+    order: int = 0
+    since: float = 0.0
+    crashes: int = 0
+    alone: bool = False
+    part: Callable[[Visit, list[Array]], None] | None = None
+    leg: Any = None
+
+
+class Dispatch:
+    """The visits that wait for one station. `max_batch` counts rows; a visit never has more than that."""
+
+    def __init__(self, *, max_batch: int, max_wait: float = 0.0) -> None:
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        self.rows = 0
+        self.dropped: list[Visit] = []
+        self._lanes: dict[tuple[int, Hashable], deque[Visit]] = {}
+        self._order = 0
+
+    def __iter__(self) -> Iterator[Visit]:
+        for lane in self._lanes.values():
+            yield from lane
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes.values()))
+
+    def put(self, visit: Visit) -> None:
+        """Queue a visit. Raises ValueError for one that no batch can hold."""
+        if visit.rows > self.max_batch:
+            raise ValueError(f"{visit.rows} rows do not fit into a batch of {self.max_batch}")
+        self._order += 1
+        visit.order = self._order
+        self._lane(visit).append(visit)
+        self.rows += visit.rows
+
+    def put_back(self, visit: Visit) -> None:
+        """Queue a visit that was taken before, ahead of those that came after it."""
+        self._lane(visit).appendleft(visit)
+        self.rows += visit.rows
+
+    def _lane(self, visit: Visit) -> deque[Visit]:
+        name = (visit.job.priority, visit.key)
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = deque()
+        return lane
+
+    def ready_at(self) -> float:
+        """When the next batch may leave: the past if there is enough, FOREVER if nothing waits."""
+        if not self._lanes:
+            return FOREVER
+        if not self.max_wait or self.rows >= self.max_batch:
+            return 0.0
+        return min(lane[0].since for lane in self._lanes.values()) + self.max_wait
+
+    def take(self, now: float, *, limit: int = 0) -> list[Visit]:
+        """The next batch: visits of one lane, at most `max_batch` rows (or `limit`, though always one visit).
+
+        Visits that were answered meanwhile vanish; those that expired are put aside in `dropped`.
+        """
+        limit = min(limit, self.max_batch) if limit else self.max_batch
+        while self._lanes:
+            name = self._first()
+            lane = self._lanes[name]
+            batch = self._fill(lane, now, limit)
+            if not lane:
+                del self._lanes[name]
+            if batch:
+                return batch
+        return []
+
+    def _first(self) -> tuple[int, Hashable]:
+        lanes = self._lanes
+        if len(lanes) == 1:
+            return next(iter(lanes))
+        return min(lanes, key=lambda name: (name[0], lanes[name][0].order))
+
+    def _fill(self, lane: deque[Visit], now: float, limit: int) -> list[Visit]:
+        batch: list[Visit] = []
+        room = limit
+        while lane:
+            visit = lane[0]
+            job = visit.job
+            if job.done or job.deadline <= now:
+                lane.popleft()
+                self.rows -= visit.rows
+                if not job.done:
+                    self.dropped.append(visit)
+                continue
+            if batch and (visit.rows > room or visit.alone):
+                break
+            lane.popleft()
+            self.rows -= visit.rows
+            batch.append(visit)
+            room -= visit.rows
+            if visit.alone or room <= 0:
+                break
+        return batch
+
+    def clear(self) -> list[Visit]:
+        """Take everything out, in no order."""
+        found = list(self)
+        self._lanes.clear()
+        self.rows = 0
+        return found
+
+
+class Door:
+    """Counts the rows and bytes that are on a line, and turns away what would be too much."""
+
+    __slots__ = ("jobs", "max_bytes", "max_rows", "rows", "size")
+
+    def __init__(self, *, max_rows: int, max_bytes: int) -> None:
+        self.max_rows = max_rows
+        self.max_bytes = max_bytes
+        self.jobs = 0
+        self.rows = 0
+        self.size = 0
+
+    def enter(self, *, rows: int, size: int, retry_after: float = 1.0) -> None:
+        """Count a job in. Raises Busy when it does not fit; an empty line takes any job."""
+        if self.jobs and (self.rows + rows > self.max_rows or self.size + size > self.max_bytes):
+            raise Busy(
+                f"the line is full: {self.rows} rows and {self.size / 2**20:.1f} MiB are on it",
+                hint=f"it holds {self.max_rows} rows and {self.max_bytes / 2**20:.0f} MiB; try again later",
+                retry_after=retry_after,
+            )
+        self.jobs += 1
+        self.rows += rows
+        self.size += size
+
+    def leave(self, *, rows: int, size: int) -> None:
+        """Count a job out."""
+        self.jobs -= 1
+        self.rows -= rows
+        self.size -= size

@@ -1,0 +1,87 @@
+"""The edge: requests are checked here, once, in the fast way for what is right and the explaining way for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torchship.errors import BadInput
+from torchship.stage import Parameter, Value
+from torchship.tensors import Array, NanPolicy, Signature, Tensors, numpy_dtype
+
+
+class Edge:
+    """Checks the tensors and parameters of requests against a signature."""
+
+    def __init__(
+        self, signature: Signature, *, parameters: tuple[Parameter, ...] = (), nan: NanPolicy = "allow"
+    ) -> None:
+        self.signature = signature
+        self._nan: NanPolicy = nan
+        self._parameters = {parameter.name: parameter for parameter in parameters}
+        self._plain: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
+        self._simple = nan == "allow" and self._learn()
+
+    def _learn(self) -> bool:
+        """Whether dtype and trailing axes say everything, as they do for fixed shapes with a plain batch axis."""
+        for spec in self.signature.inputs:
+            axes = spec.shape[1:] if self.signature.batched else spec.shape
+            fixed = tuple(axis for axis in axes if isinstance(axis, int))
+            if len(fixed) != len(axes) or spec.dtype == "BYTES":
+                return False
+            if self.signature.batched:
+                head = spec.shape[0] if spec.shape else 0
+                if isinstance(head, int) or head.max is not None or head.min != 1:
+                    return False
+            self._plain.append((spec.name, numpy_dtype(spec.dtype), fixed))
+        return True
+
+    def check(self, tensors: Tensors) -> int:
+        """The number of rows (1 where the signature is not batched). Raises BadInput naming the fault."""
+        if self._simple and len(tensors) == len(self._plain):
+            rows = self._quick(tensors)
+            if rows:
+                return rows
+        for name, array in tensors.items():
+            if array.dtype == object:
+                _check_bytes(name, array)
+        return self.signature.check(tensors, nan=self._nan)
+
+    def _quick(self, tensors: Tensors) -> int:
+        rows = 0
+        batched = self.signature.batched
+        for name, dtype, shape in self._plain:
+            array = tensors.get(name)
+            if array is None or array.dtype != dtype:
+                return 0
+            found = array.shape
+            if not batched:
+                if found != shape:
+                    return 0
+                rows = 1
+            elif not found or found[1:] != shape or (rows and found[0] != rows):
+                return 0
+            else:
+                rows = found[0]
+        return rows
+
+    def values(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """The parameters that the stages know, checked. Raises BadInput for one out of its bounds."""
+        known = self._parameters
+        return {name: known[name].check(value) for name, value in given.items() if name in known}
+
+
+def _check_bytes(name: str, array: Array) -> None:
+    for item in array.flat:
+        if not isinstance(item, bytes):
+            raise BadInput(f"tensor {name!r} holds {type(item).__name__}, expected bytes")
+
+
+def size_of(tensors: Tensors) -> int:
+    """Bytes that a request takes while it waits."""
+    total = 0
+    for array in tensors.values():
+        total += array.nbytes if array.dtype != object else sum(map(len, array.flat))
+    return total

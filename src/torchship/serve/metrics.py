@@ -1,0 +1,63 @@
+"""What is counted about a line: plain numbers, added up in the host only, since every job carries its own clock."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+BUCKETS_MS = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0)
+
+
+@dataclass(slots=True)
+class BatchMeter:
+    """Calls with one batch size: how many, and their seconds of writing inputs, running, and collecting outputs."""
+
+    calls: int = 0
+    packing: float = 0.0
+    running: float = 0.0
+    passing: float = 0.0
+
+
+@dataclass(slots=True)
+class StationMeter:
+    """One station since its start. Durations are sums over jobs, in seconds."""
+
+    jobs: int = 0
+    rows: int = 0
+    calls: int = 0
+    queued: float = 0.0
+    packing: float = 0.0
+    running: float = 0.0
+    passing: float = 0.0
+    restarts: int = 0
+    batches: dict[int, BatchMeter] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LineMeter:
+    """One version of a model since its start. `failures` by reason, as Triton names them; durations in seconds."""
+
+    success: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    failed_seconds: float = 0.0
+    last: float = 0.0
+    failures: dict[str, int] = field(default_factory=dict)
+    histogram: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_MS) + 1))
+
+    @property
+    def failed(self) -> int:
+        """All failures together."""
+        return sum(self.failures.values())
+
+    def succeeded(self, *, rows: int, seconds: float) -> None:
+        """Count one answered request."""
+        self.success += 1
+        self.rows += rows
+        self.seconds += seconds
+        self.histogram[bisect_left(BUCKETS_MS, seconds * 1e3)] += 1
+
+    def lost(self, *, reason: str, seconds: float) -> None:
+        """Count one request without an answer; reason is REJECTED, CANCELED, BACKEND or OTHER."""
+        self.failures[reason] = self.failures.get(reason, 0) + 1
+        self.failed_seconds += seconds
