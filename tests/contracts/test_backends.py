@@ -68,7 +68,10 @@ def picture() -> Model:
 def sentence() -> Model:
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    data = [{"ids": random.integers(0, 50, size=(2, 6)), "mask": np.ones((2, 6), np.float32)} for _ in range(16)]
+    lengths = [6, *range(2, 17)]
+    data: list[Tensors] = [
+        {"ids": random.integers(0, 50, size=(2, n)), "mask": np.ones((2, n), np.float32)} for n in lengths
+    ]
     text = "ids:INT64[1..8,seq:1..16], mask:FP32[1..8,seq:1..16] -> tags:FP32[-1,seq,4], summary:FP32[-1,32]"
     return Model(
         module=Sentence().eval(), signature=Signature.parse(text), examples=data[:1], calibration=data, name="sentence"

@@ -19,7 +19,7 @@ def open_and_run(argument: list[str]) -> dict[str, Any]:
     backend, path, text = argument
     module = plugins.load("backends", name=backend)
     stage = module.open(Path(path), signature=Signature.parse(text), options={}, threads=1)
-    given = {"ids": np.arange(12).reshape(3, 4), "mask": np.ones((3, 4), np.float32)}
+    given: dict[str, Any] = {"ids": np.arange(12).reshape(3, 4), "mask": np.ones((3, 4), np.float32)}
     found = stage(given)
     return {
         "inputs": {name: array.tolist() for name, array in given.items()},
