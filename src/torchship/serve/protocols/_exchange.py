@@ -144,6 +144,11 @@ def _unrouted(exchange: Exchange) -> None:
     raise HttpFault(404, "Not Found")
 
 
+def status_line(status: int) -> bytes:
+    """The first line of an answer."""
+    return f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode()
+
+
 def header_lines(headers: Iterable[tuple[str, str]]) -> bytes:
     """Headers as HTTP/1.1 writes them. Values come from our own code, never from a request."""
     return b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers)

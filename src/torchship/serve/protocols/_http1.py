@@ -8,78 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
-from email.utils import formatdate
 from typing import cast
 
 from torchship.errors import TorchshipError
 from torchship.serve.protocols._chunks import Chunks
 from torchship.serve.protocols._coding import acceptable, compress, decompress
-from torchship.serve.protocols._exchange import JSON, REASONS, Admit, Exchange, Head, Headers, HttpFault, header_lines
-from torchship.serve.protocols._heads import parse_head
-from torchship.serve.protocols._routes import Router
+from torchship.serve.protocols._exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
+from torchship.serve.protocols._site import Site
 from torchship.wire.raw import Buffer
 
 _COMPRESS_FROM = 1024
 _OFF_LOOP_FROM = 1 << 16  # (de)compressing more than this would hold up everybody else
-
-
-@dataclass(slots=True, frozen=True)
-class Limits:
-    """What one caller may use. Sizes in bytes, times in seconds."""
-
-    body: int = 64 << 20
-    head: int = 32 << 10
-    connections: int = 4096
-    pipelined: int = 128
-    streams: int = 128
-    head_seconds: float = 10.0
-    body_seconds: float = 30.0
-    body_rate: float = 20_000.0  # bytes a second, on top of body_seconds
-    idle_seconds: float = 75.0
-    write_seconds: float = 30.0
-
-
-@dataclass(slots=True)
-class Site:
-    """What the connections of one listener share."""
-
-    router: Router
-    limits: Limits = field(default_factory=Limits)
-    admit: Admit | None = None
-    connections: set[Connection] = field(default_factory=set)
-    heads: dict[bytes, Head] = field(default_factory=dict)
-    now: float = 0.0
-    ok_json: bytes = b""
-    date: bytes = b""
-    closing: bool = False
-    empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
-
-    def tick(self, now: float) -> None:
-        """Once a second: the clock and the Date header, and connections that are too slow."""
-        self.now = now
-        self.date = f"server: torchship\r\ndate: {formatdate(usegmt=True)}\r\n".encode()
-        self.ok_json = b"HTTP/1.1 200 OK\r\n" + self.date + b"content-type: application/json\r\ncontent-length: "
-        for connection in tuple(self.connections):
-            connection.overdue(now)
-
-    def gone(self, connection: Connection) -> None:
-        """A connection has ended."""
-        self.connections.discard(connection)
-        if self.empty is not None and not self.connections and not self.empty.done():
-            self.empty.set_result(None)
-
-    def head_of(self, data: bytes) -> Head:
-        """The parsed head, remembered by its bytes."""
-        head = self.heads.get(data)
-        if head is None:
-            head = parse_head(data)
-            self.router.resolve(head)
-            if len(self.heads) >= 1024:
-                self.heads.clear()
-            if len(data) <= 2048:
-                self.heads[data] = head
-        return head
 
 
 class Connection(asyncio.Protocol):
@@ -128,9 +67,8 @@ class Connection(asyncio.Protocol):
         self._pending.clear()
 
     def eof_received(self) -> bool:
-        """A peer that only stopped sending still gets its answers."""
-        self._closing = True
-        return bool(self._pending)
+        """A peer that stops sending has gone, as far as anybody can tell: its work is cancelled (as in Go's server)."""
+        return False
 
     def pause_writing(self) -> None:
         """The peer reads too slowly: take no more of its requests."""
@@ -289,8 +227,8 @@ class Connection(asyncio.Protocol):
 
     def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         head = exchange.head
-        if status == 200 and not headers and content_type is JSON and head.keep_alive and not head.old:
-            data = b"%b%d\r\n\r\n%b" % (self._site.ok_json, len(body), body)
+        if head.keep_alive and not head.old:
+            data = b"%b%d\r\n\r\n%b" % (self._site.top(status, content_type, headers), len(body), body)
         else:
             data = self._top(head, status, content_type, (*headers, ("content-length", str(len(body))))) + body
         if head.method == "HEAD":
@@ -304,7 +242,7 @@ class Connection(asyncio.Protocol):
             exchange.ready = data
 
     def _top(self, head: Head, status: int, content_type: str, headers: Headers) -> bytes:
-        line = f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n".encode() + self._site.date
+        line = status_line(status) + self._site.date
         if not head.keep_alive:
             headers = (*headers, ("connection", "close"))
         elif head.old:

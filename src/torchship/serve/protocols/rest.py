@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from torchship.errors import Unavailable
 from torchship.serve.protocols._exchange import Admit, Exchange, HttpFault
-from torchship.serve.protocols._http1 import Connection, Limits, Site
+from torchship.serve.protocols._http1 import Connection
 from torchship.serve.protocols._infer import Inference
 from torchship.serve.protocols._routes import Route, Router
 from torchship.serve.protocols._served import Served
+from torchship.serve.protocols._site import Limits, Site
 from torchship.wire.oip_json import Regions
 
 

@@ -1,0 +1,358 @@
+"""HTTP/1.1 as peers really send it: in pieces, pipelined, compressed, too large, too slow, wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from time import sleep
+from typing import Any
+
+import pytest
+
+from tests.unit.protocols.fake import FakeService
+from tests.unit.protocols.running import Running, running
+from torchship.errors import Busy, Denied, Expired, StageFailed, Unavailable
+from torchship.serve.protocols import rest
+from torchship.serve.protocols.rest import Limits, Route
+
+LIMITS = Limits(body=100_000, head=4096, connections=8, pipelined=4)
+ASK = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": list(range(16))}]}).encode()
+BYE = b"GET /bye HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+ECHO = "/v2/models/echo/infer"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    async def hello(exchange: Any) -> None:
+        exchange.begin(content_type="text/plain")
+        for word in (b"one ", b"two"):
+            await asyncio.sleep(0)
+            exchange.write(word)
+        exchange.end()
+
+    def bye(exchange: Any) -> None:
+        exchange.answer(b"bye", content_type="text/plain")
+
+    async def listen(service: FakeService) -> rest.Listener:
+        extra = [Route("GET", "/hello", hello), Route("GET", "/bye", bye)]
+        return await rest.listen(service, port=0, limits=LIMITS, routes=extra)
+
+    with running(listen) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _calm(server: Running) -> Iterator[None]:
+    yield
+    server.service.fault, server.service.delay = None, 0.0
+
+
+def talk(server: Running, *pieces: bytes, shut: bool = True, pause: float = 0.02) -> bytes:
+    """Send pieces, then read until the server hangs up."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for number, piece in enumerate(pieces):
+            if number:
+                sleep(pause)
+            peer.sendall(piece)
+        if shut:
+            sleep(pause)
+            peer.sendall(BYE)
+        answer = b""
+        while data := peer.recv(65536):
+            answer += data
+    return answer.rpartition(b"HTTP/1.1 200 OK")[0] if answer.endswith(b"bye") else answer
+
+
+def post(body: bytes, *headers: str, path: str = ECHO, length: bool = True) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: x", *headers, *([f"Content-Length: {len(body)}"] if length else [])]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def parts(answer: bytes) -> tuple[dict[str, str], bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")[1:]
+    return {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}, body
+
+
+def test_byte_by_byte(server: Running) -> None:
+    request = post(ASK)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for place in range(len(request)):
+            peer.send(request[place : place + 1])
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_pipelined_answers_keep_their_order(server: Running) -> None:
+    asks = []
+    for number in range(10):
+        body = ASK[:-1] + b',"id":"%d"}' % number
+        asks.append(post(body) if number % 2 else b"GET /v2/models/echo HTTP/1.1\r\nHost: x\r\n\r\n" + post(body))
+    server.service.delay = 0.01
+    answer = talk(server, b"".join(asks))
+    ids = [int(part.split(b'"')[0]) for part in answer.split(b'"id":"')[1:]]
+    assert ids == list(range(10))
+    assert answer.count(b'"platform"') == 5
+
+
+def test_chunked_body(server: Running) -> None:
+    pieces = [
+        b"%x;a=b\r\n" % len(ASK[:50]) + ASK[:50] + b"\r\n",
+        b"%X\r\n" % len(ASK[50:]) + ASK[50:],
+        b"\r\n0\r\nA: b\r\n\r\n",
+    ]
+    head = post(b"", "Transfer-Encoding: chunked", length=False)
+    answer = talk(server, head + pieces[0], *pieces[1:], post(ASK))
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+
+
+@pytest.mark.parametrize(
+    "chunks", [b"zz\r\n", b"3\r\nabcd\r\n", b"-1\r\n", b"0x3\r\nabc\r\n", b"5" + b"0" * 30 + b"\r\n", b"a" * 2000]
+)
+def test_wrong_chunks(server: Running, chunks: bytes) -> None:
+    assert status(talk(server, post(b"", "Transfer-Encoding: chunked", length=False) + chunks)) == 400
+
+
+def test_chunks_above_the_limit(server: Running) -> None:
+    assert status(talk(server, post(b"", "Transfer-Encoding: chunked", length=False) + b"fffff\r\n")) == 413
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "expected"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\n\r\n", 400),  # no Host
+        (b"GET /v2 HTTP/2.5\r\nHost: x\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\r\nHost : x\r\n\r\n", 400),
+        (b"GET /v2 HTTP/1.1\nHost: x\n\nGET /v2 HTTP/1.1\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\na", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100001\r\n\r\n", 413),
+        (b"GET /v2 HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 5000 + b"\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 200-ok\r\nContent-Length: 1\r\n\r\n", 417),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ],
+)
+def test_what_is_not_http(server: Running, request_bytes: bytes, expected: int) -> None:
+    answer = talk(server, request_bytes, shut=False)
+    assert status(answer) in (expected, 501 if expected == 400 else expected)
+    headers, body = parts(answer)
+    assert headers["connection"] == "close"
+    assert json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/nope", 404),
+        ("GET", "/v2/models/none", 404),
+        ("GET", "/v2/models/echo/versions/9", 404),
+        ("GET", ECHO, 405),
+        ("POST", "/v2", 405),
+        ("GET", "/v2/models/..%2f..%2fetc", 400),
+        ("GET", "/v2/models/%00", 400),
+        ("GET", "/v2/models/" + "a" * 300, 400),
+        ("GET", "/v2/health/live", 200),
+        ("HEAD", "/v2/health/ready", 200),
+        ("GET", "/v2/models/echo/ready", 200),
+        ("GET", "/v2/models/echo/versions/1", 200),
+        ("GET", "/v2/models/echo/config", 200),
+        ("GET", "/v2/models/stats", 200),
+        ("GET", "/metrics", 200),
+    ],
+)
+def test_paths(server: Running, method: str, path: str, expected: int) -> None:
+    answer = talk(server, f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert status(answer) == expected
+    headers, body = parts(answer)
+    if method == "HEAD":
+        assert body == b""
+    elif expected >= 400:
+        assert json.loads(body)["error"]
+    assert ("allow" in headers) == (expected == 405)
+
+
+def test_keep_alive_and_close(server: Running) -> None:
+    old = talk(server, b"GET /v2 HTTP/1.0\r\n\r\n", shut=False)
+    assert b"connection: close" in old
+    kept = talk(server, b"GET /v2 HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET /v2 HTTP/1.0\r\n\r\n", shut=False)
+    assert kept.count(b"200 OK") == 2
+    asked = talk(server, b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", shut=False)
+    assert b"connection: close" in asked
+
+
+def test_expect_continue(server: Running) -> None:
+    head = post(ASK, "Expect: 100-continue")[: -len(ASK)]
+    answer = talk(server, head, ASK)
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "raw deflate"])
+def test_compressed_bodies(server: Running, coding: str) -> None:
+    packed = gzip.compress(ASK) if coding == "gzip" else zlib.compress(ASK)
+    if coding == "raw deflate":
+        packed = packed[2:-4]
+    answer = talk(server, post(packed, f"Content-Encoding: {coding.rsplit(maxsplit=1)[-1]}"))
+    assert status(answer) == 200
+
+
+@pytest.mark.parametrize(
+    ("packed", "coding", "expected"),
+    [
+        (gzip.compress(bytes(200_000)), "gzip", 413),
+        (gzip.compress(ASK)[:-9], "gzip", 400),
+        (b"junk", "gzip", 400),
+        (b"junk", "br", 415),
+    ],
+)
+def test_compressed_bodies_that_are_not(server: Running, packed: bytes, coding: str, expected: int) -> None:
+    assert status(talk(server, post(packed, f"Content-Encoding: {coding}"))) == expected
+
+
+@pytest.mark.parametrize("rows", [30, 900])
+def test_compressed_answers(server: Running, rows: int) -> None:
+    item = {"name": "x", "shape": [rows, 16], "datatype": "FP32", "data": list(range(16)) * rows}
+    body = json.dumps({"inputs": [item]}).encode()
+    answer = talk(server, post(body, "Accept-Encoding: br, deflate;q=0.5, gzip"))
+    headers, packed = parts(answer)
+    assert headers["content-encoding"] == "gzip"
+    assert json.loads(gzip.decompress(packed))["outputs"][0]["shape"] == [rows, 16]
+
+
+def test_streamed_answer(server: Running) -> None:
+    answer = talk(server, b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+    headers, body = parts(answer)
+    assert headers["transfer-encoding"] == "chunked"
+    assert body == b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n"
+    old = talk(server, b"GET /hello HTTP/1.0\r\n\r\n")
+    assert old.endswith(b"\r\n\r\none two")
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "says"),
+    [
+        (Busy("the line is full", retry_after=2.2), 503, "the line is full"),
+        (Expired("too late"), 503, "too late"),
+        (StageFailed("stage 'model' raised"), 500, "raised"),
+        (ValueError("secret /path"), 500, "internal error"),
+    ],
+)
+def test_faults_of_a_model(server: Running, fault: Exception, expected: int, says: str) -> None:
+    server.service.fault = fault
+    headers, body = parts(answer := talk(server, post(ASK)))
+    assert status(answer) == expected
+    assert says in json.loads(body)["error"]
+    assert headers.get("retry-after") == ("3" if isinstance(fault, Busy) else None)
+
+
+def test_a_caller_that_leaves_cancels_its_work(server: Running) -> None:
+    server.service.delay = 5.0
+    before = server.service.cancelled
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+        peer.sendall(post(ASK))
+        sleep(0.1)
+    for _ in range(100):
+        if server.service.cancelled > before:
+            break
+        sleep(0.05)
+    assert server.service.cancelled == before + 1
+
+
+def test_too_many_connections(server: Running) -> None:
+    peers = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(12)]
+    try:
+        for peer in peers:
+            peer.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        answers = [peer.recv(4096).split(b" ")[1] for peer in peers]
+        assert answers.count(b"503") == 4
+    except ConnectionResetError:
+        pass  # turned away before it had read what we sent
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+def test_slow_peers_are_dropped() -> None:
+    async def main() -> None:
+        limits = Limits(head_seconds=0.0, body_seconds=0.0, idle_seconds=0.0)
+        listener = await rest.listen(FakeService(), port=0, limits=limits)
+        for start, expected in ((b"GET /v2 HT", b"408"), (post(ASK)[:-5], b"408"), (b"", b"")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            writer.write(start)
+            answer = await asyncio.wait_for(reader.read(), 10)
+            assert expected in answer
+            writer.close()
+            await writer.wait_closed()
+        await listener.close()
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_does_not_read_is_dropped() -> None:
+    async def main() -> None:
+        service = FakeService()
+        listener = await rest.listen(service, port=0, limits=Limits(write_seconds=0.0))
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port, limit=1000)
+        item = {"name": "x", "shape": [20_000, 16], "datatype": "FP32", "data": [0.125] * 320_000}
+        ask = post(json.dumps({"inputs": [item]}).encode())
+        for _ in range(20):
+            writer.write(ask)
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            writer.write(b"x")
+            if writer.transport.is_closing():
+                break
+        assert writer.transport.is_closing()
+        with suppress(ConnectionError):
+            assert len(await reader.read(10)) <= 10
+        writer.close()
+        await listener.close(grace=0.2)
+
+    asyncio.run(main())
+
+
+def test_closing_waits_for_answers() -> None:
+    async def main() -> None:
+        service = FakeService()
+        service.delay = 0.2
+        listener = await rest.listen(service, port=0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(post(ASK))
+        await asyncio.sleep(0.05)
+        await listener.close()
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        writer.close()
+
+    asyncio.run(main())
+
+
+def test_a_port_in_use(server: Running) -> None:
+    with pytest.raises(Unavailable, match="cannot listen"):
+        asyncio.run(rest.listen(FakeService(), port=server.port))
+
+
+def test_admission() -> None:
+    def admit(scope: str, headers: Any) -> None:
+        if scope == "infer" and headers.get("authorization") != "Bearer t":
+            raise Denied("no token")
+
+    async def listen(service: FakeService) -> rest.Listener:
+        return await rest.listen(service, port=0, admit=admit)
+
+    with running(listen) as found:
+        assert status(talk(found, post(ASK))) == 403
+        assert status(talk(found, post(ASK, "Authorization: Bearer t"))) == 200
+        assert status(talk(found, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")) == 200

@@ -1,0 +1,232 @@
+"""Bodies of infer calls: every datatype, every encoding, and every way to get one wrong."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from torchship.errors import BadInput
+from torchship.tensors import Signature, TensorSpec
+from torchship.wire.messages import Request, Response, WantedOutput
+from torchship.wire.oip_json import decode_plain, decode_request, encode_response
+from torchship.wire.raw import encode_raw, object_array
+
+
+def body(datatype: str, shape: list[int], data: object, **extra: object) -> bytes:
+    return json.dumps({"inputs": [{"name": "x", "shape": shape, "datatype": datatype, "data": data}], **extra}).encode()
+
+
+def decode(data: bytes, **options: Any) -> Request:
+    return decode_request(data, model="m", **options)
+
+
+@pytest.mark.parametrize("data", [[1, 2.5, 3, 4, 5, 6], [[1, 2.5, 3], [4, 5, 6]]])
+def test_numbers_flat_or_nested(data: object) -> None:
+    array = decode(body("FP32", [2, 3], data)).inputs["x"]
+    assert array.dtype == np.float32
+    assert array.tolist() == [[1, 2.5, 3], [4, 5, 6]]
+
+
+def test_nested_with_spaces() -> None:
+    text = b'{"inputs":[{"name":"x","shape":[2,1],"datatype":"INT8","data": [ \n [ 1 ], [-2]]}]}'
+    assert decode(text).inputs["x"].tolist() == [[1], [-2]]
+
+
+def test_strings_nested_and_flat() -> None:
+    assert decode(body("BYTES", [2, 1], ["é", "b"])).inputs["x"].tolist() == [["é".encode()], [b"b"]]
+    assert decode(body("BYTES", [2, 1], [["a"], ["b"]])).inputs["x"].tolist() == [[b"a"], [b"b"]]
+
+
+def test_booleans_and_their_numbers() -> None:
+    assert decode(body("BOOL", [3], [True, 0, 1])).inputs["x"].tolist() == [True, False, True]
+
+
+def test_wide_integers_stay_exact() -> None:
+    assert decode(body("UINT64", [1], [2**64 - 1])).inputs["x"][0] == 2**64 - 1
+    assert decode(body("INT64", [1], [-(2**63)])).inputs["x"][0] == -(2**63)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "data", "says"),
+    [
+        ("FP32", [2], [1, "2"], r"data\[1\]"),
+        ("FP32", [2], [1, None], "null"),
+        ("FP32", [1], [True], "bool"),
+        ("FP32", [1], [1e39], "<="),
+        ("FP16", [1], [70000], "<="),
+        ("FP64", [3], [1, 2], "2 elements, expected 3"),
+        ("INT8", [1], [128], "127"),
+        ("INT32", [1], [1.5], "float"),
+        ("UINT64", [1], [-1], "out of range"),
+        ("INT64", [1], [2**63], "out of range"),
+        ("BOOL", [1], [2], "<= 1"),
+        ("BYTES", [1], [3], "str"),
+        ("FP32", [2, 2], [[1, 2], [3]], "differ in their length"),
+        ("BYTES", [2, 2], [["a", "b"], ["c"]], "differ in their length"),
+        ("FP32", [3, 2], [[1, 2, 3], [4, 5, 6]], "shape"),
+        ("FP32", [-1], [1], "lengths are 0 or more|shape"),
+        ("FP99", [1], [1], "unknown datatype"),
+        ("FP32", [1] * 40, [1], "axes"),
+        ("FP32", [1], {"a": 1}, "array"),
+    ],
+)
+def test_refused_with_a_reason(datatype: str, shape: list[int], data: object, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        decode(body(datatype, shape, data))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "truncated"),
+        (b"{", "truncated"),
+        (b"[]", "object"),
+        (b"{}", "inputs"),
+        (b'{"inputs":[{"name":"x"}]}', "shape"),
+        (b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32"}]}', "exactly once"),
+        (b'{"inputs":' + b"[" * 100_000, "array"),
+        (
+            b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":' + b"[" * 9_000,
+            "malformed|truncated|deep|depth",
+        ),
+        (b'{"inputs":[],"id":3}', "id"),
+        (b"\xff\xfe", "malformed"),
+    ],
+)
+def test_malformed_bodies(text: bytes, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        decode(text)
+
+
+def test_an_input_twice() -> None:
+    one = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+    with pytest.raises(BadInput, match="twice"):
+        decode(json.dumps({"inputs": [one, one]}).encode())
+
+
+def binary(head: dict[str, Any], *blobs: bytes) -> tuple[bytes, int]:
+    text = json.dumps(head).encode()
+    return text + b"".join(blobs), len(text)
+
+
+def test_binary_tensors_are_views() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    words = object_array([b"a", b"\x00\xff"])
+    data, length = binary(
+        {
+            "inputs": [
+                {"name": "x", "shape": [2, 3], "datatype": "FP32", "parameters": {"binary_data_size": 24}},
+                {"name": "w", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": 11}},
+                {"name": "j", "shape": [1], "datatype": "INT8", "data": [5]},
+            ],
+            "parameters": {"binary_data_output": True, "timeout": 5000, "priority": 2, "threshold": 0.5},
+            "outputs": [{"name": "a"}, {"name": "b", "parameters": {"binary_data": False, "classification": 3}}],
+        },
+        values.tobytes(),
+        encode_raw(words),
+    )
+    request = decode(data, header_length=length)
+    assert (request.inputs["x"] == values).all()
+    assert request.inputs["x"].base is not None
+    assert request.inputs["w"].tolist() == [b"a", b"\x00\xff"]
+    assert request.inputs["j"].tolist() == [5]
+    assert request.deadline == 0.005
+    assert request.priority == 2
+    assert request.parameters == {"threshold": 0.5}
+    assert request.outputs == (WantedOutput("a", True), WantedOutput("b", False, 3))
+
+
+@pytest.mark.parametrize(
+    ("size", "blob", "says"),
+    [
+        (8, b"1234", "4 bytes of data are left"),
+        (8, b"123456789", "left after"),
+        (4, b"1234", "expected 8"),
+        (-1, b"", "-1"),
+    ],
+)
+def test_binary_sizes_that_do_not_fit(size: int, blob: bytes, says: str) -> None:
+    item = {"name": "x", "shape": [2], "datatype": "FP32", "parameters": {"binary_data_size": size}}
+    data, length = binary({"inputs": [item]}, blob)
+    with pytest.raises(BadInput, match=says):
+        decode(data, header_length=length)
+
+
+def test_header_length_beyond_the_body() -> None:
+    with pytest.raises(BadInput, match="has 2 bytes"):
+        decode(b"{}", header_length=3)
+
+
+@pytest.mark.parametrize("blob", [b"\x05\0\0\0abc", b"\0\0", b"\x01\0\0\0ab"])
+def test_strings_that_lie_about_their_length(blob: bytes) -> None:
+    item = {"name": "x", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(blob)}}
+    data, length = binary({"inputs": [item]}, blob)
+    with pytest.raises(BadInput, match=r"BYTES element|element 0|after its"):
+        decode(data, header_length=length)
+
+
+def test_shared_memory_is_refused_when_off() -> None:
+    item = {"name": "x", "shape": [1], "datatype": "FP32"}
+    item["parameters"] = {"shared_memory_region": "r", "shared_memory_byte_size": 4}
+    with pytest.raises(BadInput, match="shared memory is off"):
+        decode(json.dumps({"inputs": [item]}).encode())
+
+
+def specs(text: str) -> list[TensorSpec]:
+    return list(Signature.parse(f"{text} -> y:FP32[1]", batched=False).inputs)
+
+
+def test_plain_bodies() -> None:
+    picture = decode_plain(b"\xff\xd8", model="m", version="", inputs=specs("image:BYTES[-1,1]"))
+    assert picture.inputs["image"].tolist() == [[b"\xff\xd8"]]
+    numbers = decode_plain(bytes(24), model="m", version="", inputs=specs("x:FP32[-1,2,-1]"))
+    assert numbers.inputs["x"].shape == (1, 2, 3)
+    with pytest.raises(BadInput, match="one input"):
+        decode_plain(b"", model="m", version="", inputs=specs("a:FP32[1], b:FP32[1]"))
+    with pytest.raises(BadInput, match="expected 4"):
+        decode_plain(b"12", model="m", version="", inputs=specs("a:FP32[1]"))
+
+
+def answer(array: Any, *wishes: WantedOutput, whole_binary: bool = False) -> tuple[dict[str, Any], bytes]:
+    request = Request("m", {}, outputs=wishes, binary=whole_binary)
+    data, length = encode_response(Response("m", "1", {"y": array}, "id7"), request)
+    return json.loads(data[:length]), data[length:] if length else b""
+
+
+def test_answers_in_json() -> None:
+    head, rest = answer(np.array([[1.5, np.nan]], np.float32))
+    assert head == {
+        "model_name": "m",
+        "model_version": "1",
+        "id": "id7",
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.5, None]}],
+    }
+    assert rest == b""
+
+
+def test_answers_in_binary() -> None:
+    head, rest = answer(np.array([1, 2], np.int16), whole_binary=True)
+    assert head["outputs"][0] == {
+        "name": "y", "datatype": "INT16", "shape": [2], "parameters": {"binary_data_size": 4}
+    }  # fmt: skip
+    assert rest == b"\x01\0\x02\0"
+
+
+def test_bytes_that_are_no_text_need_binary() -> None:
+    with pytest.raises(BadInput, match="UTF-8"):
+        answer(object_array([b"\xff"]))
+    assert answer(object_array([b"\xff"]), WantedOutput("y", binary=True))[1] == b"\x01\0\0\0\xff"
+
+
+def test_classes() -> None:
+    head, _ = answer(np.array([[0.1, 0.7, 0.2]], np.float32), WantedOutput("y", classification=2))
+    assert head["outputs"][0]["data"] == ["0.700000:1", "0.200000:2"]
+    assert head["outputs"][0]["shape"] == [1, 2]
+
+
+def test_an_output_that_is_not_there() -> None:
+    with pytest.raises(BadInput, match="no output 'z'"):
+        answer(np.zeros(1), WantedOutput("z"))
