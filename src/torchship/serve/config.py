@@ -1,0 +1,154 @@
+"""The server's configuration: one TOML file, read into frozen structs; every error starts with its path."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from torchship.errors import BadConfig, NotFound
+from torchship.pipeline.config import PipelineConfig, StageConfig
+from torchship.serve.line import Limits
+from torchship.stage import Value
+from torchship.tensors import NanPolicy
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][\w.\-]{0,127}$")]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+_LOOPBACK = "127.0.0.1"
+
+
+class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[http]`: where REST listens; port 0 takes a free one."""
+
+    host: str = _LOOPBACK
+    port: Port = 8000
+
+
+class StorePlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[store]`: where artifacts are; empty is the user's own store. Relative to the file."""
+
+    root: str = ""
+
+
+class Logs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[log]`: how much is logged, and whether for people or as JSON lines."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[model]]`: exactly one of `stages`, `artifact` and `run`. Times in seconds; 0 copies: what the stages say."""
+
+    name: Name
+    stages: tuple[StageConfig, ...] = ()
+    artifact: str = ""
+    run: str = ""
+    options: dict[str, Any] = {}
+    parameters: dict[str, Value] = {}
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    copies: Annotated[int, msgspec.Meta(ge=0)] = 0
+    device: str = "cpu"
+    threads: int = 0
+    max_batch: Annotated[int, msgspec.Meta(ge=0)] = 0
+    trust: bool = False
+    max_wait: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    timeout: Seconds = 60.0
+    run_timeout: Seconds = 60.0
+    open_timeout: Seconds = 120.0
+    queue_rows: Count = 4096
+    queue_bytes: Count = 2**28
+    nan: NanPolicy = "allow"
+
+    def pipeline(self) -> PipelineConfig:
+        """The model as a pipeline: `artifact` and `run` are a single stage."""
+        stages = self.stages or (
+            StageConfig(
+                run=self.run,
+                artifact=self.artifact,
+                options=self.options,
+                device=self.device,
+                threads=self.threads,
+                max_batch=self.max_batch,
+                trust=self.trust,
+            ),
+        )
+        if self.copies:
+            stages = tuple(msgspec.structs.replace(stage, copies=self.copies) for stage in stages)
+        return PipelineConfig(self.name, stages, self.inputs, self.outputs, self.parameters)
+
+    def limits(self) -> Limits:
+        """What its line takes."""
+        return Limits(
+            queue_rows=self.queue_rows,
+            queue_bytes=self.queue_bytes,
+            timeout=self.timeout,
+            max_wait=self.max_wait,
+            run_timeout=self.run_timeout,
+            open_timeout=self.open_timeout,
+            nan=self.nan,
+        )
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    http: Http = Http()
+    store: StorePlace = StorePlace()
+    log: Logs = Logs()
+    model: tuple[ModelConfig, ...] = ()
+
+
+def convert(data: object) -> ServerConfig:
+    """Plain data as a ServerConfig. Raises BadConfig whose message starts with the path of the fault."""
+    try:
+        config = msgspec.convert(data, ServerConfig)
+    except msgspec.ValidationError as fault:
+        message, _, path = str(fault).partition(" - at `")
+        raise BadConfig(f"{path.rstrip('`') or '$'}: {message}", hint="see docs/serve.md") from None
+    check(config)
+    return config
+
+
+def check(config: ServerConfig) -> None:
+    """Raise BadConfig for what types cannot say."""
+    names: set[str] = set()
+    for index, model in enumerate(config.model):
+        path = f"$.model[{index}]"
+        said = [kind for kind in ("stages", "artifact", "run") if getattr(model, kind)]
+        if len(said) != 1:
+            raise BadConfig(
+                f"{path}: has {' and '.join(said) or 'nothing to run'}",
+                hint="give exactly one of stages, artifact, run",
+            )
+        if model.name in names:
+            raise BadConfig(f"{path}.name: {model.name!r} is taken", hint="each model needs a name of its own")
+        if model.stages and (model.options or model.max_batch or model.threads):
+            raise BadConfig(f"{path}: options, max_batch and threads belong to a stage", hint="write them into it")
+        names.add(model.name)
+
+
+def read(path: Path | str) -> ServerConfig:
+    """The configuration in a TOML file; a relative store is found from the file. Raises NotFound, BadConfig."""
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise BadConfig(f"{path}: not TOML: {fault}") from None
+    try:
+        config = convert(data)
+    except BadConfig as fault:
+        raise BadConfig(f"{path}: {fault}", hint=fault.hint) from None
+    root = config.store.root
+    if root and not Path(root).expanduser().is_absolute():
+        root = str((path.parent / root).resolve())
+    elif root:
+        root = str(Path(root).expanduser())
+    return msgspec.structs.replace(config, store=StorePlace(root))

@@ -1,0 +1,112 @@
+"""Metrics in Prometheus' text format: Triton's names where it has one, our own for what it does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from torchship.serve.line import Line
+from torchship.serve.metrics import BUCKETS_MS, LineMeter
+
+_Labels = tuple[tuple[str, str], ...]
+
+
+class _Family(NamedTuple):
+    name: str
+    kind: str
+    about: str
+    samples: Callable[[Line], Iterable[tuple[_Labels, float]]]
+
+
+def _plain(read: Callable[[Line], float]) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
+    return lambda line: [((), read(line))]
+
+
+def _failures(line: Line) -> Iterable[tuple[_Labels, float]]:
+    for reason in ("REJECTED", "CANCELED", "BACKEND", "OTHER"):
+        yield (("reason", reason),), line.meter.failures.get(reason, 0)
+
+
+def _stations(read: Callable[[object], float]) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
+    return lambda line: [((("stage", leg.station.name),), read(leg.station)) for leg in line.legs]
+
+
+def _sum(name: str) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
+    return _plain(lambda line: round(1e6 * sum(getattr(leg.station.meter, name) for leg in line.legs)))
+
+
+_FAMILIES = (
+    _Family("nv_inference_request_success", "counter", "Requests answered", _plain(lambda line: line.meter.success)),
+    _Family("nv_inference_request_failure", "counter", "Requests without an answer, by reason", _failures),
+    _Family("nv_inference_count", "counter", "Rows answered", _plain(lambda line: line.meter.rows)),
+    _Family(
+        "nv_inference_exec_count",
+        "counter",
+        "Calls of the model, each with a batch",
+        _plain(lambda line: sum(leg.station.meter.calls for leg in line.legs)),
+    ),
+    _Family(
+        "nv_inference_pending_request_count",
+        "gauge",
+        "Requests on the line",
+        _plain(lambda line: line.door.jobs),
+    ),
+    _Family(
+        "nv_inference_request_duration_us",
+        "counter",
+        "From arrival to answer, summed over requests",
+        _plain(lambda line: round(1e6 * line.meter.seconds)),
+    ),
+    _Family("nv_inference_queue_duration_us", "counter", "Waiting, summed over requests", _sum("queued")),
+    _Family("nv_inference_compute_input_duration_us", "counter", "Handing over, summed", _sum("packing")),
+    _Family("nv_inference_compute_infer_duration_us", "counter", "Running, summed over requests", _sum("running")),
+    _Family("nv_inference_compute_output_duration_us", "counter", "Collecting, summed over requests", _sum("passing")),
+    _Family("torchship_queue_rows", "gauge", "Rows that wait", _stations(lambda s: s.queue.rows)),  # type: ignore[attr-defined]
+    _Family("torchship_stage_rows_total", "counter", "Rows run", _stations(lambda s: s.meter.rows)),  # type: ignore[attr-defined]
+    _Family("torchship_stage_calls_total", "counter", "Calls", _stations(lambda s: s.meter.calls)),  # type: ignore[attr-defined]
+    _Family(
+        "torchship_worker_restarts_total",
+        "counter",
+        "Workers replaced",
+        _stations(lambda s: s.meter.restarts),  # type: ignore[attr-defined]
+    ),
+    _Family(
+        "torchship_workers_ready",
+        "gauge",
+        "Workers that can take a batch",
+        _stations(lambda s: sum(w.state == "ready" for w in s.workers)),  # type: ignore[attr-defined]
+    ),
+)
+
+
+def render(lines: Mapping[tuple[str, str], Line]) -> str:
+    """Everything about these lines, by model and version."""
+    text: list[str] = []
+    for family in _FAMILIES:
+        text += [f"# HELP {family.name} {family.about}", f"# TYPE {family.name} {family.kind}"]
+        for (model, version), line in lines.items():
+            where = (("model", model), ("version", version))
+            text += [_sample(family.name, (*where, *labels), value) for labels, value in family.samples(line)]
+    name = "nv_inference_first_response_histogram_ms"
+    text += [f"# HELP {name} From arrival to the answer", f"# TYPE {name} histogram"]
+    for (model, version), line in lines.items():
+        text += _histogram(name, (("model", model), ("version", version)), line.meter)
+    return "\n".join(text) + "\n"
+
+
+def _histogram(name: str, labels: _Labels, meter: LineMeter) -> Iterable[str]:
+    total = 0
+    for bound, count in zip((*map(str, BUCKETS_MS), "+Inf"), meter.histogram, strict=True):
+        total += count
+        yield _sample(f"{name}_bucket", (*labels, ("le", bound)), total)
+    yield _sample(f"{name}_sum", labels, round(meter.seconds * 1e3, 3))
+    yield _sample(f"{name}_count", labels, total)
+
+
+def _sample(name: str, labels: _Labels, value: float) -> str:
+    inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)
+    return f"{name}{{{inside}}} {value:g}" if isinstance(value, float) else f"{name}{{{inside}}} {value}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,188 @@
+"""The Service: all that a protocol sees of the server. `submit` is synchronous, so that a request costs no Task."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import torchship
+from torchship.errors import BadInput, Unsupported
+from torchship.serve import describe, prometheus
+from torchship.serve.catalog import Catalog
+from torchship.serve.dispatch import Job
+from torchship.serve.line import Line
+from torchship.wire.messages import Request, Response
+
+_EXTENSIONS = [
+    "binary_tensor_data",
+    "classification",
+    "generate",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "sequence",
+    "statistics",
+    "system_shared_memory",
+]
+
+
+class Service:
+    """Models by name, behind requests and responses."""
+
+    def __init__(self, catalog: Catalog, *, control: bool = False) -> None:
+        """`control`: callers may load and unload models."""
+        self.catalog = catalog
+        self.draining = False
+        self._control = control
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def live(self) -> bool:
+        """Whether the process can do anything at all."""
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that should be served answers."""
+        entries = self.catalog.entries.values()
+        return not self.draining and all(entry.current is not None and entry.current.ready for entry in entries)
+
+    def submit(self, request: Request) -> asyncio.Future[Response]:
+        """Begin one inference. It may raise at once: NotFound, BadInput, Busy, Unavailable, Unsupported."""
+        line, version = self.catalog.line(request.model, request.version)
+        line.refuse_stream()
+        future: asyncio.Future[Response] = self._loop.create_future()
+        answering = _Answering(future, request, version)
+        job = Job(
+            request.inputs,  # type: ignore[arg-type]
+            answering.reply,
+            line.edge.values(request.parameters) if request.parameters else {},
+            time.monotonic(),
+            priority=request.priority,
+        )
+        if request.outputs:
+            _check_outputs(line, request)
+        line.start(job, deadline=request.deadline)
+        answering.job, answering.line = job, line
+        future.add_done_callback(answering.settled)
+        return future
+
+    async def stream(self, request: Request) -> AsyncIterator[Response]:
+        """All answers of a model that streams, or the one answer of one that does not."""
+        line, version = self.catalog.line(request.model, request.version)
+        _check_outputs(line, request)
+        answers = line.stream(
+            request.inputs, parameters=request.parameters, deadline=request.deadline, priority=request.priority
+        )
+        async for tensors in answers:
+            yield Response(request.model, version, _wanted(tensors, request), request.id)
+
+    def server_metadata(self) -> dict[str, Any]:
+        """`name`, `version`, `extensions`."""
+        return {"name": "torchship", "version": torchship.__version__, "extensions": _EXTENSIONS}
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """Whether this model answers now. Raises NotFound."""
+        entry = self.catalog.entry(name)
+        if not version:
+            return not self.draining and entry.current is not None and entry.current.ready
+        found = entry.versions.get(version)
+        return not self.draining and found is not None and found.line is not None and found.line.ready
+
+    def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
+        """`name`, `versions`, `platform`, `inputs`, `outputs` and, beyond the protocol, `parameters`."""
+        line, _ = self.catalog.line(name, version)
+        versions = [found.name for found in self.catalog.entry(name).versions.values() if found.line is not None]
+        return describe.metadata(line.plan, name=name, versions=versions)
+
+    def model_config(self, name: str, version: str = "") -> dict[str, Any]:
+        """Triton's model configuration, as far as it has a meaning here."""
+        line, _ = self.catalog.line(name, version)
+        return describe.configuration(line, name=name)
+
+    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """`model_stats` as in Triton's statistics extension, of one model or of all."""
+        if name:
+            self.catalog.line(name, version)
+        return {
+            "model_stats": [
+                describe.statistics(line, name=model, version=found)
+                for (model, found), line in self.catalog.lines().items()
+                if name in ("", model) and version in ("", found)
+            ]
+        }
+
+    def metrics(self) -> str:
+        """Everything measured, in Prometheus' text format."""
+        return prometheus.render(self.catalog.lines())
+
+    def repository_index(self, *, ready: bool = False) -> list[dict[str, Any]]:
+        """`name`, `version`, `state` and `reason` of every known model version."""
+        return [
+            {"name": name, "version": version.name, "state": version.state, "reason": version.reason}
+            for name, entry in self.catalog.entries.items()
+            for version in entry.versions.values()
+            if not ready or version.state == "READY"
+        ]
+
+    async def repository_load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Open (or reload) a model and wait for it. Raises Unsupported where model control is off."""
+        self._check_control()
+        if parameters:
+            raise Unsupported("load takes no parameters here", hint="publish a new version into the store")
+        await self.catalog.load(self.catalog.entry(name).config)
+
+    async def repository_unload(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Drain and close a model. Raises Unsupported where model control is off."""
+        self._check_control()
+        await self.catalog.unload(name)
+
+    def _check_control(self) -> None:
+        if not self._control:
+            raise Unsupported("model control is off", hint="set control = true in [server]")
+
+
+class _Answering:
+    """One request on its way: puts the answer into the caller's future."""
+
+    __slots__ = ("_future", "_request", "_version", "job", "line")
+
+    def __init__(self, future: asyncio.Future[Response], request: Request, version: str) -> None:
+        self._future, self._request, self._version = future, request, version
+        self.job: Job | None = None
+        self.line: Line | None = None
+
+    def reply(self, job: Job) -> None:
+        future = self._future
+        if future.done():
+            return
+        if job.fault is not None:
+            future.set_exception(job.fault)
+            return
+        request = self._request
+        outputs = _wanted(job.tensors, request) if request.outputs else job.tensors
+        future.set_result(Response(request.model, self._version, outputs, request.id))
+
+    def settled(self, future: asyncio.Future[Response]) -> None:
+        """The caller may have given up: then its job need not be run."""
+        if future.cancelled() and self.job is not None and self.line is not None:
+            self.line.cancel(self.job)
+
+
+def _check_outputs(line: Line, request: Request) -> None:
+    known = [spec.name for spec in line.plan.signature.outputs]
+    for wanted in request.outputs:
+        if wanted.name not in known:
+            raise BadInput(
+                f"unexpected inference output '{wanted.name}' for model '{request.model}'",
+                hint=f"its outputs are {', '.join(known)}",
+            )
+
+
+def _wanted(tensors: Mapping[str, Any], request: Request) -> Mapping[str, Any]:
+    if not request.outputs:
+        return tensors
+    return {wanted.name: tensors[wanted.name] for wanted in request.outputs}
