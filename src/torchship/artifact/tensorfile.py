@@ -42,15 +42,15 @@ def decode(data: bytes) -> dict[str, Array]:
     try:
         entries = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
         arrays = {name: _array(entry) for name, entry in entries.items()}
+        return {
+            name: _elements(array, arrays[name + _ENDS]) if name + _ENDS in arrays else array
+            for name, array in arrays.items()
+            if not name.endswith(_ENDS)
+        }
     except (safetensors.SafetensorError, KeyError, ValueError) as fault:
         raise BadInput(
             f"not a readable safetensors file: {fault}", hint="write it with the safetensors library"
         ) from None
-    return {
-        name: _elements(array, arrays[name + _ENDS]) if name + _ENDS in arrays else array
-        for name, array in arrays.items()
-        if not name.endswith(_ENDS)
-    }
 
 
 def _array(entry: dict[str, Any]) -> Array:
@@ -61,8 +61,10 @@ def _array(entry: dict[str, Any]) -> Array:
 def _elements(content: Array, ends: Array) -> Array:
     raw = content.tobytes()
     flat = ends.ravel().tolist()
-    starts = [0, *flat[:-1]]
-    if any(not 0 <= start <= end <= len(raw) for start, end in zip(starts, flat, strict=True)):
+    starts = [0, *flat][:-1]
+    if ends.dtype != np.int64 or any(
+        not 0 <= start <= end <= len(raw) for start, end in zip(starts, flat, strict=True)
+    ):
         raise ValueError("the elements of a BYTES tensor do not lie within its content")
     found = np.empty(len(flat), object)
     found[:] = [raw[start:end] for start, end in zip(starts, flat, strict=True)]

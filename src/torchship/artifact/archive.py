@@ -1,0 +1,185 @@
+"""One artifact as one .tar or .zip file: written reproducibly, and read as if an enemy had made it."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from torchship.artifact import folder as folders
+from torchship.artifact.folder import MANIFEST, MAX_FILES, SIGNATURE
+from torchship.artifact.opening import Artifact, open_artifact, read_manifest
+from torchship.errors import BadConfig, CorruptArtifact, NotFound, Unavailable, UnsafeArtifact
+
+MAX_RATIO = 200
+_MAX_SMALL = 16 * 2**20
+_SUFFIXES = (".tar", ".zip")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One file of an archive: its unchecked path, its declared size, and how to read it."""
+
+    path: str
+    size: int
+    open: Callable[[], IO[bytes]]
+
+
+def export(folder: Path | str, *, to: Path | str) -> Path:
+    """Write the artifact in `folder` to a .tar or .zip file, the manifest first. Equal artifacts give equal files.
+
+    Raises BadConfig for another suffix, and what `open_artifact` raises.
+    """
+    target = Path(to)
+    _check_suffix(target)
+    artifact = open_artifact(folder)
+    paths = [MANIFEST, *(entry.path for entry in artifact.manifest.files)]
+    if (artifact.path / SIGNATURE).is_file():
+        paths.insert(1, SIGNATURE)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        (_write_tar if target.suffix == ".tar" else _write_zip)(temporary, artifact.path, paths)
+        folders.sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in _SUFFIXES:
+        raise BadConfig(f"{path.name}: not an archive's name", hint=f"end it with {' or '.join(_SUFFIXES)}")
+
+
+def _write_tar(target: Path, root: Path, paths: list[str]) -> None:
+    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
+        for path in paths:
+            with os.fdopen(folders.open_file(root, path), "rb") as file:
+                info = tarfile.TarInfo(path)
+                info.size, info.mode = os.fstat(file.fileno()).st_size, 0o644
+                archive.addfile(info, file)
+
+
+def _write_zip(target: Path, root: Path, paths: list[str]) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for path in paths:
+            info = zipfile.ZipInfo(path)
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            given = os.fdopen(folders.open_file(root, path), "rb")
+            with given, archive.open(info, "w", force_zip64=True) as entry:
+                shutil.copyfileobj(given, entry, 2**20)
+
+
+@contextmanager
+def extracted(archive: Path | str) -> Iterator[Artifact]:
+    """The verified artifact of a .tar or .zip file in a temporary folder, gone at the end of the `with` block.
+
+    Only plain files that the archive's own manifest lists are written, with exactly the size that it lists.
+    Raises NotFound, BadConfig, UnsafeArtifact, CorruptArtifact, Unsupported for an unknown format version.
+    """
+    path = Path(archive)
+    _check_suffix(path)
+    if not path.is_file():
+        raise NotFound(f"no file {path}")
+    with tempfile.TemporaryDirectory(prefix="torchship-") as place:
+        root = Path(place) / "artifact"
+        try:
+            with _opened(path) as members:
+                _extract(members, root, packed=path.stat().st_size, name=path.name)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as fault:
+            raise CorruptArtifact(f"{path.name} cannot be read: {fault}", hint="export or copy it again") from None
+        yield open_artifact(root)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[list[_Member]]:
+    if path.suffix == ".tar":
+        with tarfile.open(path, "r:") as tar:
+            yield list(_tar_members(tar))
+    else:
+        with zipfile.ZipFile(path) as archive:
+            yield list(_zip_members(archive))
+
+
+def _tar_members(archive: tarfile.TarFile) -> Iterator[_Member]:
+    for count, info in enumerate(archive):
+        _check_count(count)
+        if info.isdir():
+            folders.check_path(info.name.rstrip("/"))
+        elif not info.isreg() or info.issparse():
+            raise UnsafeArtifact(f"{info.name!r} is not a plain file", hint="an artifact holds plain files only")
+        else:
+            yield _Member(info.name, info.size, lambda info=info: archive.extractfile(info) or io.BytesIO())  # type: ignore[misc]
+
+
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[_Member]:
+    for count, info in enumerate(archive.infolist()):
+        _check_count(count)
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if info.is_dir():
+            folders.check_path(info.filename.rstrip("/"))
+        elif kind not in (0, stat.S_IFREG) or info.flag_bits & 0x1:
+            raise UnsafeArtifact(f"{info.filename!r} is not a plain file", hint="an artifact holds plain files only")
+        else:
+            yield _Member(info.filename, info.file_size, lambda info=info: archive.open(info))  # type: ignore[misc]
+
+
+def _check_count(count: int) -> None:
+    if count >= MAX_FILES:
+        raise UnsafeArtifact(f"the archive holds more than {MAX_FILES} files", hint="do not open this archive")
+
+
+def _extract(members: list[_Member], root: Path, *, packed: int, name: str) -> None:
+    found = {folders.check_path(member.path): member for member in members}
+    if len(found) != len(members):
+        raise UnsafeArtifact(f"{name} holds a file twice", hint="do not open this archive")
+    if MANIFEST not in found:
+        raise CorruptArtifact(f"{name} has no {MANIFEST}", hint="this is no exported artifact")
+    total = sum(member.size for member in members)
+    if total > max(packed, 1) * MAX_RATIO:
+        raise UnsafeArtifact(f"{name} would grow {total // max(packed, 1)} times", hint="do not open this archive")
+    manifest = read_manifest(_read_small(found[MANIFEST]), where=f"{name}: {MANIFEST}")
+    listed = {entry.path: entry.size for entry in manifest.files}
+    for path, member in found.items():
+        if path in (MANIFEST, SIGNATURE):
+            continue
+        if path not in listed:
+            raise CorruptArtifact(f"{name} holds {path}, which its manifest does not list", hint="export it again")
+        if member.size != listed[path]:
+            raise CorruptArtifact(f"{path} has {member.size} bytes, the manifest says {listed[path]}")
+    if total > shutil.disk_usage(root.parent).free:
+        raise Unavailable(
+            f"{name} needs {total} bytes, {root.parent} has fewer left", hint="set TMPDIR to a larger disk"
+        )
+    for path, member in found.items():
+        _write_member(member, root / path)
+
+
+def _read_small(member: _Member) -> bytes:
+    with member.open() as file:
+        data = file.read(_MAX_SMALL + 1)
+    if len(data) > _MAX_SMALL:
+        raise UnsafeArtifact(f"{member.path} is larger than {_MAX_SMALL} bytes", hint="do not open this archive")
+    return data
+
+
+def _write_member(member: _Member, target: Path) -> None:
+    """Write at most the declared bytes, whatever the compressed stream would give."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = member.size
+    with member.open() as source, open(target, "xb") as file:
+        while block := source.read(min(2**20, left + 1)):
+            left -= len(block)
+            if left < 0:
+                raise UnsafeArtifact(f"{member.path} is larger than declared", hint="do not open this archive")
+            file.write(block)
