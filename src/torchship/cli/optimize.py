@@ -1,0 +1,154 @@
+"""`torchship optimize TARGET`: search the best valid way to run a model here, and publish it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torchship.optimize.report import Report
+    from torchship.optimize.trial import Trial
+
+_EXAMPLES = """
+\b
+Examples:
+  torchship optimize torchvision.models:resnet18 --input "image:FP32[-1,3,224,224]"
+  torchship optimize mypkg.model:build --input "ids:INT64[-1,seq:1..512]" --input "mask:INT64[-1,seq:1..512]" \\
+      --data mypkg.data:batches --evaluate mypkg.data:accuracy --max-drop 0.003
+  torchship optimize mypkg.model:net --input "image:FP32[-1,3,224,224]" --data photos/ --goal throughput --budget 5m
+  torchship optimize mypkg.model:net --input "x:FP32[-1,16]" --backends onnxruntime,openvino --json > report.json
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("target")
+@click.option("--input", "inputs", multiple=True, metavar="SPEC",
+              help='An input as "name:DTYPE[axes]"; -1 frees an axis, seq:1..512 names and bounds it. Repeat for more. '
+                   "May be left out when --data gives real inputs.")  # fmt: skip
+@click.option("--data", metavar="MODULE:FUNCTION|FOLDER",
+              help="Real inputs to calibrate and judge on: a function that yields batches, or pictures.")  # fmt: skip
+@click.option(
+    "--evaluate", metavar="MODULE:FUNCTION", help="Your metric: takes a stage, returns a number, higher is better."
+)
+@click.option(
+    "--goal", type=click.Choice(["latency", "throughput", "size", "memory"]), default="latency", show_default=True
+)
+@click.option(
+    "--max-drop", type=float, metavar="X", help="How much of the metric a candidate may lose [default: 0.01]."
+)
+@click.option("--max-latency-p99", metavar="MS", help="Refuse candidates that are slower at batch 1: 12, 12ms, 0.5s.")
+@click.option("--max-memory", metavar="SIZE", help="Refuse candidates that need more memory: 300MB, 1GiB.")
+@click.option("--max-size", metavar="SIZE", help="Refuse candidates with larger files: 20MB.")
+@click.option("--backends", metavar="A,B", help="Only these backends, besides eager.")
+@click.option("--recipe", "recipes", multiple=True, metavar="FILE|JSON",
+              help="Race these instead of the backends' proposals: a JSON or TOML file, or JSON itself.")  # fmt: skip
+@click.option(
+    "--budget", default="10m", show_default=True, metavar="TIME", help="Stop starting trials after: 90s, 10m, 1h."
+)
+@click.option(
+    "--store", metavar="DIR", help="Where to publish [default: $TORCHSHIP_STORE or ~/.local/share/torchship/store]."
+)
+@click.option("--name", metavar="NAME", help="Publish under this name [default: after the target].")
+@click.option("--labels", metavar="FILE", type=click.Path(exists=True, dir_okay=False),
+              help="Class names, one a line, to be kept in the artifact.")  # fmt: skip
+@click.option("--report", "report_dir", metavar="DIR", help="Also write report.html and report.json there.")
+@click.option("--threads", type=int, default=0, help="Threads to run and measure with [default: all cores].")
+@click.option("--device", default="cpu", show_default=True, help="Device to open candidates on: cpu, cuda ...")
+@click.option("--no-publish", is_flag=True, help="Search and report only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout; progress goes to stderr.")
+def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool, **given: Any) -> None:
+    """Search the best valid way to run a model on this machine, and publish it.
+
+    TARGET is module:attribute, an nn.Module or a function or class that returns one. Every backend's proposals are
+    built, packed, re-opened in a fresh process, compared with eager fp32 and measured; the best valid one is
+    published to the store. Ctrl-C ends the search and keeps what is done.
+    """
+    from torchship.optimize import search
+    from torchship.optimize.targets import read_wish
+
+    sys.path.insert(0, "")
+    wish = read_wish(target, **given)
+    with _Progress(quiet=as_json) as progress:
+        report = search.optimize(
+            wish.module,
+            wish.inputs,
+            publish=not no_publish,
+            on_trial=progress.show,
+            command=wish.command,
+            **wish.options,
+        )
+    if report_dir:
+        report.save(report_dir)
+    if as_json:
+        click.echo(_json(report))
+    else:
+        _tell(report, report_dir)
+    if report.winner is None:
+        from torchship.errors import NoWinner
+
+        raise NoWinner(report.facts.choice.reason, hint="see the table above, loosen the limits, or add --data")
+
+
+class _Progress:
+    """A progress bar on stderr with a line for every finished trial above it."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True, quiet=quiet and not sys.stderr.isatty())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task("capturing the model", total=None)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, trial: Trial, done: int, total: int) -> None:
+        """Called as trials finish."""
+        from torchship.optimize.report import line
+
+        style = {"ok": "", "refused": "yellow", "failed": "red", "skipped": "dim"}[trial.status]
+        self._console.print(line(trial), style=style, highlight=False, markup=False)
+        self._bar.update(self._task, description="trials", completed=done, total=total)
+
+
+def _tell(report: Report, report_dir: str | None) -> None:
+    """The table, the winner and why, and how to go on."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.table())
+    facts = report.facts
+    for backend, reason in sorted(facts.left_out.items()):
+        console.print(f"left out {backend}: {reason}", style="dim", highlight=False, markup=False)
+    for note in facts.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    if facts.interrupted:
+        console.print("interrupted: the winner is the best of what was done", style="yellow")
+    if report.winner is None:
+        return
+    console.print(f"\nwinner: {report.winner.recipe.label}", style="bold green", highlight=False)
+    console.print(f"why:    {facts.choice.reason}", highlight=False, markup=False)
+    if report.artifact is not None:
+        where = report.artifact.path
+        console.print(
+            f"artifact: {where}\nreport:   {where / 'report' / 'report.html'}", highlight=False, soft_wrap=True
+        )
+        console.print(f"next:     torchship inspect {facts.name}   |   torchship serve {facts.name}", highlight=False)
+    if report_dir:
+        console.print(f"report:   {report_dir}/report.html", highlight=False, soft_wrap=True)
+
+
+def _json(report: Report) -> str:
+    import msgspec
+
+    path = "" if report.artifact is None else str(report.artifact.path)
+    content = {"artifact": path, "version": report.version, "winner": report.winner, "speedup": report.speedup}
+    return msgspec.json.encode({**content, "report": report.facts}).decode()

@@ -1,0 +1,56 @@
+"""The capsule: how a live module travels to the children of its own search, by cloudpickle in a private folder.
+
+The one place where pickle is used; docs/decisions/0003-capsule.md says why and under which rules.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torchship.errors import CaptureFailed, Denied
+
+
+@contextmanager
+def private_folder(parent: Path) -> Iterator[Path]:
+    """A new folder below `parent` that only this user may enter; removed afterwards."""
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = Path(tempfile.mkdtemp(prefix=f"search-{os.getpid()}-", dir=parent))  # mkdtemp makes it 0700
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put(path: Path, value: Any, *, what: str) -> None:
+    """Write `value` for a child of this process. Raises CaptureFailed when it cannot be pickled."""
+    import cloudpickle
+
+    try:
+        data = cloudpickle.dumps(value)
+    except Exception as fault:
+        raise CaptureFailed(
+            f"{what} cannot be sent to a child process: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}",
+            hint="define its classes and functions at the top of a module, and hold no open files or locks",
+        ) from fault
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def take(path: Path) -> Any:
+    """Read what `put` wrote. Raises Denied unless file and folder belong to this user alone."""
+    import pickle
+
+    for place in (path, path.parent):
+        info = place.lstat()
+        if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077 or stat.S_ISLNK(info.st_mode):
+            raise Denied(f"{place} is not private to this user", hint="a capsule is only read where it was written")
+    with path.open("rb") as file:
+        return pickle.load(file)  # noqa: S301  # our own parent's file in a private folder

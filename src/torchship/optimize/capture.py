@@ -1,0 +1,145 @@
+"""Captures a module: any nn.Module with example inputs becomes a Model with flat, named, typed tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchship.errors import BadInput, CaptureFailed
+from torchship.model import Model, to_numpy
+from torchship.optimize import axes
+from torchship.optimize.flatten import Flat, Frame, outline, take_apart
+from torchship.optimize.samples import as_call, flatten_samples, random_inputs, resize, vocabulary_of
+from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
+
+CALIBRATION_ROWS = 512
+
+
+def capture(
+    module: torch.nn.Module,
+    example_inputs: Any,
+    *,
+    calibration: Iterable[Any] | None = None,
+    free: Mapping[str, Mapping[int, Free | str]] = {},
+    batched: bool | None = None,
+    name: str = "",
+) -> Model:
+    """The Model of `module`, in eval mode with frozen weights; the given module is left as it is.
+
+    `example_inputs`: a tensor; a tuple of arguments; a dict of keyword arguments; a list of several of these with
+    different shapes; or TensorSpecs (random inputs are made; they are matched to the arguments by name, else by
+    order). Arguments may nest tensors in dicts, lists and tuples. Axes whose length differs between examples are
+    free, those that vary alike are one named axis; `free` frees others: `{"ids": {1: "seq"}}`. Axis 0 is the batch
+    axis, and free, where the module keeps the rows and treats each by itself (this is tried); `batched=False`
+    forbids it. Outputs are flattened: dict keys, fields and indices give the names; None is dropped.
+
+    Raises CaptureFailed when the module cannot run on the examples, naming its own error.
+    """
+    frozen = _freeze(module)
+    specs, examples = _examples(frozen, example_inputs)
+    frame, first = take_apart(frozen, *examples[0])
+    names = [spec.name for spec in specs] if specs else [name for name, _ in first]
+    calls = [[tensor for _, tensor in take_apart(frozen, *call)[1]] for call in examples]
+    if len({len(call) for call in calls}) > 1:
+        raise CaptureFailed(f"the examples differ in their number of tensors: {[len(call) for call in calls]}")
+    with torch.inference_mode():
+        flat = _flat(frozen, frame, names, calls[0])
+        shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
+        if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
+            batched = False  # the caller fixed axis 0
+        study = axes.study(flat.run, calls, shapes, names=names, batched=batched)
+    inputs = tuple(TensorSpec(n, _dtype(n, t), s) for n, t, s in zip(names, calls[0], study.inputs, strict=True))
+    outputs = tuple(
+        TensorSpec(n, _dtype(n, t), s)
+        for n, t, s in zip(flat.output_names, study.outputs, study.output_shapes, strict=True)
+    )
+    signature = Signature(inputs, outputs, study.batched)
+    arrays = [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in calls]
+    model = Model(
+        module=flat, signature=signature, examples=_two_rows(arrays, signature), name=name or type(module).__name__
+    )
+    flat.notes = study.notes
+    if calibration is None:
+        return model
+    return replace(model, calibration=flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS))
+
+
+def _freeze(module: torch.nn.Module) -> torch.nn.Module:
+    try:
+        frozen = copy.deepcopy(module)
+    except Exception as fault:
+        raise CaptureFailed(
+            f"{type(module).__name__} cannot be copied: {type(fault).__name__}: {fault}",
+            hint="it holds something that is no weight: an open file, a lock, a tensor that still needs its gradient",
+        ) from fault
+    return frozen.cpu().eval().requires_grad_(False)
+
+
+def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], list[Any]]:
+    several = given if isinstance(given, list) else [given]
+    if isinstance(given, TensorSpec) or (
+        isinstance(given, Sequence) and given and all(isinstance(item, TensorSpec) for item in given)
+    ):
+        specs = [given] if isinstance(given, TensorSpec) else list(given)
+        tensors = random_inputs(specs, vocabulary=vocabulary_of(module))
+        return specs, [_by_name(module, specs, tensors)]
+    if not several:
+        raise CaptureFailed("there are no example inputs", hint="give a tensor, a tuple, a dict, or TensorSpecs")
+    return [], [as_call(example) for example in several]
+
+
+def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Any:
+    """Keyword arguments where every name is a parameter of forward, else arguments in order."""
+    import inspect
+
+    try:
+        known = set(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        known = set()
+    if all(spec.name in known for spec in specs):
+        return (), {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    return tuple(tensors), {}
+
+
+def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
+    args, kwargs = frame.fill(tensors)
+    try:
+        leaves = outline(module(*args, **kwargs))
+    except Exception as fault:
+        shapes = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True))
+        raise CaptureFailed(
+            f"{type(module).__name__} fails on its example inputs ({shapes}): {type(fault).__name__}: {fault}",
+            hint="call the module with the same inputs in plain Python first",
+        ) from fault
+    if not leaves:
+        raise CaptureFailed(f"{type(module).__name__} returns no tensor", hint="return tensors, or containers of them")
+    flat: Any = Flat(module, frame=frame, names=names, paths=[path for _, path, _ in leaves])
+    flat.output_names = [name for name, _, _ in leaves]
+    return flat.eval()
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> str:
+    try:
+        return dtype_name(np.asarray(to_numpy(tensor)).dtype)
+    except (BadInput, TypeError) as fault:
+        raise CaptureFailed(
+            f"tensor {name!r} is {tensor.dtype}, which no wire format carries",
+            hint="use torch.view_as_real for complex numbers, and int8 or float16 for exotic ones",
+        ) from fault
+
+
+def _two_rows(examples: Sequence[Tensors], signature: Signature) -> list[Tensors]:
+    """The examples, the first with two rows or more: exporters specialise on a batch of one."""
+    first = examples[0]
+    if signature.batched and next(iter(first.values())).shape[0] < 2 and _may_grow(signature.inputs[0].shape[0]):
+        return [resize(first, rows=2), *examples]
+    return list(examples)
+
+
+def _may_grow(axis: Axis) -> bool:
+    return isinstance(axis, Free) and (axis.max is None or axis.max >= 2)

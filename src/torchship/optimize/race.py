@@ -1,0 +1,209 @@
+"""The race: runs recipes one after another as Trials, from the cache where nothing changed, within a budget."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from torchship import __version__, plugins
+from torchship.artifact.manifest import Provenance
+from torchship.hardware import Hardware
+from torchship.model import Model
+from torchship.optimize import cache as caching
+from torchship.optimize import trial as trials
+from torchship.optimize.cache import Cache, digest
+from torchship.optimize.guard import Guard, judge
+from torchship.optimize.measure import Effort
+from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial
+from torchship.recipe import Recipe
+
+OnTrial = Callable[[Trial, int, int], None]
+_PASSING = ("did not finish", "took ", "killed by", "exited with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """Everything that is the same for all trials of one search."""
+
+    model: Model
+    name: str
+    source: str
+    model_hash: str
+    work: Path
+    cache: Cache
+    hardware: Hardware
+    guard: Guard
+    effort: Effort
+    limits: Limits
+    threads: int
+    device: str
+    rows: int
+    judged_hash: str
+    metric_hash: str = ""
+    reference_metric: float | None = None
+
+    @property
+    def capsule(self) -> Path:
+        """Where the model lies for the children."""
+        return self.work / "model.pkl"
+
+    @property
+    def metric(self) -> str:
+        """Where the user's metric lies for the children; empty without one."""
+        return str(self.work / "metric.pkl") if self.metric_hash else ""
+
+    @property
+    def reference(self) -> Path:
+        """Inputs and outputs of the eager reference."""
+        return self.work / "reference"
+
+
+def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None) -> tuple[list[Recipe], dict[str, str]]:
+    """Recipes in the order to try them, eager first, then each backend's best guess; and why backends are left out.
+
+    Raises BadConfig for a backend that does not exist.
+    """
+    wanted = list(backends) if backends else plugins.names("backends")
+    reasons: dict[str, str] = {}
+    ranked: list[tuple[int, int, Recipe]] = []
+    for place, name in enumerate(wanted):
+        module = plugins.load("backends", name=name) if backends else None
+        reason = plugins.reason_against("backends", name=name, hardware=hardware)
+        if reason:
+            reasons[name] = reason
+            continue
+        try:
+            module = module or plugins.load("backends", name=name)
+            found = module.propose(model, hardware=hardware)
+        except Exception as fault:
+            reasons[name] = f"its proposals failed: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+            continue
+        ranked += [(rank, place, recipe) for rank, recipe in enumerate(found)]
+    ranked.sort(key=lambda item: item[:2])
+    eager = Recipe("eager")
+    others = [recipe for _, _, recipe in ranked if recipe != eager]
+    return [eager, *{recipe.key: recipe for recipe in others}.values()], reasons
+
+
+def run(
+    recipes: Sequence[Recipe], *, course: Course, deadline: float, on_trial: OnTrial | None = None
+) -> tuple[list[Trial], bool]:
+    """Trials in the order of `recipes`, and whether the user interrupted; what the budget did not reach is skipped."""
+    done: list[Trial] = []
+    interrupted = False
+    for index, recipe in enumerate(recipes):
+        left = deadline - time.monotonic()
+        if interrupted or (left <= 0 and index > 0):
+            found = Trial(recipe, "skipped", failure="interrupted" if interrupted else "the budget was used up")
+        else:
+            try:
+                found = attempt(recipe, course=course, left=max(left, 30.0) if index == 0 else left)
+            except KeyboardInterrupt:
+                interrupted = True
+                found = Trial(recipe, "skipped", failure="interrupted")
+        done.append(found)
+        if on_trial is not None:
+            on_trial(found, len(done), len(recipes))
+    return done, interrupted
+
+
+def attempt(recipe: Recipe, *, course: Course, left: float) -> Trial:
+    """One recipe as a Trial: from the cache, or built and proven within `left` seconds. Never raises for its faults."""
+    built_key, proof_key = _keys(recipe, course)
+    known = course.cache.trial(proof_key)
+    if known is not None:
+        return _judged_again(msgspec.structs.replace(known, cached=True), course)
+    started = time.monotonic()
+    folder, fault, log = _built(recipe, built_key, course, left)
+    build_s = time.monotonic() - started
+    if folder is None:
+        found = Trial(recipe, "failed", proof_key, failure=fault, log=log, build_s=build_s, seconds=build_s)
+    else:
+        found = _proven(recipe, proof_key, folder, course, left - build_s)
+        found = msgspec.structs.replace(found, build_s=build_s, seconds=time.monotonic() - started)
+    if not found.failure.startswith(_PASSING):
+        course.cache.keep_trial(proof_key, found)
+    return found
+
+
+def _keys(recipe: Recipe, course: Course) -> tuple[str, str]:
+    packages = caching.versions([*_packages(recipe), "torch", "numpy"])
+    built = digest(
+        course.model_hash, recipe.key, packages, caching.own_code(), course.hardware.fingerprint, course.name
+    )
+    proof = digest(built, course.judged_hash, course.metric_hash, course.effort, course.threads, course.device)
+    return built, proof
+
+
+def _packages(recipe: Recipe) -> Sequence[str]:
+    found: Sequence[str] = getattr(plugins.load("backends", name=recipe.backend), "PACKAGES", ())
+    return found
+
+
+def _limits(course: Course, left: float) -> Limits:
+    return msgspec.structs.replace(course.limits, timeout=max(5.0, min(course.limits.timeout, left)))
+
+
+def _built(recipe: Recipe, key: str, course: Course, left: float) -> tuple[Path | None, str, str]:
+    folder = course.cache.built(key)
+    if folder is not None:
+        return folder, "", ""
+    out = course.work / f"build-{key}"
+    shutil.rmtree(out, ignore_errors=True)
+    provenance = Provenance(
+        torchship=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=course.source,
+        model_hash=course.model_hash,
+        packages=caching.versions([*_packages(recipe), "torch"]),
+    )
+    task = BuildTask(str(course.capsule), recipe, str(out), course.name, provenance)
+    outcome = trials.build(task, limits=_limits(course, left), threads=course.threads)
+    if outcome.fault:
+        shutil.rmtree(out, ignore_errors=True)
+        return None, f"build: {outcome.fault}" if not outcome.fault.startswith(_PASSING) else outcome.fault, outcome.log
+    return course.cache.keep_build(key, out), "", ""
+
+
+def _proven(recipe: Recipe, key: str, folder: Path, course: Course, left: float) -> Trial:
+    task = ProofTask(
+        artifact=str(folder),
+        reference=str(course.reference),
+        recipe=recipe,
+        guard=course.guard,
+        effort=course.effort,
+        rows=course.rows,
+        answers=str(course.cache.root / "builds" / f"{folder.name}.answers"),
+        device=course.device,
+        threads=course.threads,
+        evaluate=course.metric,
+        reference_metric=course.reference_metric,
+    )
+    outcome = trials.prove(task, limits=_limits(course, left), threads=course.threads)
+    if outcome.fault:
+        return Trial(recipe, "failed", key, artifact=str(folder), failure=outcome.fault, log=outcome.log)
+    proof = msgspec.convert(outcome.value, Proof)
+    found = Trial(recipe, "ok", key, artifact=str(folder), verdict=proof.verdict, timing=proof.timing)
+    return _status(found)
+
+
+def _judged_again(trial: Trial, course: Course) -> Trial:
+    """A cached trial under today's limits: the numbers hold, the verdict may not."""
+    if trial.verdict is None or trial.status == "failed" or trial.verdict.error == float("inf"):
+        return trial
+    raw = msgspec.structs.replace(trial.verdict, passed=True, reason="")
+    verdict = judge(raw, guard=course.guard, recipe=trial.recipe, rows=course.rows)
+    return _status(msgspec.structs.replace(trial, verdict=verdict))
+
+
+def _status(trial: Trial) -> Trial:
+    assert trial.verdict is not None  # noqa: S101  # only proven trials come here
+    if trial.verdict.passed:
+        return msgspec.structs.replace(trial, status="ok", failure="")
+    return msgspec.structs.replace(trial, status="refused", failure=f"guard: {trial.verdict.reason}")

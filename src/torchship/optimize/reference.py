@@ -1,0 +1,96 @@
+"""The reference: what the eager fp32 module answers, computed once and kept as safetensors for every trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torchship.artifact import tensorfile
+from torchship.model import Model, to_numpy
+from torchship.optimize.samples import random_inputs, resize, rows_of, vocabulary_of
+from torchship.stage import Parameter, Parameters
+from torchship.tensors import Tensors
+
+JUDGED_ROWS = 256
+_HELD_BACK = 0.25
+
+
+class EagerStage:
+    """A Model's own module as a Stage in this process."""
+
+    def __init__(self, model: Model) -> None:
+        self.signature = model.signature
+        self.max_batch = model.signature.max_rows
+        self.parameters: tuple[Parameter, ...] = ()
+        self._model = model
+
+    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
+        """Run the module without gradients."""
+        with torch.inference_mode():
+            outputs = self._model.module(*self._model.torch_inputs(tensors))
+        specs = self.signature.outputs
+        return {spec.name: np.asarray(to_numpy(out)) for spec, out in zip(specs, outputs, strict=True)}
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def split_calibration(samples: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:
+    """Batches for the quantizers and batches for the guard: the last quarter is held back where there are enough."""
+    batches = list(samples)
+    if len(batches) < 4:
+        return batches, batches
+    cut = len(batches) - max(1, int(len(batches) * _HELD_BACK))
+    return batches[:cut], batches[cut:]
+
+
+def judged_batches(model: Model, *, held_back: Sequence[Tensors], rows: int = JUDGED_ROWS) -> list[Tensors]:
+    """What the guard compares on: every example, one row by itself, and real data (random rows where there is none)."""
+    signature = model.signature
+    found = list(model.examples)
+    if not signature.batched:
+        return found + list(held_back)[:rows]
+    first = found[0]
+    if signature.max_rows > 1:
+        found = [resize(first, rows=1), *found, resize(first, rows=min(5, signature.max_rows))]
+    if held_back:
+        count = 0
+        for batch in held_back:
+            found += _pieces(batch, size=min(32, signature.max_rows))
+            count += rows_of(batch, signature=signature)
+            if count >= rows:
+                break
+    else:
+        found += _random(model)
+    return found
+
+
+def _pieces(batch: Tensors, *, size: int) -> list[Tensors]:
+    count = next(iter(batch.values())).shape[0]
+    return [{name: array[i : i + size] for name, array in batch.items()} for i in range(0, count, size)]
+
+
+def _random(model: Model) -> list[Tensors]:
+    """Eight noise rows shaped like the first example: a weak stand-in for real data."""
+    signature = model.signature
+    first = model.examples[0]
+    shaped = [
+        type(spec)(spec.name, spec.dtype, (spec.shape[0], *first[spec.name].shape[1:])) for spec in signature.inputs
+    ]
+    tensors = random_inputs(shaped, rows=min(8, signature.max_rows), vocabulary=vocabulary_of(model.module), seed=1)
+    return [{s.name: np.asarray(to_numpy(t)) for s, t in zip(shaped, tensors, strict=True)}]
+
+
+def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> list[Tensors]:
+    """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = []
+    for index, batch in enumerate(batches):
+        answer = stage(batch)
+        outputs.append(answer)
+        (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
+        (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))
+    return outputs

@@ -1,0 +1,157 @@
+"""Example and calibration inputs: random ones made from a signature, and the user's own brought into flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from torchship.errors import BadInput
+from torchship.model import to_numpy, to_torch
+from torchship.tensors import Array, Free, Signature, Tensors, TensorSpec, dtype_name, numpy_dtype
+
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(example: Any) -> Call:
+    """One example as arguments and keyword arguments: a dict is keywords, a tuple is arguments, a tensor is one."""
+    if isinstance(example, Mapping):
+        return (), {str(name): _tensors(value) for name, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(map(_tensors, example)), {}
+    return (_tensors(example),), {}
+
+
+def _tensors(value: Any) -> Any:
+    """Numpy arrays become tensors, wherever they sit."""
+    if isinstance(value, np.ndarray):
+        return to_torch(value)
+    if isinstance(value, dict):
+        return {key: _tensors(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_tensors, value))
+    if isinstance(value, list | tuple):
+        return type(value)([_tensors(item) for item in value])
+    return value
+
+
+def random_inputs(
+    specs: Sequence[TensorSpec], *, rows: int = 2, free: int = 16, vocabulary: int = 2, seed: int = 0
+) -> list[torch.Tensor]:
+    """Random tensors that fit `specs`: normal floats, integers below `vocabulary`, ones where the name says mask.
+
+    `rows` is the length of a free axis 0, `free` of other free axes; bounds of the axes are kept, and axes of one
+    name are equally long.
+    """
+    source = np.random.default_rng(seed)
+    lengths: dict[str, int] = {}
+    shapes = [_shape(spec, lengths, rows=rows, free=free) for spec in specs]
+    return [
+        _random(spec, shape, source=source, vocabulary=vocabulary) for spec, shape in zip(specs, shapes, strict=True)
+    ]
+
+
+def _shape(spec: TensorSpec, lengths: dict[str, int], *, rows: int, free: int) -> list[int]:
+    shape = []
+    for position, axis in enumerate(spec.shape):
+        if isinstance(axis, Free):
+            wanted = max(axis.min, rows if position == 0 else free)
+            length = wanted if axis.max is None else min(wanted, axis.max)
+            shape.append(lengths.setdefault(axis.name, length) if axis.name else length)
+        else:
+            shape.append(axis)
+    return shape
+
+
+def _random(spec: TensorSpec, shape: list[int], *, source: np.random.Generator, vocabulary: int) -> torch.Tensor:
+    if spec.dtype == "BYTES":
+        raise BadInput(
+            f"input {spec.name!r} is BYTES: a torch module takes numbers", hint="decode in a stage before it"
+        )
+    kind = numpy_dtype(spec.dtype)
+    if spec.dtype in ("FP16", "BF16", "FP32", "FP64"):
+        return to_torch(source.standard_normal(shape).astype(kind))
+    if "mask" in spec.name.lower():
+        return to_torch(np.ones(shape, kind))
+    high = 256 if spec.dtype == "UINT8" else 2 if spec.dtype == "BOOL" else max(vocabulary, 2)
+    return to_torch(source.integers(0, high, shape).astype(kind))
+
+
+def vocabulary_of(module: torch.nn.Module) -> int:
+    """The smallest embedding table's length: ids below it are safe for every table; 2 without one."""
+    sizes = [
+        part.num_embeddings for part in module.modules() if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag)
+    ]
+    return max(min(sizes, default=2), 2)
+
+
+def flatten_samples(samples: Iterable[Any], *, signature: Signature, rows: int) -> list[Tensors]:
+    """The user's calibration data as flat batches in the order they come, at most `rows` rows in all.
+
+    A sample is what the model takes (tensor, array, tuple, dict by input name). A tuple or list that is longer than
+    the inputs, as a data loader yields with its labels, gives its first items. A single row without its batch axis
+    is given one. Raises BadInput for data that does not fit the signature.
+    """
+    return list(_limit(_fit(samples, signature), signature, rows))
+
+
+def _fit(samples: Iterable[Any], signature: Signature) -> Iterator[Tensors]:
+    for index, sample in enumerate(samples):
+        flat = _flat(sample, signature)
+        try:
+            signature.check(flat)
+        except BadInput as fault:
+            raise BadInput(f"calibration sample {index}: {fault}", hint=fault.hint) from None
+        yield flat
+
+
+def _flat(sample: Any, signature: Signature) -> Tensors:
+    specs = signature.inputs
+    if isinstance(sample, Mapping):
+        values: Sequence[Any] = [sample[spec.name] for spec in specs if spec.name in sample]
+    else:
+        values = list(sample) if isinstance(sample, tuple | list) else [sample]
+    if len(values) < len(specs):
+        raise BadInput(
+            f"a calibration sample holds {len(values)} tensors, the model takes {len(specs)}",
+            hint=f"give {', '.join(spec.name for spec in specs)}",
+        )
+    return {spec.name: _row(_array(value), spec) for spec, value in zip(specs, values, strict=False)}
+
+
+def _array(value: Any) -> Array:
+    return np.asarray(to_numpy(value) if isinstance(value, torch.Tensor) else value)
+
+
+def _row(array: Array, spec: TensorSpec) -> Array:
+    array = array[None] if array.ndim == len(spec.shape) - 1 else array
+    wanted = numpy_dtype(spec.dtype)
+    # data sets often come as doubles; a picture as bytes is left alone: its scale is the user's to choose
+    same_kind = array.dtype.kind == wanted.kind and dtype_name(array.dtype) != spec.dtype
+    return array.astype(wanted) if same_kind and wanted.kind in "fi" else array
+
+
+def _limit(batches: Iterator[Tensors], signature: Signature, rows: int) -> Iterator[Tensors]:
+    left = rows
+    for batch in islice(batches, rows):
+        count = rows_of(batch, signature=signature)
+        if signature.batched and count > left:
+            yield {name: array[:left] for name, array in batch.items()}
+        else:
+            yield batch
+        left -= min(count, left)
+        if left <= 0:
+            return
+
+
+def rows_of(batch: Tensors, *, signature: Signature) -> int:
+    """How many rows a batch holds; 1 where the signature has none."""
+    return next(iter(batch.values())).shape[0] if signature.batched else 1
+
+
+def resize(tensors: Tensors, *, rows: int) -> Tensors:
+    """`tensors` with exactly `rows` rows, repeating them from the start as needed."""
+    return {name: np.take(array, np.arange(rows) % array.shape[0], axis=0) for name, array in tensors.items()}

@@ -1,0 +1,243 @@
+"""`optimize`: from a module and example inputs to a published artifact and a report."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from torchship import __version__, plugins
+from torchship import hardware as machines
+from torchship.artifact import Artifact, Store, open_artifact, package
+from torchship.artifact import folder as folders
+from torchship.errors import BadConfig
+from torchship.hardware import Hardware
+from torchship.model import Model
+from torchship.optimize import cache as caching
+from torchship.optimize import capsule, race, reference
+from torchship.optimize.cache import Cache
+from torchship.optimize.capture import capture
+from torchship.optimize.choose import GOALS, Constraints, Goal, choose
+from torchship.optimize.guard import Guard, rows_judged
+from torchship.optimize.measure import Effort
+from torchship.optimize.race import Course, OnTrial
+from torchship.optimize.report import Facts, Report
+from torchship.optimize.trial import Limits, Trial
+from torchship.recipe import Recipe
+from torchship.stage import Stage
+from torchship.tensors import Free
+
+Metric = Callable[[Stage], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the caller asked for, checked."""
+
+    goal: Goal
+    constraints: Constraints
+    guard: Guard
+    effort: Effort
+    limits: Limits
+    backends: Sequence[str] | None
+    recipes: Sequence[Recipe] | None
+    budget: float
+    threads: int
+    device: str
+    labels: Sequence[str]
+    command: str
+    source: str
+
+
+def optimize(
+    module: torch.nn.Module,
+    example_inputs: Any,
+    *,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Metric | None = None,
+    goal: Goal = "latency",
+    backends: Sequence[str] | None = None,
+    recipes: Sequence[Recipe] | None = None,
+    budget: float = 600.0,
+    max_drop: float | None = None,
+    max_latency_p99: float | None = None,
+    max_memory: int | None = None,
+    max_size: int | None = None,
+    guard: Guard | None = None,
+    free: Mapping[str, Mapping[int, Free | str]] = {},
+    batched: bool | None = None,
+    store: Store | str | Path | None = None,
+    name: str | None = None,
+    publish: bool = True,
+    labels: Sequence[str] = (),
+    threads: int = 0,
+    device: str = "cpu",
+    trial_timeout: float = 300.0,
+    trial_memory: int | None = None,
+    effort: Effort | None = None,
+    cache: str | Path | None = None,
+    on_trial: OnTrial | None = None,
+    command: str = "",
+    source: str = "",
+) -> Report:
+    """Search the best valid way to run `module` here, publish it to the store, and report every trial.
+
+    `example_inputs` and `free`: see `capture`. `calibration`: real inputs, in batches, for quantizers and the guard
+    (the last quarter is held back for the guard). `evaluate(stage)` is your metric, higher is better: a candidate
+    may lose at most `max_drop` of it (default 0.01). Without it a candidate must agree with eager fp32, see `Guard`.
+    `goal`: latency (p50 at batch 1), throughput, size or memory. `backends` and `recipes` narrow the search.
+    `budget` in seconds; `max_latency_p99` in ms at batch 1, `max_memory` and `max_size` in bytes. `on_trial(trial,
+    done, total)` is called as trials finish. Ctrl-C ends the race and keeps what is done. `publish=False` leaves the
+    store alone.
+
+    Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
+    When no trial is valid the report has no winner and nothing is published.
+    """
+    if goal not in GOALS:
+        raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
+    machine = machines.here()
+    limits = guard or Guard()
+    wish = Wish(
+        goal=goal,
+        constraints=Constraints(max_latency_p99, max_memory, max_size),
+        guard=limits if max_drop is None else msgspec.structs.replace(limits, max_drop=max_drop),
+        effort=effort or Effort(),
+        limits=Limits(trial_timeout, trial_memory or int(machine.memory * 0.8)),
+        backends=backends,
+        recipes=recipes,
+        budget=budget,
+        threads=threads or machine.cores,
+        device=device,
+        labels=labels,
+        command=command,
+        source=source or f"{type(module).__module__}.{type(module).__qualname__}",
+    )
+    for backend in backends or ():
+        plugins.load("backends", name=backend)
+    model = capture(
+        module, example_inputs, calibration=calibration, free=free, batched=batched, name=name or type(module).__name__
+    )
+    model = replace(model, name=artifact_name(model.name))
+    root = Path(cache) if cache else caching.default_root()
+    with capsule.private_folder(root / "work") as work:
+        facts = _race(model, evaluate, wish, machine=machine, work=work, cache=Cache(root), on_trial=on_trial)
+        if not publish or facts.choice.winner is None:
+            return Report(facts)
+        where = store if isinstance(store, Store) else Store(store)
+        artifact, number = _publish(facts, where, labels=labels, work=work)
+        return Report(facts, artifact, number)
+
+
+def artifact_name(text: str) -> str:
+    """`text` as a name that the store takes."""
+    word = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")
+    return word[:100] if word[:1].isalpha() else f"m{word}"[:100]
+
+
+def _race(
+    model: Model,
+    evaluate: Metric | None,
+    wish: Wish,
+    *,
+    machine: Hardware,
+    work: Path,
+    cache: Cache,
+    on_trial: OnTrial | None,
+) -> Facts:
+    started = time.monotonic()
+    course = _prepare(model, evaluate, wish, machine=machine, work=work, cache=cache)
+    recipes, left_out = race.propose(course.model, hardware=machine, backends=wish.backends)
+    if wish.recipes is not None:
+        recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
+    trials, interrupted = race.run(recipes, course=course, deadline=started + wish.budget, on_trial=on_trial)
+    cache.trim()
+    return Facts(
+        name=model.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        torchship=__version__,
+        source=wish.source,
+        signature=str(model.signature),
+        hardware=machine.line,
+        fingerprint=machine.fingerprint,
+        threads=wish.threads,
+        device=wish.device,
+        goal=wish.goal,
+        constraints=wish.constraints,
+        trials=tuple(trials),
+        choice=choose(trials, goal=wish.goal, constraints=wish.constraints),
+        left_out=left_out,
+        notes=tuple(getattr(model.module, "notes", ())),
+        command=wish.command,
+        rows=course.rows,
+        seconds=time.monotonic() - started,
+        interrupted=interrupted,
+        reference_metric=course.reference_metric,
+        packages=caching.versions(["torch", "onnxruntime", "openvino", "nncf", "torchao"]),
+    )
+
+
+def _prepare(
+    model: Model, evaluate: Metric | None, wish: Wish, *, machine: Hardware, work: Path, cache: Cache
+) -> Course:
+    """Compute the reference once, and lay everything out for the children."""
+    fit, held_back = reference.split_calibration(model.calibration)
+    model = replace(model, calibration=fit)
+    eager = reference.EagerStage(model)
+    batches = reference.judged_batches(model, held_back=held_back)
+    outputs = reference.write(work / "reference", stage=eager, batches=batches)
+    capsule.put(work / "model.pkl", model, what=f"the module {model.name!r}")
+    if evaluate is not None:
+        capsule.put(work / "metric.pkl", evaluate, what="the evaluate function")
+    return Course(
+        model=model,
+        name=model.name,
+        source=wish.source,
+        model_hash=caching.digest(caching.hash_model(model), caching.hash_tensors([*model.examples, *fit])),
+        work=work,
+        cache=cache,
+        hardware=machine,
+        guard=wish.guard,
+        effort=wish.effort,
+        limits=wish.limits,
+        threads=wish.threads,
+        device=wish.device,
+        rows=rows_judged(outputs, signature=model.signature),
+        judged_hash=caching.hash_tensors(batches),
+        metric_hash="" if evaluate is None else _metric_hash(evaluate),
+        reference_metric=None if evaluate is None else float(evaluate(eager)),
+    )
+
+
+def _metric_hash(evaluate: Metric) -> str:
+    try:
+        return caching.digest(inspect.getsource(evaluate), repr(getattr(evaluate, "__defaults__", None)))
+    except (OSError, TypeError):
+        import cloudpickle
+
+        data: bytes = cloudpickle.dumps(evaluate)
+        return caching.digest(data)
+
+
+def _publish(facts: Facts, store: Store, *, labels: Sequence[str], work: Path) -> tuple[Artifact, int]:
+    """Copy the winner, add what was measured, its own answers and the report, and publish that."""
+    import shutil
+
+    assert facts.choice.winner is not None  # noqa: S101  # the caller looked
+    winner: Trial = facts.trials[facts.choice.winner]
+    folder = work / "winner"
+    shutil.copytree(winner.artifact, folder)
+    answers = Path(f"{winner.artifact}.answers")
+    if answers.is_file():
+        folders.write(folder / "examples" / "outputs.safetensors", answers.read_bytes())
+    Report(facts).save(folder / "report")
+    package.amend(folder, name=facts.name, timing=winner.timing, verdict=winner.verdict, labels=tuple(labels))
+    number = store.publish(folder, name=facts.name)
+    return open_artifact(store.resolve(f"{facts.name}@{number}"), verify=False), number

@@ -1,0 +1,214 @@
+"""Reads what the command line names: the target module, data, metric, recipes, times and sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from torchship import process
+from torchship.errors import BadConfig, NotFound
+from torchship.recipe import Recipe
+from torchship.tensors import Array, TensorSpec
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_MOST_PICTURES = 256
+_MEAN, _SPREAD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+
+
+@dataclass(frozen=True)
+class CommandWish:
+    """A command line, read: module, example inputs, keyword arguments of `optimize`, and the line itself."""
+
+    module: torch.nn.Module
+    inputs: Any
+    options: dict[str, Any]
+    command: str
+
+
+def read_wish(
+    target: str,
+    *,
+    inputs: Sequence[str],
+    data: str | None,
+    evaluate: str | None,
+    backends: str | None,
+    recipes: Sequence[str],
+    budget: str,
+    name: str | None,
+    labels: str | None,
+    max_latency_p99: str | None,
+    max_memory: str | None,
+    max_size: str | None,
+    **plain: Any,
+) -> CommandWish:
+    """Raises BadConfig or NotFound naming the argument that is wrong."""
+    module = module_at(target)
+    specs = [TensorSpec.parse(text) for text in inputs]
+    calibration = None if data is None else list(data_at(data, specs=specs))
+    options = {
+        **plain,
+        "calibration": calibration,
+        "evaluate": None if evaluate is None else found_at(evaluate, what="--evaluate"),
+        "backends": None if backends is None else [word.strip() for word in backends.split(",") if word.strip()],
+        "recipes": [recipe for text in recipes for recipe in recipes_at(text)] or None,
+        "budget": seconds(budget, what="--budget"),
+        "max_latency_p99": None if max_latency_p99 is None else milliseconds(max_latency_p99, what="--max-latency-p99"),
+        "max_memory": None if max_memory is None else size(max_memory, what="--max-memory"),
+        "max_size": None if max_size is None else size(max_size, what="--max-size"),
+        "name": name or target.rpartition(":")[2].rpartition(".")[2] or target,
+        "labels": [] if labels is None else Path(labels).read_text().split("\n"),
+        "source": target,
+    }
+    options["labels"] = [label.strip() for label in options["labels"] if label.strip()]
+    words = ["torchship", "optimize", target, *(w for text in inputs for w in ("--input", text))]
+    words += ["--data", data] if data else []
+    words += ["--evaluate", evaluate] if evaluate else []
+    return CommandWish(module, specs or _first_inputs(calibration), options, shlex.join(words))
+
+
+def _first_inputs(calibration: list[Any] | None) -> Any:
+    if not calibration:
+        raise BadConfig(
+            "no inputs are given", hint='add --input "image:FP32[-1,3,224,224]", or --data with real inputs'
+        )
+    return calibration[:4]
+
+
+def found_at(target: str, *, what: str) -> Any:
+    """The object that `module:attribute` names."""
+    if ":" not in target:
+        raise BadConfig(f"{what}: {target!r} is not module:attribute", hint="write it as mypackage.module:name")
+    try:
+        return process.resolve(target)
+    except (ImportError, AttributeError) as fault:
+        raise NotFound(
+            f"{what}: {target!r} cannot be imported: {fault}", hint="is it on PYTHONPATH, and spelt right?"
+        ) from fault
+
+
+def module_at(target: str) -> torch.nn.Module:
+    """The nn.Module that TARGET is or returns."""
+    found = found_at(target, what="TARGET")
+    if not isinstance(found, torch.nn.Module):
+        if not callable(found):
+            raise BadConfig(
+                f"TARGET: {target!r} is a {type(found).__name__}",
+                hint="name an nn.Module or a function that returns one",
+            )
+        try:
+            found = found()
+        except TypeError as fault:
+            raise BadConfig(
+                f"TARGET: {target!r} cannot be called without arguments: {fault}",
+                hint="write a small function that returns the module",
+            ) from fault
+    if not isinstance(found, torch.nn.Module):
+        raise BadConfig(f"TARGET: {target!r} returned a {type(found).__name__}, not an nn.Module")
+    return found
+
+
+def data_at(target: str, *, specs: Sequence[TensorSpec]) -> Iterable[Any]:
+    """Batches from a function (or anything iterable), or from a folder of pictures for a picture input."""
+    if Path(target).is_dir():
+        return pictures(Path(target), specs=specs)
+    found = found_at(target, what="--data")
+    made = found() if callable(found) else found
+    if not isinstance(made, Iterable):
+        raise BadConfig(f"--data: {target!r} returned a {type(made).__name__}", hint="return or yield batches")
+    return islice(made, 512)
+
+
+def pictures(folder: Path, *, specs: Sequence[TensorSpec]) -> Iterator[Array]:
+    """The pictures of a folder as single rows: resized, cropped, scaled and normalized as ImageNet models want it.
+
+    Use a `--data` function where the model was trained with other preprocessing.
+    """
+    if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in ("FP32", "UINT8"):
+        raise BadConfig(
+            "--data: a folder of pictures needs one --input with a shape like FP32[-1,3,224,224]",
+            hint="give a module:function that yields batches instead",
+        )
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)[:_MOST_PICTURES]
+    if not paths:
+        raise NotFound(f"--data: no pictures in {folder}", hint=f"looked for {', '.join(_PICTURES)}")
+    return (_picture(path, specs[0]) for path in paths)
+
+
+def _picture(path: Path, spec: TensorSpec) -> Array:
+    from PIL import Image, ImageOps
+
+    axes = [axis if isinstance(axis, int) else 224 for axis in spec.shape[1:]]
+    height, width = axes[1], axes[2]
+    with Image.open(path) as image:
+        fitted = ImageOps.fit(image.convert("L" if axes[0] == 1 else "RGB"), (width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(fitted).reshape(height, width, -1).transpose(2, 0, 1)
+    if spec.dtype == "UINT8":
+        return np.ascontiguousarray(pixels)
+    scaled = pixels.astype(np.float32) / 255
+    return (scaled - _MEAN[: axes[0], None, None]) / _SPREAD[: axes[0], None, None]
+
+
+def recipes_at(text: str) -> list[Recipe]:
+    """Recipes from JSON, or from a .json or .toml file; one or a list (`[[recipe]]` in TOML)."""
+    try:
+        found = json.loads(text) if text.lstrip()[:1] in "[{" else _recipe_file(Path(text))
+        several = found.get("recipe", found) if isinstance(found, dict) else found
+        return msgspec.convert(several if isinstance(several, list) else [several], list[Recipe])
+    except (ValueError, tomllib.TOMLDecodeError, msgspec.ValidationError) as fault:
+        raise BadConfig(
+            f"--recipe {text[:80]!r}: {fault}",
+            hint='write {"backend": "onnxruntime", "options": {"precision": "int8"}}',
+        ) from fault
+
+
+def _recipe_file(path: Path) -> Any:
+    if not path.is_file():
+        raise NotFound(f"--recipe: no file {path}")
+    return tomllib.loads(path.read_text()) if path.suffix == ".toml" else json.loads(path.read_text())
+
+
+def _number(text: str, units: dict[str, float], *, what: str, example: str) -> float:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found[2].lower() if found else None
+    if found is None or unit not in units:
+        raise BadConfig(f"{what}: {text!r} is not understood", hint=f"write {example}")
+    return float(found[1]) * units[unit]
+
+
+def seconds(text: str, *, what: str) -> float:
+    """`90s`, `10m`, `1h` or plain seconds."""
+    return _number(text, {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}, what=what, example="90s, 10m or 1h")
+
+
+def milliseconds(text: str, *, what: str) -> float:
+    """`12`, `12ms` or `0.5s` in milliseconds."""
+    return _number(text, {"": 1, "ms": 1, "s": 1000}, what=what, example="12ms or 0.5s")
+
+
+def size(text: str, *, what: str) -> int:
+    """`300MB` or `1GiB` in bytes."""
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 1e3,
+        "mb": 1e6,
+        "gb": 1e9,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "k": 1e3,
+        "m": 1e6,
+        "g": 1e9,
+    }
+    return int(_number(text, {key: float(value) for key, value in units.items()}, what=what, example="300MB or 1GiB"))

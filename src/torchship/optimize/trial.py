@@ -1,0 +1,183 @@
+"""One Trial: a child process builds and packs a recipe, another opens it from disk, guards and measures it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from torchship import plugins, process
+from torchship.artifact import open_artifact, tensorfile
+from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
+from torchship.optimize.guard import Guard, agreement, judge
+from torchship.optimize.measure import Effort, curve, peak_memory
+from torchship.recipe import Recipe
+from torchship.stage import Stage
+from torchship.tensors import Signature, Tensors
+
+Status: TypeAlias = Literal["ok", "refused", "failed", "skipped"]
+_SERVING_BATCH = 8  # memory is what serving up to this many rows at once takes
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """What became of one recipe. `failure` says why it is not `ok`; `artifact` is a folder; times in seconds.
+
+    `notes` tell what the search did about it: layers left out, measured again, taken from the cache.
+    """
+
+    recipe: Recipe
+    status: Status
+    key: str = ""
+    artifact: str = ""
+    verdict: Verdict | None = None
+    timing: Timing | None = None
+    failure: str = ""
+    log: str = ""
+    build_s: float = 0.0
+    seconds: float = 0.0
+    cached: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a child may take: seconds and bytes."""
+
+    timeout: float = 300.0
+    memory: int | None = None
+
+
+class BuildTask(msgspec.Struct, frozen=True):
+    """What the building child is told; paths are absolute."""
+
+    capsule: str
+    recipe: Recipe
+    out: str
+    name: str
+    provenance: Provenance
+
+
+class ProofTask(msgspec.Struct, frozen=True):
+    """What the proving child is told."""
+
+    artifact: str
+    reference: str
+    recipe: Recipe
+    guard: Guard
+    effort: Effort
+    rows: int
+    answers: str
+    device: str = "cpu"
+    threads: int = 0
+    evaluate: str = ""
+    reference_metric: float | None = None
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """What the proving child found."""
+
+    verdict: Verdict
+    timing: Timing
+
+
+def build(task: BuildTask, *, limits: Limits, threads: int) -> process.Outcome:
+    """Apply the transforms, build and pack in a child; the Outcome's fault says why it failed."""
+    return process.run(
+        "torchship.optimize.trial:build_here",
+        argument=msgspec.to_builtins(task),
+        timeout=limits.timeout,
+        memory=limits.memory,
+        threads=threads,
+    )
+
+
+def prove(task: ProofTask, *, limits: Limits, threads: int) -> process.Outcome:
+    """Open, guard and measure in a fresh child that imports only what serving needs; the value is a Proof."""
+    return process.run(
+        "torchship.optimize.trial:prove_here",
+        argument=msgspec.to_builtins(task),
+        timeout=limits.timeout,
+        memory=limits.memory,
+        threads=threads,
+    )
+
+
+def build_here(argument: Any) -> None:
+    """The building child's side."""
+    from torchship.artifact import package
+    from torchship.optimize import capsule
+
+    task = msgspec.convert(argument, BuildTask)
+    model = capsule.take(Path(task.capsule))
+    for step in task.recipe.transforms:
+        model = plugins.load("transforms", name=step.transform).apply(model, options=dict(step.options))
+    out = Path(task.out)
+    (out / "backend").mkdir(parents=True)
+    plugins.load("backends", name=task.recipe.backend).build(
+        model, options=dict(task.recipe.options), out=out / "backend"
+    )
+    package.pack(
+        out,
+        name=task.name,
+        signature=model.signature,
+        recipe=task.recipe,
+        provenance=task.provenance,
+        max_batch=model.signature.max_rows,
+        inputs=model.examples[0],
+    )
+
+
+def prove_here(argument: Any) -> Any:
+    """The proving child's side."""
+    task = msgspec.convert(argument, ProofTask)
+    artifact = open_artifact(task.artifact)
+    started = time.perf_counter()
+    stage = artifact.open(device=task.device, threads=task.threads, trust=True)
+    load_s = time.perf_counter() - started
+    example = artifact.inputs()
+    points, peak = _first_points(stage, example, artifact.manifest.signature, task.effort)
+    found = agreement(
+        (tensorfile.load(path) for path in _numbered(task.reference, "out")),
+        (stage(tensorfile.load(path)) for path in _numbered(task.reference, "in")),
+        signature=artifact.manifest.signature,
+    )
+    found = judge(found, guard=task.guard, recipe=task.recipe, rows=task.rows) if not task.evaluate else found
+    Path(task.answers).write_bytes(tensorfile.encode(stage(example)))
+    if found.passed:
+        points = [*points, *_further_points(stage, example, artifact.manifest.signature, task.effort, points)]
+        found = _metric(stage, found, task)
+    stage.close()
+    timing = Timing(tuple(points), load_s, peak, artifact.size, task.threads)
+    return msgspec.to_builtins(Proof(found, timing))
+
+
+def _numbered(folder: str, kind: str) -> Iterator[Path]:
+    paths = Path(folder).glob(f"*.{kind}.safetensors")
+    return iter(sorted(paths, key=lambda path: int(path.name.partition(".")[0])))
+
+
+def _first_points(stage: Stage, example: Tensors, signature: Signature, effort: Effort) -> tuple[list[BatchPoint], int]:
+    """The curve up to eight rows, and the memory that this took."""
+    small = msgspec.structs.replace(effort, max_batch=min(_SERVING_BATCH, effort.max_batch))
+    points = list(curve(stage, example, batched=signature.batched, effort=small))
+    return points, peak_memory()
+
+
+def _further_points(
+    stage: Stage, example: Tensors, signature: Signature, effort: Effort, done: list[BatchPoint]
+) -> list[BatchPoint]:
+    if not signature.batched or effort.max_batch <= _SERVING_BATCH:
+        return []
+    return list(curve(stage, example, batched=True, effort=effort, after=tuple(done)))
+
+
+def _metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
+    if not task.evaluate:
+        return found
+    from torchship.optimize import capsule
+
+    metric = float(capsule.take(Path(task.evaluate))(stage))
+    measured = msgspec.structs.replace(found, metric=metric, reference_metric=task.reference_metric)
+    return judge(measured, guard=task.guard, recipe=task.recipe, rows=task.rows)
