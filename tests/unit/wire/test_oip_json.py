@@ -169,7 +169,7 @@ def test_strings_that_lie_about_their_length(blob: bytes) -> None:
 
 
 def test_shared_memory_is_refused_when_off() -> None:
-    item = {"name": "x", "shape": [1], "datatype": "FP32"}
+    item: dict[str, Any] = {"name": "x", "shape": [1], "datatype": "FP32"}
     item["parameters"] = {"shared_memory_region": "r", "shared_memory_byte_size": 4}
     with pytest.raises(BadInput, match="shared memory is off"):
         decode(json.dumps({"inputs": [item]}).encode())
