@@ -85,7 +85,8 @@ def stage(text: str, *, batched: bool = False, max_batch: int = 0) -> Callable[[
     Positional parameters are the tensors it consumes; keyword-only ones are the values a request may set,
     bounded by `Annotated[float, msgspec.Meta(ge=0, le=1, description=...)]`. It returns a mapping, or the
     arrays in the order of the outputs. A generator function streams several answers. A class is made once
-    in each worker with the stage's options, then called the same way; it may have `close`.
+    in each worker with the stage's options, then called the same way; it may have `close`, and a class method
+    `declare(**options) -> str` where its signature depends on its options.
     """
     signature = Signature.parse(text, batched=batched)
 
@@ -94,6 +95,24 @@ def stage(text: str, *, batched: bool = False, max_batch: int = 0) -> Callable[[
         return body
 
     return declared
+
+
+def declaration(body: Any, options: Mapping[str, Any] = {}) -> tuple[Signature, int]:
+    """The signature and `max_batch` of a declared function or class, for its options. Raises BadConfig."""
+    declared = getattr(body, "torchship_stage", None)
+    if declared is None:
+        raise BadConfig(f"{body!r} declares no signature", hint='put @stage("inputs -> outputs") on it')
+    signature, max_batch = declared
+    if isinstance(body, type):
+        try:
+            inspect.signature(body).bind(**options)
+        except TypeError as fault:
+            raise BadConfig(f"options of {body.__qualname__}: {fault}") from None
+        if hasattr(body, "declare"):
+            signature = Signature.parse(body.declare(**options), batched=signature.batched)
+    elif options:
+        raise BadConfig(f"{body.__qualname__} takes no options: {sorted(options)}", hint="set parameters instead")
+    return signature, max_batch
 
 
 def declared_parameters(body: Callable[..., Any]) -> tuple[Parameter, ...]:
@@ -116,27 +135,11 @@ class FunctionStage:
 
     def __init__(self, body: Callable[..., Any], *, options: Mapping[str, Any] = {}) -> None:
         """Raises BadConfig when `body` is not declared with `@stage` or does not take its options."""
-        declared = getattr(body, "torchship_stage", None)
-        if declared is None:
-            raise BadConfig(f"{body!r} declares no signature", hint='put @stage("inputs -> outputs") on it')
-        self.signature, self.max_batch = declared
-        self._body = self._make(body, options)
+        self.signature, self.max_batch = declaration(body, options)
+        self._body: Callable[..., Any] = body(**options) if isinstance(body, type) else body
         call = vars(body)["__call__"] if inspect.isclass(body) else body
         self.parameters = declared_parameters(call)
         self.streams = inspect.isgeneratorfunction(call)
-
-    @staticmethod
-    def _make(body: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-        if isinstance(body, type):
-            try:
-                inspect.signature(body).bind(**options)
-            except TypeError as fault:
-                raise BadConfig(f"options of {body.__qualname__}: {fault}") from None
-            made: Callable[..., Any] = body(**options)
-            return made
-        if options:
-            raise BadConfig(f"{body.__qualname__} takes no options: {sorted(options)}", hint="set parameters instead")
-        return body
 
     def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
         """One answer. Raises BadInput for a parameter that is out of its bounds."""

@@ -11,7 +11,7 @@ from torchship import process
 from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
 from torchship.pipeline.config import StageConfig
-from torchship.stage import Parameter, declared_parameters
+from torchship.stage import Parameter, declaration, declared_parameters
 from torchship.tensors import Signature
 
 
@@ -56,21 +56,9 @@ def load_body(target: str) -> Any:
 
 def _of_python(config: StageConfig) -> Description:
     body = load_body(config.run)
-    declared = getattr(body, "torchship_stage", None)
-    if declared is None:
-        raise BadConfig(f"{config.run!r} declares no signature", hint='put @stage("inputs -> outputs") on it')
-    signature, max_batch = declared
+    signature, max_batch = declaration(body, config.options)
     call = vars(body)["__call__"] if inspect.isclass(body) else body
-    takes_labels = False
-    if inspect.isclass(body):
-        known = inspect.signature(body)
-        takes_labels = "labels" in known.parameters
-        try:
-            known.bind(**config.options)
-        except TypeError as fault:
-            raise BadConfig(f"options of {config.run}: {fault}", hint=f"it takes {known}") from None
-    elif config.options:
-        raise BadConfig(f"{config.run} takes no options: {sorted(config.options)}", hint="set parameters instead")
+    takes_labels = inspect.isclass(body) and "labels" in inspect.signature(body).parameters
     return Description(
         signature,
         config.max_batch or max_batch,
