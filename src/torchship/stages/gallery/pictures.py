@@ -1,0 +1,57 @@
+"""The faces that a gallery keeps so that it can move to another embedding model: JPEG files named by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from torchship.errors import NotFound
+
+_FOLDER = "faces"
+
+
+def keep(root: Path, face: bytes) -> bytes:
+    """Write a face and see it onto the disk; its digest, or nothing for an empty one."""
+    if not face:
+        return b""
+    digest = hashlib.sha256(face).digest()
+    path = _path(root, digest)
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_name(f".{secrets.token_hex(6)}")
+        with temporary.open("wb") as file:
+            file.write(face)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    return digest
+
+
+def read(root: Path, digest: bytes) -> bytes:
+    """Raises NotFound when the file is gone."""
+    try:
+        return _path(root, digest).read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"the kept face {digest.hex()} is missing from {root}") from None
+
+
+def remove(root: Path, digests: Iterable[bytes]) -> None:
+    """Remove faces that no template names any more."""
+    for digest in digests:
+        _path(root, digest).unlink(missing_ok=True)
+
+
+def sweep(root: Path, wanted: Collection[bytes]) -> None:
+    """Remove every file that is not one of `wanted` (a writer that died may have left some)."""
+    names = {digest.hex() + ".jpg" for digest in wanted}
+    for path in (root / _FOLDER).glob("*/*"):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+
+
+def _path(root: Path, digest: bytes) -> Path:
+    name = digest.hex()
+    return root / _FOLDER / name[:2] / f"{name}.jpg"
