@@ -43,7 +43,7 @@ def chosen(argument: dict[str, Any]) -> Runner:
     """The published artifact, opened as it is served."""
     from torchship.artifact import open_stage
 
-    stage = open_stage(argument["artifact"], threads=argument["threads"], trust=True)
+    stage = open_stage(Path(argument["artifact"]), threads=argument["threads"], trust=True)
     (given,), (taken, *_) = stage.signature.inputs, stage.signature.outputs
     files = (path for path in (Path(argument["artifact"]) / "backend").rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
@@ -51,24 +51,23 @@ def chosen(argument: dict[str, Any]) -> Runner:
 
 
 def search(name: str, goal: str, *, folder: Path, threads: int, budget: float) -> Path:
-    """Run the search, and say which recipe won."""
-    import torch
-
+    """Run the search, and say which recipe won. Returns the published artifact's folder."""
     import torchship
 
-    example = torch.from_numpy(subjects.batch(name, 2, seed=1))
     started = time.monotonic()
     report = torchship.optimize(
         subjects.module(name),
-        (example,),
-        inputs=[subjects.signature(name)],
+        [torchship.TensorSpec.parse(subjects.signature(name))],
         calibration=subjects.calibration(name),
         goal=goal,
         threads=threads,
         budget=budget,
         store=folder / "store",
-        name=f"{name}-{goal}",
+        name=f"{name}-{goal}".replace("_", "-"),
+        on_trial=lambda trial, done, total: print(f"  trial {done}/{total}: {trial.recipe.label}", flush=True),
     )
+    if report.winner is None or report.artifact is None:
+        raise SystemExit(f"{name}: the search found no valid recipe")
     print(f"  search: {report.winner.recipe.label} after {time.monotonic() - started:.0f} s", flush=True)
     return Path(report.artifact.path)
 
