@@ -19,6 +19,7 @@ from torchship.tensors import Signature, Tensors
 KIND = "data"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 FILE = "model.onnx"
+_PRECISIONS = ("fp32", "int8", "dynamic_int8")
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
@@ -34,17 +35,19 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Write `model.onnx`. Options: precision fp32 | int8 (QDQ, unsigned activations, signed weights per channel,
-    calibrated on the model's data). Raises BuildFailed or BadConfig.
+    """Write `model.onnx`. Options: precision fp32 | int8 (static, calibrated) | dynamic_int8 (matrix products only),
+    and those of `lowering.onnx_int8`. Raises BuildFailed or BadConfig.
     """
     from torchship.lowering import onnx_graph, onnx_int8
 
     precision = options.get("precision", "fp32")
-    if precision not in ("fp32", "int8"):
-        raise BadConfig(f"onnxruntime: precision {precision!r} is unknown", hint="use fp32 or int8")
+    if precision not in _PRECISIONS:
+        raise BadConfig(f"onnxruntime: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
     onnx_graph.write(model, out / FILE)
     if precision == "int8":
         onnx_int8.quantize(model, out / FILE, options=options)
+    elif precision == "dynamic_int8":
+        onnx_int8.quantize_dynamic(out / FILE, options=options)
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:

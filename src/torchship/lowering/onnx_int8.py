@@ -1,6 +1,7 @@
-"""Static int8 of an ONNX file: QDQ with unsigned activations and signed weights per channel (U8S8).
+"""int8 of an ONNX file: static QDQ with unsigned activations and signed weights per channel, or dynamic for MatMul.
 
-Signed activations (S8S8) are 3 to 4 times slower on x86, which multiplies unsigned by signed bytes.
+Signed activations (S8S8) are 3 to 4 times slower on x86, which multiplies unsigned by signed bytes. ONNX Runtime's
+quantizer writes the graph; ranges, bias correction and what to leave out are found here.
 """
 
 from __future__ import annotations
@@ -13,50 +14,128 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torchship.errors import BuildFailed
+from torchship.errors import BadConfig, BuildFailed, TorchshipError
+from torchship.lowering import onnx_bias, onnx_graph, onnx_watch, paths, ranges
 from torchship.lowering.program import one_line
 from torchship.model import Model
 from torchship.recipe import Options
-from torchship.tensors import Tensors
 
-
-class Reader:
-    """Hands the calibration batches to ONNX Runtime's calibrator, one after the other."""
-
-    def __init__(self, batches: Iterator[Tensors]) -> None:
-        self._batches = batches
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch, or None at the end."""
-        return dict(batch) if (batch := next(self._batches, None)) is not None else None
+HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_OPS = {"heavy": HEAVY, "light": (*HEAVY, "Add", "MaxPool", "GlobalAveragePool", "ReduceMean"), "all": ()}
+_FLOAT_WORDS = ("fp32", "f32", "float")
 
 
 def quantize(model: Model, path: Path, *, options: Options) -> None:
-    """Replace the fp32 file at `path` by its int8 form, calibrated on the model's data.
+    """Replace the fp32 file at `path` by its static int8 form, calibrated on the model's data.
 
-    Raises BuildFailed with the quantizer's reason.
+    Options: range (minmax | percentile | mse | entropy), percentile (99.99), bias_correction (true | false),
+    exclude (path patterns of modules kept in float), modules ({"pattern": "fp32"}), ops (heavy | light | all: which
+    kinds of nodes). Raises BuildFailed with the quantizer's reason, BadConfig for a wrong option.
     """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    import onnx
 
-    batches = list(model.calibration or model.examples)
+    method, percentile = str(options.get("range", "minmax")), float(str(options.get("percentile", 99.99)))
+    kinds = _kinds(options)
     # the quantizer leaves files beside what it reads, so it works in a folder of its own
     with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, _quiet():
-        prepared, done = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         try:
-            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-            quantize_static(
-                str(prepared),
-                str(done),
-                Reader(iter(batches)),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
+            graph = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+            _name_nodes(graph)
+            pieces = onnx_watch.chunks(model.calibration or model.examples, signature=model.signature)
+            wanted = onnx_bias.inputs_of_layers(graph) if options.get("bias_correction") else {}
+            seen, means = onnx_watch.observe(graph, pieces, folder=Path(folder), means=wanted)
+            onnx_bias.correct(graph, means)
+            found = {name: ranges.search(s, method=method, percentile=percentile) for name, s in seen.items()}
+            _write_static(graph, found, path, kinds=kinds, skip=excluded(graph, options))
+        except TorchshipError:
+            raise
         except Exception as fault:
             raise BuildFailed(f"onnxruntime cannot quantize this graph: {one_line(fault)}") from fault
-        path.write_bytes(done.read_bytes())
+
+
+def quantize_dynamic(path: Path, *, options: Options) -> None:
+    """Replace the fp32 file at `path` by one whose matrix products and LSTMs take int8, quantized as they come.
+
+    Options: exclude, modules. Convolutions stay in float: dynamic int8 makes them several times slower.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import quantize_dynamic as write
+
+    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, _quiet():
+        done = Path(folder) / "int8.onnx"
+        try:
+            graph = onnx.load(str(path))
+            _name_nodes(graph)
+            onnx.save(graph, str(path))
+            write(
+                str(path),
+                str(done),
+                op_types_to_quantize=["MatMul", "Gemm", "LSTM"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=excluded(graph, options),
+                extra_options={"MatMulConstBOnly": True},
+            )
+            path.write_bytes(done.read_bytes())
+        except Exception as fault:
+            raise BuildFailed(f"onnxruntime cannot quantize this graph: {one_line(fault)}") from fault
+
+
+def _kinds(options: Options) -> list[str]:
+    word = str(options.get("ops", "all"))
+    if word not in _OPS:
+        raise BadConfig(f"ops {word!r} is unknown", hint=f"use one of {', '.join(_OPS)}")
+    return list(_OPS[word])
+
+
+def excluded(graph: Any, options: Options) -> list[str]:
+    """Names of the nodes that belong to modules which `exclude` or `modules` keep in float."""
+    exclude, modules = options.get("exclude") or [], options.get("modules") or {}
+    if not isinstance(exclude, list) or not isinstance(modules, dict):
+        raise BadConfig("exclude wants a list of path patterns, modules a table of pattern = setting")
+    patterns = [*exclude, *(pattern for pattern, setting in modules.items() if setting in _FLOAT_WORDS)]
+    if not patterns:
+        return []
+    origin = onnx_graph.module_paths(graph)
+    found = []
+    for node in graph.graph.node:
+        # a folded batch norm gives its own path to the convolution, whose weight still tells its name
+        places = [origin.get(node.name, ""), *(name.rpartition(".")[0] for name in node.input[1:2])]
+        if any(place and paths.matches(place, patterns) for place in places) or paths.matches(node.name, patterns):
+            found.append(node.name)
+    return found
+
+
+def _name_nodes(graph: Any) -> None:
+    for index, node in enumerate(graph.graph.node):
+        node.name = node.name or f"node_{index}"
+
+
+def _write_static(
+    graph: Any, found: dict[str, tuple[float, float]], path: Path, *, kinds: list[str], skip: list[str]
+) -> None:
+    import numpy as np
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.registry import QDQRegistry
+
+    limits = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in found.items()}
+    quantizer = QDQQuantizer(
+        graph,
+        True,  # per channel
+        False,  # all eight bits of the weights: VNNI does not overflow
+        QuantType.QInt8,
+        QuantType.QUInt8,
+        TensorsData(CalibrationMethod.MinMax, limits),
+        [],
+        skip,
+        kinds or list(QDQRegistry),
+        {},
+    )
+    quantizer.quantize_model()
+    quantizer.model.save_model_to_file(str(path), False)
 
 
 @contextlib.contextmanager
