@@ -5,56 +5,32 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import msgspec
 import torch
 
-from torchship import __version__, plugins
+from torchship import __version__
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, package
 from torchship.artifact import folder as folders
-from torchship.errors import BadConfig
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
 from torchship.optimize import capsule, race, reference
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
-from torchship.optimize.choose import GOALS, Constraints, Goal, choose
+from torchship.optimize.choose import Goal, choose
+from torchship.optimize.facts import Facts
 from torchship.optimize.guard import Guard, rows_judged
-from torchship.optimize.measure import Effort
 from torchship.optimize.race import Course, OnTrial
-from torchship.optimize.report import Facts, Report
-from torchship.optimize.trial import Limits, Trial
+from torchship.optimize.report import Report
+from torchship.optimize.trial import Trial
+from torchship.optimize.wish import Metric, Settings, Wish, read
 from torchship.recipe import Recipe
-from torchship.stage import Stage
-from torchship.tensors import Free
-
-Metric = Callable[[Stage], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What the caller asked for, checked."""
-
-    goal: Goal
-    constraints: Constraints
-    guard: Guard
-    effort: Effort
-    limits: Limits
-    backends: Sequence[str] | None
-    recipes: Sequence[Recipe] | None
-    budget: float
-    threads: int
-    device: str
-    labels: Sequence[str]
-    command: str
-    source: str
 
 
 def optimize(
@@ -65,74 +41,42 @@ def optimize(
     evaluate: Metric | None = None,
     goal: Goal = "latency",
     backends: Sequence[str] | None = None,
-    recipes: Sequence[Recipe] | None = None,
     budget: float = 600.0,
     max_drop: float | None = None,
-    max_latency_p99: float | None = None,
-    max_memory: int | None = None,
-    max_size: int | None = None,
     guard: Guard | None = None,
-    free: Mapping[str, Mapping[int, Free | str]] = {},
-    batched: bool | None = None,
     store: Store | str | Path | None = None,
     name: str | None = None,
-    publish: bool = True,
-    labels: Sequence[str] = (),
-    threads: int = 0,
-    device: str = "cpu",
-    trial_timeout: float = 300.0,
-    trial_memory: int | None = None,
-    effort: Effort | None = None,
-    cache: str | Path | None = None,
     on_trial: OnTrial | None = None,
-    command: str = "",
-    source: str = "",
+    **settings: Unpack[Settings],
 ) -> Report:
     """Search the best valid way to run `module` here, publish it to the store, and report every trial.
 
-    `example_inputs` and `free`: see `capture`. `calibration`: real inputs, in batches, for quantizers and the guard
-    (the last quarter is held back for the guard). `evaluate(stage)` is your metric, higher is better: a candidate
-    may lose at most `max_drop` of it (default 0.01). Without it a candidate must agree with eager fp32, see `Guard`.
-    `goal`: latency (p50 at batch 1), throughput, size or memory. `backends` and `recipes` narrow the search.
-    `budget` in seconds; `max_latency_p99` in ms at batch 1, `max_memory` and `max_size` in bytes. `on_trial(trial,
-    done, total)` is called as trials finish. Ctrl-C ends the race and keeps what is done. `publish=False` leaves the
-    store alone.
+    `example_inputs`: see `capture`. `calibration`: real inputs, in batches, for quantizers and the guard (the last
+    quarter is held back for the guard). `evaluate(stage)` is your metric, higher is better: a candidate may lose at
+    most `max_drop` of it (default 0.01). Without it a candidate must agree with eager fp32, see `Guard`.
+    `goal`: latency (p50 at batch 1), throughput, size or memory. `backends` narrows the search, `budget` (seconds)
+    bounds it. `on_trial(trial, done, total)` is called as trials finish. Ctrl-C ends the race and keeps what is
+    done. `settings`: see `Settings`.
 
     Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
     When no trial is valid the report has no winner and nothing is published.
     """
-    if goal not in GOALS:
-        raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
-    machine = machines.here()
-    limits = guard or Guard()
-    wish = Wish(
-        goal=goal,
-        constraints=Constraints(max_latency_p99, max_memory, max_size),
-        guard=limits if max_drop is None else msgspec.structs.replace(limits, max_drop=max_drop),
-        effort=effort or Effort(),
-        limits=Limits(trial_timeout, trial_memory or int(machine.memory * 0.8)),
-        backends=backends,
-        recipes=recipes,
-        budget=budget,
-        threads=threads or machine.cores,
-        device=device,
-        labels=labels,
-        command=command,
-        source=source or f"{type(module).__module__}.{type(module).__qualname__}",
-    )
-    for backend in backends or ():
-        plugins.load("backends", name=backend)
+    wish = read(module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings)
     model = capture(
-        module, example_inputs, calibration=calibration, free=free, batched=batched, name=name or type(module).__name__
+        module,
+        example_inputs,
+        calibration=calibration,
+        free=settings.get("free", {}),
+        batched=settings.get("batched"),
+        name=artifact_name(name or type(module).__name__),
     )
-    model = replace(model, name=artifact_name(model.name))
-    root = Path(cache) if cache else caching.default_root()
+    root = Path(settings.get("cache") or caching.default_root())
     with capsule.private_folder(root / "work") as work:
-        facts = _race(model, evaluate, wish, machine=machine, work=work, cache=Cache(root), on_trial=on_trial)
-        if not publish or facts.choice.winner is None:
+        facts = _race(model, evaluate, wish, work=work, cache=Cache(root), on_trial=on_trial)
+        if not settings.get("publish", True) or facts.choice.winner is None:
             return Report(facts)
         where = store if isinstance(store, Store) else Store(store)
-        artifact, number = _publish(facts, where, labels=labels, work=work)
+        artifact, number = _publish(facts, where, labels=wish.labels, work=work)
         return Report(facts, artifact, number)
 
 
@@ -147,12 +91,12 @@ def _race(
     evaluate: Metric | None,
     wish: Wish,
     *,
-    machine: Hardware,
     work: Path,
     cache: Cache,
     on_trial: OnTrial | None,
 ) -> Facts:
     started = time.monotonic()
+    machine = machines.here()
     course = _prepare(model, evaluate, wish, machine=machine, work=work, cache=cache)
     recipes, left_out = race.propose(course.model, hardware=machine, backends=wish.backends)
     if wish.recipes is not None:

@@ -1,0 +1,111 @@
+"""The facts of a search, as `report.json` keeps them, and how one trial is told in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from torchship.artifact.manifest import BatchPoint
+from torchship.optimize.choose import Choice, Constraints, Goal
+from torchship.optimize.trial import Trial
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """The content of `report.json`. `command` repeats the search; `left_out` tells why backends did not take part."""
+
+    name: str
+    created: str
+    torchship: str
+    source: str
+    signature: str
+    hardware: str
+    fingerprint: str
+    threads: int
+    device: str
+    goal: Goal
+    constraints: Constraints
+    trials: tuple[Trial, ...]
+    choice: Choice
+    left_out: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    command: str = ""
+    rows: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    reference_metric: float | None = None
+    packages: dict[str, str] = {}
+    sensitivity: tuple[tuple[str, float], ...] = ()
+
+
+def eager_of(facts: Facts) -> Trial | None:
+    """The trial of the plain eager module, where it was measured."""
+    return next((t for t in facts.trials if t.recipe.backend == "eager" and not t.recipe.transforms and t.timing), None)
+
+
+def load(path: Path | str) -> Facts:
+    """Read a `report.json`."""
+    return msgspec.json.decode(Path(path).read_bytes(), type=Facts)
+
+
+def ordered(facts: Facts) -> list[Trial]:
+    """Ranked trials first, then valid ones outside the constraints, refused, failed, skipped."""
+    ranked = [facts.trials[index] for index in facts.choice.ranking]
+    order = {"ok": 0, "refused": 1, "failed": 2, "skipped": 3}
+    rest = [t for i, t in enumerate(facts.trials) if i not in facts.choice.ranking]
+    return ranked + sorted(rest, key=lambda trial: order[trial.status])
+
+
+def at_batch(trial: Trial, batch: int) -> BatchPoint | None:
+    """The measured point of one batch size."""
+    points = trial.timing.curve if trial.timing else ()
+    return next((point for point in points if point.batch == batch), None)
+
+
+def best_rate(trial: Trial) -> float:
+    """Rows a second at the best batch size."""
+    return max((point.rows_per_s for point in trial.timing.curve), default=0.0) if trial.timing else 0.0
+
+
+def outside_of(facts: Facts, trial: Trial) -> str:
+    """Which constraint a valid trial breaks, in words; empty when none."""
+    return next((why for index, why in facts.choice.outside.items() if facts.trials[index] is trial), "")
+
+
+def has_won(facts: Facts, trial: Trial) -> bool:
+    """Whether a trial is the winner."""
+    return facts.choice.winner is not None and facts.trials[facts.choice.winner] is trial
+
+
+def cells(trial: Trial, *, base: float, outside: str = "", won: bool = False) -> list[str]:
+    """One trial as text, in the order of the table's columns."""
+    words = [trial.recipe.label]
+    for batch in (1, 8):
+        point = at_batch(trial, batch)
+        words += [ms_text(point.p50_ms), ms_text(point.p99_ms)] if point else ["-", "-"]
+    timing, verdict = trial.timing, trial.verdict
+    words += (
+        [f"{best_rate(trial):,.0f}", f"{timing.file_size / 1e6:.1f}", f"{timing.peak_memory / 1e6:.0f}"]
+        if timing
+        else ["-"] * 3
+    )
+    words.append(f"{verdict.error:.2g}" if verdict else "-")
+    words.append(agreement_text(trial))
+    words.append(f"{base / timing.curve[0].p50_ms:.1f}" if timing and base else "-")
+    words.append("winner" if won else trial.failure or outside or "")
+    return words
+
+
+def agreement_text(trial: Trial) -> str:
+    """The user's metric, else top-1 agreement, else cosine similarity."""
+    verdict = trial.verdict
+    if verdict is None:
+        return "-"
+    if verdict.metric is not None:
+        return f"{verdict.metric:.4g}"
+    return f"{verdict.top1:.1%}" if verdict.top1 is not None else f"cos {verdict.cosine:.4f}"
+
+
+def ms_text(value: float) -> str:
+    """Milliseconds for people."""
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"

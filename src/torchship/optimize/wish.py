@@ -1,0 +1,112 @@
+"""What a caller asks of a search, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, TypedDict
+
+import msgspec
+import torch
+
+from torchship import hardware as machines
+from torchship import plugins
+from torchship.errors import BadConfig
+from torchship.optimize.choose import GOALS, Constraints, Goal
+from torchship.optimize.guard import Guard
+from torchship.optimize.measure import Effort
+from torchship.optimize.trial import Limits
+from torchship.recipe import Recipe
+from torchship.stage import Stage
+from torchship.tensors import Free
+
+Metric: TypeAlias = Callable[[Stage], float]
+_MEMORY_SHARE = 0.8
+
+
+class Settings(TypedDict, total=False):
+    """The rarer arguments of `optimize`.
+
+    `recipes`: race these (eager besides) instead of the backends' proposals. `max_latency_p99` in ms at batch 1,
+    `max_memory` and `max_size` in bytes: a winner must keep them. `free` and `batched`: see `capture`.
+    `publish=False` leaves the store alone; `labels` are class names kept in the artifact. `threads=0` means all
+    cores. `trial_timeout` in seconds for building and for proving; `trial_memory` in bytes (default: 80 % of the
+    machine's). `effort`: how long to measure. `cache`: its folder. `command` and `source` are told in the report.
+    """
+
+    recipes: Sequence[Recipe] | None
+    max_latency_p99: float | None
+    max_memory: int | None
+    max_size: int | None
+    free: Mapping[str, Mapping[int, Free | str]]
+    batched: bool | None
+    publish: bool
+    labels: Sequence[str]
+    threads: int
+    device: str
+    trial_timeout: float
+    trial_memory: int | None
+    effort: Effort
+    cache: str | Path | None
+    command: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the caller asked for, checked and complete."""
+
+    goal: Goal
+    constraints: Constraints
+    guard: Guard
+    effort: Effort
+    limits: Limits
+    backends: Sequence[str] | None
+    recipes: Sequence[Recipe] | None
+    budget: float
+    threads: int
+    device: str
+    labels: Sequence[str]
+    command: str
+    source: str
+
+
+def read(
+    module: torch.nn.Module,
+    *,
+    goal: Goal,
+    backends: Sequence[str] | None,
+    budget: float,
+    max_drop: float | None,
+    guard: Guard | None,
+    settings: Settings,
+) -> Wish:
+    """Raises BadConfig for an unknown goal, backend or setting."""
+    if goal not in GOALS:
+        raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
+    unknown = sorted(set(settings).difference(Settings.__annotations__))
+    if unknown:
+        raise BadConfig(
+            f"optimize: unknown setting {unknown[0]!r}", hint=f"there is {', '.join(Settings.__annotations__)}"
+        )
+    for name in {*(backends or ()), *(recipe.backend for recipe in settings.get("recipes") or ())}:
+        plugins.load("backends", name=name)
+    machine = machines.here()
+    limits = guard or Guard()
+    memory = settings.get("trial_memory") or int(machine.memory * _MEMORY_SHARE)
+    return Wish(
+        goal=goal,
+        constraints=Constraints(settings.get("max_latency_p99"), settings.get("max_memory"), settings.get("max_size")),
+        guard=limits if max_drop is None else msgspec.structs.replace(limits, max_drop=max_drop),
+        effort=settings.get("effort") or Effort(),
+        limits=Limits(settings.get("trial_timeout", 300.0), memory),
+        backends=backends,
+        recipes=settings.get("recipes"),
+        budget=budget,
+        threads=settings.get("threads") or machine.cores,
+        device=settings.get("device", "cpu"),
+        labels=settings.get("labels", ()),
+        command=settings.get("command", ""),
+        source=settings.get("source") or f"{type(module).__module__}.{type(module).__qualname__}",
+    )
