@@ -54,8 +54,9 @@ class Bench:
 def connect(signature: Signature, given: Mapping[str, str], bench: Bench, *, where: str) -> tuple[Slot, ...]:
     """The slot for every input of `signature`.
 
-    An input takes the tensor that `given` names for it, else the latest tensor of its own name; else the only
-    output of the stage before that has its datatype and rank. Raises BadConfig naming input and candidates.
+    An input takes the tensor that `given` names for it, else the latest tensor of its own name, datatype and rank;
+    else the only output of the stage before that has its datatype and rank. Raises BadConfig naming input and
+    candidates.
     """
     unknown = set(given) - {spec.name for spec in signature.inputs}
     if unknown:
@@ -83,7 +84,8 @@ def connect(signature: Signature, given: Mapping[str, str], bench: Bench, *, whe
 
 def _named(spec: TensorSpec, given: Mapping[str, str], bench: Bench, where: str) -> Slot | None:
     if spec.name not in given:
-        return bench.by_name.get(spec.name)
+        own = bench.by_name.get(spec.name)
+        return own if own and _is_alike(own.spec, spec) else None
     found = bench.find(given[spec.name])
     if found is None:
         raise BadConfig(
@@ -93,19 +95,19 @@ def _named(spec: TensorSpec, given: Mapping[str, str], bench: Bench, where: str)
 
 
 def _guess(spec: TensorSpec, bench: Bench, taken: set[str], where: str) -> Slot:
-    fits = [
-        slot
-        for slot in bench.last
-        if slot.key not in taken and slot.spec.dtype == spec.dtype and len(slot.spec.shape) == len(spec.shape)
-    ]
+    fits = [slot for slot in bench.last if slot.key not in taken and _is_alike(slot.spec, spec)]
     if len(fits) == 1:
         return fits[0]
     found = f"{len(fits)} outputs of the stage before fit" if fits else "no output of the stage before fits"
     raise BadConfig(
-        f"{where}.inputs: nothing is named {spec.name!r} and {found} ({spec}); at hand: "
+        f"{where}.inputs: nothing alike is named {spec.name!r} and {found} ({spec}); at hand: "
         + (", ".join(str(slot.spec) for slot in bench.by_name.values()) or "nothing"),
         hint=f'say which: inputs = {{{spec.name} = "..."}}',
     )
+
+
+def _is_alike(given: TensorSpec, taken: TensorSpec) -> bool:
+    return given.dtype == taken.dtype and len(given.shape) == len(taken.shape)
 
 
 def _check_empty(spec: TensorSpec, slot: Slot, signature: Signature, where: str) -> None:

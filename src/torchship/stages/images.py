@@ -1,0 +1,268 @@
+"""Pictures in, tensors out: decoding, and the resizing and normalizing that classifiers were trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from torchship.errors import BadConfig, BadInput
+from torchship.stage import stage
+from torchship.stages.picture import Limits, decode
+from torchship.tensors import Array
+
+Size: TypeAlias = int | Sequence[int]
+Filter: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Colour: TypeAlias = Literal["rgb", "bgr", "grey"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@stage("image:BYTES[1] -> pixels:UINT8[1,-1,-1,3], size:INT64[1,2]")
+class Decode:
+    """The bytes of one picture to `pixels` (height, width, RGB) and its `size` (height, width) in pixels.
+
+    JPEG, PNG, WebP, GIF (first frame), BMP; turned as EXIF says; grey, palette, RGBA and CMYK become RGB.
+    Raises BadInput for anything else, or above `max_pixels` or `max_bytes`.
+    """
+
+    def __init__(self, *, max_pixels: int = 64_000_000, max_bytes: int = 32 * 2**20) -> None:
+        self._limits = Limits(max_pixels, max_bytes)
+
+    def __call__(self, image: Array) -> tuple[Array, Array]:
+        picture = decode(element(image), limits=self._limits).convert("RGB")
+        pixels = np.asarray(picture)[None]
+        return pixels, np.asarray([pixels.shape[1:3]], np.int64)
+
+
+@stage("image:BYTES[-1] -> pixels:FP32[-1,3,-1,-1]", batched=True, max_batch=1)
+class Classify:
+    """The bytes of pictures to what a classifier takes: the numbers of torchvision's ImageClassification transform.
+
+    The shorter side is resized to `resize` pixels (0: `size`), the centre of `size` is cut out (`crop="center"`), or
+    the whole picture is squeezed into `size` (`crop="squash"`); then (pixel * scale - mean) / std for each channel.
+    `fast` decodes a JPEG at a fraction of its size where that still leaves twice the pixels needed: up to 2 times
+    faster on large photos, numbers differ by a few levels in 255.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: Size = 224,
+        resize: int = 0,
+        crop: Literal["center", "squash"] = "center",
+        interpolation: Filter = "bilinear",
+        colour: Colour = "rgb",
+        scale: float = 1 / 255,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        fast: bool = False,
+        max_pixels: int = 64_000_000,
+        max_bytes: int = 32 * 2**20,
+    ) -> None:
+        self._height, self._width = _pair(size)
+        self._resize = resize or min(self._height, self._width)
+        self._crop = crop
+        self._filter = _filter(interpolation)
+        self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
+        self._fast = fast
+        self._limits = Limits(max_pixels, max_bytes)
+        if crop not in ("center", "squash"):
+            raise BadConfig(f"crop is {crop!r}", hint="use center or squash")
+
+    @classmethod
+    def declare(cls, *, size: Size = 224, colour: Colour = "rgb", **_: object) -> str:
+        """The signature for these options."""
+        height, width = _pair(size)
+        return f"image:BYTES[-1] -> pixels:FP32[-1,{1 if colour == 'grey' else 3},{height},{width}]"
+
+    def __call__(self, image: Array) -> Array:
+        pixels = np.empty((len(image), self._normalize.channels, self._height, self._width), np.float32)
+        for row in range(len(image)):
+            self._normalize(self._fit(element(image, row)), into=pixels[row])
+        return pixels
+
+    def _fit(self, data: bytes) -> Image.Image:
+        least = 2 * max(self._resize, self._height, self._width) if self._fast else 0
+        picture = decode(data, limits=self._limits, at_least=least)
+        if self._crop == "squash":
+            return picture.resize((self._width, self._height), self._filter)
+        return resize_and_crop(picture, short=self._resize, height=self._height, width=self._width, how=self._filter)
+
+
+@stage("pixels:UINT8[1,-1,-1,3] -> image:FP32[1,3,-1,-1], frame:FP32[1,5]")
+class Letterbox:
+    """One picture, kept in shape, into a square (or `size=[height, width]`) with borders of `fill`, for detectors.
+
+    `frame` remembers how: scale, left border, top border (pixels of the result), height and width of the original;
+    `torchship.stages.boxes` scales boxes back with it. `enlarge=false` never makes a picture larger.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: Size = 640,
+        fill: int = 114,
+        corner: bool = False,
+        enlarge: bool = True,
+        interpolation: Filter = "bilinear",
+        colour: Colour = "rgb",
+        scale: float = 1 / 255,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+    ) -> None:
+        self._height, self._width = _pair(size)
+        self._fill = (fill,) * 3
+        self._corner = corner
+        self._enlarge = enlarge
+        self._filter = _filter(interpolation)
+        self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
+
+    @classmethod
+    def declare(cls, *, size: Size = 640, colour: Colour = "rgb", **_: object) -> str:
+        """The signature for these options."""
+        height, width = _pair(size)
+        planes = 1 if colour == "grey" else 3
+        return f"pixels:UINT8[1,-1,-1,3] -> image:FP32[1,{planes},{height},{width}], frame:FP32[1,5]"
+
+    def __call__(self, pixels: Array) -> tuple[Array, Array]:
+        height, width = pixels.shape[1:3]
+        ratio = min(self._height / height, self._width / width)
+        ratio = ratio if self._enlarge else min(ratio, 1.0)
+        inner = max(round(width * ratio), 1), max(round(height * ratio), 1)
+        left, top = (0, 0) if self._corner else ((self._width - inner[0]) // 2, (self._height - inner[1]) // 2)
+        canvas = Image.new("RGB", (self._width, self._height), self._fill)
+        canvas.paste(Image.fromarray(pixels[0]).resize(inner, self._filter), (left, top))
+        image = np.empty((1, self._normalize.channels, self._height, self._width), np.float32)
+        self._normalize(canvas, into=image[0])
+        return image, np.asarray([[ratio, left, top, height, width]], np.float32)
+
+
+@stage("pixels:UINT8[-1,-1,-1,3] -> image:FP32[-1,3,-1,-1]")
+class Normalize:
+    """Pixels of one size (height, width, RGB) to channels first: (pixel * scale - mean) / std."""
+
+    def __init__(
+        self,
+        *,
+        colour: Colour = "rgb",
+        scale: float = 1 / 255,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
+
+    @classmethod
+    def declare(cls, *, colour: Colour = "rgb", **_: object) -> str:
+        """The signature for these options."""
+        return f"pixels:UINT8[-1,-1,-1,3] -> image:FP32[-1,{1 if colour == 'grey' else 3},-1,-1]"
+
+    def __call__(self, pixels: Array) -> Array:
+        image = np.empty((len(pixels), self._normalize.channels, *pixels.shape[1:3]), np.float32)
+        for row in range(len(pixels)):
+            self._normalize(Image.fromarray(pixels[row]), into=image[row])
+        return image
+
+
+@stage("pixels:UINT8[1,-1,-1,3] -> resized:UINT8[1,-1,-1,3]")
+class Resize:
+    """One picture to `size` (height and width), or with `short` its shorter side to so many pixels."""
+
+    def __init__(self, *, size: Size | None = None, short: int = 0, interpolation: Filter = "bilinear") -> None:
+        if (size is None) == (not short):
+            raise BadConfig("Resize needs either size or short", hint="size = [480, 640], or short = 256")
+        self._size = None if size is None else _pair(size)
+        self._short = short
+        self._filter = _filter(interpolation)
+
+    def __call__(self, pixels: Array) -> Array:
+        picture = Image.fromarray(pixels[0])
+        wanted = self._size or _short_side(picture, self._short)
+        return np.asarray(picture.resize((wanted[1], wanted[0]), self._filter))[None]
+
+
+class Normalizer:
+    """(pixel * scale - mean) / std by one table of 256 numbers a channel: exact, and several times faster."""
+
+    def __init__(self, *, colour: Colour, scale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        if colour not in ("rgb", "bgr", "grey"):
+            raise BadConfig(f"colour is {colour!r}", hint="use rgb, bgr or grey")
+        self.channels = 1 if colour == "grey" else 3
+        self._mode = "L" if colour == "grey" else "RGB"
+        self._order = (2, 1, 0) if colour == "bgr" else tuple(range(self.channels))
+        means, stds = (_each(values, self.channels) for values in (mean, std))
+        levels = np.arange(256, dtype=np.float32) * np.float32(scale)
+        if scale == 1 / 255:
+            levels = np.arange(256, dtype=np.float32) / np.float32(255)  # as torchvision divides
+        self._tables = [(levels - np.float32(m)) / np.float32(s) for m, s in zip(means, stds, strict=True)]
+
+    def __call__(self, picture: Image.Image, *, into: Array) -> None:
+        """Fill `into`, FP32 [channels, height, width]."""
+        pixels = np.asarray(picture.convert(self._mode)).reshape(picture.height, picture.width, self.channels)
+        for plane, channel in enumerate(self._order):
+            np.take(self._tables[plane], pixels[..., channel], out=into[plane], mode="clip")
+
+
+def resize_and_crop(picture: Image.Image, *, short: int, height: int, width: int, how: Image.Resampling) -> Image.Image:
+    """torchvision's Resize(short) and CenterCrop([height, width]).
+
+    When scaling down, only the pixels that stay are computed: 2 to 3 times faster, and equal but for a few ties that
+    round the other way (one level in 255).
+    """
+    tall, wide = _short_side(picture, short)
+    if short >= min(picture.size) or tall < height or wide < width:
+        return _center_crop(picture.resize((wide, tall), how), height=height, width=width)
+    left, top = round((wide - width) / 2), round((tall - height) / 2)
+    x, y = picture.width / wide, picture.height / tall
+    box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
+    return picture.resize((width, height), how, box=box)
+
+
+def _center_crop(picture: Image.Image, *, height: int, width: int) -> Image.Image:
+    wide, tall = max(picture.width, width), max(picture.height, height)
+    if (wide, tall) != picture.size:  # torchvision pads with black
+        canvas = Image.new(picture.mode, (wide, tall))
+        canvas.paste(picture, ((wide - picture.width) // 2, (tall - picture.height) // 2))
+        picture = canvas
+    left, top = round((wide - width) / 2), round((tall - height) / 2)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _short_side(picture: Image.Image, short: int) -> tuple[int, int]:
+    """Height and width once the shorter side has `short` pixels, rounded as torchvision does."""
+    width, height = picture.size
+    if width <= height:
+        return int(short * height / width), short
+    return short, int(short * width / height)
+
+
+def element(array: Array, row: int = 0) -> bytes:
+    """One element of a BYTES tensor as bytes. Raises BadInput."""
+    found = array[row]
+    if not isinstance(found, bytes):
+        raise BadInput(f"row {row} holds {type(found).__name__}, expected bytes", hint="send BYTES")
+    return found
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(side, int) or not 1 <= side <= 16_384 for side in pair):
+        raise BadConfig(f"size is {size!r}", hint="write 224, or [height, width]")
+    return pair[0], pair[1]
+
+
+def _each(values: Sequence[float], count: int) -> tuple[float, ...]:
+    given = tuple(values)
+    if len(given) not in (1, count):
+        raise BadConfig(f"{len(given)} numbers for {count} channels", hint="give mean and std one number a channel")
+    return given if len(given) == count else given * count
+
+
+def _filter(name: Filter) -> Image.Resampling:
+    known = {kind.name.lower(): kind for kind in Image.Resampling}
+    if name not in known:
+        raise BadConfig(f"interpolation is {name!r}", hint=f"use one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,101 @@
+"""Scores to names: the best classes of each row with their probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from torchship.errors import BadConfig, NotFound
+from torchship.stage import stage
+from torchship.tensors import Array
+
+
+@stage("logits:FP32[-1,-1] -> labels:BYTES[-1,-1], scores:FP32[-1,-1], indices:INT64[-1,-1]", batched=True)
+class TopK:
+    """The `top_k` best classes of each row: `labels` (UTF-8), `scores` and `indices`, best first.
+
+    `labels` is a list of names, a file (one name a line, or a JSON list), or `imagenet`; without it, those of the
+    artifact before it in the pipeline, else the indices. `activation` makes scores of what the model gives.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: str | Sequence[str] = (),
+        activation: Literal["softmax", "sigmoid", "none"] = "softmax",
+    ) -> None:
+        if activation not in ("softmax", "sigmoid", "none"):
+            raise BadConfig(f"activation is {activation!r}", hint="use softmax, sigmoid or none")
+        self._activation = activation
+        self._labels = [name.encode() for name in read_labels(labels)]
+
+    def __call__(
+        self,
+        logits: Array,
+        *,
+        top_k: Annotated[int, msgspec.Meta(ge=1, le=1000, description="how many classes, best first")] = 5,
+    ) -> dict[str, Array]:
+        scores = activate(logits, self._activation)
+        indices = top(scores, top_k)
+        names = np.empty(indices.shape, object)
+        names.ravel()[:] = [self._name(index) for index in indices.ravel().tolist()]
+        return {
+            "labels": names,
+            "scores": np.take_along_axis(scores, indices, axis=1),
+            "indices": indices,
+        }
+
+    def _name(self, index: int) -> bytes:
+        return self._labels[index] if index < len(self._labels) else str(index).encode()
+
+
+top_k = TopK
+
+
+def activate(logits: Array, how: str) -> Array:
+    """Softmax over the last axis, sigmoid, or nothing; FP32, safe for large numbers."""
+    if how == "softmax":
+        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        found: Array = powers / powers.sum(axis=-1, keepdims=True)
+        return found
+    if how == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, 80))), np.float32)
+    return logits
+
+
+def top(scores: Array, count: int) -> Array:
+    """The indices of the `count` largest scores of each row, best first. INT64."""
+    classes = scores.shape[1]
+    count = min(count, classes)
+    if classes > 4 * count:  # a partial selection first: sorting 1,000 classes for 5 is waste
+        some = np.sort(np.argpartition(-scores, count - 1, axis=1)[:, :count], axis=1)
+        order = np.argsort(-np.take_along_axis(scores, some, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(some, order, axis=1).astype(np.int64)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
+
+
+def read_labels(source: str | Sequence[str]) -> list[str]:
+    """Names from a list, a file (one a line, or a JSON list), or the built-in `imagenet`.
+
+    Raises NotFound, BadConfig.
+    """
+    if not isinstance(source, str):
+        return list(source)
+    if source == "imagenet":
+        text = resources.files("torchship.stages").joinpath("data/imagenet.txt").read_text()
+    else:
+        try:
+            text = Path(source).read_text()
+        except FileNotFoundError:
+            raise NotFound(f"no file of labels {source}", hint="give a file, a list, or imagenet") from None
+    if not text.lstrip().startswith("["):
+        return text.splitlines()
+    try:
+        return msgspec.json.decode(text, type=list[str])
+    except msgspec.MsgspecError as fault:
+        raise BadConfig(f"{source}: {fault}", hint="a JSON list of strings, or one name a line") from None
