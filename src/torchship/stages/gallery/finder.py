@@ -19,7 +19,7 @@ _EXACT_BLOCK = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class Hit:
     """A person and the cosine similarity of the nearest template, whose number is `serial`."""
 
     person: str
@@ -68,7 +68,7 @@ class Finder:
 
     def nearest(
         self, queries: Floats, *, count: int, group: str = "", exact: bool = False, effort: int = 256
-    ) -> list[list[Match]]:
+    ) -> list[list[Hit]]:
         """For each query (n, width; unit length) the `count` nearest persons, best first.
 
         `effort` is the length of the short list that is re-ranked exactly; `exact` compares every row instead.
@@ -94,9 +94,7 @@ class Finder:
             for query, rows in zip(queries, lists, strict=True)
         ]
 
-    def _dense_nearest(
-        self, queries: Floats, dense: Column, living: NDArray[np.bool_], count: int
-    ) -> list[list[Match]]:
+    def _dense_nearest(self, queries: Floats, dense: Column, living: NDArray[np.bool_], count: int) -> list[list[Hit]]:
         vectors = dense.whole()
         size = min(len(vectors), len(living))
         scores = queries @ vectors[:size].T
@@ -110,7 +108,7 @@ class Finder:
                 answers[-1] = self._people(line, np.arange(size), count)
         return answers
 
-    def _scan_rows(self, queries: Floats, rows: Rows, count: int) -> list[list[Match]]:
+    def _scan_rows(self, queries: Floats, rows: Rows, count: int) -> list[list[Hit]]:
         keep = max(64, 8 * count)
         kept: list[tuple[list[NDArray[Any]], list[NDArray[Any]]]] = [([], []) for _ in queries]
         for start in range(0, len(rows), _EXACT_BLOCK):
@@ -122,14 +120,14 @@ class Finder:
                 best_rows.append(some[best])
         return [self._people(np.concatenate(s), np.concatenate(r), count) for s, r in kept]
 
-    def _rank(self, query: Floats, rows: Rows, living: NDArray[np.bool_], count: int) -> list[Match]:
+    def _rank(self, query: Floats, rows: Rows, living: NDArray[np.bool_], count: int) -> list[Hit]:
         """The persons of a short list by exact similarity; nothing when they are fewer than `count`."""
         rows = rows[(rows >= 0) & (rows < len(living))]
         rows = rows[living[rows]]
         answer = self._people(self.state.vectors.take(rows).astype(np.float32) @ query, rows, count)
         return answer if len(answer) == count else []
 
-    def _widen(self, query: Floats, codes: Codes, living: NDArray[np.bool_], *, count: int, wanted: int) -> list[Match]:
+    def _widen(self, query: Floats, codes: Codes, living: NDArray[np.bool_], *, count: int, wanted: int) -> list[Hit]:
         """Longer short lists until one holds `count` persons, else every row."""
         while wanted < len(living) // 4:
             _, found = codes.shortlist(query[None], count=wanted)
@@ -139,10 +137,10 @@ class Finder:
             wanted *= 8
         return self._scan_rows(query[None], np.flatnonzero(living), count)[0]
 
-    def _people(self, scores: Floats, rows: Rows, count: int) -> list[Match]:
+    def _people(self, scores: Floats, rows: Rows, count: int) -> list[Hit]:
         order = np.argsort(-scores, kind="stable")
         owners = self.state.owner.take(rows)
-        answer: list[Match] = []
+        answer: list[Hit] = []
         seen: set[int] = set()
         for position in order:
             if len(answer) == count or scores[position] == -np.inf:
@@ -153,7 +151,7 @@ class Finder:
                 continue
             seen.add(owner)
             serial = self.state.serial.take(rows[position : position + 1])
-            answer.append(Match(person, float(min(1.0, scores[position])), int(serial[0])))
+            answer.append(Hit(person, float(min(1.0, scores[position])), int(serial[0])))
         return answer
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from torchship.errors import BadInput, Denied, NotFound
 from torchship.stages.gallery import pictures, records, snapshot
-from torchship.stages.gallery.finder import EXACT_BELOW, Finder, Match
+from torchship.stages.gallery.finder import EXACT_BELOW, Finder, Hit
 from torchship.stages.gallery.records import Forget, Put, Record, Template
 
 _PERSON = re.compile(r"[\w][\w .@+\-]{0,199}")
@@ -266,7 +266,7 @@ class Gallery:
 
     def nearest(
         self, vectors: NDArray[np.float32], *, count: int = 1, group: str = "", exact: bool = False, effort: int = 256
-    ) -> list[list[Match]]:
+    ) -> list[list[Hit]]:
         """For each vector (n, width) the `count` most similar persons (cosine), best first. Raises BadInput."""
         unit = _checked(np.asarray(vectors, np.float32), self.width)
         return self._current().nearest(unit, count=count, group=group, exact=exact, effort=effort)

@@ -1,0 +1,1 @@
+"""Brings foreign models in."""

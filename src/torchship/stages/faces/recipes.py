@@ -1,0 +1,61 @@
+"""The face pipelines as plain data: the same that a TOML file holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchship.stages.faces.embedders import Embedder, embedder
+
+DETECTOR = "face-detector"
+EMBEDDER = "face-embedder"
+DETECT_OUTPUTS = ("box", "score", "points")
+FACE_OUTPUTS = (*DETECT_OUTPUTS, "quality", "embedding")
+MATCH_OUTPUTS = (*FACE_OUTPUTS, "person", "known", "similarity", "nearest", "answer")
+
+
+def detect(*, detector: str = DETECTOR, copies: int = 1, name: str = "face-detect") -> dict[str, Any]:
+    """Picture in, faces out: `box`, `score`, `points`."""
+    return {
+        "name": name,
+        "stages": [
+            {"run": "torchship.stages.faces:Open", "copies": copies},
+            {"artifact": detector, "name": "detect", "threads": 1, "copies": copies},
+            {"run": "torchship.stages.faces:Find"},
+        ],
+        "outputs": list(DETECT_OUTPUTS),
+    }
+
+
+def embed(
+    *, detector: str = DETECTOR, embedding: str = EMBEDDER, copies: int = 1, name: str = "face-embed"
+) -> dict[str, Any]:
+    """Picture in, faces out with their `quality` and `embedding`."""
+    stages = [
+        *detect(detector=detector, copies=copies)["stages"],
+        {"run": "torchship.stages.faces:Align"},
+        {"artifact": embedding, "name": "embed", "threads": 1, "copies": copies},
+    ]
+    return {"name": name, "stages": stages, "outputs": list(FACE_OUTPUTS)}
+
+
+def identify(
+    gallery: str,
+    *,
+    detector: str = DETECTOR,
+    embedding: str = EMBEDDER,
+    model: Embedder | None = None,
+    copies: int = 1,
+    name: str = "face-identify",
+) -> dict[str, Any]:
+    """Picture in, faces out with the `person` that each is, if any; `answer` is the same as JSON."""
+    model = model or embedder()
+    stages = [
+        *embed(detector=detector, embedding=embedding, copies=copies)["stages"],
+        {
+            "run": "torchship.stages.gallery:Match",
+            "options": {"gallery": gallery, "model": model.space, "width": model.width},
+            "parameters": {"threshold": model.threshold},
+        },
+        {"run": "torchship.stages.faces:answer"},
+    ]
+    return {"name": name, "stages": stages, "outputs": list(MATCH_OUTPUTS)}
