@@ -1,0 +1,180 @@
+"""Reads the tensors for a signature out of a file of the user's, and writes tensors to one."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from torchship.artifact import folder as folders
+from torchship.artifact import tensorfile
+from torchship.errors import BadInput, NotFound
+from torchship.tensors import Array, Signature, Tensors, TensorSpec, dtype_name, numpy_dtype
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+def read(path: Path, *, signature: Signature, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Tensors:
+    """Tensors for `signature` out of .npy, .npz, .json, .safetensors, a picture, or any file for a BYTES input.
+
+    JSON is a request of the Open Inference Protocol, a mapping of names to nested lists, or one nested list.
+    Raises NotFound, BadInput naming the file.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder", hint="give a file") from None
+    try:
+        return _decode(path, data, signature, mean, std)
+    except BadInput as fault:
+        raise BadInput(f"{path.name}: {fault}", hint=fault.hint) from None
+
+
+def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float], std: Sequence[float]) -> Tensors:
+    suffix = path.suffix.lower()
+    only = signature.inputs[0] if len(signature.inputs) == 1 else None
+    if only and only.dtype == "BYTES" and suffix not in (".npy", ".npz", ".json", ".safetensors"):
+        found = np.empty([1] * len(only.shape), object)
+        found.ravel()[:] = [data]
+        return {only.name: found}
+    if suffix == ".npz":
+        return _npz(data)
+    if suffix == ".safetensors":
+        return tensorfile.decode(data)
+    if suffix == ".json":
+        return _json(data, signature)
+    if only is None:
+        raise BadInput(f"one tensor for {len(signature.inputs)} inputs", hint="use .npz, .json or .safetensors")
+    if suffix == ".npy":
+        return {only.name: _numpy(data)}
+    if suffix in PICTURES:
+        return {only.name: _picture(data, only, mean, std)}
+    raise BadInput(
+        f"a {suffix or 'nameless'} file is not understood", hint="use npy, npz, json, safetensors, a picture"
+    )
+
+
+def _numpy(data: bytes) -> Array:
+    try:
+        found: Array = np.load(io.BytesIO(data), allow_pickle=False)
+        return found
+    except (ValueError, EOFError, OSError) as fault:
+        raise BadInput(f"not a readable .npy file: {fault}", hint="write it with numpy.save") from None
+
+
+def _npz(data: bytes) -> Tensors:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as fault:
+        raise BadInput(f"not a readable .npz file: {fault}", hint="write it with numpy.savez") from None
+
+
+def _json(data: bytes, signature: Signature) -> Tensors:
+    try:
+        found = msgspec.json.decode(data)
+    except msgspec.MsgspecError as fault:
+        raise BadInput(f"not JSON: {fault}") from None
+    specs = {spec.name: spec for spec in signature.inputs}
+    if isinstance(found, list) and len(specs) == 1:
+        found = {signature.inputs[0].name: found}
+    if not isinstance(found, dict):
+        raise BadInput("not a mapping of names to lists", hint='as in {"x": [[1, 2, 3]]}')
+    if isinstance(found.get("inputs"), list):
+        return {item["name"]: _from_protocol(item, specs) for item in found["inputs"] if isinstance(item, dict)}
+    return {name: _from_lists(value, specs.get(name), name) for name, value in found.items()}
+
+
+def _from_protocol(item: dict[str, Any], specs: dict[str, TensorSpec]) -> Array:
+    name = str(item.get("name"))
+    dtype = numpy_dtype(str(item.get("datatype")))
+    flat = _from_lists(item.get("data"), None, name, dtype=dtype)
+    try:
+        return flat.reshape(item["shape"])
+    except (KeyError, ValueError, TypeError):
+        raise BadInput(f"input {name!r}: {flat.size} values do not fill shape {item.get('shape')}") from None
+
+
+def _from_lists(value: Any, spec: TensorSpec | None, name: str, dtype: Any = None) -> Array:
+    wanted = dtype or (numpy_dtype(spec.dtype) if spec else None)
+    try:
+        if wanted == np.dtype(object):
+            texts = np.array(value, dtype=object)
+            found = np.empty(texts.shape, object)
+            found.ravel()[:] = [text.encode() for text in texts.ravel().tolist()]
+            return found
+        return np.array(value, dtype=wanted)
+    except (ValueError, TypeError, AttributeError, OverflowError) as fault:
+        raise BadInput(f"input {name!r}: {fault}", hint="nested lists of equal lengths") from None
+
+
+def _picture(data: bytes, spec: TensorSpec, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """A picture for an input of [rows, channels, height, width], as torchvision's classifiers take it."""
+    from torchship.stages.images import IMAGENET_MEAN, IMAGENET_STD, Classify
+
+    shape = spec.shape
+    if spec.dtype != "FP32" or len(shape) != 4 or shape[1] not in (1, 3):
+        raise BadInput(f"a picture cannot become {spec}", hint="an input of FP32[-1,3,height,width] can take one")
+    height, width = (side if isinstance(side, int) else 224 for side in shape[2:])
+    grey = shape[1] == 1
+    stage = Classify(
+        size=[height, width],
+        resize=round(min(height, width) * 256 / 224),
+        colour="grey" if grey else "rgb",
+        mean=mean or ((0.0,) if grey else IMAGENET_MEAN),
+        std=std or ((1.0,) if grey else IMAGENET_STD),
+    )
+    rows = np.empty(1, object)
+    rows[0] = data
+    return stage(rows)
+
+
+def write(path: Path, tensors: Tensors) -> None:
+    """Write tensors as .npz, .npy (one tensor), .safetensors or .json. Raises BadInput for another suffix."""
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        folders.write(path, tensorfile.encode(tensors))
+    elif suffix == ".json":
+        folders.write(path, msgspec.json.encode(as_json(tensors)))
+    elif suffix in (".npz", ".npy"):
+        plain = {name: _storable(array) for name, array in tensors.items()}
+        if suffix == ".npy" and len(plain) != 1:
+            raise BadInput(f"{path.name}: {len(plain)} outputs do not fit one .npy file", hint="use .npz")
+        buffer = io.BytesIO()
+        if suffix == ".npy":
+            np.save(buffer, next(iter(plain.values())), allow_pickle=False)
+        else:
+            np.savez(buffer, **plain)  # type: ignore[arg-type]
+        folders.write(path, buffer.getvalue())
+    else:
+        raise BadInput(f"{path.name}: unknown suffix", hint="use .npz, .npy, .safetensors or .json")
+
+
+def _storable(array: Array) -> Array:
+    if array.dtype == object:
+        return np.array(array.tolist(), dtype=bytes).reshape(array.shape)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def as_json(tensors: Tensors) -> list[dict[str, Any]]:
+    """Tensors as the outputs of an answer of the Open Inference Protocol."""
+    return [
+        {
+            "name": name,
+            "datatype": dtype_name(array.dtype),
+            "shape": list(array.shape),
+            "data": [_plain(value) for value in array.ravel().tolist()],
+        }
+        for name, array in tensors.items()
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

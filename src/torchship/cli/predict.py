@@ -1,0 +1,138 @@
+"""`torchship predict ARTIFACT|URL --input FILE`: run an artifact, or a served model, on a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torchship.stage import Value
+    from torchship.tensors import Tensors
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  torchship predict resnet18 --input cat.jpg
+  torchship predict encoder@2 --input tokens.npz --output vectors.npz
+  torchship predict http://127.0.0.1:8000/v2/models/classify --input cat.jpg --parameter top_k=3
+"""
+)
+@click.argument("target", metavar="ARTIFACT|URL")
+@click.option("--input", "file", required=True, type=click.Path(path_type=Path),
+              help="npy, npz, json, safetensors or a picture; any file for a model that takes BYTES.")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the outputs: npz, npy, safetensors, json.")
+@click.option("--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="A request parameter; repeat.")
+@click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="How many names to print.")
+@click.option("--mean", default="", metavar="A,B,C", help="For a picture: what is taken off.  [default: ImageNet's]")
+@click.option("--std", default="", metavar="A,B,C", help="For a picture: what is divided by.  [default: ImageNet's]")
+@click.option("--store", default=None, metavar="DIR", help="Where names are looked up.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", default=0, help="[default: as many as there are cores]")
+@click.option("--trust", is_flag=True, help="Open native code: only if you know who made it.")
+@click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
+def command(**given: Any) -> None:
+    """Run an artifact (a name in the store, a folder) or a served model (a URL) on a file, and print its answer.
+
+    A picture for a model that takes FP32[-1,3,H,W] is resized, cut and normalized as torchvision's classifiers are.
+    """
+    outputs, labels = _run(**{name: given[name] for name in given.keys() - {"output", "top", "as_json"}})
+    if given["output"]:
+        from torchship.cli import _tensorfiles
+
+        _tensorfiles.write(given["output"], outputs)
+    _show(outputs, labels, top=given["top"], as_json=given["as_json"])
+
+
+def _run(*, target: str, file: Path, parameters: tuple[str, ...], mean: str, std: str, **opening: Any) -> Any:
+    from torchship.cli import _tensorfiles
+
+    chosen = dict(map(_parameter, parameters))
+    numbers = {"mean": _numbers(mean), "std": _numbers(std)}
+    if target.startswith(("http://", "https://")):
+        from torchship.cli._ask import ServedModel
+
+        model = ServedModel(target)
+        return model(_tensorfiles.read(file, signature=model.signature, **numbers), chosen), ()
+    from torchship.artifact import Store, open_artifact
+
+    artifact = open_artifact(Store(opening.pop("store")).resolve(target))
+    tensors = _tensorfiles.read(file, signature=artifact.manifest.signature, **numbers)
+    artifact.manifest.signature.check(tensors)
+    stage = artifact.open(**opening)
+    try:
+        from torchship.pipeline import rows
+
+        return rows.run(stage, tensors, chosen), artifact.manifest.labels
+    finally:
+        stage.close()
+
+
+def _parameter(text: str) -> tuple[str, Value]:
+    from torchship.errors import BadInput
+
+    name, found, value = text.partition("=")
+    if not name or not found:
+        raise BadInput(f"{text!r} is not NAME=VALUE", hint="as in --parameter top_k=3")
+    if value in ("true", "false"):
+        return name, value == "true"
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def _numbers(text: str) -> list[float]:
+    from torchship.errors import BadInput
+
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise BadInput(f"{text!r} is not numbers", hint="as in --mean 0.485,0.456,0.406") from None
+
+
+def _show(outputs: Tensors, labels: tuple[str, ...], *, top: int, as_json: bool) -> None:
+    from torchship.cli import _shown, _tensorfiles
+
+    names = _names(outputs, labels, top)
+    if as_json:
+        import msgspec
+
+        facts = {"outputs": _tensorfiles.as_json(outputs), **({"top": names} if names else {})}
+        click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
+        return
+    for number, row in enumerate(names):
+        if len(names) > 1:
+            click.echo(f"row {number}:")
+        for name, score in row:
+            click.echo(f"  {score:7.2%}  {name}")
+    if names:
+        return
+    import numpy as np
+
+    from torchship.tensors import dtype_name
+
+    out = _shown.console()
+    for name, array in outputs.items():
+        out.print(f"[bold]{name}[/bold] {dtype_name(array.dtype)}{list(array.shape)}")
+        out.print(np.array2string(array, threshold=64, edgeitems=4, precision=5), markup=False)
+
+
+def _names(outputs: Tensors, labels: tuple[str, ...], top: int) -> list[list[tuple[str, float]]]:
+    """The best names of each row: from a pipeline that names them, or from a classifier's only output."""
+    from torchship.stages.labels import activate
+    from torchship.stages.labels import top as best
+
+    if {"labels", "scores"} <= outputs.keys() and outputs["labels"].ndim == 2:
+        rows = zip(outputs["labels"].tolist(), outputs["scores"].tolist(), strict=True)
+        return [[(n.decode(errors="replace"), s) for n, s in zip(*row, strict=True)][:top] for row in rows]
+    first = next(iter(outputs.values()))
+    if not labels or len(outputs) != 1 or first.ndim != 2 or first.shape[1] != len(labels):
+        return []
+    proper = bool((first >= 0).all() and abs(first.sum(1) - 1).max() < 1e-2)
+    scores = first if proper else activate(first.astype("float32"), "softmax")
+    return [[(labels[i], float(row[i])) for i in order] for row, order in zip(scores, best(scores, top), strict=True)]

@@ -1,0 +1,153 @@
+"""`torchship store ...`: list, show, remove, export and import what is published."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torchship.artifact import Store
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  torchship store list
+  torchship store current resnet18 2
+  torchship store export resnet18@2 resnet18.zip
+  torchship store import resnet18.zip --name resnet18
+"""
+)
+@click.option(
+    "--store",
+    "root",
+    default=None,
+    metavar="DIR",
+    help="The store's folder.  [default: $TORCHSHIP_STORE or ~/.local/share/torchship/store]",
+)
+@click.pass_context
+def command(ctx: click.Context, *, root: str | None) -> None:
+    """Look after published artifacts: NAME means its current version, NAME@3 version 3."""
+    from torchship.artifact import Store
+
+    ctx.obj = Store(root)
+
+
+def _print_json(facts: Any) -> None:
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
+
+
+@command.command(name="list")
+@_json
+@click.pass_obj
+def list_(store: Store, *, as_json: bool) -> None:
+    """All names with their versions."""
+    from torchship.cli import _shown
+
+    entries = store.list()
+    if as_json:
+        _print_json(entries)
+        return
+    rows = [(e.name, e.current, ", ".join(map(str, e.versions))) for e in entries]
+    out = _shown.console()
+    out.print(_shown.table(("name", "current", "versions"), rows, right="current"))
+    if not rows:
+        out.print(f"nothing is published in {store.root}")
+
+
+@command.command()
+@click.argument("name")
+@_json
+@click.pass_obj
+def show(store: Store, *, name: str, as_json: bool) -> None:
+    """The versions of NAME: when and how they were made, how fast they are."""
+    from torchship.artifact import open_artifact
+    from torchship.cli import _shown
+
+    current = store.current(name)
+    artifacts = {n: open_artifact(store.resolve(f"{name}@{n}"), verify=False) for n in store.versions(name)}
+    if as_json:
+        facts = [{"version": n, "current": n == current, "manifest": a.manifest} for n, a in artifacts.items()]
+        _print_json(facts)
+        return
+    rows = []
+    for number, artifact in artifacts.items():
+        manifest = artifact.manifest
+        first = manifest.timing.curve[0] if manifest.timing and manifest.timing.curve else None
+        speed = f"{first.p50_ms:.2f}" if first else "-"
+        mark = "*" if number == current else ""
+        size = _shown.human_size(artifact.size)
+        rows.append((mark, number, manifest.recipe.label, speed, size, manifest.provenance.created[:19]))
+    columns = ("", "version", "recipe", "p50 ms", "size", "created")
+    _shown.console().print(_shown.table(columns, rows, right="version size"))
+
+
+@command.command()
+@click.argument("target", metavar="NAME[@VERSION]")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def remove(store: Store, *, target: str, yes: bool) -> None:
+    """Remove one version (NAME@3) or all of a name. Their numbers are not used again."""
+    from torchship.errors import BadConfig
+
+    name, _, wanted = target.partition("@")
+    if wanted and not wanted.isdigit():
+        raise BadConfig(f"{target}: say which version by its number", hint=f"as in {name}@{store.current(name)}")
+    versions = store.versions(name)
+    what = f"version {wanted} of {name}" if wanted else f"all {len(versions)} versions of {name}"
+    if versions and not yes:
+        click.confirm(f"Remove {what}?", abort=True, err=True)
+    store.remove(name, version=int(wanted) if wanted else None)
+    click.echo(f"removed {what}")
+
+
+@command.command()
+@click.argument("name")
+@click.argument("version", type=int)
+@click.pass_obj
+def current(store: Store, *, name: str, version: int) -> None:
+    """Make VERSION the one that NAME alone means (to go back, or forward)."""
+    store.set_current(name, version=version)
+    click.echo(f"{name} now means {name}@{version}")
+
+
+@command.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--name", required=True, help="The name to publish under.")
+@click.pass_obj
+def publish(store: Store, *, folder: str, name: str) -> None:
+    """Copy the artifact in FOLDER into the store as the next version of a name."""
+    version = store.publish(folder, name=name)
+    click.echo(f"published {name}@{version}")
+
+
+@command.command()
+@click.argument("target", metavar="NAME[@VERSION]")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.pass_obj
+def export(store: Store, *, target: str, file: str) -> None:
+    """Write an artifact to one FILE (.tar or .zip) that `import` takes on another machine."""
+    from torchship.artifact import archive
+    from torchship.cli import _shown
+
+    path = archive.export(store.resolve(target), to=file)
+    click.echo(f"wrote {path} ({_shown.human_size(path.stat().st_size)})")
+
+
+@command.command(name="import")
+@click.argument("file", type=click.Path())
+@click.option("--name", default=None, help="The name to publish under.  [default: the artifact's own]")
+@click.pass_obj
+def import_(store: Store, *, file: str, name: str | None) -> None:
+    """Check an exported FILE (.tar or .zip) and publish what it holds."""
+    from torchship.artifact import archive
+
+    with archive.extracted(file) as artifact:
+        given = name or artifact.manifest.name
+        version = store.publish(artifact.path, name=given)
+    click.echo(f"published {given}@{version}")
