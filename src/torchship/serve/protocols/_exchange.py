@@ -35,7 +35,7 @@ class Head:
 
     __slots__ = (
         "encoding", "endpoint", "expects", "headers", "keep_alive", "length", "method", "old", "path", "places",
-        "query", "scope",
+        "query", "rpc", "scope", "timeout",
     )  # fmt: skip
 
     def __init__(self, method: str, path: str, query: str, headers: Mapping[str, str]) -> None:
@@ -48,6 +48,8 @@ class Head:
         self.endpoint: Endpoint = _unrouted
         self.scope = ""
         self.places: Mapping[str, str] = {}  # what the path's {names} stand for
+        self.timeout = 0.0  # grpc-timeout, in seconds
+        self.rpc: Any = None  # the gRPC method, where it is one
 
 
 class Sink(Protocol):
@@ -77,7 +79,7 @@ class Sink(Protocol):
 class Exchange:
     """A request and its answer. An endpoint calls `answer` or `fail` once, or `begin`, `write`..., `end`."""
 
-    __slots__ = ("body", "gone", "head", "job", "ready", "sink", "started")
+    __slots__ = ("body", "gone", "head", "job", "ready", "sink", "started", "stream")
 
     def __init__(self, sink: Sink, head: Head, body: Buffer) -> None:
         self.sink = sink
@@ -85,6 +87,7 @@ class Exchange:
         self.body = body
         self.job: Any = None  # a future or task that is cancelled when the caller goes away
         self.ready: bytes | None = None
+        self.stream: Any = None  # of HTTP/2
         self.started = False
         self.gone = False
 

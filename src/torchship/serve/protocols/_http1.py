@@ -14,6 +14,7 @@ from torchship.errors import TorchshipError
 from torchship.serve.protocols._chunks import Chunks
 from torchship.serve.protocols._coding import acceptable, compress, decompress
 from torchship.serve.protocols._exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
+from torchship.serve.protocols._http2 import Connection2
 from torchship.serve.protocols._site import Site
 from torchship.wire.raw import Buffer
 
@@ -25,8 +26,8 @@ class Connection(asyncio.Protocol):
     """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
 
     __slots__ = (
-        "_body", "_buffer", "_busy", "_chunks", "_closing", "_head", "_need", "_paused", "_pending", "_since", "_site",
-        "_took_off", "_waiter", "_writable", "transport",
+        "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_need", "_paused", "_pending", "_since",
+        "_site", "_waiter", "_writable", "transport",
     )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
@@ -38,11 +39,11 @@ class Connection(asyncio.Protocol):
         self._chunks: Chunks | None = None
         self._pending: deque[Exchange] = deque()
         self._closing = False
+        self._greeted = False  # whether the first bytes have been looked at
         self._paused = False
         self._writable = True
         self._waiter: asyncio.Future[None] | None = None
         self._since = site.now
-        self._took_off: asyncio.Protocol | None = None
         self.transport: asyncio.Transport
 
     # -- the socket -----------------------------------------------------------------------------------------------
@@ -54,6 +55,10 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
             self._closing = True
+            return
+        secure = self.transport.get_extra_info("ssl_object")
+        if secure is not None and secure.selected_alpn_protocol() == "h2":
+            self._become_h2(b"")
             return
         self._site.connections.add(self)
 
@@ -96,6 +101,16 @@ class Connection(asyncio.Protocol):
         if not self._paused:
             self._read()
 
+    def _become_h2(self, early: bytes) -> None:
+        """The peer speaks HTTP/2: hand the socket over."""
+        self._site.connections.discard(self)
+        self._closing = True
+        successor = Connection2(self._site)
+        self.transport.set_protocol(successor)
+        successor.connection_made(self.transport)
+        if early:
+            successor.data_received(early)
+
     # -- requests -------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
@@ -115,6 +130,12 @@ class Connection(asyncio.Protocol):
         """Take one head, and its body where that is there too; the new place (the same one: more is needed)."""
         buffer, limits = self._buffer, self._site.limits
         end = buffer.find(b"\r\n\r\n", place)
+        if not self._greeted and len(buffer) >= 4:
+            self._greeted = True
+            if buffer.startswith(b"PRI "):
+                self._buffer = b""
+                self._become_h2(buffer)
+                return place
         if end < 0 or end - place > limits.head:
             if len(buffer) - place > limits.head:
                 raise HttpFault(431, f"the request head is larger than {limits.head} bytes")

@@ -7,6 +7,7 @@ import re
 
 from torchship.errors import BadInput, TorchshipError
 from torchship.serve.protocols._exchange import JSON, Exchange
+from torchship.serve.protocols._front import Front
 from torchship.serve.protocols._served import Served
 from torchship.tensors import Axis, Free, TensorSpec
 from torchship.wire.messages import Request, Response
@@ -20,17 +21,19 @@ _DIGITS = re.compile(r"[0-9]{1,15}")
 class Inference:
     """The infer endpoint of all models of a service."""
 
-    def __init__(self, service: Served, *, regions: Regions | None = None, forward: str = "") -> None:
-        """`forward` is a regular expression: headers whose whole name matches travel with the request."""
-        self._service = service
-        self._regions = regions
-        self._forward = re.compile(forward) if forward else None
+    def __init__(self, front: Front) -> None:
+        self._service = front.service
+        self._regions = front.regions
+        self._tracing = front.tracing
+        self._forward = re.compile(front.forward) if front.forward else None
 
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when its future is done."""
         request = self.decode(exchange)
         exchange.job = future = self._service.submit(request)
         future.add_done_callback(_Answering(exchange, request, self._regions))
+        if self._tracing.active and (start := self._tracing.sample(request)):
+            future.add_done_callback(lambda done: self._tracing.record(request, start=start))
 
     def decode(self, exchange: Exchange) -> Request:
         """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""

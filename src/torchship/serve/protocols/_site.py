@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Protocol
 
+from torchship.serve.protocols._calls import Rpc
 from torchship.serve.protocols._exchange import Admit, Head, Headers, header_lines, status_line
 from torchship.serve.protocols._heads import parse_head
 from torchship.serve.protocols._routes import Router
+
+_NO_RPC = Rpc()
 
 
 class Peer(Protocol):
@@ -55,7 +59,12 @@ class Site:
     tops: dict[tuple[int, str, Headers], bytes] = field(default_factory=dict)
     date: bytes = b""
     closing: bool = False
+    rpcs: Mapping[str, Rpc] = field(default_factory=dict)
     empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
+
+    def rpc_of(self, head: Head) -> Rpc:
+        """The gRPC method of a path; an empty one where there is none."""
+        return self.rpcs.get(head.path, _NO_RPC)
 
     def tick(self, now: float) -> None:
         """Once a second: the clock and the Date header, and connections that are too slow."""

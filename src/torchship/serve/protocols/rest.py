@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from collections.abc import Sequence
 
-from torchship.errors import Unavailable
+from torchship.serve.protocols._control import control_routes
 from torchship.serve.protocols._exchange import Admit, Exchange, HttpFault
+from torchship.serve.protocols._front import Front
+from torchship.serve.protocols._generate import generate_routes
 from torchship.serve.protocols._http1 import Connection
 from torchship.serve.protocols._infer import Inference
+from torchship.serve.protocols._listening import Listener, bind
 from torchship.serve.protocols._routes import Route, Router
 from torchship.serve.protocols._served import Served
 from torchship.serve.protocols._site import Limits, Site
-from torchship.wire.oip_json import Regions
-
-
-class Listener:
-    """An open port with its connections."""
-
-    def __init__(self, site: Site, server: asyncio.Server) -> None:
-        self._site, self._server = site, server
-        self._clock: asyncio.TimerHandle | None = None
-        self._tick()
-
-    @property
-    def port(self) -> int:
-        """The port that is bound."""
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
-
-    def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._site.tick(loop.time())
-        self._clock = loop.call_later(1.0, self._tick)
-
-    async def close(self, *, grace: float = 10.0) -> None:
-        """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""
-        self._server.close()
-        self._site.closing = True
-        for connection in tuple(self._site.connections):
-            connection.retire()
-        if self._site.connections:
-            self._site.empty = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._site.empty], timeout=grace)
-        for connection in tuple(self._site.connections):
-            connection.transport.abort()
-        if self._clock is not None:
-            self._clock.cancel()
-        await asyncio.sleep(0)
+from torchship.serve.protocols.grpc import all_rpcs
 
 
 async def listen(
@@ -59,30 +26,22 @@ async def listen(
     limits: Limits | None = None,
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
-    regions: Regions | None = None,
-    forward_headers: str = "",
+    front: Front | None = None,
     routes: Sequence[Route] = (),
 ) -> Listener:
-    """Serve HTTP until the listener is closed; `routes` adds endpoints of other faces to the same port.
+    """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter) until the listener is closed.
 
-    Raises Unavailable where the port cannot be bound.
+    `routes` adds endpoints of other faces to the same port. Raises Unavailable where the port cannot be bound.
     """
-    everything = [*protocol_routes(service, regions=regions, forward_headers=forward_headers), *routes]
-    site = Site(Router(everything), limits or Limits(), admit)
-    loop = asyncio.get_running_loop()
-    site.tick(loop.time())
-    try:
-        server = await loop.create_server(lambda: Connection(site), host, port, ssl=tls, backlog=1024)
-    except OSError as fault:
-        raise Unavailable(
-            f"cannot listen on {host}:{port}: {fault.strerror}", hint="is it in use? choose another port"
-        ) from None
-    return Listener(site, server)
+    front = front or Front(service)
+    everything = [*protocol_routes(front), *control_routes(front), *generate_routes(front), *routes]
+    site = Site(Router(everything), limits or Limits(), admit, rpcs=all_rpcs(front))
+    return await bind(site, Connection, host=host, port=port, tls=tls)
 
 
-def protocol_routes(service: Served, *, regions: Regions | None = None, forward_headers: str = "") -> list[Route]:
+def protocol_routes(front: Front) -> list[Route]:
     """The paths of the Open Inference Protocol, and /metrics."""
-    inference = Inference(service, regions=regions, forward=forward_headers)
+    service, inference = front.service, Inference(front)
     routes = [
         Route("GET", "/v2", lambda exchange: exchange.answer_json(service.server_metadata())),
         Route("GET", "/v2/health/live", lambda exchange: _health(exchange, "live", service.live)),
@@ -98,7 +57,12 @@ def protocol_routes(service: Served, *, regions: Regions | None = None, forward_
             Route(
                 "GET", f"{base}/config", lambda exchange: exchange.answer_json(service.model_config(*_which(exchange)))
             ),
-            Route("GET", f"{base}/stats", lambda exchange: exchange.answer_json(service.statistics(*_which(exchange)))),
+            Route(
+                "GET",
+                f"{base}/stats",
+                lambda exchange: exchange.answer_json(service.statistics(*_which(exchange))),
+                "metrics",
+            ),
         ]
     return routes
 
@@ -122,4 +86,4 @@ def _metrics(exchange: Exchange, service: Served) -> None:
     exchange.answer(service.metrics().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-__all__ = ["HttpFault", "Limits", "Listener", "Route", "listen", "protocol_routes"]
+__all__ = ["Front", "HttpFault", "Limits", "Listener", "Route", "listen", "protocol_routes"]

@@ -1,0 +1,69 @@
+"""Requests of HTTP/2 that are not gRPC: to the same endpoints as those of HTTP/1.1, and their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchship.serve.protocols import _frames as h2
+from torchship.serve.protocols._coding import decompress
+from torchship.serve.protocols._exchange import Exchange, Headers, HttpFault
+from torchship.serve.protocols._outflow import Stream
+from torchship.serve.protocols._site import Site
+
+
+class Answers:
+    """The REST side of one connection of HTTP/2."""
+
+    __slots__ = ("_link", "_site")
+
+    def __init__(self, link: Any, site: Site) -> None:
+        self._link, self._site = link, site
+
+    def begin_exchange(self, stream: Stream, fault: HttpFault | None = None) -> None:
+        """A request that is not gRPC: to its endpoint."""
+        head = stream.head
+        exchange = Exchange(self, head, stream.body)
+        exchange.stream, stream.partner = stream, exchange
+        try:
+            if fault is not None:
+                raise fault
+            if self._site.admit is not None:
+                self._site.admit(head.scope, head.headers)
+            if head.encoding and stream.body:
+                exchange.body = decompress(stream.body, coding=head.encoding, limit=self._site.limits.body)
+            head.endpoint(exchange)
+        except Exception as error:
+            exchange.fail(error)
+
+    def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        """A whole answer of REST."""
+        stream: Stream = exchange.stream
+        top = self._top(status, content_type, (*headers, ("content-length", str(len(body)))))
+        if exchange.head.method == "HEAD" or not body:
+            self._link.put(stream, b"", b"", h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream.number, top))
+            return
+        end = h2.frame(h2.DATA, h2.END_STREAM, stream.number)
+        self._link.put(stream, h2.frame(h2.HEADERS, h2.END_HEADERS, stream.number, top), body, end)
+
+    def _top(self, status: int, content_type: str, headers: Headers) -> bytes:
+        fields = [h2.status_field(status), h2.literal(b"server", b"torchship")]
+        for name, value in (("content-type", content_type), *headers):
+            fields.append(h2.literal(name.encode(), value.encode("latin-1")))
+        return b"".join(fields)
+
+    def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
+        """The head of a streamed answer of REST."""
+        top = self._top(status, content_type, headers)
+        self._link.put(exchange.stream, h2.frame(h2.HEADERS, h2.END_HEADERS, exchange.stream.number, top), b"", b"")
+
+    def write(self, exchange: Exchange, data: bytes) -> None:
+        """A piece of a streamed answer of REST."""
+        self._link.put(exchange.stream, b"", data, b"")
+
+    def end(self, exchange: Exchange) -> None:
+        """The end of a streamed answer of REST."""
+        self._link.put(exchange.stream, b"", b"", h2.frame(h2.DATA, h2.END_STREAM, exchange.stream.number))
+
+    async def drained(self) -> None:
+        """Wait until the peer has taken most of what was written."""
+        await self._link.drained()

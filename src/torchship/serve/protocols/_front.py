@@ -1,0 +1,21 @@
+"""What all protocols of one server share beside the service: clients' shared memory, trace and log settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torchship.serve.protocols._regions import SharedMemory
+from torchship.serve.protocols._served import Served
+from torchship.serve.protocols._settings import LogSettings, Tracing
+
+
+@dataclass(slots=True)
+class Front:
+    """One for a server; every listener gets the same. `forward` is a regular expression: headers whose whole name
+    matches travel with a request."""
+
+    service: Served
+    regions: SharedMemory | None = None
+    tracing: Tracing = field(default_factory=Tracing)
+    logs: LogSettings = field(default_factory=LogSettings)
+    forward: str = ""

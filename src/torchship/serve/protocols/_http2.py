@@ -1,0 +1,446 @@
+"""HTTP/2 on a socket: frames, flow control and limits; streams become exchanges (REST) or calls (gRPC)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from torchship.serve.protocols import _frames as h2
+from torchship.serve.protocols._answers import Answers
+from torchship.serve.protocols._calls import Call
+from torchship.serve.protocols._exchange import Head, HttpFault
+from torchship.serve.protocols._fields import Fields, WrongHead, check_trailers, head_of
+from torchship.serve.protocols._frames import ConnectionFault, StreamFault
+from torchship.serve.protocols._outflow import STREAM_WINDOW, Outflow, Stream
+from torchship.serve.protocols._pace import Pace
+from torchship.serve.protocols._reader import FRAME, Reader
+from torchship.serve.protocols._site import Site
+
+_WINDOW = 1 << 24
+
+
+class Connection2(asyncio.Protocol):
+    """One connection of HTTP/2."""
+
+    def __init__(self, site: Site, *, early: bytes = b"") -> None:
+        self._site = site
+        self._reader = Reader(early)
+        self._fields = Fields(limit=site.limits.head)
+        self._streams: dict[int, Stream] = {}
+        self._last = 0
+        self._block: tuple[int, int, bytearray] | None = None  # stream, flags, an unfinished header block
+        self._pieces = 0
+        self._left = _WINDOW
+        self._taken = 0
+        self._pace = Pace()
+        self._closing = False
+        self._retiring = False
+        self._writable = True
+        self._since = site.now
+        self._waiter: asyncio.Future[None] | None = None
+        self._answers = Answers(self, site)
+        self._out: Outflow
+        self.transport: asyncio.Transport
+
+    # -- the socket -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A peer is there; too many of them are turned away."""
+        self.transport = cast(asyncio.Transport, transport)
+        self._out = Outflow(self.transport)
+        if self._site.closing or len(self._site.connections) >= self._site.limits.connections:
+            self.transport.write(h2.settings(()) + h2.goaway(0, h2.ENHANCE_YOUR_CALM, "too many connections"))
+            self.transport.close()
+            self._closing = True
+            return
+        self._site.connections.add(self)
+        pairs = ((3, self._site.limits.streams), (4, STREAM_WINDOW), (5, FRAME), (6, self._site.limits.head))
+        self.transport.write(h2.settings(pairs) + h2.window_update(0, _WINDOW - 65535))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The peer is gone, and all that it asked for with it."""
+        self._site.gone(self)
+        self._closing = True
+        self.resume_writing()
+        for stream in tuple(self._streams.values()):
+            self._drop(stream)
+
+    def eof_received(self) -> bool:
+        """A peer that stops sending has gone."""
+        return False
+
+    def pause_writing(self) -> None:
+        """The peer reads too slowly: read no more from it."""
+        self._writable = False
+        self._since = self._site.now
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self._writable = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if not self._closing and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    async def drained(self) -> None:
+        """Wait until the peer has taken most of what was written."""
+        if not self._writable:
+            if self._waiter is None or self._waiter.done():
+                self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the peer."""
+        try:
+            for kind, flags, number, buffer, start, end in self._reader.frames(data):
+                if self._closing:
+                    return
+                try:
+                    self._frame(kind, flags, number, buffer, start, end)
+                except StreamFault as fault:
+                    self._reset(fault.stream, fault.code)
+        except ConnectionFault as fault:
+            self._hang_up(fault.code, fault.reason)
+
+    # -- frames ---------------------------------------------------------------------------------------------------
+
+    def _frame(self, kind: int, flags: int, number: int, data: bytes, start: int, end: int) -> None:  # noqa: PLR0917
+        if self._block is not None and kind != h2.CONTINUATION:
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "a header block was interrupted")
+        if kind == h2.DATA:
+            self._on_data(flags, number, data, start, end)
+        elif kind == h2.HEADERS:
+            self._on_headers(flags, number, data, start, end)
+        elif kind in _CONTROL:
+            self._pace.count(kind, self._site.now)
+            _CONTROL[kind](self, flags, number, data[start:end])
+
+    def _on_headers(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
+        if flags & h2.PADDED:
+            start, end = _unpad(data, start, end)
+        if flags & h2.PRIORITY_FLAG:
+            if end - start < 5 or h2.WORD.unpack_from(data, start)[0] & 0x7FFFFFFF == number:
+                raise ConnectionFault(h2.PROTOCOL_ERROR, "a wrong priority")
+            start += 5
+        if not number & 1:
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "a client's stream has an odd number")
+        if flags & h2.END_HEADERS:
+            self._head(number, flags, data[start:end])
+        else:
+            self._pieces = 0
+            self._block = number, flags, bytearray(data[start:end])
+
+    def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
+        if self._block is None or self._block[0] != number:
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "CONTINUATION of nothing")
+        _, first, block = self._block
+        block += payload
+        self._pieces += 1
+        if len(block) > self._site.limits.head or self._pieces > 64:
+            raise ConnectionFault(h2.ENHANCE_YOUR_CALM, "the header block is too large")
+        if flags & h2.END_HEADERS:
+            self._block = None
+            self._head(number, first, bytes(block))
+
+    def _head(self, number: int, flags: int, block: bytes) -> None:
+        """A complete header block: a new stream, or trailers."""
+        ended = bool(flags & h2.END_STREAM)
+        if number <= self._last:
+            self._trailers(number, ended, block)
+            return
+        head = self._fields.lookup(block)
+        if head is None:
+            fields = self._fields.decode(block)
+            try:
+                head = head_of(fields)
+            except WrongHead:
+                self._fields.forget(block)
+                self._last = number
+                raise StreamFault(number, h2.PROTOCOL_ERROR) from None
+            self._route(head)
+            self._fields.remember(block, head)
+        self._last = number
+        if self._retiring:
+            raise StreamFault(number, h2.REFUSED_STREAM)
+        if len(self._streams) >= self._site.limits.streams:
+            self._pace.count(h2.HEADERS, self._site.now)
+            raise StreamFault(number, h2.REFUSED_STREAM)
+        stream = Stream(number, head, self._out.initial)
+        self._streams[number] = stream
+        stream.since = self._since = self._site.now
+        if head.rpc is not None:
+            stream.partner = Call(self, stream)
+            if head.rpc.client_streams:
+                stream.partner.open()
+        elif head.length > self._site.limits.body:
+            self._answers.begin_exchange(stream, HttpFault(413, f"the body has {head.length} bytes"))
+            return
+        if ended:
+            self._ended(stream)
+
+    def _trailers(self, number: int, ended: bool, block: bytes) -> None:
+        fields = self._fields.decode(block)
+        self._fields.forget(block)
+        stream = self._streams.get(number)
+        if stream is None:
+            self._pace.count(h2.RST_STREAM, self._site.now)
+            return  # of a stream that we have closed; its frames may still be on their way
+        if stream.ended:
+            raise StreamFault(number, h2.STREAM_CLOSED)
+        try:
+            check_trailers(fields)
+        except WrongHead:
+            ended = False
+        if not ended:
+            raise StreamFault(number, h2.PROTOCOL_ERROR)
+        self._ended(stream)
+
+    def _route(self, head: Head) -> None:
+        kind = head.headers.get("content-type", "")
+        if kind.startswith("application/grpc") and head.method == "POST":
+            head.rpc = self._site.rpc_of(head)
+        else:
+            self._site.router.resolve(head)
+
+    def _on_data(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
+        size = end - start
+        if flags & h2.PADDED:
+            start, end = _unpad(data, start, end)
+        stream = self._flow(number, size)
+        if stream is None:
+            return
+        ended = flags & h2.END_STREAM
+        if start == end and not ended:
+            self._pace.count(h2.DATA, self._site.now)  # data that says nothing
+        if not stream.size and ended:
+            stream.body = data[start:end]
+        elif start < end:
+            if not stream.size:
+                stream.body = bytearray()
+            cast(bytearray, stream.body).extend(memoryview(data)[start:end])
+        stream.size += end - start
+        if stream.size > self._site.limits.body + 5:
+            self._too_large(stream)
+            return
+        partner = stream.partner
+        if partner is not None and stream.head.rpc is not None and stream.head.rpc.client_streams:
+            partner.feed()
+        elif not ended:
+            self.give(stream)
+        if ended:
+            self._ended(stream)
+
+    def _flow(self, number: int, size: int) -> Stream | None:
+        """Count data against both windows; its stream, or None where we have closed that already."""
+        self._left -= size
+        self._taken += size
+        if self._left < 0:
+            raise ConnectionFault(h2.FLOW_CONTROL_ERROR, "more data than the window allows")
+        if self._taken > _WINDOW // 2:
+            self.transport.write(h2.window_update(0, self._taken))
+            self._left += self._taken
+            self._taken = 0
+        stream = self._streams.get(number)
+        if stream is None:
+            if number > self._last or not number:
+                raise ConnectionFault(h2.PROTOCOL_ERROR, "DATA before HEADERS")
+            self._pace.count(h2.DATA, self._site.now)
+            return None
+        if stream.ended:
+            raise StreamFault(number, h2.STREAM_CLOSED)
+        stream.left -= size
+        stream.taken += size
+        if stream.left < 0:
+            raise StreamFault(number, h2.FLOW_CONTROL_ERROR)
+        return stream
+
+    def give(self, stream: Stream) -> None:
+        """Let the peer send as much as it has sent, once that is worth a frame."""
+        if stream.taken > STREAM_WINDOW // 2 and not stream.ended:
+            self.transport.write(h2.window_update(stream.number, stream.taken))
+            stream.left += stream.taken
+            stream.taken = 0
+
+    def _too_large(self, stream: Stream) -> None:
+        limit = self._site.limits.body
+        if stream.head.rpc is not None:
+            stream.partner.finish(8, f"the message is larger than {limit} bytes")
+        else:
+            self._answers.begin_exchange(stream, HttpFault(413, f"the body is larger than {limit} bytes"))
+
+    def _ended(self, stream: Stream) -> None:
+        """The peer has said all."""
+        stream.ended = True
+        head = stream.head
+        if head.length >= 0 and head.length != stream.size:
+            raise StreamFault(stream.number, h2.PROTOCOL_ERROR)
+        if head.rpc is not None:
+            stream.partner.complete()
+        elif stream.partner is None:
+            self._answers.begin_exchange(stream)
+
+    def _on_window(self, flags: int, number: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise ConnectionFault(h2.FRAME_SIZE_ERROR, "a wrong WINDOW_UPDATE")
+        step = h2.WORD.unpack(payload)[0] & 0x7FFFFFFF
+        if not number:
+            self._out.grow(step)
+        else:
+            stream = self._streams.get(number)
+            if stream is None:
+                if number > self._last:
+                    raise ConnectionFault(h2.PROTOCOL_ERROR, "WINDOW_UPDATE before HEADERS")
+                return
+            self._out.grow_stream(stream, step)
+        if self._out.blocked:
+            self._pump()
+
+    def _on_settings(self, flags: int, number: int, payload: bytes) -> None:
+        if number or (flags & h2.ACK and payload) or len(payload) % 6:
+            code = h2.PROTOCOL_ERROR if number else h2.FRAME_SIZE_ERROR
+            raise ConnectionFault(code, "wrong SETTINGS")
+        if flags & h2.ACK:
+            return
+        for place in range(0, len(payload), 6):
+            key = int.from_bytes(payload[place : place + 2], "big")
+            self._out.change(key, h2.WORD.unpack_from(payload, place + 2)[0], [*self._streams.values()])
+        self.transport.write(h2.frame(h2.SETTINGS, h2.ACK, 0))
+        if self._out.blocked:
+            self._pump()
+
+    def _on_ping(self, flags: int, number: int, payload: bytes) -> None:
+        if number or len(payload) != 8:
+            code = h2.PROTOCOL_ERROR if number else h2.FRAME_SIZE_ERROR
+            raise ConnectionFault(code, "a wrong PING")
+        if not flags & h2.ACK:
+            self.transport.write(h2.frame(h2.PING, h2.ACK, 0, payload))
+
+    def _on_reset(self, flags: int, number: int, payload: bytes) -> None:
+        if len(payload) != 4:
+            raise ConnectionFault(h2.FRAME_SIZE_ERROR, "a wrong RST_STREAM")
+        if not number or number > self._last:
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "RST_STREAM of an idle stream")
+        stream = self._streams.get(number)
+        if stream is not None:
+            self._drop(stream)
+
+    def _on_priority(self, flags: int, number: int, payload: bytes) -> None:
+        if not number:
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "PRIORITY without a stream")
+        if len(payload) != 5:
+            raise StreamFault(number, h2.FRAME_SIZE_ERROR)
+        if h2.WORD.unpack_from(payload)[0] & 0x7FFFFFFF == number:
+            raise StreamFault(number, h2.PROTOCOL_ERROR)
+
+    def _on_push(self, flags: int, number: int, payload: bytes) -> None:
+        raise ConnectionFault(h2.PROTOCOL_ERROR, "a client cannot push")
+
+    def _on_goaway(self, flags: int, number: int, payload: bytes) -> None:
+        if number or len(payload) < 8:
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "a wrong GOAWAY")
+        self.retire()
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
+        """Send ready header frames `head`, then `data` in DATA frames, then the ready frames `tail`.
+
+        `tail` ends the stream where it is not empty. What the windows do not let through waits.
+        """
+        if self._closing or stream.number not in self._streams:
+            return
+        if not self._out.put(stream, head, data, tail):
+            stream.since = self._site.now
+            self._pump()
+        elif tail:
+            self._finished(stream)
+
+    def _pump(self) -> None:
+        for stream in self._out.pump(self._site.now):
+            self._finished(stream)
+
+    def _finished(self, stream: Stream) -> None:
+        """All is sent: the stream is closed, whatever the peer still wanted to say."""
+        if not stream.ended:
+            self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
+        self._streams.pop(stream.number, None)
+        self._since = self._site.now
+        if self._retiring and not self._streams:
+            self._hang_up(h2.NO_ERROR, "")
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def _reset(self, number: int, code: int) -> None:
+        stream = self._streams.get(number)
+        if stream is not None:
+            self._drop(stream)
+        self._pace.count(h2.RST_STREAM, self._site.now)
+        self.transport.write(h2.reset(number, code))
+
+    def _drop(self, stream: Stream) -> None:
+        """Nobody waits for this stream any more."""
+        self._streams.pop(stream.number, None)
+        self._out.forget(stream)
+        if stream.partner is not None:
+            stream.partner.leave()
+        if self._retiring and not self._streams and not self._closing:
+            self._hang_up(h2.NO_ERROR, "")
+
+    def _hang_up(self, code: int, reason: str) -> None:
+        if not self._closing:
+            self._closing = True
+            self.transport.write(h2.goaway(self._last, code, reason))
+            self.transport.close()
+            for stream in tuple(self._streams.values()):
+                self._drop(stream)
+
+    def overdue(self, now: float) -> None:
+        """Hang up, or give up a stream, where the peer has kept us waiting for too long."""
+        limits = self._site.limits
+        if not self._writable and now - self._since > limits.write_seconds:
+            self.transport.abort()
+            return
+        for stream in tuple(self._streams.values()):
+            waited = now - stream.since
+            slow = stream.head.rpc is None and not stream.ended
+            if stream.waiting is not None:
+                late = waited > limits.write_seconds
+            else:
+                late = slow and waited > limits.body_seconds + stream.size / limits.body_rate
+            if late:
+                self._reset(stream.number, h2.CANCEL)
+        if not self._reader.started and now - self._since > limits.head_seconds:
+            self.transport.abort()
+        elif self._block is not None and now - self._since > limits.head_seconds:
+            self._hang_up(h2.ENHANCE_YOUR_CALM, "the header block did not arrive in time")
+        elif not self._streams and now - self._since > max(limits.idle_seconds, 0.0) * 4:
+            self._hang_up(h2.NO_ERROR, "idle")
+
+    def retire(self) -> None:
+        """Take no new streams; hang up when the last one is answered."""
+        if self._retiring or self._closing:
+            return
+        self._retiring = True
+        if self._streams:
+            self.transport.write(h2.goaway(self._last, h2.NO_ERROR))
+        else:
+            self._hang_up(h2.NO_ERROR, "")
+
+
+def _unpad(data: bytes, start: int, end: int) -> tuple[int, int]:
+    if start == end or data[start] > end - start - 1:
+        raise ConnectionFault(h2.PROTOCOL_ERROR, "padding is longer than its frame")
+    return start + 1, end - data[start]
+
+
+_CONTROL = {
+    h2.PRIORITY: Connection2._on_priority,
+    h2.RST_STREAM: Connection2._on_reset,
+    h2.SETTINGS: Connection2._on_settings,
+    h2.PUSH_PROMISE: Connection2._on_push,
+    h2.PING: Connection2._on_ping,
+    h2.GOAWAY: Connection2._on_goaway,
+    h2.WINDOW_UPDATE: Connection2._on_window,
+    h2.CONTINUATION: Connection2._on_continuation,
+}

@@ -1,0 +1,37 @@
+"""The Open Inference Protocol over gRPC with Triton's extensions, health checks and reflection."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+
+from torchship.serve.protocols._calls import Rpc
+from torchship.serve.protocols._exchange import Admit
+from torchship.serve.protocols._front import Front
+from torchship.serve.protocols._http2 import Connection2
+from torchship.serve.protocols._listening import Listener, bind
+from torchship.serve.protocols._reflection import reflection_rpcs
+from torchship.serve.protocols._routes import Router
+from torchship.serve.protocols._rpcs import protocol_rpcs
+from torchship.serve.protocols._served import Served
+from torchship.serve.protocols._site import Limits, Site
+
+
+async def listen(
+    service: Served,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    limits: Limits | None = None,
+    admit: Admit | None = None,
+    tls: ssl.SSLContext | None = None,
+    front: Front | None = None,
+) -> Listener:
+    """Serve gRPC until the listener is closed. Raises Unavailable where the port cannot be bound."""
+    site = Site(Router(()), limits or Limits(), admit, rpcs=all_rpcs(front or Front(service)))
+    return await bind(site, Connection2, host=host, port=port, tls=tls)
+
+
+def all_rpcs(front: Front) -> Mapping[str, Rpc]:
+    """Every method by its path."""
+    return {**protocol_rpcs(front), **reflection_rpcs()}

@@ -1,0 +1,269 @@
+"""The Open Inference Protocol over gRPC: infer messages to and from ours.
+
+A steady client's request differs from its last one in the raw tensors alone, and those come last in its bytes: what
+comes before them is parsed once and then known by its bytes. Anything else goes through protobuf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from torchship.errors import BadInput
+from torchship.stage import Value
+from torchship.tensors import Array, numpy_dtype
+from torchship.wire.messages import Request, Response, WantedOutput
+from torchship.wire.oip_json import (
+    Regions,
+    apply_parameters,
+    chosen_output,
+    read_region,
+    wanted_output,
+    write_region,
+)
+from torchship.wire.raw import Buffer, datatype_of, decode_raw, element_count, encode_raw, object_array
+from torchship.wire.schema import message
+
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+_RAW_TAG = 0x3A  # raw_input_contents = 7
+_TAGS = frozenset((0x0A, 0x12, 0x1A, 0x22, 0x2A, 0x32))
+
+
+class _Shape(NamedTuple):
+    """A request without its tensors' bytes."""
+
+    request: Request
+    inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+class InferCodec:
+    """Decodes ModelInferRequest and encodes ModelInferResponse; remembers the shapes of both, within bounds."""
+
+    def __init__(self, *, regions: Regions | None = None) -> None:
+        self._regions = regions
+        self._asked: dict[bytes, _Shape] = {}
+        self._told: dict[object, bytes] = {}
+        self._request = message("inference.ModelInferRequest")
+
+    def decode(self, data: Buffer, start: int = 0) -> Request:
+        """The request in `data` from `start` on; raw tensors are views of it. Raises BadInput."""
+        place, size, head_end = start, len(data), -1
+        raws: list[tuple[int, int]] = []
+        while place < size - 1:
+            tag, length = data[place], data[place + 1]
+            if tag == _RAW_TAG:
+                if head_end < 0:
+                    head_end = place
+            elif head_end >= 0 or tag not in _TAGS:
+                return self._decode_slowly(data[start:])
+            place += 2
+            if length > 127:
+                length, place = _varint(data, place - 1)
+            if tag == _RAW_TAG:
+                raws.append((place, place + length))
+            place += length
+        if place != size or head_end < 0:
+            return self._decode_slowly(data[start:])
+        key = bytes(data[start:head_end])
+        known = self._asked.get(key)
+        if known is None or len(known.inputs) != len(raws):
+            return self._decode_slowly(data[start:], key)
+        view = memoryview(data)
+        inputs = {
+            name: decode_raw(view[first:last], name=name, datatype=datatype, shape=shape)
+            for (name, datatype, shape), (first, last) in zip(known.inputs, raws, strict=True)
+        }
+        old = known.request
+        parameters = dict(old.parameters) if old.parameters else {}
+        return Request(old.model, inputs, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
+
+    def _decode_slowly(self, data: Buffer, key: bytes = b"") -> Request:
+        try:
+            asked = self._request.FromString(bytes(data))
+        except DecodeError as fault:
+            raise BadInput(f"not a ModelInferRequest: {fault}") from None
+        request = Request(asked.model_name, {}, asked.model_version, asked.id)
+        if asked.parameters:
+            apply_parameters(request, _parameters(asked.parameters))
+        request.binary = True
+        request.outputs = tuple(
+            wanted_output(item.name, _parameters(item.parameters), binary=True) for item in asked.outputs
+        )
+        inputs: dict[str, Array] = {}
+        raws = list(asked.raw_input_contents)
+        plain = bool(raws)
+        for item in asked.inputs:
+            if item.name in inputs:
+                raise BadInput(f"input {item.name!r} is given twice")
+            plain = plain and not item.parameters
+            inputs[item.name] = self._input(item, raws)
+        if raws:
+            raise BadInput(f"{len(raws)} raw contents are left after the last input")
+        if plain and 0 < len(key) <= 1024:
+            shapes = tuple((item.name, item.datatype, tuple(item.shape)) for item in asked.inputs)
+            if len(self._asked) >= 512:
+                self._asked.clear()
+            self._asked[key] = _Shape(request, shapes)
+            request = Request(
+                request.model, inputs, request.version, request.id, dict(request.parameters), request.outputs,
+                request.deadline, request.priority,
+            )  # fmt: skip
+        request.inputs = inputs
+        return request
+
+    def _input(self, item: Any, raws: list[bytes]) -> Array:
+        name, datatype, shape = item.name, item.datatype, list(item.shape)
+        parameters = _parameters(item.parameters) if item.parameters else {}
+        if "shared_memory_region" in parameters:
+            data = read_region(self._regions, parameters, name=name)
+            return decode_raw(data, name=name, datatype=datatype, shape=shape)
+        if item.HasField("contents"):
+            return _typed(item.contents, name=name, datatype=datatype, shape=shape)
+        if not raws:
+            if element_count(shape, name=name) == 0:
+                return np.empty(shape, numpy_dtype(datatype))
+            raise BadInput(f"input {name!r} has no data", hint="fill contents, or raw_input_contents for every input")
+        return decode_raw(raws.pop(0), name=name, datatype=datatype, shape=shape)
+
+    def encode(self, response: Response, request: Request) -> bytes:
+        """The bytes of a ModelInferResponse. Raises BadInput for an output that the model does not have."""
+        if request.outputs:
+            return self._encode_chosen(response, request)
+        arrays = response.outputs
+        key = (
+            response.model,
+            response.version,
+            *((name, array.dtype, array.shape) for name, array in arrays.items()),
+        )
+        top = self._told.get(key)
+        if top is None:
+            top = _answer(response, [(name, array, {}) for name, array in arrays.items()])
+            if len(self._told) >= 512:
+                self._told.clear()
+            self._told[key] = top
+        parts = [top]
+        if response.id:
+            text = response.id.encode()
+            parts += (b"\x1a", _put_varint(len(text)), text)
+        if response.parameters:
+            extra = message("inference.ModelInferResponse")()
+            set_parameters(extra.parameters, response.parameters)
+            parts.append(extra.SerializeToString())
+        for array in arrays.values():
+            raw = encode_raw(array)
+            parts += (b"\x32", _put_varint(len(raw)), raw)
+        return b"".join(parts)
+
+    def _encode_chosen(self, response: Response, request: Request) -> bytes:
+        outputs: list[tuple[str, Array, Mapping[str, Any]]] = []
+        raws: list[bytes] = []
+        for wish in request.outputs:
+            array = chosen_output(wish, response)
+            raw = encode_raw(array)
+            if "shared_memory_region" in wish.parameters:
+                outputs.append((wish.name, array, write_region(self._regions, wish, raw)))
+                raw = b""
+            else:
+                outputs.append((wish.name, array, {}))
+            raws.append(raw)
+        rest = message("inference.ModelInferResponse")(id=response.id)
+        if any(raws):
+            rest.raw_output_contents.extend(raws)
+        set_parameters(rest.parameters, response.parameters)
+        return _answer(response, outputs) + bytes(rest.SerializeToString())
+
+
+def _answer(response: Response, outputs: Iterable[tuple[str, Array, Mapping[str, Any]]]) -> bytes:
+    """Model, version and outputs without their contents."""
+    answer = message("inference.ModelInferResponse")(model_name=response.model, model_version=response.version)
+    for name, array, parameters in outputs:
+        output = answer.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
+        set_parameters(output.parameters, parameters)
+    data: bytes = answer.SerializeToString()
+    return data
+
+
+def _typed(contents: Any, *, name: str, datatype: str, shape: list[int]) -> Array:
+    """A tensor in the typed fields."""
+    count = element_count(shape, name=name)
+    field = _CONTENTS.get(datatype)
+    if field is None:
+        numpy_dtype(datatype)  # an unknown one says so
+        raise BadInput(f"input {name!r}: {datatype} has no typed contents", hint="use raw_input_contents")
+    values = getattr(contents, field)
+    if len(values) != count:
+        raise BadInput(f"input {name!r} has {len(values)} elements in {field}, expected {count} of {shape}")
+    if datatype == "BYTES":
+        return object_array(list(values)).reshape(shape)
+    wide = np.array(values, {"int_contents": np.int32, "uint_contents": np.uint32}.get(field) or numpy_dtype(datatype))
+    array = wide.astype(numpy_dtype(datatype))
+    if wide.dtype.kind in "iu" and (array != wide).any():
+        raise BadInput(f"input {name!r}: a value of {field} is out of the range of {datatype}")
+    return array.reshape(shape)
+
+
+def _parameters(given: Any) -> dict[str, Value]:
+    """An InferParameter map as plain values."""
+    found: dict[str, Value] = {}
+    for name, parameter in given.items():
+        choice = parameter.WhichOneof("parameter_choice")
+        if choice is None:
+            raise BadInput(f"parameter {name!r} has no value")
+        found[name] = getattr(parameter, choice)
+    return found
+
+
+def set_parameters(target: Any, values: Mapping[str, Any]) -> None:
+    """Plain values into an InferParameter map."""
+    for name, value in values.items():
+        if isinstance(value, bool):
+            target[name].bool_param = value
+        elif isinstance(value, int):
+            target[name].int64_param = value
+        elif isinstance(value, float):
+            target[name].double_param = value
+        else:
+            target[name].string_param = str(value)
+
+
+def _varint(data: Buffer, place: int) -> tuple[int, int]:
+    """A varint of up to five bytes. An unfinished one ends beyond the data, where the caller notices."""
+    value = shift = 0
+    while place < len(data) and shift < 35:
+        byte = data[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+        shift += 7
+    return 1 << 62, place
+
+
+def _put_varint(value: int) -> bytes:
+    if value < 128:
+        return bytes((value,))
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+__all__ = ["InferCodec", "WantedOutput", "set_parameters"]
