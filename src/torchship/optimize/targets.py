@@ -67,10 +67,9 @@ def read_wish(
         "max_memory": None if max_memory is None else size(max_memory, what="--max-memory"),
         "max_size": None if max_size is None else size(max_size, what="--max-size"),
         "name": name or target.rpartition(":")[2].rpartition(".")[2] or target,
-        "labels": [] if labels is None else Path(labels).read_text().split("\n"),
+        "labels": [] if labels is None else labels_at(labels),
         "source": target,
     }
-    options["labels"] = [label.strip() for label in options["labels"] if label.strip()]
     words = ["torchship", "optimize", target, *(w for text in inputs for w in ("--input", text))]
     words += ["--data", data] if data else []
     words += ["--evaluate", evaluate] if evaluate else []
@@ -95,6 +94,16 @@ def found_at(target: str, *, what: str) -> Any:
         raise NotFound(
             f"{what}: {target!r} cannot be imported: {fault}", hint="is it on PYTHONPATH, and spelt right?"
         ) from fault
+
+
+def labels_at(target: str) -> list[str]:
+    """Class names out of a file, one a line, or from `module:attribute`, a list or a function that returns one."""
+    if Path(target).is_file():
+        return [label.strip() for label in Path(target).read_text().splitlines() if label.strip()]
+    if ":" not in target:
+        raise NotFound(f"--labels: no file {target!r}", hint="give a file with one name a line, or module:attribute")
+    found = found_at(target, what="--labels")
+    return [str(label) for label in (found() if callable(found) else found)]
 
 
 def module_at(target: str) -> torch.nn.Module:
