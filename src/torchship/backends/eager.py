@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torchship.errors import BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
+from torchship.lowering import device as place
 from torchship.lowering import program
 from torchship.lowering.needs import missing
 from torchship.lowering.safety import refuse_code_in_script
@@ -31,21 +32,32 @@ def probe(*, hardware: Hardware) -> str:
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """The reference itself."""
-    return [Recipe("eager")]
+    """The reference itself; then what helps without a compiler: layout and precision; half precision on a GPU."""
+    layout: Options = {"channels_last": True} if place.pictures(model) else {}
+    wishes: list[Options] = [{}]
+    if hardware.gpus:
+        gpu: Options = {"device": "cuda"}
+        wishes += [gpu | {"precision": "fp16"} | layout, gpu | {"precision": "tf32"}, gpu]
+    if place.has_bf16(hardware):
+        wishes.append({"precision": "bf16", **layout})
+    elif layout:
+        wishes.append(layout)
+    return [Recipe("eager", wish) for wish in wishes]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Save the exported program; a module that `torch.export` cannot take is saved as TorchScript.
 
-    Raises BuildFailed with both reasons.
+    Options: device, precision, mode, channels_last, keep (see `lowering.device`). Raises BuildFailed with both
+    reasons, or BadConfig.
     """
+    shaped = place.shaped(model, options)
     try:
-        program.save(program.export(model), out)
+        program.save(program.export(shaped, device=place.of(options)), out)
     except BuildFailed as refusal:
         (out / program.PROGRAM).unlink(missing_ok=True)
         try:
-            scripted(model).save(str(out / SCRIPT))
+            scripted(shaped).save(str(out / SCRIPT))
         except Exception as fault:
             raise BuildFailed(
                 f"{refusal}; torch.jit.script: {program.one_line(fault, limit=200)}", hint=refusal.hint
@@ -64,14 +76,14 @@ def scripted(model: Model) -> torch.jit.ScriptModule:
         inner = getattr(flat, "inner", None)
         if inner is None:
             return torch.jit.script(flat)
-        shell = copy.copy(flat)
-        shell._modules = dict(flat._modules) | {"inner": torch.jit.script(inner)}
+        shell = copy.deepcopy(flat, {id(inner): torch.jit.script(inner)})  # the copy holds the script instead
         return torch.jit.trace(shell, model.torch_inputs(model.examples[0]), check_trace=False)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Load the program as plain data. Raises UnsafeArtifact, CorruptArtifact, NotFound or Unavailable."""
-    prepare(device=device, threads=threads)
+    device = place.of(options, device=device)
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     if (path / program.PROGRAM).exists():
         module = program.load(path)
     elif (path / SCRIPT).exists():

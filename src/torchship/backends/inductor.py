@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig
 from torchship.hardware import Hardware
+from torchship.lowering import device as place
 from torchship.lowering import program
 from torchship.lowering.needs import missing
 from torchship.lowering.torch_stage import TorchStage, blank, prepare
@@ -16,17 +19,15 @@ from torchship.stage import Stage
 from torchship.tensors import Signature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch
 
 KIND = "data"
 PACKAGES = ("torch",)
-_PRECISIONS = ("fp32", "bf16")
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    import shutil
-
     if absent := missing("torch", pip="torchship[optimize]"):
         return absent
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
@@ -35,24 +36,34 @@ def probe(*, hardware: Hardware) -> str:
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """bf16 where the processor has it, then fp32."""
-    fast = bool({"avx512_bf16", "amx_bf16"} & set(hardware.features))
-    return [
-        Recipe("inductor", {"precision": precision}) for precision in ("bf16", "fp32") if fast or precision == "fp32"
-    ]
+    """On a GPU half precision with CUDA graphs; bf16 where the processor has it; then fp32."""
+    layout: Options = {"channels_last": True} if place.pictures(model) else {}
+    wishes: list[Options] = []
+    if hardware.gpus:
+        fast: Options = {"device": "cuda", "compile_mode": "reduce-overhead"}
+        wishes += [fast | {"precision": "fp16"} | layout, fast | {"precision": "bf16"} | layout]
+        wishes.append({"device": "cuda", "precision": "tf32", "compile_mode": "reduce-overhead"})
+    if place.has_bf16(hardware):
+        wishes.append({"precision": "bf16"})
+    wishes.append({"precision": "fp32"})
+    return [Recipe("inductor", wish) for wish in wishes]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Save the exported program: it is compiled where it is opened. Raises BuildFailed or BadConfig."""
-    _precision(options)
-    program.save(program.export(model), out)
+    """Save the exported program: it is compiled where it is opened.
+
+    Options: device, precision, mode, channels_last, keep (see `lowering.device`), compile_mode (default |
+    reduce-overhead, which is CUDA graphs | max-autotune-no-cudagraphs). Raises BuildFailed or BadConfig.
+    """
+    _compile_mode(options)
+    program.save(program.export(place.shaped(model, options), device=place.of(options)), out)
 
 
-def _precision(options: Options) -> str:
-    precision = str(options.get("precision", "fp32"))
-    if precision not in _PRECISIONS:
-        raise BadConfig(f"inductor: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
-    return precision
+def _compile_mode(options: Options) -> str:
+    mode = str(options.get("compile_mode", "default"))
+    if mode not in _COMPILE_MODES:
+        raise BadConfig(f"inductor: compile_mode {mode!r} is unknown", hint=f"use one of {', '.join(_COMPILE_MODES)}")
+    return mode
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
@@ -63,23 +74,23 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     import torch
     import torch._inductor.config
 
-    prepare(device=device, threads=threads)
+    device = place.of(options, device=device)
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     torch._inductor.config.freezing = True
-    module = program.load(path).to(device)
-    half = _precision(options) == "bf16"
-    compiled = torch.compile(module)
+    graphs = _compile_mode(options) == "reduce-overhead" and device != "cpu"
+    compiled = torch.compile(program.load(path).to(device), mode=_compile_mode(options))
 
     def body(*inputs: torch.Tensor) -> Any:
-        if not half:
-            return compiled(*inputs)
-        with torch.autocast(device.partition(":")[0], dtype=torch.bfloat16):
-            return compiled(*inputs)
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return compiled(*inputs)
 
-    _warm(body, signature, device)
+    _warm(body, signature, device, repeats=3 if graphs else 1)
     return TorchStage(body, signature=signature, device=device)
 
 
-def _warm(body: Callable[..., Any], signature: Signature, device: str) -> None:
+def _warm(body: Callable[..., Any], signature: Signature, device: str, *, repeats: int) -> None:
+    """One row is compiled by itself; a second number of rows makes the code for any number."""
     import torch
 
     for rows in dict.fromkeys((1, min(3, signature.max_rows))):
@@ -90,4 +101,5 @@ def _warm(body: Callable[..., Any], signature: Signature, device: str) -> None:
                 if spec.shape and not isinstance(spec.shape[0], int):
                     torch._dynamo.mark_dynamic(tensor, 0)
         with torch.inference_mode():
-            body(*inputs)
+            for _ in range(repeats):
+                body(*inputs)

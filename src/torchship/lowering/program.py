@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,21 @@ def one_line(fault: BaseException, *, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def export(model: Model, *, module: torch.nn.Module | None = None) -> ExportedProgram:
-    """`torch.export` with a Dim for every free axis; `module` stands in for the model's own where it is given.
+def export(model: Model, *, device: str = "cpu", ceiling: int = 4096) -> ExportedProgram:
+    """`torch.export` on `device` with a Dim for every free axis (at most `ceiling` where unbounded).
 
     The example must have two rows or more: torch specialises on one. Raises BuildFailed with torch's reason.
     """
     import torch
 
-    inputs = model.torch_inputs(model.examples[0])
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BuildFailed(f"torch sees no device {device!r}", hint="check nvidia-smi and that torch is a CUDA build")
+    module = model.module.eval() if device == "cpu" else copy.deepcopy(model.module).eval().to(device)
+    inputs = model.torch_inputs(model.examples[0], device=device)
     try:
         with torch.no_grad():
             return torch.export.export(
-                (module or model.module).eval(), inputs, dynamic_shapes=model.dynamic_shapes(), strict=False
+                module, inputs, dynamic_shapes=model.dynamic_shapes(ceiling=ceiling), strict=False
             )
     except Exception as fault:
         raise BuildFailed(
@@ -53,7 +57,10 @@ def save(program: ExportedProgram, out: Path) -> None:
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """The module of the program in `folder`, on the CPU. Raises CorruptArtifact or UnsafeArtifact."""
+    """The module of the program in `folder`, on the device it was exported on.
+
+    Raises CorruptArtifact or UnsafeArtifact.
+    """
     import torch
 
     refuse_code_in_program(folder / PROGRAM)

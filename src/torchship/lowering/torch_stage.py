@@ -59,7 +59,7 @@ class TorchStage:
             torch.cuda.empty_cache()
 
 
-def prepare(*, device: str, threads: int) -> None:
+def prepare(*, device: str, threads: int, tf32: bool = False) -> None:
     """Set the threads of torch (0: every core of this process) and make sure that `device` is there.
 
     Raises Unavailable.
@@ -67,8 +67,14 @@ def prepare(*, device: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise Unavailable(f"torch sees no device {device!r}", hint="check nvidia-smi and that torch is a CUDA build")
+    torch.backends.cudnn.benchmark = True
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def blank(signature: Signature, *, rows: int) -> Tensors:

@@ -1,0 +1,75 @@
+"""AOTInductor: the exported program compiled ahead of time into a shared library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torchship.errors import BuildFailed, CorruptArtifact
+from torchship.hardware import Hardware
+from torchship.lowering import device as place
+from torchship.lowering import program
+from torchship.lowering.needs import missing
+from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.model import Model
+from torchship.recipe import Options, Recipe
+from torchship.stage import Stage
+from torchship.tensors import Signature
+
+KIND = "native"
+PACKAGES = ("torch",)
+FILE = "model.pt2"
+
+
+def probe(*, hardware: Hardware) -> str:
+    """Why it cannot run here, with the mend; empty when it can."""
+    if absent := missing("torch", pip="torchship[optimize]"):
+        return absent
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return "AOTInductor needs a C++ compiler: apt-get install g++"
+    return ""
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
+    """bf16 where the processor has it, fp16 on a GPU, then fp32."""
+    layout: Options = {"channels_last": True} if place.pictures(model) else {}
+    wishes: list[Options] = []
+    if hardware.gpus:
+        wishes.append({"device": "cuda", "precision": "fp16", **layout})
+    if place.has_bf16(hardware):
+        wishes.append({"precision": "bf16"})
+    wishes.append({"precision": "fp32"})
+    return [Recipe("aoti", wish) for wish in wishes]
+
+
+def build(model: Model, *, options: Options, out: Path) -> None:
+    """Compile to `model.pt2`. Options: device, precision, mode, channels_last, keep (see `lowering.device`).
+
+    Raises BuildFailed or BadConfig.
+    """
+    import torch
+    import torch._inductor
+
+    exported = program.export(place.shaped(model, options), device=place.of(options))
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(out / FILE), inductor_configs={"freezing": True}
+            )
+    except Exception as fault:
+        raise BuildFailed(f"AOTInductor cannot compile this model: {program.one_line(fault)}") from fault
+
+
+def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
+    """Load the library. Raises CorruptArtifact or Unavailable."""
+    import torch
+    import torch._inductor
+
+    device = place.of(options, device=device)
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
+    try:
+        body = torch._inductor.aoti_load_package(str(path / FILE))
+    except Exception as fault:
+        raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
+    # the library checks nothing: a wrong shape or dtype would be answered with garbage
+    return TorchStage(body, signature=signature, device=device, check=True)

@@ -1,0 +1,111 @@
+"""ExecuTorch: a `.pte` file for phones and small boards, through XNNPACK, in fp32 or int8."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchship.errors import BadConfig, BuildFailed, CorruptArtifact
+from torchship.hardware import Hardware
+from torchship.lowering import program
+from torchship.lowering.needs import missing
+from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.model import Model
+from torchship.recipe import Options, Recipe
+from torchship.stage import Stage
+from torchship.tensors import Signature
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+KIND = "data"
+PACKAGES = ("executorch", "torch")
+FILE = "model.pte"
+_CEILING = 128  # memory is planned for the longest call, so unbounded axes get a modest bound
+
+
+def probe(*, hardware: Hardware) -> str:
+    """Why it cannot run here, with the mend; empty when it can."""
+    return missing("torch", pip="torchship[optimize]") or missing("executorch")
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
+    """int8 where there is data, then fp32."""
+    recipes = [Recipe("executorch", {"precision": precision}) for precision in ("int8", "fp32")]
+    return recipes if model.calibration else recipes[1:]
+
+
+def build(model: Model, *, options: Options, out: Path) -> None:
+    """Write `model.pte`. Options: precision fp32 | int8 (per channel). Raises BuildFailed or BadConfig."""
+    precision = str(options.get("precision", "fp32"))
+    if precision not in ("fp32", "int8"):
+        raise BadConfig(f"executorch: precision {precision!r} is unknown", hint="use fp32 or int8")
+    exported = program.export(model, ceiling=_CEILING)
+    try:
+        with _quiet():
+            data = _lowered(_int8(exported, model) if precision == "int8" else exported)
+    except Exception as fault:
+        raise BuildFailed(f"executorch cannot lower this model: {program.one_line(fault)}") from fault
+    (out / FILE).write_bytes(data)
+
+
+def _lowered(exported: ExportedProgram) -> bytes:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    return bytes(lowered.to_executorch().buffer)
+
+
+def _int8(exported: ExportedProgram, model: Model) -> ExportedProgram:
+    import torch
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(exported.module(), quantizer)
+    with torch.no_grad():
+        for batch in model.calibration or model.examples:
+            prepared(*model.torch_inputs(batch))
+    shapes = model.dynamic_shapes(ceiling=_CEILING)
+    return torch.export.export(
+        convert_pt2e(prepared), model.torch_inputs(model.examples[0]), dynamic_shapes=shapes, strict=False
+    )
+
+
+def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
+    """Load the program into ExecuTorch's own runtime. Raises CorruptArtifact."""
+    from executorch.runtime import Runtime
+
+    prepare(device="cpu", threads=threads)
+    try:
+        loaded = Runtime.get().load_program(path / FILE)
+        method = loaded.load_method("forward")
+    except Exception as fault:
+        raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
+
+    def body(*inputs: Any) -> tuple[Any, ...]:
+        # the runtime reuses its output memory, and needs plain contiguous inputs
+        return tuple(answer.clone() for answer in method.execute([tensor.contiguous() for tensor in inputs]))
+
+    return TorchStage(body, signature=signature, check=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,72 @@
+"""TorchScript: the traced and frozen module, for programs that still load it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from torchship.errors import BuildFailed, CorruptArtifact
+from torchship.hardware import Hardware
+from torchship.lowering import device as place
+from torchship.lowering.needs import missing
+from torchship.lowering.program import one_line
+from torchship.lowering.safety import refuse_code_in_script
+from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.model import Model
+from torchship.recipe import Options, Recipe
+from torchship.stage import Stage
+from torchship.tensors import Signature
+
+KIND = "native"  # a program of its own: TorchScript can read and write files
+PACKAGES = ("torch",)
+FILE = "script.ts"
+
+
+def probe(*, hardware: Hardware) -> str:
+    """Why it cannot run here, with the mend; empty when it can."""
+    return missing("torch", pip="torchship[optimize]")
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
+    """Plain; and in half precision on a GPU."""
+    gpu: Options = {"device": "cuda", "precision": "fp16"}
+    wishes: list[Options] = [gpu, {}] if hardware.gpus else [{}]
+    return [Recipe("torchscript", wish) for wish in wishes]
+
+
+def build(model: Model, *, options: Options, out: Path) -> None:
+    """Trace and freeze. Options: device, precision, mode, channels_last, keep. Raises BuildFailed or BadConfig.
+
+    Tracing follows the path that the example takes: the guard tells where a model has others.
+    """
+    import copy
+
+    import torch
+
+    device = place.of(options)
+    module = copy.deepcopy(place.shaped(model, options).module).eval().to(device)
+    # optimize_for_inference would be faster still, but what it saves cannot be loaded again
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            inputs = model.torch_inputs(model.examples[0], device=device)
+            traced = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+            torch.jit.freeze(traced.eval()).save(str(out / FILE))
+        except Exception as fault:
+            raise BuildFailed(f"torch.jit.trace cannot take this model: {one_line(fault)}") from fault
+
+
+def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
+    """Load the script. Raises UnsafeArtifact, CorruptArtifact or Unavailable."""
+    import torch
+
+    device = place.of(options, device=device)
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
+    refuse_code_in_script(path / FILE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module = torch.jit.load(str(path / FILE), map_location=device)  # type: ignore[no-untyped-call]
+        except RuntimeError as fault:
+            raise CorruptArtifact(f"{FILE} cannot be loaded: {one_line(fault)}") from fault
+    return TorchStage(module, signature=signature, device=device)

@@ -1,0 +1,163 @@
+"""The same model in another precision or memory layout: wrappers around its flat module that export like any other.
+
+A wrapper keeps the flat module at `.flat` and the user's own module at `.inner`; tensors keep the dtypes of the
+signature at the edge, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+
+from torchship.errors import BadConfig
+from torchship.lowering import paths
+from torchship.model import Model, to_torch
+from torchship.tensors import numpy_dtype
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Wrapped(torch.nn.Module):
+    """`flat` with something done to its tensors before and after."""
+
+    def __init__(self, flat: torch.nn.Module, *, inputs: int) -> None:
+        super().__init__()
+        self.flat = flat
+        names = ", ".join(f"t{i}" for i in range(inputs))
+        scope: dict[str, Any] = {"__name__": "torchship_wrapped"}
+        # exporters count the inputs by the arguments of forward
+        exec(f"def forward(self, {names}):\n    return self.run(({names},))", scope)  # noqa: S102  # our own names
+        self.forward = MethodType(scope["forward"], self)
+
+    @property
+    def inner(self) -> torch.nn.Module:
+        """The user's own module."""
+        found = getattr(self.flat, "inner", self.flat)
+        return found if isinstance(found, torch.nn.Module) else self.flat
+
+    @property
+    def notes(self) -> Any:
+        """What capture noted about the module."""
+        return getattr(self.flat, "notes", ())
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What forward does."""
+        found: tuple[torch.Tensor, ...] = self.flat(*tensors)
+        return found
+
+
+class _Autocast(Wrapped):
+    """Runs under autocast: each operator picks its own precision."""
+
+    def __init__(
+        self, flat: torch.nn.Module, *, inputs: int, device: str, dtype: torch.dtype, outputs: Sequence[torch.dtype]
+    ) -> None:
+        super().__init__(flat, inputs=inputs)
+        self.device, self.dtype, self.outputs = device, dtype, tuple(outputs)
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        with torch.autocast(self.device, dtype=self.dtype):
+            answers = self.flat(*tensors)
+        return tuple(answer.to(dtype) for answer, dtype in zip(answers, self.outputs, strict=True))
+
+
+class _Cast(Wrapped):
+    """Weights and floating-point tensors in one narrower dtype throughout."""
+
+    def __init__(
+        self, flat: torch.nn.Module, *, inputs: int, dtype: torch.dtype, outputs: Sequence[torch.dtype]
+    ) -> None:
+        super().__init__(flat, inputs=inputs)
+        self.dtype, self.outputs = dtype, tuple(outputs)
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        answers = self.flat(*(_to(tensor, self.dtype) for tensor in tensors))
+        return tuple(answer.to(dtype) for answer, dtype in zip(answers, self.outputs, strict=True))
+
+
+class _ChannelsLast(Wrapped):
+    """Pictures enter with their channels last in memory; the layout then flows through the convolutions."""
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        given = (t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors)
+        answers: tuple[torch.Tensor, ...] = self.flat(*given)
+        return tuple(answer.contiguous() for answer in answers)
+
+
+class _KeepFloat(torch.nn.Module):
+    """Runs one submodule in float32 inside a narrower model, and hands back what the others expect."""
+
+    def __init__(self, inner: torch.nn.Module, *, device: str, back: torch.dtype | None) -> None:
+        super().__init__()
+        self.inner, self.device, self.back = inner, device, back
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = _each(args, lambda tensor: _to(tensor, torch.float32))
+        named = _each(kwargs, lambda tensor: _to(tensor, torch.float32))
+        off = torch.autocast(self.device, enabled=False) if self.back is None else contextlib.nullcontext()
+        with off:
+            answer = self.inner(*given, **named)
+        back = self.back
+        return answer if back is None else _each(answer, lambda tensor: _to(tensor, back))
+
+
+def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu", keep: Iterable[str] = ()) -> Model:
+    """`model` in fp16 or bf16: `autocast` lets each operator choose, `cast` narrows weights and tensors throughout.
+
+    Submodules whose path fits a pattern of `keep` stay in fp32. Raises BadConfig for an unknown word.
+    """
+    if precision not in DTYPES or mode not in ("autocast", "cast"):
+        raise BadConfig(
+            f"precision {precision!r} by {mode!r} is unknown", hint="use fp16, bf16 or fp32, by autocast or cast"
+        )
+    if precision == "fp32":
+        return model
+    dtype = DTYPES[precision]
+    flat = copy.deepcopy(model.module)
+    keep = list(keep)
+    outputs = [to_torch_dtype(spec.dtype) for spec in model.signature.outputs]
+    count = len(model.signature.inputs)
+    if mode == "cast":
+        flat = flat.to(dtype)
+        keep_float(flat, keep, device=device, back=dtype)
+        return replace(model, module=_Cast(flat, inputs=count, dtype=dtype, outputs=outputs).eval())
+    keep_float(flat, keep, device=device, back=None)
+    return replace(model, module=_Autocast(flat, inputs=count, device=device, dtype=dtype, outputs=outputs).eval())
+
+
+def channels_last(model: Model) -> Model:
+    """`model` with four-dimensional weights and inputs in channels-last memory."""
+    flat = copy.deepcopy(model.module).to(memory_format=torch.channels_last)
+    return replace(model, module=_ChannelsLast(flat, inputs=len(model.signature.inputs)).eval())
+
+
+def keep_float(flat: torch.nn.Module, patterns: Sequence[str], *, device: str, back: torch.dtype | None) -> None:
+    """Put every topmost submodule of `flat` that fits a pattern into float32, in place."""
+    found = [path for path, _ in flat.named_modules() if path and patterns and paths.matches(path, patterns)]
+    top = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    for path in top:
+        parent, _, name = path.rpartition(".")
+        owner = flat.get_submodule(parent)
+        kept = _KeepFloat(owner.get_submodule(name).float(), device=device, back=back)
+        owner.register_module(name, kept)
+
+
+def to_torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a wire dtype."""
+    import numpy as np
+
+    return to_torch(np.zeros(1, numpy_dtype(name))).dtype
+
+
+def _to(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    return torch.utils._pytree.tree_map(change, value)
