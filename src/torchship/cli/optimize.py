@@ -51,8 +51,11 @@ Examples:
     "--store", metavar="DIR", help="Where to publish [default: $TORCHSHIP_STORE or ~/.local/share/torchship/store]."
 )
 @click.option("--name", metavar="NAME", help="Publish under this name [default: after the target].")
-@click.option("--labels", metavar="FILE|MODULE:NAME",
-              help="Class names to be kept in the artifact: a file, one a line, or a list in Python.")
+@click.option(
+    "--labels",
+    metavar="FILE|MODULE:NAME",
+    help="Class names to be kept in the artifact: a file, one a line, or a list in Python.",
+)
 @click.option("--report", "report_dir", metavar="DIR", help="Also write report.html and report.json there.")
 @click.option("--threads", type=int, default=0, help="Threads to run and measure with [default: all cores].")
 @click.option("--device", default="cpu", show_default=True, help="Device to open candidates on: cpu, cuda ...")

@@ -8,6 +8,7 @@ import msgspec
 
 from torchship.artifact.manifest import BatchPoint
 from torchship.optimize.choose import Choice, Constraints, Goal
+from torchship.optimize.guard import HOPELESS
 from torchship.optimize.trial import Trial
 
 
@@ -89,7 +90,7 @@ def cells(trial: Trial, *, base: float, outside: str = "", won: bool = False) ->
         if timing
         else ["-"] * 3
     )
-    words.append(f"{verdict.error:.2g}" if verdict else "-")
+    words.append(f"{verdict.error:.2g}" if verdict and verdict.error < HOPELESS else "-")
     words.append(agreement_text(trial))
     words.append(f"{base / timing.curve[0].p50_ms:.1f}" if timing and base else "-")
     words.append("winner" if won else trial.failure or outside or "")

@@ -11,6 +11,7 @@ import msgspec
 
 from torchship.optimize import plots
 from torchship.optimize.facts import Facts, at_batch, best_rate, cells, eager_of, has_won, ms_text, ordered, outside_of
+from torchship.optimize.guard import HOPELESS
 from torchship.optimize.trial import Trial
 
 _HEADS = ("recipe", "b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "peak MB", "error", "agreement", "speed-up", "")
@@ -97,7 +98,7 @@ def _plots(facts: Facts) -> str:
     measured = [trial for trial in facts.trials if trial.timing and trial.timing.curve and trial.verdict]
     if not measured:
         return ""
-    errors = [t.verdict.error for t in measured if t.verdict and 0 < t.verdict.error < float("inf")]
+    errors = [t.verdict.error for t in measured if t.verdict and 0 < t.verdict.error < HOPELESS]
     floor = min(errors, default=1e-7) / 3
     by_error, by_size = _pareto(facts, measured, floor), _sizes(facts, measured)
     rates, calls = _curves(facts, measured, rate=True), _curves(facts, measured, rate=False)
@@ -118,7 +119,7 @@ def _pareto(facts: Facts, measured: Sequence[Trial], floor: float) -> str:
     dots = [
         _dot(facts, trial, max(trial.verdict.error, floor))
         for trial in measured
-        if trial.verdict and trial.verdict.error < float("inf")
+        if trial.verdict and trial.verdict.error < HOPELESS
     ]
     return plots.scatter(dots, x_title="p50 at batch 1, ms", y_title="relative output error")
 

@@ -18,7 +18,7 @@ from torchship.model import Model
 from torchship.optimize import cache as caching
 from torchship.optimize import trial as trials
 from torchship.optimize.cache import Cache, digest
-from torchship.optimize.guard import Guard, judge
+from torchship.optimize.guard import HOPELESS, Guard, judge
 from torchship.optimize.measure import Effort
 from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial
 from torchship.recipe import Recipe
@@ -108,8 +108,11 @@ def run(
                 interrupted = True
                 found = Trial(recipe, "skipped", failure="interrupted")
         done.append(found)
-        if on_trial is not None:
-            on_trial(found, len(done), len(recipes))
+        try:
+            if on_trial is not None:
+                on_trial(found, len(done), len(recipes))
+        except KeyboardInterrupt:
+            interrupted = True
     return done, interrupted
 
 
@@ -195,7 +198,7 @@ def _proven(recipe: Recipe, key: str, folder: Path, course: Course, left: float)
 
 def _judged_again(trial: Trial, course: Course) -> Trial:
     """A cached trial under today's limits: the numbers hold, the verdict may not."""
-    if trial.verdict is None or trial.status == "failed" or trial.verdict.error == float("inf"):
+    if trial.verdict is None or trial.status == "failed" or trial.verdict.error >= HOPELESS:
         return trial
     raw = msgspec.structs.replace(trial.verdict, passed=True, reason="")
     verdict = judge(raw, guard=course.guard, recipe=trial.recipe, rows=course.rows)

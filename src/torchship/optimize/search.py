@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +19,7 @@ from torchship import __version__
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, package
 from torchship.artifact import folder as folders
+from torchship.errors import BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
@@ -156,8 +159,21 @@ def _prepare(
         rows=rows_judged(outputs, signature=model.signature),
         judged_hash=caching.hash_tensors(batches),
         metric_hash="" if evaluate is None else _metric_hash(evaluate),
-        reference_metric=None if evaluate is None else float(evaluate(eager)),
+        reference_metric=None if evaluate is None else _reference_metric(evaluate, eager),
     )
+
+
+def _reference_metric(evaluate: Metric, eager: reference.EagerStage) -> float:
+    try:
+        found = float(evaluate(eager))
+    except Exception as fault:
+        raise BadInput(
+            f"the evaluate function fails on the eager model: {type(fault).__name__}: {fault}",
+            hint="it takes a Stage, calls it with a dict of arrays, and returns one number",
+        ) from fault
+    if not math.isfinite(found):
+        raise BadInput(f"the evaluate function returned {found} for the eager model", hint="return a finite number")
+    return found
 
 
 def _metric_hash(evaluate: Metric) -> str:
@@ -172,10 +188,11 @@ def _metric_hash(evaluate: Metric) -> str:
 
 def _publish(facts: Facts, store: Store, *, labels: Sequence[str], work: Path) -> tuple[Artifact, int]:
     """Copy the winner, add what was measured, its own answers and the report, and publish that."""
-    import shutil
-
     assert facts.choice.winner is not None  # noqa: S101  # the caller looked
     winner: Trial = facts.trials[facts.choice.winner]
+    same = _published(facts.name, store, winner, labels)
+    if same is not None:
+        return same
     folder = work / "winner"
     shutil.copytree(winner.artifact, folder)
     answers = Path(f"{winner.artifact}.answers")
@@ -185,3 +202,17 @@ def _publish(facts: Facts, store: Store, *, labels: Sequence[str], work: Path) -
     package.amend(folder, name=facts.name, timing=winner.timing, verdict=winner.verdict, labels=tuple(labels))
     number = store.publish(folder, name=facts.name)
     return open_artifact(store.resolve(f"{facts.name}@{number}"), verify=False), number
+
+
+def _published(name: str, store: Store, winner: Trial, labels: Sequence[str]) -> tuple[Artifact, int] | None:
+    """The current version, where it is this very trial: a rerun out of the cache publishes nothing new."""
+    if not store.versions(name):
+        return None
+    number = store.current(name)
+    there = open_artifact(store.resolve(f"{name}@{number}"), verify=False)
+    ours = open_artifact(winner.artifact, verify=False).manifest
+    found = there.manifest
+    same = (found.recipe, found.timing, found.verdict) == (winner.recipe, winner.timing, winner.verdict)
+    if same and found.provenance.model_hash == ours.provenance.model_hash and found.labels == tuple(labels):
+        return there, number
+    return None

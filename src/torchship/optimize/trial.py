@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 from torchship import plugins, process
 from torchship.artifact import open_artifact, tensorfile
 from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
+from torchship.errors import BadInput
 from torchship.optimize.guard import Guard, agreement, judge
 from torchship.optimize.measure import Effort, curve, peak_memory
 from torchship.recipe import Recipe
@@ -179,5 +181,7 @@ def _metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
     from torchship.optimize import capsule
 
     metric = float(capsule.take(Path(task.evaluate))(stage))
+    if not math.isfinite(metric):
+        raise BadInput(f"the evaluate function returned {metric}", hint="it must return a finite number")
     measured = msgspec.structs.replace(found, metric=metric, reference_metric=task.reference_metric)
     return judge(measured, guard=task.guard, recipe=task.recipe, rows=task.rows)

@@ -1,0 +1,178 @@
+"""The search end to end on a linear layer: bad backends cost one row each, reruns come from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchship
+from tests.unit.optimize.planted import plant
+from torchship.artifact import open_artifact
+from torchship.errors import BadConfig
+from torchship.optimize import facts, search
+from torchship.optimize.cache import hash_model
+from torchship.optimize.capture import capture
+from torchship.optimize.guard import Guard
+from torchship.optimize.measure import Effort
+from torchship.optimize.report import Report
+from torchship.optimize.trial import Trial
+
+QUICK = Effort(seconds=0.02, calls=5, fewest=2, warm_up=0.01, max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for all tests here: the eager trial is the slowest, and the same each time."""
+    folder = tmp_path_factory.mktemp("search")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(plant(folder / "site")))
+        patch.syspath_prepend(str(Path(__file__).parents[3]))
+        yield folder
+
+
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def optimize(folder: Path, *names: str, **more: Any) -> Report:
+    settings: dict[str, Any] = {"effort": QUICK, "cache": folder / "cache", "store": folder / "store", **more}
+    backends = [f"planted_{name}" for name in names]
+    return search.optimize(module(), torch.randn(2, 4, generator=torch.manual_seed(1)), backends=backends, **settings)
+
+
+def failure(report: Report, name: str) -> str:
+    return next(trial.failure for trial in report.trials if trial.recipe.backend == f"planted_{name}")
+
+
+def test_the_winner_is_published_with_all_that_was_measured(planted: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = optimize(planted, "good", name="line", on_trial=lambda trial, done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    assert report.winner is not None
+    assert [trial.status for trial in report.trials] == ["ok", "ok"]
+    assert report.artifact is not None
+    artifact = open_artifact(report.artifact.path)  # every file is hashed again
+    assert artifact.manifest.name == "line"
+    assert artifact.manifest.timing == report.winner.timing
+    assert artifact.manifest.verdict is not None
+    assert artifact.manifest.verdict.passed
+    assert (artifact.path / "report" / "report.html").is_file()
+    stage = artifact.open()
+    answers = stage(artifact.inputs())
+    np.testing.assert_allclose(answers["output"], artifact.outputs()["output"], rtol=1e-5)
+    stage.close()
+    assert not list((planted / "cache" / "work").iterdir()), "the capsule is gone"
+
+
+def test_a_rerun_comes_from_the_cache(planted: Path) -> None:
+    first = optimize(planted, "good", "wrong")
+    again = optimize(planted, "good", "wrong")
+    assert [trial.cached for trial in again.trials] == [True] * 3
+    assert [trial.verdict for trial in again.trials] == [trial.verdict for trial in first.trials]
+    assert again.version == first.version, "an equal artifact is not published twice"
+
+
+def test_the_models_hash_sees_weights_structure_and_attributes() -> None:
+    def hash_of(made: nn.Module) -> str:
+        return hash_model(capture(made, torch.zeros(2, 4)))
+
+    first = hash_of(module())
+    assert hash_of(module()) == first
+    changed = module()
+    with torch.no_grad():
+        changed.weight[0, 0] += 1.0  # type: ignore[index,operator]
+    assert hash_of(changed) != first
+    assert hash_of(nn.Sequential(module(), nn.Dropout(0.1))) != hash_of(nn.Sequential(module(), nn.Dropout(0.2)))
+
+
+def test_new_limits_judge_cached_numbers_anew(planted: Path) -> None:
+    assert optimize(planted, "wrong", publish=False).trials[1].status == "refused"
+    loose = optimize(planted, "wrong", publish=False, guard=Guard(error=9, cosine=-2, top1=0))
+    assert loose.trials[1].cached
+    assert loose.trials[1].status == "ok"
+
+
+def test_faults_cost_one_row_each(planted: Path) -> None:
+    report = optimize(
+        planted, "segfault", "refuses", "raises", "nan", "wrong", "crooked", "dies", "leaves", "good", publish=False
+    )
+    assert failure(report, "segfault") == "killed by SIGSEGV"
+    assert failure(report, "dies") == "killed by SIGSEGV"
+    assert "operator that it does not know" in failure(report, "refuses")
+    assert failure(report, "raises") == "build: KeyError: 'a bug in the backend'"
+    assert "NaN or infinity" in failure(report, "nan")
+    assert "guard: output error 2 is above" in failure(report, "wrong")
+    assert "has shape [1, 2], the reference [1, 3]" in failure(report, "crooked")
+    assert "pip install nothing" in report.facts.left_out["planted_leaves"]
+    assert report.winner is not None
+    assert report.winner.recipe.backend in ("planted_good", "eager")
+    page = report.save(planted / "report").read_text()
+    assert "killed by SIGSEGV" in page
+    assert "pip install nothing" in page
+    assert facts.load(planted / "report" / "report.json") == report.facts
+
+
+def test_a_hang_and_a_blow_up_are_stopped_by_their_limits(planted: Path) -> None:
+    hung = optimize(planted, "hang", publish=False, trial_timeout=8.0)
+    assert failure(hung, "hang") == "did not finish within 8 s"
+    eaten = optimize(planted, "greedy", publish=False, trial_memory=2 * 2**30)
+    assert "more than its limit of 2.00 GiB" in failure(eaten, "greedy")
+
+
+def test_ctrl_c_and_a_spent_budget_keep_what_is_done(planted: Path) -> None:
+    def interrupt(trial: Trial, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    report = optimize(planted, "good", "wrong", "nan", publish=False, on_trial=interrupt)
+    assert report.facts.interrupted
+    assert [trial.status for trial in report.trials] == ["ok", "ok", "skipped", "skipped"]
+    assert report.winner is not None
+    spent = optimize(planted, "raises", publish=False, budget=0.0)
+    assert [trial.status for trial in spent.trials] == ["ok", "skipped"]
+    assert "budget" in spent.trials[1].failure
+
+
+def test_the_users_metric_refuses(planted: Path) -> None:
+    def metric(stage: torchship.Stage) -> float:
+        answer = stage({"input": np.ones((2, 4), np.float32)})["output"]
+        return float(answer[0, 0])
+
+    report = optimize(planted, "good", "wrong", publish=False, evaluate=metric, max_drop=0.001)
+    assert report.trials[1].verdict is not None
+    assert report.trials[1].verdict.metric == pytest.approx(report.facts.reference_metric, rel=1e-4)
+    assert report.trials[1].status == "ok"
+    assert "the metric fell by" in failure(report, "wrong") or report.facts.reference_metric < 0  # type: ignore[operator]
+
+
+def test_nobody_valid_publishes_nothing(planted: Path) -> None:
+    report = optimize(planted, "good", max_size=10, store=planted / "nothing")
+    assert report.winner is None
+    assert report.artifact is None
+    assert not (planted / "nothing").exists()
+    assert "break a constraint" in report.facts.choice.reason
+
+
+def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
+    with pytest.raises(BadConfig, match="unknown goal 'speed'"):
+        optimize(planted, "good", goal="speed")
+    with pytest.raises(BadConfig, match="unknown backend 'planted_missing'"):
+        optimize(planted, "missing")
+    with pytest.raises(BadConfig, match="unknown setting 'colour'"):
+        optimize(planted, "good", colour="blue")
+
+
+def test_the_table_tells_every_trial(planted: Path) -> None:
+    report = optimize(planted, "good", "raises", publish=False)
+    table = report.table()
+    assert table.row_count == 3
+    assert report.speedup > 0
+    assert msgspec.json.decode(msgspec.json.encode(report.facts), type=facts.Facts) == report.facts
