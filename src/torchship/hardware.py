@@ -42,6 +42,12 @@ class Hardware(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]
 
     @property
+    def family(self) -> str:
+        """16 hex digits that are equal on machines that run the same native code, however many cores they lend."""
+        facts = (self.machine, self.processor, self.features, [(g.name, g.capability) for g in self.gpus])
+        return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]
+
+    @property
     def line(self) -> str:
         """One line for people."""
         cards = "".join(f", {gpu.name} {gpu.memory / 2**30:.0f} GiB" for gpu in self.gpus)

@@ -72,7 +72,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of `manifest.json`.
 
     `recipe` made the files under `backend/`; `fallback`, where there is one, those under `fallback/`, which open on
-    any machine. `hardware` is a line for people, `fingerprint` decides whether native files may be opened here.
+    any machine. `hardware` is a line for people, `fingerprint` says where the timings hold, and `family` where native
+    files may be opened.
     `labels` names the classes of a classifier, where known.
     """
 
@@ -86,6 +87,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     max_batch: int
     kind: Literal["model", "pipeline"] = "model"
+    family: str = ""
     fallback: Recipe | None = None
     timing: Timing | None = None
     verdict: Verdict | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,12 @@ from typing import Literal, cast
 
 import msgspec
 
-from torchship import plugins
+from torchship import hardware, plugins
 from torchship.artifact import folder as folders
-from torchship.artifact import tensorfile
+from torchship.artifact import recheck, signing, tensorfile
 from torchship.artifact.folder import MANIFEST, MAX_BYTES, MAX_FILES, SIGNATURE
 from torchship.artifact.manifest import FORMAT, FileEntry, Manifest
-from torchship.errors import CorruptArtifact, Unavailable, UnsafeArtifact, Unsupported
+from torchship.errors import CorruptArtifact, TorchshipError, Unavailable, UnsafeArtifact, Unsupported, WrongMachine
 from torchship.recipe import Recipe
 from torchship.stage import Stage
 from torchship.tensors import Array
@@ -24,22 +26,36 @@ _MAX_MANIFEST = 16 * 2**20
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk, and what its manifest says. Immutable: a change is a new version."""
+    """An artifact on disk, what its manifest says, and the SHA-256 of that manifest. Immutable: a change is a new
+    version."""
 
     path: Path
     manifest: Manifest
+    digest: str = ""
 
     def open(self, *, device: str = "cpu", threads: int = 0, trust: bool = False) -> Stage:
         """Open it as a Stage on `device` with `threads` threads (0: as many as there are cores).
 
-        Raises UnsafeArtifact when it holds native code and is not trusted, Unavailable when its backend cannot run
-        here, Unsupported for a pipeline (the pipeline room opens those).
+        On a machine of another kind the portable fallback is opened where there is one; what is opened there for the
+        first time must give the stored outputs for the stored examples. Raises UnsafeArtifact when it holds native
+        code and neither `trust` nor a trusted signature allows it, WrongMachine, Unavailable when its backend cannot
+        run here, Unsupported for a pipeline (the pipeline room opens those).
         """
         manifest = self.manifest
         if manifest.kind != "model":
             raise Unsupported(f"{manifest.name!r} is a {manifest.kind}", hint="open it with torchship.pipeline")
-        self._check_trust(trust)
-        return self._open_part("backend", manifest.recipe, device, threads)
+        fault: TorchshipError | None = None
+        parts = [("backend", manifest.recipe)] + ([("fallback", manifest.fallback)] if manifest.fallback else [])
+        for part, recipe in parts:
+            try:
+                if fault is not None:
+                    logging.getLogger(__name__).warning("%s; opening its portable fallback", fault.line)
+                self._check_native(part, trust)
+                return self._checked(self._open_part(part, recipe, device, threads))
+            except (UnsafeArtifact, WrongMachine, Unavailable) as found:
+                fault = fault or found
+        assert fault is not None  # noqa: S101  # there is at least one part
+        raise fault
 
     def _open_part(self, part: str, recipe: Recipe, device: str, threads: int) -> Stage:
         backend = plugins.load("backends", name=recipe.backend)
@@ -59,12 +75,31 @@ class Artifact:
             ) from None
         return cast(Stage, opened)
 
-    def _check_trust(self, trust: bool) -> None:
-        native = [entry.path for entry in self.manifest.files if entry.kind == "native"]
-        if native and not trust:
+    def _checked(self, stage: Stage) -> Stage:
+        if not recheck.is_due(self.manifest, self.digest):
+            return stage
+        try:
+            recheck.check(stage, self.manifest, inputs=self.inputs(), outputs=self.outputs())
+        except BaseException:
+            stage.close()
+            raise
+        recheck.remember(self.manifest, self.digest)
+        return stage
+
+    def _check_native(self, part: str, trust: bool) -> None:
+        native = [e.path for e in self.manifest.files if e.kind == "native" and e.path.startswith(f"{part}/")]
+        if not native:
+            return
+        if not trust and not signing.is_trusted(self.path, digest=self.digest):
             raise UnsafeArtifact(
                 f"{self.manifest.name!r} holds native code ({native[0]})",
-                hint="open it with trust=True (--trust) only if you know who made it",
+                hint="open it with trust=True (--trust) if you know who made it, or trust its signer's key",
+            )
+        if self.manifest.family and self.manifest.family != hardware.here().family:
+            raise WrongMachine(
+                f"{self.manifest.name!r} holds native code for {self.manifest.hardware}; this is "
+                f"{hardware.here().line}",
+                hint="optimize the model again on this machine, or pack it with a portable fallback",
             )
 
     def inputs(self) -> dict[str, Array]:
@@ -124,10 +159,11 @@ def open_artifact(path: Path | str, *, verify: bool | Literal["known"] = True) -
     present = folders.files_below(root)
     if MANIFEST not in present:
         raise CorruptArtifact(f"{root} has no {MANIFEST}", hint="packing did not finish, or this is no artifact")
-    manifest = read_manifest(folders.read(root, MANIFEST, limit=_MAX_MANIFEST), where=str(root / MANIFEST))
+    data = folders.read(root, MANIFEST, limit=_MAX_MANIFEST)
+    manifest = read_manifest(data, where=str(root / MANIFEST))
     if verify:
         _verify(root, manifest, present, strict=verify != "known")
-    return Artifact(root, manifest)
+    return Artifact(root, manifest, hashlib.sha256(data).hexdigest())
 
 
 def _verify(root: Path, manifest: Manifest, present: dict[str, os.stat_result], *, strict: bool) -> None:

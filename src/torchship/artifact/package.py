@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def pack(
         provenance=provenance,
         hardware=machine.line,
         fingerprint=machine.fingerprint,
+        family=machine.family,
         max_batch=max_batch,
         kind=kind,
         fallback=fallback,
@@ -108,8 +110,9 @@ def _seal(root: Path, manifest: Manifest) -> Artifact:
     for place, _, _ in os.walk(root):
         folders.sync(Path(place))
     sealed = msgspec.structs.replace(manifest, files=tuple(entries))
-    folders.write(root / MANIFEST, msgspec.json.format(msgspec.json.encode(sealed), indent=1))
-    return Artifact(root, sealed)
+    data = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
+    folders.write(root / MANIFEST, data)
+    return Artifact(root, sealed, hashlib.sha256(data).hexdigest())
 
 
 def _parts(manifest: Manifest) -> list[tuple[str, Recipe]]:

@@ -69,6 +69,7 @@ def show_artifact(out: Console, artifact: Artifact) -> None:
         ("packages", ", ".join(f"{name} {version}" for name, version in made.packages.items()) or "-"),
         ("measured on", f"{manifest.hardware} ({same})"),
     ]
+    facts.append(("signature", _signature(artifact)))
     if manifest.fallback:
         facts.append(("fallback", manifest.fallback.label))
     if manifest.labels:
@@ -81,6 +82,19 @@ def show_artifact(out: Console, artifact: Artifact) -> None:
     rows = [(entry.path, human_size(entry.size), entry.kind, entry.sha256[:16]) for entry in manifest.files]
     title = "Files (native code: opens only with --trust or a trusted signature)" if native else "Files"
     out.print(table(("path", "size", "kind", "sha256"), rows, title=title, right="size"))
+
+
+def _signature(artifact: Artifact) -> str:
+    from torchship.artifact import signing
+
+    try:
+        found = signing.signer(artifact.path, digest=artifact.digest)
+    except ImportError:
+        return "cannot be checked: pip install torchship[sign]"
+    if not found:
+        return "none"
+    name = signing.trusted_keys().get(found)
+    return f"by {name}, which is trusted" if name else f"by {found[:16]}..., which is not trusted"
 
 
 def _show_measured(out: Console, artifact: Artifact) -> None:

@@ -19,6 +19,7 @@ Examples:
   torchship store current resnet18 2
   torchship store export resnet18@2 resnet18.zip
   torchship store import resnet18.zip --name resnet18
+  torchship store keygen my.key && torchship store sign resnet18 --key my.key
 """
 )
 @click.option(
@@ -137,6 +138,53 @@ def export(store: Store, *, target: str, file: str) -> None:
 
     path = archive.export(store.resolve(target), to=file)
     click.echo(f"wrote {path} ({_shown.human_size(path.stat().st_size)})")
+
+
+@command.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+def keygen(*, file: str) -> None:
+    """Make a key to sign with: FILE holds the private key, FILE.pub the public one."""
+    from pathlib import Path
+
+    from torchship.artifact import signing
+
+    signing.need_library()
+    public = signing.make_key(Path(file))
+    click.echo(f"wrote {file} (keep it secret) and {file}.pub")
+    click.echo(f"public key {public}: who trusts it puts {file}.pub into {signing.keys_folder()}")
+
+
+@command.command()
+@click.argument("target", metavar="NAME[@VERSION]|FOLDER")
+@click.option("--key", required=True, type=click.Path(dir_okay=False), help="The private key, as keygen wrote it.")
+@click.pass_obj
+def sign(store: Store, *, target: str, key: str) -> None:
+    """Check every file of an artifact and sign its manifest."""
+    from pathlib import Path
+
+    from torchship.artifact import open_artifact, signing
+
+    signing.need_library()
+    artifact = open_artifact(store.resolve(target))
+    seal = signing.sign(artifact.path, digest=artifact.digest, key=Path(key))
+    click.echo(f"signed {target} with the key {seal.key[:16]}...")
+
+
+@command.command()
+@click.argument("target", metavar="NAME[@VERSION]|FOLDER")
+@click.option("--key", default=None, type=click.Path(dir_okay=False), help="The only public key to trust.")
+@click.pass_obj
+def verify(store: Store, *, target: str, key: str | None) -> None:
+    """Check every file of an artifact, and that a trusted key signed it."""
+    from pathlib import Path
+
+    from torchship.artifact import open_artifact, signing
+
+    signing.need_library()
+    artifact = open_artifact(store.resolve(target))
+    public = signing.read_public(Path(key)) if key else ""
+    who = signing.check(artifact.path, digest=artifact.digest, key=public)
+    click.echo(f"{target}: {len(artifact.manifest.files)} files are as signed by {who}")
 
 
 @command.command(name="import")

@@ -1,0 +1,106 @@
+"""Checks an artifact on a machine it was not made on: the stored examples must give the stored outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from torchship import hardware
+from torchship.artifact.manifest import Manifest
+from torchship.errors import WrongMachine
+from torchship.stage import Stage
+from torchship.tensors import FLOATS, Array, Signature, Tensors, dtype_name
+
+TOLERANCE = 0.05
+_SAME_SHARE = 0.95
+
+
+def is_due(manifest: Manifest, digest: str) -> bool:
+    """Whether this machine, or a package that runs the model, differs from where the artifact was made, and this has
+    not been checked yet."""
+    if manifest.family == hardware.here().family and manifest.provenance.packages == _versions(manifest):
+        return False
+    return not _mark(manifest, digest).exists()
+
+
+def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors) -> None:
+    """Run the examples. Raises WrongMachine when the relative L2 error of an output is above 5 % (or thrice what the
+    guard measured), or less than 95 % of an integer output is the same.
+    """
+    if not inputs or not outputs:
+        return
+    rows = min(stage.max_batch, _rows(inputs)) if manifest.signature.batched else None
+    found = stage(_first(inputs, rows))
+    allowed = max(TOLERANCE, 3 * manifest.verdict.error if manifest.verdict else 0.0)
+    for name, fault in faults(manifest.signature, _first(outputs, rows), found, allowed=allowed).items():
+        raise WrongMachine(
+            f"{manifest.name!r} answers its stored examples differently here: {name} {fault}",
+            hint="optimize the model again on this machine",
+        )
+
+
+def remember(manifest: Manifest, digest: str) -> None:
+    """Note that the artifact was checked here, where a note can be written."""
+    path = _mark(manifest, digest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        pass
+
+
+def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: float) -> dict[str, str]:
+    """What is wrong with `found`, by output."""
+    wrong: dict[str, str] = {}
+    for spec in signature.outputs:
+        if spec.name not in wanted:
+            continue
+        ours, theirs = found.get(spec.name), wanted[spec.name]
+        if ours is None or ours.shape != theirs.shape or dtype_name(ours.dtype) != dtype_name(theirs.dtype):
+            wrong[spec.name] = "has another shape or datatype"
+        elif spec.dtype in FLOATS:
+            error = relative_error(theirs, ours)
+            if not error <= allowed:
+                wrong[spec.name] = f"is off by {error:.3g} (relative L2 error, {allowed:.3g} allowed)"
+        elif theirs.size and np.mean(ours == theirs) < _SAME_SHARE:
+            wrong[spec.name] = f"agrees in {np.mean(ours == theirs):.0%} of its values"
+    return wrong
+
+
+def relative_error(wanted: Array, found: Array) -> float:
+    """L2 norm of the difference over that of `wanted`; NaN in `found` alone makes it NaN."""
+    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    both = np.isnan(a) & np.isnan(b) | (a == b)
+    with np.errstate(invalid="ignore"):
+        difference = np.where(both, 0.0, a - b)
+    scale = float(np.linalg.norm(np.where(np.isfinite(a), a, 0.0)))
+    return float(np.linalg.norm(difference)) / max(scale, 1e-12)
+
+
+def _rows(tensors: Tensors) -> int:
+    return min(int(array.shape[0]) for array in tensors.values())
+
+
+def _first(tensors: Tensors, rows: int | None) -> dict[str, Array]:
+    return {name: array[:rows] if rows is not None else array for name, array in tensors.items()}
+
+
+def _versions(manifest: Manifest) -> dict[str, str]:
+    return {name: _version(name) for name in manifest.provenance.packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _mark(manifest: Manifest, digest: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchship" / "verified"
+    facts = (digest, hardware.here().family, sorted(_versions(manifest).items()))
+    return root / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
