@@ -42,13 +42,17 @@ _LINE = 2000
 
 
 class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
-    """How to make one worker of a station. Sizes are bytes a slot, times are seconds."""
+    """How to make one worker of a station. Sizes are bytes a slot, times are seconds.
+
+    `fits`: every batch that the station makes fits into a slot, so that nothing needs to be measured.
+    """
 
     name: str
     opener: str
     stage: Any
     signature: str
     batched: bool
+    fits: bool = False
     depth: int = 2
     input_size: int = 2**20
     output_size: int = 2**20
@@ -192,10 +196,7 @@ class Worker:
 
     def _pack(self, visits: list[Visit], slot: int) -> tuple[list[Call], Region | None]:
         start, end = self.arena.input_span(slot)
-        need = 0
-        for visit in visits:
-            for array in visit.arrays:
-                need += arena.size_of(array) + arena.ALIGN
+        need = 0 if self.blueprint.fits else self._measure(visits)
         region = None if need <= end - start else Region.make(need)
         memory, at = (region.memory, 0) if region else (self.arena.region.memory, start)
         groups = [visits] if self.blueprint.batched else [[visit] for visit in visits]
@@ -210,6 +211,11 @@ class Worker:
             calls.append(Call([visit.rows for visit in group], blocks, head.values, head.part is not None))
         return calls, region
 
+    def _measure(self, visits: list[Visit]) -> int:
+        """Bytes that a batch needs, each tensor beginning where it may."""
+        padding = arena.ALIGN * len(visits[0].arrays) * (1 if self.blueprint.batched else len(visits))
+        return padding + sum([arena.size_of(array) for visit in visits for array in visit.arrays])
+
     def _hear(self) -> None:
         """Read reports until there are none."""
         try:
@@ -221,6 +227,8 @@ class Worker:
                 self._report(message, fd)
         except BlockingIOError:
             pass
+        except ConnectionError:  # it died: the kernel reports the end in a moment
+            self._loop.remove_reader(self._sock.fileno())
         except (OSError, msgspec.MsgspecError, StageFailed) as fault:
             self.kill(f"broke the line's protocol: {fault}")
 

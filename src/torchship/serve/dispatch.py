@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torchship.errors import Busy, Expired, TorchshipError
 from torchship.stage import Value
-from torchship.tensors import Array
+from torchship.tensors import Array, Tensors
 
 FOREVER = float("inf")
 
@@ -23,24 +23,26 @@ FOREVER = float("inf")
 class Job:
     """One request on its way through a line, with its own clock (seconds, monotonic).
 
-    `tensors` holds everything known so far; `reply` is called once, with `fault` set when there is no answer.
+    `tensors` holds everything known so far, at the end the outputs; `reply` is called once, with `fault` set when
+    there is no answer. `gone` tells whether the caller still waits; `waiting` and `left` count the stations ahead.
     """
 
-    tensors: dict[str, Array]
+    tensors: Tensors
     reply: Callable[[Job], None]
     parameters: dict[str, Value]
     arrived: float
-    deadline: float = FOREVER
     priority: int = 0
+    context: Any = None
+    gone: Callable[[], bool] | None = None
+    deadline: float = FOREVER
     rows: int = 1
     size: int = 0
     done: bool = False
     fault: TorchshipError | None = None
-    waiting: list[int] = field(default_factory=list)
+    waiting: list[int] | None = None
     left: int = 1
     part: Callable[[dict[str, Array]], None] | None = None
     spans: list[Span] | None = None
-    context: Any = None
 
     def expired(self) -> Expired:
         """The error for a job whose deadline has passed."""
@@ -74,14 +76,14 @@ class Visit:
     arrays: list[Array]
     rows: int
     finish: Callable[[Visit, list[Array]], None]
-    values: dict[str, Value] = field(default_factory=dict)
+    values: dict[str, Value]
     key: Hashable = None
+    leg: Any = None
     order: int = 0
     since: float = 0.0
     crashes: int = 0
     alone: bool = False
     part: Callable[[Visit, list[Array]], None] | None = None
-    leg: Any = None
 
 
 class Dispatch:
@@ -106,22 +108,18 @@ class Dispatch:
         """Queue a visit. Raises ValueError for one that no batch can hold."""
         if visit.rows > self.max_batch:
             raise ValueError(f"{visit.rows} rows do not fit into a batch of {self.max_batch}")
-        self._order += 1
-        visit.order = self._order
-        self._lane(visit).append(visit)
-        self.rows += visit.rows
-
-    def put_back(self, visit: Visit) -> None:
-        """Queue a visit that was taken before, ahead of those that came after it."""
-        self._lane(visit).appendleft(visit)
-        self.rows += visit.rows
-
-    def _lane(self, visit: Visit) -> deque[Visit]:
+        visit.order = self._order = self._order + 1
         name = (visit.job.priority, visit.key)
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = deque()
-        return lane
+        lane.append(visit)
+        self.rows += visit.rows
+
+    def put_back(self, visit: Visit) -> None:
+        """Queue a visit that was taken before, ahead of those that came after it."""
+        self._lanes.setdefault((visit.job.priority, visit.key), deque()).appendleft(visit)
+        self.rows += visit.rows
 
     def ready_at(self) -> float:
         """When the next batch may leave: the past if there is enough, FOREVER if nothing waits."""
@@ -195,20 +193,20 @@ class Door:
         self.rows = 0
         self.size = 0
 
-    def enter(self, *, rows: int, size: int, retry_after: float = 1.0) -> None:
+    def enter(self, job: Job) -> None:
         """Count a job in. Raises Busy when it does not fit; an empty line takes any job."""
-        if self.jobs and (self.rows + rows > self.max_rows or self.size + size > self.max_bytes):
+        rows, size = self.rows + job.rows, self.size + job.size
+        if self.jobs and (rows > self.max_rows or size > self.max_bytes):
             raise Busy(
                 f"the line is full: {self.rows} rows and {self.size / 2**20:.1f} MiB are on it",
                 hint=f"it holds {self.max_rows} rows and {self.max_bytes / 2**20:.0f} MiB; try again later",
-                retry_after=retry_after,
             )
         self.jobs += 1
-        self.rows += rows
-        self.size += size
+        self.rows = rows
+        self.size = size
 
-    def leave(self, *, rows: int, size: int) -> None:
+    def leave(self, job: Job) -> None:
         """Count a job out."""
         self.jobs -= 1
-        self.rows -= rows
-        self.size -= size
+        self.rows -= job.rows
+        self.size -= job.size

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from torchship.errors import BadInput
+from torchship.serve.arena import size_of
+from torchship.serve.dispatch import Job
 from torchship.stage import Parameter, Value
-from torchship.tensors import Array, NanPolicy, Signature, Tensors, numpy_dtype
+from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
 
 
 class Edge:
@@ -23,6 +25,7 @@ class Edge:
         self._parameters = {parameter.name: parameter for parameter in parameters}
         self._plain: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         self._simple = nan == "allow" and self._learn()
+        self._row_size = sum([int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in self._plain])
 
     def _learn(self) -> bool:
         """Whether dtype and trailing axes say everything, as they do for fixed shapes with a plain batch axis."""
@@ -31,30 +34,36 @@ class Edge:
             fixed = tuple(axis for axis in axes if isinstance(axis, int))
             if len(fixed) != len(axes) or spec.dtype == "BYTES":
                 return False
-            if self.signature.batched:
-                head = spec.shape[0] if spec.shape else 0
-                if isinstance(head, int) or head.max is not None or head.min != 1:
-                    return False
+            if self.signature.batched and (not spec.shape or spec.shape[0] != Free()):
+                return False
             self._plain.append((spec.name, numpy_dtype(spec.dtype), fixed))
         return True
 
-    def check(self, tensors: Tensors) -> int:
-        """The number of rows (1 where the signature is not batched). Raises BadInput naming the fault."""
+    def admit(self, job: Job) -> None:
+        """Check a job's tensors and measure it: its rows (1 where the signature is not batched) and its bytes.
+
+        Raises BadInput naming the fault.
+        """
+        tensors = job.tensors
         if self._simple and len(tensors) == len(self._plain):
             rows = self._quick(tensors)
             if rows:
-                return rows
+                job.rows = rows
+                job.size = rows * self._row_size
+                return
         for name, array in tensors.items():
-            if array.dtype == object:
+            if array.dtype.hasobject:
                 _check_bytes(name, array)
-        return self.signature.check(tensors, nan=self._nan)
+        job.rows = self.signature.check(tensors, nan=self._nan)
+        job.size = sum([size_of(array) for array in tensors.values()])
 
     def _quick(self, tensors: Tensors) -> int:
+        """The number of rows; 0 for anything that needs a second look."""
         rows = 0
         batched = self.signature.batched
         for name, dtype, shape in self._plain:
             array = tensors.get(name)
-            if array is None or array.dtype != dtype:
+            if array is None or (array.dtype is not dtype and array.dtype != dtype):
                 return 0
             found = array.shape
             if not batched:
@@ -77,11 +86,3 @@ def _check_bytes(name: str, array: Array) -> None:
     for item in array.flat:
         if not isinstance(item, bytes):
             raise BadInput(f"tensor {name!r} holds {type(item).__name__}, expected bytes")
-
-
-def size_of(tensors: Tensors) -> int:
-    """Bytes that a request takes while it waits."""
-    total = 0
-    for array in tensors.values():
-        total += array.nbytes if array.dtype != object else sum(map(len, array.flat))
-    return total

@@ -50,14 +50,14 @@ class LineMeter:
         """All failures together."""
         return sum(self.failures.values())
 
-    def succeeded(self, *, rows: int, seconds: float) -> None:
+    def succeeded(self, rows: int, seconds: float) -> None:
         """Count one answered request."""
         self.success += 1
         self.rows += rows
         self.seconds += seconds
         self.histogram[bisect_left(BUCKETS_MS, seconds * 1e3)] += 1
 
-    def lost(self, *, reason: str, seconds: float) -> None:
+    def lost(self, reason: str, seconds: float) -> None:
         """Count one request without an answer; reason is REJECTED, CANCELED, BACKEND or OTHER."""
         self.failures[reason] = self.failures.get(reason, 0) + 1
         self.failed_seconds += seconds

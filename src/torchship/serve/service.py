@@ -53,21 +53,15 @@ class Service:
     def submit(self, request: Request) -> asyncio.Future[Response]:
         """Begin one inference. It may raise at once: NotFound, BadInput, Busy, Unavailable, Unsupported."""
         line, version = self.catalog.line(request.model, request.version)
-        line.refuse_stream()
-        future: asyncio.Future[Response] = self._loop.create_future()
-        answering = _Answering(future, request, version)
-        job = Job(
-            request.inputs,  # type: ignore[arg-type]
-            answering.reply,
-            line.edge.values(request.parameters) if request.parameters else {},
-            time.monotonic(),
-            priority=request.priority,
-        )
+        if line.streams:
+            line.refuse_stream()
         if request.outputs:
             _check_outputs(line, request)
-        line.start(job, deadline=request.deadline)
-        answering.job, answering.line = job, line
-        future.add_done_callback(answering.settled)
+        future: asyncio.Future[Response] = self._loop.create_future()
+        values = line.edge.values(request.parameters) if request.parameters else {}
+        context = (future, request, version)
+        job = Job(request.inputs, _reply, values, time.monotonic(), request.priority, context, future.cancelled)
+        line.start(job, request.deadline)
         return future
 
     async def stream(self, request: Request) -> AsyncIterator[Response]:
@@ -145,31 +139,16 @@ class Service:
             raise Unsupported("model control is off", hint="set control = true in [server]")
 
 
-class _Answering:
-    """One request on its way: puts the answer into the caller's future."""
-
-    __slots__ = ("_future", "_request", "_version", "job", "line")
-
-    def __init__(self, future: asyncio.Future[Response], request: Request, version: str) -> None:
-        self._future, self._request, self._version = future, request, version
-        self.job: Job | None = None
-        self.line: Line | None = None
-
-    def reply(self, job: Job) -> None:
-        future = self._future
-        if future.done():
-            return
-        if job.fault is not None:
-            future.set_exception(job.fault)
-            return
-        request = self._request
-        outputs = _wanted(job.tensors, request) if request.outputs else job.tensors
-        future.set_result(Response(request.model, self._version, outputs, request.id))
-
-    def settled(self, future: asyncio.Future[Response]) -> None:
-        """The caller may have given up: then its job need not be run."""
-        if future.cancelled() and self.job is not None and self.line is not None:
-            self.line.cancel(self.job)
+def _reply(job: Job) -> None:
+    """Put the end of a job into the caller's future."""
+    future, request, version = job.context
+    if future.done():
+        return
+    if job.fault is not None:
+        future.set_exception(job.fault)
+        return
+    outputs = _wanted(job.tensors, request) if request.outputs else job.tensors
+    future.set_result(Response(request.model, version, outputs, request.id))
 
 
 def _check_outputs(line: Line, request: Request) -> None:

@@ -91,7 +91,7 @@ class Station:
         """Whether nothing waits and nothing runs."""
         return not len(self.queue) and not any(worker.flights for worker in self.workers)
 
-    def put(self, visit: Visit, *, now: float) -> None:
+    def put(self, visit: Visit, now: float) -> None:
         """Take a visit in; it leaves with the next batch that has room for it."""
         if self.broken:
             self._fail(visit, self.broken)
@@ -189,9 +189,17 @@ class Station:
 
     def gave(self, worker: Worker, flight: Flight, gave: Gave, memory: memoryview) -> None:
         """Hand the answers to the visits of a batch, and look for the next one."""
-        now = time.monotonic()
+        self.pump_soon()
+        try:
+            self._gave(flight, gave, memory)
+        except Exception as fault:  # whatever is wrong with an answer: nobody may wait for it forever
+            _log.exception("station %s: an answer of worker %s is unusable", self.name, worker.pid)
+            for visit in flight.visits:
+                self._fail(visit, StageFailed(f"stage {self.name!r} gave an unusable answer: {fault}"))
+
+    def _gave(self, flight: Flight, gave: Gave, memory: memoryview) -> None:
         visits = flight.visits
-        self._count(flight, gave, now)
+        self._count(flight, gave, time.monotonic())
         for fault in gave.faults:
             self._fail(visits[fault.job], revive(fault, stage=self.name))
         for piece in gave.pieces:
@@ -202,7 +210,6 @@ class Station:
             self._deliver(visits[piece.first : piece.first + len(piece.rows)], piece.rows, arrays, gave.more)
         if flight.stream and not gave.more and not gave.faults:
             visits[0].finish(visits[0], [])
-        self.pump_soon()
 
     @staticmethod
     def _deliver(visits: list[Visit], rows: list[int], arrays: list[Array], more: bool) -> None:
