@@ -49,7 +49,17 @@ class _Shape(NamedTuple):
     """A request without its tensors' bytes."""
 
     request: Request
-    inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    inputs: tuple[_Tensor, ...]
+
+
+class _Tensor(NamedTuple):
+    """An input without its bytes; `dtype` is None where the bytes need more than a look (BYTES, BOOL)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] | None
+    size: int
 
 
 class InferCodec:
@@ -84,11 +94,13 @@ class InferCodec:
         known = self._asked.get(key)
         if known is None or len(known.inputs) != len(raws):
             return self._decode_slowly(data[start:], key)
-        view = memoryview(data)
-        inputs = {
-            name: decode_raw(view[first:last], name=name, datatype=datatype, shape=shape)
-            for (name, datatype, shape), (first, last) in zip(known.inputs, raws, strict=True)
-        }
+        inputs: dict[str, Array] = {}
+        for (name, datatype, shape, dtype, bytes_wanted), (first, last) in zip(known.inputs, raws, strict=True):
+            if dtype is not None and last - first == bytes_wanted:
+                inputs[name] = np.ndarray(shape, dtype, data, first)
+            else:
+                part = memoryview(data)[first:last]
+                inputs[name] = decode_raw(part, name=name, datatype=datatype, shape=shape)
         old = known.request
         parameters = dict(old.parameters) if old.parameters else {}
         return Request(old.model, inputs, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
@@ -116,7 +128,7 @@ class InferCodec:
         if raws:
             raise BadInput(f"{len(raws)} raw contents are left after the last input")
         if plain and 0 < len(key) <= 1024:
-            shapes = tuple((item.name, item.datatype, tuple(item.shape)) for item in asked.inputs)
+            shapes = tuple(_tensor(item, inputs[item.name]) for item in asked.inputs)
             if len(self._asked) >= 512:
                 self._asked.clear()
             self._asked[key] = _Shape(request, shapes)
@@ -187,6 +199,11 @@ class InferCodec:
             rest.raw_output_contents.extend(raws)
         set_parameters(rest.parameters, response.parameters)
         return _answer(response, outputs) + bytes(rest.SerializeToString())
+
+
+def _tensor(item: Any, array: Array) -> _Tensor:
+    dtype = None if item.datatype in ("BYTES", "BOOL") else array.dtype
+    return _Tensor(item.name, item.datatype, tuple(item.shape), dtype, array.nbytes)
 
 
 def _answer(response: Response, outputs: Iterable[tuple[str, Array, Mapping[str, Any]]]) -> bytes:
