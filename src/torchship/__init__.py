@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _VERBS = ("optimize", "serve", "stage")  # rooms that can be called; see face.py
 _ROOMS = {
     "Guard": "torchship.optimize.guard:Guard",
+    "Recipe": "torchship.recipe:Recipe",
     "Report": "torchship.optimize.report:Report",
     "open": "torchship.artifact:open_stage",
     "Artifact": "torchship.artifact:Artifact",

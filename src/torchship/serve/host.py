@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from torchship.artifact import Store
+from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
 from torchship.serve import config as configs
 from torchship.serve.catalog import Catalog
@@ -85,9 +85,9 @@ def configure(
 
 
 def _name(target: str) -> str:
-    """`classify@3` and `/models/classify` are both served as classify."""
+    """`classify@3` and `/models/classify/3` are both served as classify: a folder by the name in its manifest."""
     if "/" in target:
-        return Path(target).resolve().name
+        return open_artifact(target, verify=False).manifest.name
     return target.partition("@")[0]
 
 
