@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchship.errors import BadInput, NotFound, NoWinner
 from torchship.migrate.onnx_module import OnnxModule
+from torchship.recipe import Recipe
+from torchship.stages.faces import Align, Find, Open, recipes, weights
+from torchship.stages.faces.embedders import embedder
+from torchship.tensors import Array, Tensors
+
+if TYPE_CHECKING:
+    from torchship.artifact import Store
+    from torchship.optimize.choose import Goal
+    from torchship.optimize.report import Report
+
+_QUICK = [Recipe("onnxruntime", {"precision": "fp32"})]
+_VARIANTS = 12
 
 
 class Detector(nn.Module):
@@ -46,3 +62,97 @@ class Embedder(nn.Module):
             x = torch.cat([x[:, 2:3], x[:, 1:2], x[:, 0:1]], 1)
         (raw,) = self.net(x)
         return {"embedding": torch.nn.functional.normalize(raw, dim=1)}
+
+
+def prepare(
+    store: Store,
+    *,
+    data: Path | None = None,
+    quick: bool = False,
+    budget: float = 240.0,
+    goal: Goal = "latency",
+    tell: Callable[[str], None] = lambda _: None,
+    on_trial: Any = None,
+) -> list[Report]:
+    """Fetch the weights, search the best way to run each model, and publish `face-detector` and `face-embedder`.
+
+    `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched. `quick`
+    builds one recipe instead of searching. Raises Unavailable, CorruptArtifact, NoWinner.
+    """
+    from torchship.optimize.guard import Guard
+    from torchship.optimize.measure import Effort
+    from torchship.optimize.search import optimize
+
+    detector = Detector(weights.fetch("retinaface", tell=tell)).eval()
+    embedding = Embedder(weights.fetch(embedder().weights, tell=tell)).eval()
+    canvases, chips = material(data or weights.pictures(tell=tell), detector)
+    reports = []
+    for name, module, samples in ((recipes.DETECTOR, detector, canvases), (recipes.EMBEDDER, embedding, chips)):
+        tell(f"optimizing {name}")
+        key = "canvas" if name == recipes.DETECTOR else "chip"
+        report = optimize(
+            module,
+            (torch.from_numpy(samples[:2]),),
+            calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
+            guard=Guard(cosine=0.985, error=0.2),
+            recipes=_QUICK if quick else None,
+            effort=Effort(seconds=0.5, max_batch=8 if key == "canvas" else 16),
+            budget=budget,
+            goal=goal,
+            store=store,
+            name=name,
+            on_trial=on_trial,
+        )
+        if report.winner is None:
+            raise NoWinner(f"{name}: {report.facts.choice.reason}", hint="give more --budget, or try --quick")
+        reports.append(report)
+    return reports
+
+
+def material(folder: Path, detector: nn.Module) -> tuple[Array, Array]:
+    """Canvases and chips out of the pictures of a folder, each picture in several lights, sizes and mirrored.
+
+    Raises NotFound when no picture in it shows a face.
+    """
+    opened, find, align = Open(), Find(), Align()
+    random = np.random.default_rng(0)
+    canvases, chips = [], []
+    for data in _pictures(folder):
+        try:
+            first = opened(np.array([data], np.object_))
+        except BadInput:
+            continue
+        for variant in range(_VARIANTS):
+            pixels, canvas, frame = first if not variant else _changed(opened, first[0][0], random)
+            with torch.inference_mode():
+                raw: Tensors = {name: tensor.numpy() for name, tensor in detector(torch.from_numpy(canvas)).items()}
+            box, _, points = find(raw["loc"], raw["face"], raw["landmarks"], frame)
+            if len(box):
+                canvases.append(canvas)
+                chips.append(align(pixels, frame, box, points)[0])
+    if not canvases:
+        raise NotFound(f"no picture in {folder} shows a face", hint="give a folder of JPEG or PNG files with faces")
+    return np.concatenate(canvases)[::2][:40], np.concatenate(chips)[:160]
+
+
+def _pictures(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            yield path.read_bytes()
+
+
+def _changed(opened: Open, pixels: Array, random: np.random.Generator) -> Sequence[Array]:
+    """The picture in another light, size and shape, perhaps mirrored."""
+    import io
+
+    from PIL import Image, ImageEnhance
+
+    picture = Image.fromarray(pixels[:, :: random.choice((-1, 1))])
+    picture = ImageEnhance.Brightness(picture).enhance(float(random.uniform(0.6, 1.4)))
+    picture = ImageEnhance.Contrast(picture).enhance(float(random.uniform(0.7, 1.3)))
+    scale = random.uniform(0.4, 1.0) * np.array([1.0, random.uniform(0.9, 1.1)])
+    picture = picture.resize(tuple(np.maximum(1, picture.size * scale).astype(int).tolist()))
+    picture = picture.rotate(float(random.uniform(-15, 15)), Image.Resampling.BILINEAR)
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=int(random.integers(60, 95)))
+    return opened(np.array([out.getvalue()], np.object_))

