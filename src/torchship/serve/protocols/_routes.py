@@ -20,13 +20,15 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.\-]{0,127}", re.ASCII)
 class Route(NamedTuple):
     """`pattern` is a path with {places}; `scope` is what a token must allow: "", infer, manage or metrics.
 
-    The endpoint takes an Exchange and answers it; a coroutine function runs as a Task, and what it raises is sent.
+    `about` is a sentence for readers. The endpoint takes an Exchange and answers it; a coroutine function runs as a
+    Task, and what it raises is sent.
     """
 
     method: str
     pattern: str
     endpoint: Endpoint
     scope: str = ""
+    about: str = ""
 
 
 @dataclass(slots=True)

@@ -6,15 +6,18 @@ import ssl
 from collections.abc import Sequence
 
 from torchship.serve.protocols._control import control_routes
+from torchship.serve.protocols._docs import docs_routes
 from torchship.serve.protocols._exchange import Admit, Exchange, HttpFault
 from torchship.serve.protocols._front import Front
 from torchship.serve.protocols._generate import generate_routes
 from torchship.serve.protocols._http1 import Connection
 from torchship.serve.protocols._infer import Inference
 from torchship.serve.protocols._listening import Listener, bind
+from torchship.serve.protocols._openapi import openapi_route
 from torchship.serve.protocols._routes import Route, Router
 from torchship.serve.protocols._served import Served
 from torchship.serve.protocols._site import Limits, Site
+from torchship.serve.protocols._tls import tls_context
 from torchship.serve.protocols.grpc import all_rpcs
 
 
@@ -34,24 +37,50 @@ async def listen(
     `routes` adds endpoints of other faces to the same port. Raises Unavailable where the port cannot be bound.
     """
     front = front or Front(service)
-    everything = [*protocol_routes(front), *control_routes(front), *generate_routes(front), *routes]
-    site = Site(Router(everything), limits or Limits(), admit, rpcs=all_rpcs(front))
+    site = Site(Router(all_routes(front, routes)), limits or Limits(), admit, rpcs=all_rpcs(front))
     return await bind(site, Connection, host=host, port=port, tls=tls)
+
+
+def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:
+    """Everything that the port answers, and its description."""
+    known = [*protocol_routes(front), *control_routes(front), *generate_routes(front), *extra]
+    return [*known, openapi_route(front, known), *docs_routes(front, known)]
 
 
 def protocol_routes(front: Front) -> list[Route]:
     """The paths of the Open Inference Protocol, and /metrics."""
     service, inference = front.service, Inference(front)
     routes = [
-        Route("GET", "/v2", lambda exchange: exchange.answer_json(service.server_metadata())),
-        Route("GET", "/v2/health/live", lambda exchange: _health(exchange, "live", service.live)),
-        Route("GET", "/v2/health/ready", lambda exchange: _health(exchange, "ready", service.ready)),
-        Route("GET", "/metrics", lambda exchange: _metrics(exchange, service), "metrics"),
-        Route("GET", "/v2/models/stats", lambda exchange: exchange.answer_json(service.statistics()), "metrics"),
+        Route(
+            "GET",
+            "/v2",
+            lambda exchange: exchange.answer_json(service.server_metadata()),
+            about="Name, version and extensions.",
+        ),
+        Route(
+            "GET",
+            "/v2/health/live",
+            lambda exchange: _health(exchange, "live", service.live),
+            about="Whether the server lives.",
+        ),
+        Route(
+            "GET",
+            "/v2/health/ready",
+            lambda exchange: _health(exchange, "ready", service.ready),
+            about="Whether every model answers.",
+        ),
+        Route("GET", "/metrics", lambda exchange: _metrics(exchange, service), "metrics", "Prometheus metrics."),
+        Route(
+            "GET",
+            "/v2/models/stats",
+            lambda exchange: exchange.answer_json(service.statistics()),
+            "metrics",
+            "Statistics of all models.",
+        ),
     ]
     for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
-            Route("POST", f"{base}/infer", inference, "infer"),
+            Route("POST", f"{base}/infer", inference, "infer", "One inference: JSON, binary tensors, or a picture."),
             Route("GET", base, lambda exchange: exchange.answer_json(service.model_metadata(*_which(exchange)))),
             Route("GET", f"{base}/ready", lambda exchange: _model_ready(exchange, service)),
             Route(
@@ -86,4 +115,4 @@ def _metrics(exchange: Exchange, service: Served) -> None:
     exchange.answer(service.metrics().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-__all__ = ["Front", "HttpFault", "Limits", "Listener", "Route", "listen", "protocol_routes"]
+__all__ = ["Front", "HttpFault", "Limits", "Listener", "Route", "listen", "protocol_routes", "tls_context"]
