@@ -155,7 +155,7 @@ class Station:
             limit = -(-queue.rows // idle) if idle > 1 else 0
             return queue.take(now, limit=limit)
         batch = []
-        room = 1 if self._pace >= _QUICK / 2 else max(1, min(_BURST, int(_QUICK / max(self._pace, 1e-6))))
+        room = max(1, min(_BURST, int(_QUICK / self._pace))) if self._pace else 1
         share = -(-len(queue) // max(1, sum(1 for worker in self.workers if worker.state == "ready")))
         for _ in range(min(room, share)):
             batch += (found := queue.take(now, limit=1))

@@ -1,0 +1,153 @@
+"""Laws of the line: it answers as the composed pipeline does, and every caller gets exactly its own rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.serving import Background, planned
+from torchship.errors import Expired, StageFailed, TorchshipError
+from torchship.pipeline.composed import Composed
+from torchship.pipeline.planning import Plan
+from torchship.serve.layout import Limits
+from torchship.serve.line import Line
+from torchship.tensors import Tensors
+
+RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VALUES = st.sampled_from([-2.0, -1.0, 0.5, 1.0, 2.0, 3.0, 13.0])
+PLANS: dict[str, tuple[dict[str, Any], ...]] = {
+    "rows": ({"run": "double"}, {"run": "sums"}),
+    "rows change": ({"run": "positive"}, {"run": "sums", "parameters": {"offset": 2}}),
+    "fault": ({"run": "moody", "copies": 2}, {"run": "sums"}),
+    "branch": (
+        {"run": "double"},
+        {"run": "moody", "outputs": {"y": "other"}},
+        {"run": "sums", "inputs": {"y": "other"}},
+    ),
+    "carried": ({"run": "double", "outputs": {"y": "twice"}}, {"run": "positive"}, {"run": "sums"}),
+}
+
+
+@pytest.fixture(scope="module")
+def background() -> Iterator[Background]:
+    made = Background()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def pair(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Composed]]:
+    plan = planned(*PLANS[request.param])
+    line = background.run(opened(plan))
+    composed = Composed(plan)
+    yield line, composed
+    background.run(line.close())
+    composed.close()
+
+
+async def opened(plan: Plan, **limits: Any) -> Line:
+    return await Line(plan, limits=Limits(**limits)).open()
+
+
+async def ask(line: Line, tensors: Tensors, **options: Any) -> Tensors | TorchshipError:
+    try:
+        return await line.submit(tensors, **options)
+    except TorchshipError as fault:
+        return fault
+
+
+def attempt(stage: Composed, tensors: Tensors, parameters: dict[str, Any]) -> Tensors | TorchshipError:
+    try:
+        return stage(tensors, parameters)
+    except TorchshipError as fault:
+        return fault
+
+
+def same(found: Tensors | TorchshipError, expected: Tensors | TorchshipError) -> None:
+    if isinstance(expected, TorchshipError):
+        assert type(found) is type(expected)
+        assert str(found) == str(expected)
+        return
+    assert not isinstance(found, TorchshipError), found
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert np.array_equal(found[name], array)
+
+
+@RELAXED
+@given(rows=st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=1, max_size=20), offset=st.integers(0, 9))
+def test_line_equals_composed(
+    pair: tuple[Line, Composed], background: Background, rows: list[list[float]], offset: int
+) -> None:
+    line, composed = pair
+    tensors = {"x": np.array(rows, np.float32)}
+    parameters = {"offset": offset} if offset else {}
+    same(background.run(ask(line, tensors, parameters=parameters)), attempt(composed, tensors, parameters))
+
+
+@pytest.fixture(scope="module")
+def moody(background: Background) -> Iterator[Line]:
+    line = background.run(
+        opened(planned({"run": "double", "copies": 2}, {"run": "moody", "copies": 2, "inputs": {"x": "y"}}))
+    )
+    yield line
+    background.run(line.close())
+
+
+JOB = st.tuples(
+    st.integers(1, 12),
+    st.sampled_from(["fine"] * 12 + ["raise", "late"]),
+    st.integers(0, 2),
+)
+
+
+@settings(RELAXED, max_examples=20)
+@given(jobs=st.lists(JOB, min_size=1, max_size=40), kill=st.booleans())
+def test_every_caller_gets_its_own_rows(
+    moody: Line, background: Background, jobs: list[tuple[int, str, int]], kill: bool
+) -> None:
+    async def all_of_them() -> list[Tensors | TorchshipError]:
+        asked = []
+        for index, (rows, fate, priority) in enumerate(jobs):
+            x = np.full((rows, 4), index + 20_000, np.float32)
+            if fate == "raise":
+                x[-1] = 6.5  # doubled, it is thirteen
+            deadline = 1e-6 if fate == "late" else 0.0
+            asked.append(asyncio.ensure_future(ask(moody, {"x": x}, deadline=deadline, priority=priority)))
+        await asyncio.sleep(0)
+        if kill:
+            for leg in moody.legs:
+                leg.station.workers[0].kill("a test wants it")
+        return await asyncio.gather(*asked)
+
+    for index, ((rows, fate, _), found) in enumerate(zip(jobs, background.run(all_of_them()), strict=True)):
+        if fate == "raise":
+            assert isinstance(found, StageFailed)
+            assert "thirteen" in str(found)
+        elif fate == "late":
+            assert isinstance(found, Expired)
+        else:
+            assert not isinstance(found, TorchshipError), found
+            assert np.array_equal(found["y"], np.full((rows, 4), 2 * (index + 20_000) + 1, np.float32))
+    assert (moody.door.jobs, moody.door.rows, moody.door.size) == (0, 0, 0)
+
+
+def test_no_slot_is_lost(moody: Line, background: Background) -> None:
+    """After all that, every slot of every worker is free again."""
+
+    async def settle() -> list[tuple[int, int]]:
+        for _ in range(500):
+            if all(leg.station.idle and leg.station.ready for leg in moody.legs):
+                break
+            await asyncio.sleep(0.02)
+        return [(w.arena.free, w.arena.depth) for leg in moody.legs for w in leg.station.workers]
+
+    assert all(free == depth for free, depth in background.run(settle()))

@@ -1,0 +1,121 @@
+"""For tests of the line: stages that double, fail, crash, hang and stream, and an event loop in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from torchship.pipeline.config import PipelineConfig, convert
+from torchship.pipeline.planning import Plan, plan
+from torchship.stage import stage
+from torchship.tensors import Array
+
+T = TypeVar("T")
+HERE = "tests.serving"
+
+
+@stage("x:FP32[-1,4] -> y:FP32[-1,4]", batched=True, max_batch=8)
+def double(x: Array) -> Array:
+    return x * 2
+
+
+@stage("y:FP32[-1,4] -> z:FP32[-1], w:INT64[-1]", batched=True, max_batch=5)
+def sums(y: Array, *, offset: Annotated[int, msgspec.Meta(ge=0, le=9)] = 0) -> tuple[Array, Array]:
+    return y.sum(axis=1), np.arange(len(y)) * 0 + offset
+
+
+@stage("x:FP32[-1,4] -> y:FP32[0..,4]")
+def positive(x: Array) -> Array:
+    """A job stage that changes the number of rows: as boxes come out of a detector."""
+    return x[x[:, 0] > 0]
+
+
+@stage("text:BYTES[-1] -> upper:BYTES[-1]")
+def upper(text: Array) -> Array:
+    return np.array([item.upper() for item in text], object)
+
+
+@stage("x:FP32[-1,n] -> mean:FP32[-1]", batched=True, max_batch=8)
+def mean(x: Array) -> Array:
+    return x.mean(axis=1)
+
+
+@stage("x:FP32[-1,4] -> y:FP32[-1,4]", batched=True, max_batch=8)
+def moody(x: Array) -> Array:
+    """Raises for 13, dies for 666, hangs for 777, tells its process for 1000."""
+    if (x == 13).any():
+        raise ValueError("thirteen")
+    if (x == 666).any():
+        print("about to die", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (x == 777).any():
+        time.sleep(600)
+    return np.where(x == 1000, np.float32(os.getpid()), x + 1)
+
+
+@stage("ms:INT32[1] -> pid:INT64[1]")
+def sleeper(ms: Array) -> Array:
+    time.sleep(int(ms[0]) / 1000)
+    return np.array([os.getpid()])
+
+
+@stage("n:INT32[1] -> i:INT32[1]")
+def count(n: Array) -> Iterator[Array]:
+    for number in range(int(n[0])):
+        if number == 7:
+            raise ValueError("seven")
+        yield np.array([number], np.int32)
+
+
+@stage("x:FP32[1] -> total:FP32[1]")
+class Adder:
+    """A stateful stage: the sum of what it was given."""
+
+    def __init__(self, *, start: float = 0.0) -> None:
+        if start < 0:
+            raise ValueError("start is negative")
+        self._total = start
+
+    def __call__(self, x: Array) -> Array:
+        self._total += float(x[0])
+        return np.array([self._total], np.float32)
+
+
+@stage("x:FP32[1] -> y:FP32[1]")
+def wrong(x: Array) -> Array:
+    """Gives another datatype than it declares."""
+    return x.astype(np.float64)
+
+
+def planned(*stages: dict[str, Any], **options: Any) -> Plan:
+    """The plan of a pipeline of stages in this file."""
+    made = [{**given, "run": f"{HERE}:{given['run']}"} for given in stages]
+    config: PipelineConfig = convert({"name": "test", "stages": made, **options})
+    return plan(config)
+
+
+class Background:
+    """An event loop in a thread, for tests that call from outside."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], *, timeout: float = 60.0) -> T:
+        """The result of a coroutine."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+
+    def close(self) -> None:
+        """Stop the loop and the thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()

@@ -1,0 +1,257 @@
+"""Faults, time-outs, limits, streams and the end of a line, with real workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import uvloop
+
+from tests.serving import planned
+from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
+from torchship.serve.layout import Limits
+from torchship.serve.line import Line
+
+ROW = np.array([[1, 2, 3, 4]], np.float32)
+
+
+class Opened:
+    """A line that is closed at the end."""
+
+    def __init__(self, *stages: dict[str, Any], **limits: Any) -> None:
+        self._stages, self._limits = stages, limits
+        self.line: Line
+
+    async def __aenter__(self) -> Line:
+        self.line = await Line(planned(*self._stages), limits=Limits(**self._limits)).open()
+        return self.line
+
+    async def __aexit__(self, *fault: object) -> None:
+        await self.line.close(grace=1.0)
+        assert self.line.state == "closed"
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await work()
+
+    uvloop.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  # a condition of another process has no event
+            await asyncio.sleep(0.01)
+
+
+def test_one_bad_input_does_not_fail_its_neighbours() -> None:
+    async def work() -> None:
+        async with Opened({"run": "moody"}) as line:
+            rows = [np.full((1, 4), value, np.float32) for value in (1, 2, 13, 4, 5)]
+            found = await asyncio.gather(*(line.submit({"x": row}) for row in rows), return_exceptions=True)
+            assert isinstance(found[2], StageFailed)
+            assert str(found[2]) == "stage 'moody' raised ValueError: thirteen"
+            for row, answer in zip(rows, found, strict=True):
+                if not isinstance(answer, BaseException):
+                    assert np.array_equal(answer["y"], row + 1)
+            assert sum(isinstance(answer, BaseException) for answer in found) == 1
+
+    run(work)
+
+
+def test_a_deadly_input_is_blamed_alone_with_signal_and_last_lines() -> None:
+    async def work() -> None:
+        async with Opened({"run": "moody"}) as line:
+            rows = [np.full((1, 4), value, np.float32) for value in (1, 2, 666, 4, 5, 6, 7, 8)]
+            found = await asyncio.gather(*(line.submit({"x": row}) for row in rows), return_exceptions=True)
+            assert isinstance(found[2], StageFailed)
+            assert "SIGKILL" in str(found[2])
+            assert "about to die" in str(found[2])
+            assert [isinstance(answer, BaseException) for answer in found] == [value == 666 for value in (
+                1, 2, 666, 4, 5, 6, 7, 8)]  # fmt: skip
+            await until(lambda: line.ready)
+            assert line.legs[0].station.meter.restarts >= 2
+
+    run(work)
+
+
+def test_a_hung_worker_is_replaced_and_its_job_blamed() -> None:
+    async def work() -> None:
+        async with Opened({"run": "moody"}, run_timeout=0.3) as line:
+            with pytest.raises(StageFailed, match=r"hung: no answer for 0\.3 s"):
+                await line.submit({"x": ROW * 0 + 777})
+            assert np.array_equal((await line.submit({"x": ROW}))["y"], ROW + 1)
+
+    run(work)
+
+
+def test_late_jobs_are_answered_in_time_and_never_run() -> None:
+    async def work() -> None:
+        async with Opened({"run": "sleeper"}) as line:
+            slow = line.submit({"ms": np.array([400], np.int32)})
+            behind = [line.submit({"ms": np.array([0], np.int32)}, deadline=0.05) for _ in range(5)]
+            started = asyncio.get_running_loop().time()
+            found = await asyncio.gather(*behind, return_exceptions=True)
+            assert all(isinstance(fault, Expired) for fault in found)
+            assert asyncio.get_running_loop().time() - started < 0.39  # before the slow one was done
+            await slow
+            assert line.legs[0].station.meter.jobs <= 2  # the one that had been sent ahead, at most
+
+    run(work)
+
+
+def test_a_full_line_says_busy_and_recovers() -> None:
+    async def work() -> None:
+        async with Opened({"run": "double"}, queue_rows=4) as line:
+            asked = [line.submit({"x": ROW}) for _ in range(4)]
+            with pytest.raises(Busy, match="the line is full") as caught:
+                line.submit({"x": ROW})
+            assert caught.value.retry_after > 0
+            await asyncio.gather(*asked)
+            big = np.ones((9, 4), np.float32)  # more than fits, but nothing else is there
+            assert np.array_equal((await line.submit({"x": big}))["y"], big * 2)
+            assert line.meter.failures == {"REJECTED": 1}
+
+    run(work)
+
+
+def test_inputs_are_checked_at_the_edge() -> None:
+    async def work() -> None:
+        async with Opened({"run": "double"}, {"run": "sums"}) as line:
+            for tensors, text in (
+                ({"x": ROW.astype(np.float64)}, "datatype FP64, expected FP32"),
+                ({"x": ROW[0]}, "shape"),
+                ({"x": ROW[:, :3]}, "axis 1 is 3, expected 4"),
+                ({"x": ROW[:0]}, "expected at least 1"),
+                ({"z": ROW}, "missing"),
+                ({"x": ROW, "z": ROW}, "unknown"),
+            ):
+                with pytest.raises(BadInput, match=text):
+                    line.submit(tensors)
+            with pytest.raises(BadInput, match="offset"):
+                line.submit({"x": ROW}, parameters={"offset": 10})
+            assert line.door.jobs == 0
+
+    run(work)
+
+
+def test_cancelled_jobs_leave_the_line() -> None:
+    async def work() -> None:
+        async with Opened({"run": "sleeper"}) as line:
+            slow = line.submit({"ms": np.array([300], np.int32)})
+            asked = [line.submit({"ms": np.array([100], np.int32)}) for _ in range(10)]
+            for future in asked:
+                future.cancel()
+            await slow
+            await until(lambda: line.door.jobs == 0)
+            assert line.legs[0].station.meter.jobs <= 2
+            assert line.meter.failures == {"CANCELED": 10}
+
+    run(work)
+
+
+def test_streams_give_every_answer_and_then_the_fault() -> None:
+    async def collect(answers: AsyncIterator[Any]) -> list[int]:
+        return [int(answer["i"][0]) async for answer in answers]
+
+    async def work() -> None:
+        async with Opened({"run": "count"}) as line:
+            assert await collect(line.stream({"n": np.array([5], np.int32)})) == [0, 1, 2, 3, 4]
+            assert await collect(line.stream({"n": np.array([0], np.int32)})) == []
+            seen = []
+            with pytest.raises(StageFailed, match="seven"):  # noqa: PT012
+                async for answer in line.stream({"n": np.array([9], np.int32)}):
+                    seen.append(int(answer["i"][0]))
+            assert seen == list(range(7))
+
+    run(work)
+
+
+def test_a_stage_must_give_what_it_declares() -> None:
+    async def work() -> None:
+        async with Opened({"run": "wrong"}) as line:
+            with pytest.raises(StageFailed, match="FP64"):
+                await line.submit({"x": np.ones(1, np.float32)})
+
+    run(work)
+
+
+def test_big_and_odd_tensors_travel_in_memory_of_their_own() -> None:
+    async def work() -> None:
+        async with Opened({"run": "upper"}) as line:
+            for words in ([b"a"], [], [b"x" * 3_000_000, b"", b"\x00y\x00"]):
+                text = np.empty(len(words), object)
+                text[:] = words
+                found = (await line.submit({"text": text}))["upper"] if words else text
+                assert found.tolist() == [word.upper() for word in words]
+        async with Opened({"run": "mean"}) as line:
+            rows = [np.ones((2, width), np.float32) * width for width in (1, 3, 3, 70_000, 1)]
+            found_all = await asyncio.gather(*(line.submit({"x": row}) for row in rows))
+            assert [found["mean"].tolist() for found in found_all] == [[row.shape[1]] * 2 for row in rows]
+
+    run(work)
+
+
+def test_what_does_not_open_says_why_and_leaves_nothing() -> None:
+    async def work() -> None:
+        me = psutil.Process()
+        before = {child.pid for child in me.children(recursive=True)}
+        with pytest.raises(TorchshipError, match="start is negative"):
+            async with Opened({"run": "Adder", "options": {"start": -1.0}}, {"run": "wrong", "inputs": {"x": "total"}}):
+                pass
+        assert {child.pid for child in me.children(recursive=True)} <= before
+
+    run(work)
+
+
+def test_closing_answers_everybody_and_leaves_nothing() -> None:
+    async def work() -> None:
+        me = psutil.Process()
+        descriptors = len(os.listdir("/proc/self/fd"))
+        async with Opened({"run": "sleeper", "copies": 2}) as line:
+            pids = {worker.pid for worker in line.legs[0].station.workers}
+            asked = [line.submit({"ms": np.array([50], np.int32)}) for _ in range(4)]
+            await line.drain()
+            found = await asyncio.gather(*asked)
+            assert {int(answer["pid"][0]) for answer in found} <= pids
+            with pytest.raises(Unavailable, match="draining"):
+                line.submit({"ms": np.array([50], np.int32)})
+        assert not pids & {child.pid for child in me.children(recursive=True)}
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+    run(work)
+
+
+def test_replicas_share_the_work() -> None:
+    async def work() -> None:
+        async with Opened({"run": "sleeper", "copies": 2}) as line:
+            asked = [line.submit({"ms": np.array([50], np.int32)}) for _ in range(8)]
+            found = await asyncio.gather(*asked)
+            assert len({int(answer["pid"][0]) for answer in found}) == 2
+
+    run(work)
+
+
+def test_a_crash_loop_opens_the_circuit_and_it_closes_again() -> None:
+    async def work() -> None:
+        async with Opened({"run": "moody"}) as line:
+            station = line.legs[0].station
+            for _ in range(40):
+                if station.broken:
+                    break
+                await asyncio.gather(line.submit({"x": ROW * 0 + 666}), return_exceptions=True)
+            assert station.broken
+            assert not line.ready
+            assert "SIGKILL" in line.reason
+            with pytest.raises(Unavailable, match="cannot be kept running"):
+                await line.submit({"x": ROW})
+            await until(lambda: line.ready)
+            assert np.array_equal((await line.submit({"x": ROW}))["y"], ROW + 1)
+
+    run(work)
