@@ -131,7 +131,7 @@ def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score:
 
     recognizer, book = Recognizer(store), open_gallery(gallery)
     least = embedder().threshold if given["threshold"] is None else given["threshold"]
-    answers = []
+    answers: list[dict[str, Any]] = []
     for path in pictures:
         picture = read(path)
         found = recognizer(picture, min_score=min_score)

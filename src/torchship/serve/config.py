@@ -95,6 +95,13 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         )
 
 
+class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[[mount]]`: more endpoints on the HTTP port: `run` is `module:function(service, **options)`, it gives routes."""
+
+    run: str
+    options: dict[str, Any] = {}
+
+
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -102,6 +109,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StorePlace = StorePlace()
     log: Logs = Logs()
     model: tuple[ModelConfig, ...] = ()
+    mount: tuple[Mount, ...] = ()
 
 
 def convert(data: object) -> ServerConfig:

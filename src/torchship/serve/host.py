@@ -13,6 +13,7 @@ import uvloop
 
 from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
+from torchship.process import resolve
 from torchship.serve import config as configs
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Http, ModelConfig, ServerConfig, StorePlace
@@ -38,7 +39,9 @@ class Server:
         """
         try:
             http = self.config.http
-            self.http = await rest.listen(self.service, host=http.host, port=http.port)
+            mounts = self.config.mount
+            routes = [route for mount in mounts for route in resolve(mount.run)(self.service, **mount.options)]
+            self.http = await rest.listen(self.service, host=http.host, port=http.port, routes=routes)
             for model in self.config.model:
                 self.catalog.expect(model)
             await asyncio.gather(*(self.catalog.load(model) for model in self.config.model))
