@@ -23,6 +23,7 @@ th{font-weight:600;color:#666}code{font-size:.9rem}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#262626}h2{border-color:#444}a{color:#8cf}}
 """
 _HOST = re.compile(r"[A-Za-z0-9.\-:\[\]]{1,255}")
+_PICTURE = re.compile("image|picture|photo|frame|jpe?g|png", re.IGNORECASE)
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -86,7 +87,7 @@ def examples(model: dict[str, Any], *, host: str) -> list[str]:
     body = example_body(model)
     inputs = model["inputs"]
     commands = []
-    if len(inputs) == 1 and inputs[0]["datatype"] == "BYTES":
+    if len(inputs) == 1 and inputs[0]["datatype"] == "BYTES" and _PICTURE.search(inputs[0]["name"]):
         commands.append(f"curl --data-binary @picture.jpg -H 'Content-Type: image/jpeg' {url}")
     if body is not None:
         text = json.dumps(body, separators=(",", ":")).replace("'", "\\u0027")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,12 +82,13 @@ def _text(value: Any) -> str:
 
 
 def _array(spec: TensorSpec, value: Any) -> Array:
-    """A scalar, or a list along the one axis that is free (or the last)."""
+    """A scalar, or a list of all elements: the last free axis is as long as they need."""
     items = value if isinstance(value, list) else [value]
     shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
     if isinstance(value, list) and shape:
         free = [place for place, axis in enumerate(spec.shape) if not isinstance(axis, int)]
-        shape[free[-1] if free else -1] = len(items)
+        if free:
+            shape[free[-1]] = len(items) // max(1, math.prod(shape))
     return decode_json_data(msgspec.json.encode(items), name=spec.name, datatype=spec.dtype, shape=shape)
 
 

@@ -1,0 +1,234 @@
+"""What a server tells and lets be changed: OpenAPI, /docs, generate, repository, shared memory, settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.unit.protocols.fake import FakeService
+from tests.unit.protocols.running import Running, running
+from torchship.errors import BadInput, StageFailed, Unsupported
+from torchship.serve.protocols import rest
+from torchship.serve.protocols._docs import examples
+from torchship.serve.protocols._regions import SharedMemory
+from torchship.serve.protocols._settings import LogSettings, Tracing
+from torchship.serve.protocols.rest import Front
+from torchship.wire.messages import Request
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("traces")
+
+    async def listen(service: FakeService) -> Any:
+        front = Front(service, tracing=Tracing(folder=folder), forward="x-.*")
+        return await rest.listen(service, port=0, front=front)
+
+    with running(listen) as found:
+        found.service.folder = folder  # type: ignore[attr-defined]
+        yield found
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as found:
+        yield found
+
+
+def test_every_example_of_the_docs_works(server: Running, client: httpx.Client, tmp_path: Path) -> None:
+    (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8")
+    assert client.get("/", follow_redirects=True).text == client.get("/docs").text
+    ran = 0
+    for name in sorted(server.service.loaded):
+        model = server.service.model_metadata(name)
+        assert name in client.get("/docs").text
+        for command in examples(model, host=f"127.0.0.1:{server.port}"):
+            done = subprocess.run(
+                ["bash", "-c", command.replace("curl", "curl -sS -f", 1)],
+                cwd=tmp_path, capture_output=True, timeout=30, check=True,
+            )  # fmt: skip
+            assert json.loads(done.stdout)["model_name"] == name
+            ran += 1
+    assert ran >= 5
+
+
+def test_examples_of_large_tensors() -> None:
+    one = {"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3, 224, 224]}]}
+    assert "head -c 602112" in examples(one, host="h")[0]
+    two = {"name": "m", "inputs": [*one["inputs"], {"name": "t", "datatype": "BYTES", "shape": [1]}]}
+    script = shlex.split(examples(two, host="h")[0])[:3]
+    body = json.loads(subprocess.run(script, capture_output=True, timeout=30, check=True).stdout)
+    assert [len(item["data"]) for item in body["inputs"]] == [150528, 1]
+
+
+def test_a_host_that_is_no_host(client: httpx.Client) -> None:
+    text = client.get("/docs", headers={"Host": "x;rm"}).text
+    assert "x;rm" not in text
+
+
+def test_openapi(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    infer = document["paths"]["/v2/models/echo/infer"]["post"]
+    body = infer["requestBody"]["content"]["application/json"]["example"]
+    assert client.post("/v2/models/echo/infer", json=body).status_code == 200
+    assert document["paths"]["/v2/health/live"]["get"]["summary"]
+
+
+def test_generate(client: httpx.Client) -> None:
+    answer = client.post("/v2/models/text/generate", json={"text_input": "hi", "id": "a"}).json()
+    assert answer == {"model_name": "text", "model_version": "1", "id": "a", "text_output": "HI"}
+    numbers = client.post("/v2/models/echo/versions/1/generate", json={"x": list(range(16))}).json()
+    assert numbers["y"] == list(range(16))
+    several = client.post("/v2/models/text/generate", json={"text_input": "hi", "parameters": {"count": 2}})
+    assert several.status_code == 400
+    assert "generate_stream" in several.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{", b'{"id":1,"text_input":"a"}', b'{"text_input":1}', b'{"text_input":"a","parameters":3}',
+             b'{"text_input":"a","x":[1]}', b"{}"]
+)  # fmt: skip
+def test_generate_with_wrong_bodies(client: httpx.Client, body: bytes) -> None:
+    answer = client.post("/v2/models/text/generate", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]
+
+
+def test_generate_stream(server: Running, client: httpx.Client) -> None:
+    ask = {"text_input": "hi", "count": 3}
+    answer = client.post("/v2/models/text/generate_stream", json=ask)
+    assert answer.headers["content-type"] == "text/event-stream"
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
+    assert [event["text_output"] for event in events] == ["HI"] * 3
+    server.service.fault = StageFailed("it broke")
+    try:
+        events = client.post("/v2/models/text/generate_stream", json=ask).text.split("\n\n")
+    finally:
+        server.service.fault = None
+    assert json.loads(events[3].removeprefix("data: ")) == {"error": "it broke"}
+
+
+def test_repository(client: httpx.Client) -> None:
+    assert client.post("/v2/repository/models/text/unload").status_code == 200
+    assert client.get("/v2/models/text/ready").status_code == 503
+    assert client.post("/v2/repository/models/text/load", json={"parameters": {}}).status_code == 200
+    names = [entry["name"] for entry in client.post("/v2/repository/index", json={"ready": True}).json()]
+    assert "text" in names
+    for body in (b"[]", b'{"ready":3}', b'{"parameters":3}'):
+        path = "/v2/repository/index" if b"parameters" not in body else "/v2/repository/models/text/load"
+        assert client.post(path, content=body).status_code == 400
+
+
+def test_shared_memory_is_off_by_default(client: httpx.Client) -> None:
+    assert client.get("/v2/systemsharedmemory/status").status_code == 501
+    body = {"key": "/a", "byte_size": 4}
+    assert client.post("/v2/systemsharedmemory/region/a/register", json=body).status_code == 501
+    assert client.get("/v2/cudasharedmemory/status").json() == []
+    assert client.post("/v2/cudasharedmemory/region/a/register", json={}).status_code == 501
+
+
+def test_traces(server: Running, client: httpx.Client) -> None:
+    changed = client.post(
+        "/v2/models/text/trace/setting",
+        json={"trace_level": ["TIMESTAMPS", "TENSORS"], "trace_rate": "1", "trace_file": "t.jsonl", "trace_count": "2"},
+    ).json()
+    assert changed["trace_level"] == ["TIMESTAMPS", "TENSORS"]
+    item = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+    for number in range(4):
+        client.post("/v2/models/text/infer", json={"id": str(number), "inputs": [item]})
+    folder: Path = server.service.folder  # type: ignore[attr-defined]
+    lines = [json.loads(line) for line in (folder / "t.jsonl").read_text().splitlines()]
+    assert [line["request_id"] for line in lines] == ["0", "1"]
+    assert lines[0]["inputs"] == {"text_input": [1]}
+    assert lines[0]["timestamps"][0]["ns"] <= lines[0]["timestamps"][1]["ns"]
+    cleared = client.post("/v2/models/text/trace/setting", json={"trace_level": None, "trace_count": None}).json()
+    assert cleared["trace_level"] == ["OFF"]
+    assert client.get("/v2/trace/setting").json()["trace_file"] == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"trace_file": "../x"}, {"trace_level": ["ALL"]}, {"trace_rate": "x"}, {"no": "1"}, {"trace_rate": ["1", "2"]}],
+)
+def test_traces_that_cannot_be(change: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"trace|unknown"):
+        Tracing(folder=Path("/nowhere")).change(change)
+
+
+def test_no_traces_without_a_folder() -> None:
+    tracing = Tracing()
+    with pytest.raises(Unsupported, match="does not trace"):
+        tracing.change({"trace_level": ["TIMESTAMPS"]})
+    tracing.record(Request("m", {}), start=1)
+    assert tracing.settings()["trace_level"] == ["OFF"]
+
+
+def test_log_settings_do_what_they_say() -> None:
+    settings = LogSettings(logger="torchship.test.settings")
+    logger = logging.getLogger("torchship.test.settings")
+    settings.change({"log_verbose_level": 1})
+    assert logger.level == logging.DEBUG
+    settings.change({"log_verbose_level": 0, "log_info": False})
+    assert logger.level == logging.WARNING
+    settings.change({"log_warning": False, "log_error": False})
+    assert logger.level == logging.CRITICAL
+    for wrong in ({"log_info": 1}, {"no": True}, {"log_verbose_level": -1}):
+        with pytest.raises(BadInput):
+            settings.change(wrong)
+    with pytest.raises(Unsupported):
+        settings.change({"log_file": "/etc/passwd"})
+
+
+def test_headers_are_forwarded(server: Running, client: httpx.Client) -> None:
+    item = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+    client.post("/v2/models/text/infer", json={"inputs": [item]}, headers={"X-User": "u", "Authorization": "secret"})
+    assert server.service.seen[-1].headers == {"x-user": "u"}
+
+
+def test_regions_survive_files_that_shrink(tmp_path: Path) -> None:
+    memory = SharedMemory(folder=tmp_path)
+    file = tmp_path / "one"
+    file.write_bytes(bytes(100))
+    memory.register("r", key="/one", offset=20, size=80)
+    memory.write("r", b"abc", offset=4, size=4)
+    assert bytes(memory.read("r", offset=4, size=3)) == b"abc"
+    assert file.read_bytes()[24:27] == b"abc"
+    for offset, size in ((0, 81), (80, 1), (-1, 2)):
+        with pytest.raises(BadInput, match="80 bytes"):
+            memory.read("r", offset=offset, size=size)
+    with pytest.raises(BadInput, match="the output has 5 bytes"):
+        memory.write("r", b"abcde", offset=0, size=4)
+    os.truncate(file, 30)
+    with pytest.raises(BadInput, match="shorter"):
+        memory.read("r", offset=0, size=80)
+    with pytest.raises(BadInput, match="shorter"):
+        memory.write("r", bytes(40), offset=0, size=40)
+    memory.unregister()
+    memory.unregister("r")
+    assert memory.status() == []
+
+
+def test_regions_that_may_not_be(tmp_path: Path) -> None:
+    memory = SharedMemory(folder=tmp_path / "in", prefix="ok")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").write_bytes(bytes(9))
+    (tmp_path / "in" / "ok_link").symlink_to(tmp_path / "out")
+    os.mkfifo(tmp_path / "in" / "ok_fifo")
+    (tmp_path / "in" / "ok").write_bytes(bytes(9))
+    for key in ("ok_link", "ok_fifo", "../out", "..", "ok_none", "other", "a/b", "", "ok\0"):
+        with pytest.raises(BadInput):
+            memory.register("r", key=key, offset=0, size=1)
+    for offset, size in ((0, 10), (-1, 3), (9, 1), (0, 0), (2**63, 1)):
+        with pytest.raises(BadInput):
+            memory.register("r", key="/ok", offset=offset, size=size)
+    assert np.array(memory.status()).size == 0
