@@ -15,10 +15,10 @@ import pytest
 
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
-from torchship.serve.protocols import _frames as h2
 from torchship.serve.protocols import grpc, rest
 from torchship.serve.protocols._fields import changes_table
 from torchship.serve.protocols._site import Limits
+from torchship.wire import frames as h2
 from torchship.wire.schema import message
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchship.serve.protocols import _frames as h2
 from torchship.serve.protocols._coding import decompress
 from torchship.serve.protocols._exchange import Exchange, Headers, HttpFault
 from torchship.serve.protocols._outflow import Stream
 from torchship.serve.protocols._site import Site
+from torchship.wire import frames as h2
 
 
 class Answers:

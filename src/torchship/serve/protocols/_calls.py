@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
 from torchship.errors import TorchshipError
-from torchship.serve.protocols import _frames as h2
 from torchship.serve.protocols._coding import decompress
 from torchship.serve.protocols._exchange import Head, HttpFault
+from torchship.wire import frames as h2
 from torchship.wire.raw import Buffer
 from torchship.wire.status import status_of, text_of
 

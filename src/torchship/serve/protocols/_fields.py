@@ -7,7 +7,7 @@ import re
 import hpack
 
 from torchship.serve.protocols._exchange import Head
-from torchship.serve.protocols._frames import COMPRESSION_ERROR, ENHANCE_YOUR_CALM, ConnectionFault
+from torchship.wire.frames import COMPRESSION_ERROR, ENHANCE_YOUR_CALM, ConnectionFault
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")

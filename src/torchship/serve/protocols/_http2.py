@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from torchship.serve.protocols import _frames as h2
 from torchship.serve.protocols._answers import Answers
 from torchship.serve.protocols._calls import Call
 from torchship.serve.protocols._exchange import Head, HttpFault
 from torchship.serve.protocols._fields import Fields, WrongHead, check_trailers, head_of
-from torchship.serve.protocols._frames import ConnectionFault, StreamFault
 from torchship.serve.protocols._outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.protocols._pace import Pace
 from torchship.serve.protocols._reader import FRAME, Reader
 from torchship.serve.protocols._site import Site
+from torchship.wire import frames as h2
+from torchship.wire.frames import ConnectionFault, StreamFault
 
 _WINDOW = 1 << 24
 

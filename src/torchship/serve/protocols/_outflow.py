@@ -6,9 +6,9 @@ import asyncio
 from collections import deque
 from typing import Any
 
-from torchship.serve.protocols import _frames as h2
 from torchship.serve.protocols._exchange import Head
-from torchship.serve.protocols._frames import ConnectionFault, StreamFault
+from torchship.wire import frames as h2
+from torchship.wire.frames import ConnectionFault, StreamFault
 from torchship.wire.raw import Buffer
 
 STREAM_WINDOW = 1 << 20  # what a peer may send on one stream before we let it send more

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torchship.serve.protocols import _frames as h2
-from torchship.serve.protocols._frames import ConnectionFault
+from torchship.wire import frames as h2
+from torchship.wire.frames import ConnectionFault
 
 # a second and connection, with a burst of ten times that
 _ALLOWED = {

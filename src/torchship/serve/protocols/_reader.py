@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torchship.serve.protocols import _frames as h2
-from torchship.serve.protocols._frames import ConnectionFault
+from torchship.wire import frames as h2
+from torchship.wire.frames import ConnectionFault
 
 FRAME = 1 << 18  # the largest frame that we take
 
