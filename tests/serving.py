@@ -45,7 +45,8 @@ def upper(text: Array) -> Array:
 
 @stage("x:FP32[-1,n] -> mean:FP32[-1]", batched=True, max_batch=8)
 def mean(x: Array) -> Array:
-    return x.mean(axis=1)
+    found: Array = x.mean(axis=1)
+    return found
 
 
 @stage("x:FP32[-1,4] -> y:FP32[-1,4]", batched=True, max_batch=8)
