@@ -48,17 +48,26 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     exported = program.export(model, ceiling=_CEILING)
     try:
         with _quiet():
-            data = _lowered(_int8(exported, model) if precision == "int8" else exported)
+            ready = _int8(exported, model) if precision == "int8" else exported
+            data = _lowered(ready, reshapes=len(_free_names(model)) < 2)
     except Exception as fault:
         raise BuildFailed(f"executorch cannot lower this model: {program.one_line(fault)}") from fault
     (out / FILE).write_bytes(data)
 
 
-def _lowered(exported: ExportedProgram) -> bytes:
+def _free_names(model: Model) -> set[str]:
+    return {str(dim) for shape in model.dynamic_shapes() for dim in shape.values()}
+
+
+def _lowered(exported: ExportedProgram, *, reshapes: bool) -> bytes:
+    """`reshapes`: whether XNNPACK may do them; it fails where more than one axis is free."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    left_out = () if reshapes else ("UnsqueezeCopyConfig", "ViewCopyConfig")
+    configs = [config for config in ALL_PARTITIONER_CONFIGS if config.__name__ not in left_out]
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner(configs=configs)])
     return bytes(lowered.to_executorch().buffer)
 
 

@@ -19,7 +19,10 @@ from torchship.tensors import Signature, Tensors
 KIND = "data"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 FILE = "model.onnx"
-_PRECISIONS = ("fp32", "int8", "dynamic_int8")
+_PRECISIONS = ("fp32", "fp16", "int8", "dynamic_int8")
+_PLAIN_PROVIDERS = ("CPUExecutionProvider", "AzureExecutionProvider")
+_HALF_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_DYNAMIC = ("Linear", "LSTM", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
@@ -29,20 +32,38 @@ def probe(*, hardware: Hardware) -> str:
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """int8 first where the processor multiplies bytes, then fp32."""
-    recipes = [Recipe("onnxruntime", {"precision": precision}) for precision in ("int8", "fp32")]
-    return recipes if model.calibration else recipes[1:]
+    """For every accelerator that this onnxruntime knows its provider; then int8 where there is data, fp32, dynamic
+    int8 where there are matrix products; last int8 with the careful ranges.
+    """
+    import onnxruntime as ort
+
+    wishes: list[Options] = []
+    for provider in ort.get_available_providers():
+        if provider in _HALF_PROVIDERS and hardware.gpus:
+            wishes.append({"provider": provider, "precision": "fp16"})
+        elif provider not in _PLAIN_PROVIDERS and provider not in _HALF_PROVIDERS:
+            wishes.append({"provider": provider, "precision": "fp32"})
+    wishes += [{"precision": "int8"}] if model.calibration else []
+    wishes.append({"precision": "fp32"})
+    if any(type(module).__name__ in _DYNAMIC for module in model.module.modules()):
+        wishes.append({"precision": "dynamic_int8"})
+    wishes += [{"precision": "int8", "range": "mse", "bias_correction": True}] if model.calibration else []
+    return [Recipe("onnxruntime", wish) for wish in wishes]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Write `model.onnx`. Options: precision fp32 | int8 (static, calibrated) | dynamic_int8 (matrix products only),
-    and those of `lowering.onnx_int8`. Raises BuildFailed or BadConfig.
+    """Write `model.onnx`. Options: precision fp32 | fp16 | int8 (static, calibrated) | dynamic_int8 (matrix products
+    only), and those of `lowering.onnx_int8`. Raises BuildFailed or BadConfig.
     """
     from torchship.lowering import onnx_graph, onnx_int8
 
     precision = options.get("precision", "fp32")
     if precision not in _PRECISIONS:
         raise BadConfig(f"onnxruntime: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
+    if precision == "fp16":
+        from torchship.lowering import variants
+
+        model = variants.in_precision(model, "fp16", mode="cast")
     onnx_graph.write(model, out / FILE)
     if precision == "int8":
         onnx_int8.quantize(model, out / FILE, options=options)

@@ -25,6 +25,8 @@ from torchship.tensors import Free, Signature, Tensors, numpy_dtype
 KIND = "data"
 PACKAGES = ("openvino", "nncf", "onnx", "onnxscript")
 FILE = "model.xml"
+_PLAIN: Options = {"precision": "f32"}
+_RANGES = ("mean_minmax", "minmax", "percentile", "mse")
 _PRECISIONS = ("f32", "bf16", "f16", "int8")
 
 
@@ -34,17 +36,26 @@ def probe(*, hardware: Hardware) -> str:
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """int8 where there is data and NNCF; bf16 where the processor has it; f32."""
-    found = []
+    """Half precision on devices beside the processor; int8 where there is data and NNCF; bf16 where the processor has
+    it; f32.
+    """
+    import openvino as ov
+
+    wishes: list[Options] = []
+    for device in ov.Core().available_devices:
+        if not device.startswith("CPU"):
+            wishes.append({"device": device, "precision": "f16"})
     if model.calibration and not missing("nncf"):
-        found.append("int8")
+        wishes.append({"precision": "int8"})
     if {"avx512_bf16", "amx_bf16"} & set(hardware.features):
-        found.append("bf16")
-    return [Recipe("openvino", {"precision": precision}) for precision in (*found, "f32")]
+        wishes.append({"precision": "bf16"})
+    return [Recipe("openvino", wish) for wish in (*wishes, _PLAIN)]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Write `model.xml` and `model.bin`. Options: precision f32 | bf16 | f16 | int8.
+    """Write `model.xml` and `model.bin`. Options: precision f32 | bf16 | f16 | int8; for int8 range (mean_minmax |
+    minmax | percentile | mse), bias_correction (the slow, exact one instead of the fast), preset (performance |
+    mixed), transformer, exclude and modules (see `lowering.onnx_int8`).
 
     Raises BuildFailed or BadConfig.
     """
@@ -59,7 +70,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
         try:
             graph = ov.Core().read_model(str(onnx))
             if precision == "int8":
-                graph = _int8(graph, model, options)
+                graph = _int8(graph, onnx, model, options)
             ov.save_model(graph, str(out / FILE), compress_to_fp16=precision == "f16")
         except (BuildFailed, BadConfig):
             raise
@@ -74,20 +85,50 @@ def _precision(options: Options) -> str:
     return precision
 
 
-def _int8(graph: Any, model: Model, options: Options) -> Any:
+def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
     absent = missing("nncf", pip="torchship[openvino]")
     if absent:
         raise BuildFailed(f"openvino int8: {absent}")
     import nncf
+
+    batches = [_feed(batch, model.signature) for batch in model.calibration or model.examples]
+    advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=_ranges(model, options))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            preset=nncf.QuantizationPreset(str(options.get("preset", "performance"))),
+            fast_bias_correction=options.get("bias_correction") is not True,
+            model_type=nncf.ModelType.TRANSFORMER if options.get("transformer") else None,
+            ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, options), validate=False),
+            advanced_parameters=advanced,
+        )
+
+
+def _ranges(model: Model, options: Options) -> Any:
+    """NNCF averages the extremes of the samples by itself, which cuts off the longest where lengths vary."""
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Ranges
 
-    # NNCF averages the extremes of the samples, which cuts off the longest where lengths vary
     lengths_vary = any(isinstance(axis, Free) for spec in model.signature.inputs for axis in spec.shape[1:])
-    ranges = Ranges.MINMAX if lengths_vary else Ranges.MEAN_MINMAX
-    advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges)
-    batches = [_feed(batch, model.signature) for batch in model.calibration or model.examples]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return nncf.quantize(graph, nncf.Dataset(batches), subset_size=len(batches), advanced_parameters=advanced)
+    word = str(options.get("range") or ("minmax" if lengths_vary else "mean_minmax"))
+    known = dict(zip(_RANGES, (Ranges.MEAN_MINMAX, Ranges.MINMAX, Ranges.MEAN_QUANTILE, Ranges.HISTOGRAM), strict=True))
+    if word not in known:
+        raise BadConfig(f"openvino: range {word!r} is unknown", hint=f"use one of {', '.join(known)}")
+    return known[word]
+
+
+def _left_out(graph: Any, path: Path, options: Options) -> list[str]:
+    """OpenVINO calls a node by its ONNX name (its parts by name/part), or by its output's where that is the model's."""
+    import onnx
+
+    from torchship.lowering import onnx_int8
+
+    nodes = onnx.load(str(path), load_external_data=False)
+    names = set(onnx_int8.excluded(nodes, options))
+    names |= {name for node in nodes.graph.node if node.name in names for name in node.output}
+    operations = [operation.get_friendly_name() for operation in graph.get_ops()]
+    return sorted(name for name in operations if name.partition("/")[0] in names)
 
 
 def _feed(tensors: Tensors, signature: Signature) -> list[Any]:
@@ -99,7 +140,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     import openvino as ov
 
     core = ov.Core()
-    target = device.upper()
+    target = (device if device != "cpu" else str(options.get("device", device))).upper()
     if target.partition(".")[0].partition(":")[0] not in {
         *(d.partition(".")[0] for d in core.available_devices),
         "AUTO",

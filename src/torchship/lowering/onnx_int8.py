@@ -25,12 +25,13 @@ _OPS = {"heavy": HEAVY, "light": (*HEAVY, "Add", "MaxPool", "GlobalAveragePool",
 _FLOAT_WORDS = ("fp32", "f32", "float")
 
 
-def quantize(model: Model, path: Path, *, options: Options) -> None:
+def quantize(model: Model, path: Path, *, options: Options, signed: bool = False) -> None:
     """Replace the fp32 file at `path` by its static int8 form, calibrated on the model's data.
 
     Options: range (minmax | percentile | mse | entropy), percentile (99.99), bias_correction (true | false),
     exclude (path patterns of modules kept in float), modules ({"pattern": "fp32"}), ops (heavy | light | all: which
-    kinds of nodes). Raises BuildFailed with the quantizer's reason, BadConfig for a wrong option.
+    kinds of nodes). `signed`: symmetric signed activations and float biases, as TensorRT wants.
+    Raises BuildFailed with the quantizer's reason, BadConfig for a wrong option.
     """
     import onnx
 
@@ -46,7 +47,7 @@ def quantize(model: Model, path: Path, *, options: Options) -> None:
             seen, means = onnx_watch.observe(graph, pieces, folder=Path(folder), means=wanted)
             onnx_bias.correct(graph, means)
             found = {name: ranges.search(s, method=method, percentile=percentile) for name, s in seen.items()}
-            _write_static(graph, found, path, kinds=kinds, skip=excluded(graph, options))
+            _write_static(graph, found, path, kinds=kinds, skip=excluded(graph, options), signed=signed)
         except TorchshipError:
             raise
         except Exception as fault:
@@ -74,7 +75,8 @@ def quantize_dynamic(path: Path, *, options: Options) -> None:
                 op_types_to_quantize=["MatMul", "Gemm", "LSTM"],
                 per_channel=True,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=excluded(graph, options),
+                # a Gemm becomes a MatMul of a longer name before the names are compared
+                nodes_to_exclude=[full for name in excluded(graph, options) for full in (name, f"{name}_MatMul")],
                 extra_options={"MatMulConstBOnly": True},
             )
             path.write_bytes(done.read_bytes())
@@ -113,7 +115,7 @@ def _name_nodes(graph: Any) -> None:
 
 
 def _write_static(
-    graph: Any, found: dict[str, tuple[float, float]], path: Path, *, kinds: list[str], skip: list[str]
+    graph: Any, found: dict[str, tuple[float, float]], path: Path, *, kinds: list[str], skip: list[str], signed: bool
 ) -> None:
     import numpy as np
     from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -127,12 +129,12 @@ def _write_static(
         True,  # per channel
         False,  # all eight bits of the weights: VNNI does not overflow
         QuantType.QInt8,
-        QuantType.QUInt8,
+        QuantType.QInt8 if signed else QuantType.QUInt8,
         TensorsData(CalibrationMethod.MinMax, limits),
         [],
         skip,
         kinds or list(QDQRegistry),
-        {},
+        {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if signed else {},
     )
     quantizer.quantize_model()
     quantizer.model.save_model_to_file(str(path), False)

@@ -1,0 +1,183 @@
+"""TensorRT, or TensorRT-RTX: an engine built from ONNX with its precision written into the graph.
+
+Engines are strongly typed: fp16 is cast in the graph and int8 are explicit quantize nodes (signed, symmetric), since
+TensorRT 11 knows no precision flags. An engine can be built where the libraries are; it runs where a card allows.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torchship.errors import BadConfig, BuildFailed, Unavailable, WrongMachine
+from torchship.hardware import Hardware
+from torchship.lowering import device as place
+from torchship.lowering.needs import missing
+from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.model import Model
+from torchship.recipe import Options, Recipe
+from torchship.stage import Stage
+from torchship.tensors import Axis, Free, Signature, TensorSpec
+
+KIND = "native"
+PACKAGES = ("tensorrt", "tensorrt-rtx-cu13-libs", "torch")
+FILE = "model.plan"
+LAYERS = "layers.json"
+_MODULES = ("tensorrt", "tensorrt_rtx_bindings")
+_PIP = "tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
+_RTX_CARDS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_CEILING = 512
+
+
+def probe(*, hardware: Hardware) -> str:
+    """Why it cannot run here, with the mend; empty when it can. Building needs only the libraries."""
+    found = _module()
+    if not found:
+        return f"neither tensorrt nor TensorRT-RTX is installed: pip install {_PIP}"
+    if not hardware.gpus:
+        return "TensorRT runs on NVIDIA GPUs, and this machine shows none: engines can be built here, not run"
+    card = hardware.gpus[0]
+    if found == "tensorrt_rtx_bindings" and card.capability not in _RTX_CARDS:
+        return f"TensorRT-RTX does not run on {card.name} (compute {card.capability}); it takes {' '.join(_RTX_CARDS)}"
+    return missing("torch", pip="torchship[optimize]")
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
+    """fp16, int8 where there is data, fp32; nothing without a card."""
+    wishes = ["fp16", *(["int8"] if model.calibration else []), "fp32"] if hardware.gpus else []
+    return [Recipe("tensorrt", {"precision": precision, "device": "cuda"}) for precision in wishes]
+
+
+def build(model: Model, *, options: Options, out: Path) -> None:
+    """Write the engine `model.plan` and `layers.json`, which lists the layers of its network.
+
+    Options: precision fp32 | fp16 | bf16 | int8, those of `lowering.onnx_int8`, and workspace (bytes it may use
+    while it tries kernels). Raises BuildFailed or BadConfig.
+    """
+    precision = str(options.get("precision", "fp16"))
+    if precision not in _PRECISIONS:
+        raise BadConfig(f"tensorrt: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
+    if not _module():
+        raise BuildFailed("neither tensorrt nor TensorRT-RTX is installed", hint=f"pip install {_PIP}")
+    with tempfile.TemporaryDirectory(prefix="torchship-tensorrt-") as folder:
+        graph = Path(folder) / "model.onnx"
+        _write_graph(model, graph, precision, options)
+        plan, layers = _compiled(graph, model.signature, options)
+    (out / FILE).write_bytes(plan)
+    (out / LAYERS).write_text(json.dumps(layers, indent=1))
+
+
+def _write_graph(model: Model, path: Path, precision: str, options: Options) -> None:
+    from torchship.lowering import onnx_graph, onnx_int8, variants
+
+    half = precision if precision in ("fp16", "bf16") else "fp32"
+    onnx_graph.write(variants.in_precision(model, half, mode="cast"), path)
+    if precision == "int8":
+        onnx_int8.quantize(model, path, options={"ops": "heavy", **options}, signed=True)
+
+
+def _module() -> str:
+    return next((name for name in _MODULES if find_spec(name)), "")
+
+
+def _bindings() -> Any:
+    import importlib
+
+    name = _module()
+    if not name:
+        raise Unavailable("neither tensorrt nor TensorRT-RTX is installed", hint=f"pip install {_PIP}")
+    return importlib.import_module(name)
+
+
+def _compiled(graph: Path, signature: Signature, options: Options) -> tuple[bytes, list[dict[str, str]]]:
+    trt = _bindings()
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph.read_bytes()):
+        faults = "; ".join(str(parser.get_error(i)) for i in range(min(parser.num_errors, 3)))
+        raise BuildFailed(f"TensorRT cannot parse this graph: {' '.join(faults.split())[:400]}")
+    config = builder.create_builder_config()
+    if workspace := options.get("workspace"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(str(workspace)))
+    profile = builder.create_optimization_profile()
+    for spec in signature.inputs:
+        if any(isinstance(axis, Free) for axis in spec.shape):
+            profile.set_shape(spec.name, *(_extent(spec, signature, which) for which in ("least", "usual", "most")))
+    config.add_optimization_profile(profile)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    listed = [
+        {"name": layer.name, "type": str(layer.type).rpartition(".")[2], "dtype": _output_type(layer)}
+        for layer in layers
+    ]
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildFailed("TensorRT found no engine for this graph", hint="try precision fp32, or fewer free axes")
+    return bytes(plan), listed
+
+
+def _output_type(layer: Any) -> str:
+    return str(layer.get_output(0).dtype).rpartition(".")[2] if layer.num_outputs else ""
+
+
+def _extent(spec: TensorSpec, signature: Signature, which: str) -> tuple[int, ...]:
+    def length(position: int, axis: Axis) -> int:
+        if isinstance(axis, int):
+            return axis
+        rows = position == 0 and signature.batched
+        most = signature.max_rows if rows else axis.max or max(_CEILING, axis.min)
+        least = max(axis.min, 1)
+        return {"least": least, "usual": max(least, min(most, 8 if rows else most // 2)), "most": most}[which]
+
+    return tuple(length(position, axis) for position, axis in enumerate(spec.shape))
+
+
+def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
+    """Load the engine; torch holds its memory. Raises WrongMachine or Unavailable."""
+    trt = _bindings()
+    device = place.of({**options, "device": "cuda"}, device=device)
+    prepare(device=device, threads=threads)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine((path / FILE).read_bytes())
+    if engine is None:
+        raise WrongMachine(
+            f"{FILE} was built for another card or another TensorRT than {trt.__version__}", hint="optimize it here"
+        )
+    body = _Engine(engine, signature, device)
+    return TorchStage(body, signature=signature, device=device, check=True)
+
+
+class _Engine:
+    """One execution context; tensors stay on the card between input and output."""
+
+    def __init__(self, engine: Any, signature: Signature, device: str) -> None:
+        from torchship.lowering.variants import to_torch_dtype
+
+        self._context = engine.create_execution_context()
+        self._inputs = [(spec.name, to_torch_dtype(spec.dtype)) for spec in signature.inputs]
+        self._outputs = [(spec.name, to_torch_dtype(spec.dtype)) for spec in signature.outputs]
+        self._device = device
+
+    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+        import torch
+
+        held = []
+        for (name, dtype), tensor in zip(self._inputs, tensors, strict=True):
+            ready = tensor.to(dtype).contiguous()
+            held.append(ready)
+            self._context.set_input_shape(name, tuple(ready.shape))
+            self._context.set_tensor_address(name, ready.data_ptr())
+        answers = []
+        for name, dtype in self._outputs:
+            answer = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device=self._device)
+            self._context.set_tensor_address(name, answer.data_ptr())
+            answers.append(answer)
+        stream = torch.cuda.current_stream(self._device)
+        self._context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+        return tuple(answers)
