@@ -15,7 +15,7 @@ _ROOMS = {
     "Guard": "torchship.optimize.guard:Guard",
     "Recipe": "torchship.recipe:Recipe",
     "Report": "torchship.optimize.report:Report",
-    "open": "torchship.artifact:open_stage",
+    "open": "torchship.pipeline:open_target",
     "Artifact": "torchship.artifact:Artifact",
     "Store": "torchship.artifact.store:Store",
     "Signature": "torchship.tensors:Signature",
@@ -28,9 +28,9 @@ __all__ = ["__version__", *_ROOMS, *_VERBS]  # noqa: PLE0604  # names are string
 
 if TYPE_CHECKING:
     from torchship.artifact import Artifact as Artifact
-    from torchship.artifact import open_stage as open
     from torchship.artifact.store import Store as Store
     from torchship.errors import TorchshipError as TorchshipError
+    from torchship.pipeline.targets import open as open
     from torchship.stage import Stage as Stage
     from torchship.tensors import Signature as Signature
     from torchship.tensors import TensorSpec as TensorSpec

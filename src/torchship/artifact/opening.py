@@ -43,7 +43,7 @@ class Artifact:
         """
         manifest = self.manifest
         if manifest.kind != "model":
-            raise Unsupported(f"{manifest.name!r} is a {manifest.kind}", hint="open it with torchship.pipeline")
+            raise Unsupported(f"{manifest.name!r} is a {manifest.kind}", hint="open it with torchship.open")
         fault: TorchshipError | None = None
         parts = [("backend", manifest.recipe)] + ([("fallback", manifest.fallback)] if manifest.fallback else [])
         for part, recipe in parts:

@@ -98,13 +98,13 @@ def _write_examples(root: Path, signature: Signature, inputs: Tensors, outputs: 
 
 def _seal(root: Path, manifest: Manifest) -> Artifact:
     """Hash every file and write the manifest, after everything else is on the disk."""
-    native = {place for place, recipe in _parts(manifest) if _is_native(recipe)}
+    native = _native_places(root, manifest)
     entries = []
     for path, info in folders.files_below(root).items():
         if path in (MANIFEST, SIGNATURE):
             continue
         folders.check_path(path)
-        code: Literal["native", "data"] = "native" if path.split("/")[0] in native else "data"
+        code: Literal["native", "data"] = "native" if path.startswith(native) else "data"
         entries.append(FileEntry(path, folders.sha256(root, path), info.st_size, code))
         folders.sync(root / path)
     for place, _, _ in os.walk(root):
@@ -115,10 +115,14 @@ def _seal(root: Path, manifest: Manifest) -> Artifact:
     return Artifact(root, sealed, hashlib.sha256(data).hexdigest())
 
 
-def _parts(manifest: Manifest) -> list[tuple[str, Recipe]]:
+def _native_places(root: Path, manifest: Manifest) -> tuple[str, ...]:
+    """How the paths of native files begin: those of native backends, also in the models of a pipeline."""
     if manifest.kind == "pipeline":
-        return []
-    return [("backend", manifest.recipe)] + ([("fallback", manifest.fallback)] if manifest.fallback else [])
+        inner = [open_artifact(place.parent, verify=False) for place in sorted(root.glob(f"models/*/{MANIFEST}"))]
+        files = ((f"models/{found.path.name}/{entry.path}", entry) for found in inner for entry in found.manifest.files)
+        return tuple(path for path, entry in files if entry.kind == "native")
+    parts = [("backend/", manifest.recipe)] + ([("fallback/", manifest.fallback)] if manifest.fallback else [])
+    return tuple(place for place, recipe in parts if _is_native(recipe))
 
 
 def _is_native(recipe: Recipe) -> bool:

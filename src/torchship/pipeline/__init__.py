@@ -3,6 +3,19 @@
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.pipeline.opening import open_stage
+from torchship.pipeline.packing import pack_pipeline
 from torchship.pipeline.planning import Node, Plan, plan
+from torchship.pipeline.targets import open_target, plan_target
 
-__all__ = ["Composed", "Node", "PipelineConfig", "Plan", "StageConfig", "open_stage", "plan"]
+__all__ = [
+    "Composed",
+    "Node",
+    "PipelineConfig",
+    "Plan",
+    "StageConfig",
+    "open_stage",
+    "open_target",
+    "pack_pipeline",
+    "plan",
+    "plan_target",
+]

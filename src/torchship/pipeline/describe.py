@@ -10,13 +10,15 @@ import msgspec
 from torchship import process
 from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
-from torchship.pipeline.config import StageConfig
+from torchship.pipeline import embedded
+from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.stage import Parameter, declaration, declared_parameters
 from torchship.tensors import Signature
 
 
 class Description(msgspec.Struct, frozen=True):
-    """A stage before it is opened. `takes_labels`: its option `labels` is filled from the artifact before it."""
+    """A stage before it is opened. `takes_labels`: its option `labels` is filled from the artifact before it.
+    `pipeline` is what an artifact of that kind holds: its stages take the place of the one."""
 
     signature: Signature
     max_batch: int
@@ -24,6 +26,7 @@ class Description(msgspec.Struct, frozen=True):
     streams: bool = False
     labels: tuple[str, ...] = ()
     takes_labels: bool = False
+    pipeline: PipelineConfig | None = None
 
 
 def describe(config: StageConfig, store: Store) -> Description:
@@ -69,7 +72,12 @@ def _of_python(config: StageConfig) -> Description:
 
 
 def _of_artifact(config: StageConfig, store: Store) -> Description:
-    manifest = open_artifact(store.resolve(config.artifact), verify=False).manifest
+    artifact = open_artifact(store.resolve(config.artifact), verify=False)
+    manifest = artifact.manifest
+    if manifest.kind == "pipeline":
+        whole = open_artifact(artifact.path)
+        inner = embedded.read(whole, trust=config.trust)
+        return Description(manifest.signature, manifest.max_batch, labels=manifest.labels, pipeline=inner)
     return Description(manifest.signature, config.max_batch or manifest.max_batch, labels=manifest.labels)
 
 
@@ -85,8 +93,11 @@ class _Question(msgspec.Struct):
 
 
 def describe_apart(config: StageConfig, store: Store) -> Description:
-    """The same in a child process, so that a stage's imports (torch, a model library) never burden this one."""
-    if not config.run:
+    """The same in a child process, so that a stage's imports (torch, a model library) never burden this one.
+
+    torchship's own stages are known to import nothing heavy.
+    """
+    if not config.run or config.run.startswith("torchship.stages."):
         return describe(config, store)
     question = msgspec.to_builtins(_Question(config, str(store.root)))
     outcome = process.run("torchship.pipeline.describe:answer", argument=question, timeout=120.0)

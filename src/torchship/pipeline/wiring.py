@@ -34,11 +34,12 @@ class Bench:
     by_key: dict[str, Slot] = field(default_factory=dict)
     last: tuple[Slot, ...] = ()
 
-    def put(self, slots: tuple[Slot, ...]) -> None:
+    def put(self, slots: tuple[Slot, ...], *, stage: str = "") -> None:
         """Take in what a stage gives."""
         for slot in slots:
             self.by_name[slot.spec.name] = slot
             self.by_key[slot.key] = slot
+            self.by_key.setdefault(f"{stage}.{slot.spec.name}", slot)
         self.last = slots
 
     def find(self, name: str) -> Slot | None:

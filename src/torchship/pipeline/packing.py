@@ -1,0 +1,77 @@
+"""Publishes a pipeline as an artifact: its stages' configuration, its models and its files in one folder."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from torchship import __version__
+from torchship.artifact import Artifact, Store, open_artifact
+from torchship.artifact import folder as folders
+from torchship.artifact.manifest import Provenance
+from torchship.artifact.package import pack
+from torchship.errors import BadConfig
+from torchship.pipeline.config import StageConfig
+from torchship.pipeline.embedded import FILE, INSIDE
+from torchship.pipeline.planning import Node, Plan
+from torchship.recipe import Recipe
+from torchship.tensors import Tensors
+
+
+def pack_pipeline(
+    plan: Plan, folder: Path | str, *, store: Store | None = None, inputs: Tensors = {}, outputs: Tensors = {}
+) -> Artifact:
+    """Write a checked pipeline into the empty `folder` as an artifact: models and files of options are copied in.
+
+    `inputs` and `outputs` are an example and the pipeline's answer to it. Python stages outside torchship are named,
+    not copied: they must be installed where it is opened. Raises BadConfig, ArtifactError.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise BadConfig(f"{root} is not empty", hint="give a new folder")
+    found = store or Store()
+    if len(plan.nodes) != len(plan.config.stages):
+        raise BadConfig("a pipeline that holds another published one cannot be published", hint="list its stages")
+    stages = tuple(_taken(stage, node, root, found) for stage, node in zip(plan.config.stages, plan.nodes, strict=True))
+    config = msgspec.structs.replace(plan.config, stages=stages)
+    data = msgspec.json.format(msgspec.json.encode(config), indent=1)
+    folders.write(root / FILE, data)
+    return pack(
+        root,
+        name=plan.name,
+        signature=plan.signature,
+        recipe=Recipe("pipeline"),
+        provenance=Provenance(
+            torchship=__version__,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            source=f"pipeline {plan.name}",
+            model_hash=hashlib.sha256(data).hexdigest(),
+        ),
+        max_batch=plan.max_batch,
+        inputs=inputs,
+        outputs=outputs,
+        labels=plan.labels,
+        kind="pipeline",
+    )
+
+
+def _taken(stage: StageConfig, node: Node, root: Path, store: Store) -> StageConfig:
+    """The stage with its model or files copied below `root`."""
+    place = f"{node.index}_{node.name}"
+    if stage.artifact:
+        source = open_artifact(store.resolve(stage.artifact))
+        shutil.copytree(source.path, root / "models" / place)
+        return msgspec.structs.replace(stage, artifact=f"{INSIDE}models/{place}", name=node.name)
+    options = dict(stage.options)
+    for option, value in options.items():
+        if isinstance(value, str) and "/" in value and Path(value).is_file():
+            inside = f"files/{place}/{Path(value).name}"
+            (root / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(value, root / inside)
+            options[option] = f"{INSIDE}{inside}"
+    return msgspec.structs.replace(stage, options=options)
