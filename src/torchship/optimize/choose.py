@@ -10,6 +10,7 @@ import msgspec
 from torchship.artifact.manifest import Timing
 from torchship.errors import BadConfig
 from torchship.optimize.trial import Trial
+from torchship.recipe import Recipe
 
 Goal: TypeAlias = Literal["latency", "throughput", "size", "memory"]
 GOALS: tuple[str, ...] = get_args(Goal)
@@ -118,7 +119,7 @@ def _why(trials: Sequence[Trial], ranking: Sequence[int], costs: dict[int, float
         "memory": "least memory",
     }[goal]
     parts = [noun]
-    eager = next((i for i in ranking if trials[i].recipe.backend == "eager" and not trials[i].recipe.transforms), None)
+    eager = next((i for i in ranking if trials[i].recipe == Recipe("eager")), None)
     if eager is not None and eager != ranking[0]:
         parts.append(f"{costs[eager] / max(costs[ranking[0]], 1e-12):.2f}x better than eager")
     if len(ranking) > 1 and ranking[1] != eager:

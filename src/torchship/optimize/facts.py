@@ -10,6 +10,7 @@ from torchship.artifact.manifest import BatchPoint
 from torchship.optimize.choose import Choice, Constraints, Goal
 from torchship.optimize.guard import HOPELESS
 from torchship.optimize.trial import Trial
+from torchship.recipe import Recipe
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -41,7 +42,7 @@ class Facts(msgspec.Struct, frozen=True):
 
 def eager_of(facts: Facts) -> Trial | None:
     """The trial of the plain eager module, where it was measured."""
-    return next((t for t in facts.trials if t.recipe.backend == "eager" and not t.recipe.transforms and t.timing), None)
+    return next((t for t in facts.trials if t.recipe == Recipe("eager") and t.timing), None)
 
 
 def load(path: Path | str) -> Facts:

@@ -154,7 +154,8 @@ def _curves(facts: Facts, measured: Sequence[Trial], *, rate: bool) -> str:
 def _sensitivity(facts: Facts) -> str:
     if not facts.sensitivity:
         return ""
-    kept = {word for trial in facts.trials for note in trial.notes for word in note.replace(",", " ").split()}
+    spared = [trial.recipe.options.get("exclude") for trial in facts.trials if trial.status == "ok"]
+    kept = {path for paths in spared if isinstance(paths, list) for path in paths}
     worst = sorted(facts.sensitivity, key=lambda item: item[1])[:40]
     svg = plots.bars([(name, value, name in kept) for name, value in worst], unit="dB")
     words = "Signal to quantization noise of single layers, the most sensitive first; marked: kept in floating point."

@@ -18,8 +18,10 @@ from torchship.model import Model
 from torchship.optimize import cache as caching
 from torchship.optimize import trial as trials
 from torchship.optimize.cache import Cache, digest
+from torchship.optimize.choose import Goal
 from torchship.optimize.guard import HOPELESS, Guard, judge
 from torchship.optimize.measure import Effort
+from torchship.optimize.order import next_up
 from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial
 from torchship.recipe import Recipe
 
@@ -92,18 +94,22 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
 
 
 def run(
-    recipes: Sequence[Recipe], *, course: Course, deadline: float, on_trial: OnTrial | None = None
+    recipes: Sequence[Recipe], *, course: Course, goal: Goal, deadline: float, on_trial: OnTrial | None = None
 ) -> tuple[list[Trial], bool]:
-    """Trials in the order of `recipes`, and whether the user interrupted; what the budget did not reach is skipped."""
-    done: list[Trial] = []
+    """Trials of `recipes`, best first, and whether the user interrupted; what the budget did not reach is skipped.
+
+    The first recipe (plain eager) runs whatever the budget.
+    """
+    waiting, done = list(recipes), list[Trial]()
     interrupted = False
-    for index, recipe in enumerate(recipes):
+    while waiting:
+        recipe = waiting.pop(next_up(waiting, done, goal=goal))
         left = deadline - time.monotonic()
-        if interrupted or (left <= 0 and index > 0):
+        if interrupted or (left <= 0 and done):
             found = Trial(recipe, "skipped", failure="interrupted" if interrupted else "the budget was used up")
         else:
             try:
-                found = attempt(recipe, course=course, left=max(left, 30.0) if index == 0 else left)
+                found = attempt(recipe, course=course, left=left if done else max(left, 60.0))
             except KeyboardInterrupt:
                 interrupted = True
                 found = Trial(recipe, "skipped", failure="interrupted")

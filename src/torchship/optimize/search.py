@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Unpack
 
+import msgspec
 import torch
 
 from torchship import __version__
@@ -23,7 +24,7 @@ from torchship.errors import BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import capsule, race, reference
+from torchship.optimize import capsule, race, reference, rematch, rescue
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, choose
@@ -104,16 +105,48 @@ def _race(
     recipes, left_out = race.propose(course.model, hardware=machine, backends=wish.backends)
     if wish.recipes is not None:
         recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
-    trials, interrupted = race.run(recipes, course=course, deadline=started + wish.budget, on_trial=on_trial)
+    deadline = started + wish.budget
+    trials, interrupted = race.run(recipes, course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
+    layers: tuple[rescue.Layer, ...] = ()
+    try:
+        if not interrupted:
+            layers = _rescue(trials, course, wish, deadline=deadline, on_trial=on_trial)
+            first = choose(trials, goal=wish.goal, constraints=wish.constraints)
+            trials = rematch.run(trials, first, course=course, goal=wish.goal, deadline=deadline)
+    except KeyboardInterrupt:
+        interrupted = True
     cache.trim()
+    facts = _facts(course, wish, trials, left_out)
+    found = tuple((layer.path, layer.db) for layer in layers)
+    seconds = time.monotonic() - started
+    return msgspec.structs.replace(facts, sensitivity=found, interrupted=interrupted, seconds=seconds)
+
+
+def _rescue(
+    trials: list[Trial], course: Course, wish: Wish, *, deadline: float, on_trial: OnTrial | None
+) -> tuple[rescue.Layer, ...]:
+    """Append trials that leave sensitive layers out of int8, where that could win; the ranking they went by."""
+    candidates = rescue.worth_it(trials, goal=wish.goal)
+    if not candidates or time.monotonic() > deadline:
+        return ()
+    layers = rescue.ranking(course, seconds=min(120.0, deadline - time.monotonic()))
+    for trial in rescue.run(candidates, layers, course=course, deadline=deadline):
+        trials.append(trial)
+        if on_trial is not None:
+            on_trial(trial, len(trials), len(trials))
+    return layers
+
+
+def _facts(course: Course, wish: Wish, trials: Sequence[Trial], left_out: dict[str, str]) -> Facts:
+    model = course.model
     return Facts(
         name=model.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         torchship=__version__,
         source=wish.source,
         signature=str(model.signature),
-        hardware=machine.line,
-        fingerprint=machine.fingerprint,
+        hardware=course.hardware.line,
+        fingerprint=course.hardware.fingerprint,
         threads=wish.threads,
         device=wish.device,
         goal=wish.goal,
@@ -124,8 +157,6 @@ def _race(
         notes=tuple(getattr(model.module, "notes", ())),
         command=wish.command,
         rows=course.rows,
-        seconds=time.monotonic() - started,
-        interrupted=interrupted,
         reference_metric=course.reference_metric,
         packages=caching.versions(["torch", "onnxruntime", "openvino", "nncf", "torchao"]),
     )

@@ -141,6 +141,24 @@ def test_ctrl_c_and_a_spent_budget_keep_what_is_done(planted: Path) -> None:
     assert "budget" in spent.trials[1].failure
 
 
+def test_layers_are_left_out_of_int8_until_the_guard_holds(planted: Path) -> None:
+    torch.manual_seed(2)
+    deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    rows = [torch.randn(8, 4) for _ in range(4)]
+    report = search.optimize(
+        deep, torch.randn(2, 4), calibration=rows, backends=["planted_touchy"], effort=QUICK,
+        cache=planted / "cache", publish=False,
+    )  # fmt: skip
+    excluded = [trial.recipe.options.get("exclude", []) for trial in report.trials[1:]]
+    assert [len(paths) for paths in excluded if isinstance(paths, list)] == [0, 1, 2]
+    assert [trial.status for trial in report.trials[1:]] == ["refused", "refused", "ok"]
+    worst = [path for path, _ in report.facts.sensitivity]
+    assert sorted(worst) == ["0", "1", "2", "3"]
+    assert excluded[2] == worst[:2]
+    assert f"kept in float, as the most sensitive to int8: {worst[0]} (" in report.trials[3].notes[0]
+    assert "Sensitivity to int8" in report.save(planted / "touchy").read_text()
+
+
 def test_the_users_metric_refuses(planted: Path) -> None:
     def metric(stage: torchship.Stage) -> float:
         answer = stage({"input": np.ones((2, 4), np.float32)})["output"]

@@ -1,0 +1,54 @@
+"""Best first, who is rescued, and who races again: pure functions of the trials."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tests.unit.optimize.test_choose import trial
+from torchship.optimize.choose import choose
+from torchship.optimize.order import next_up
+from torchship.optimize.rematch import racers
+from torchship.optimize.rescue import Layer, describe, worth_it
+from torchship.optimize.trial import Trial
+from torchship.recipe import Recipe
+
+INT8 = {"precision": "int8"}
+
+
+def test_every_backend_is_tried_once_before_any_twice() -> None:
+    waiting = [Recipe("a", INT8), Recipe("a"), Recipe("b")]
+    assert next_up(waiting, [trial("eager")], goal="latency") == 0
+    assert next_up(waiting[1:], [trial("eager"), trial("a", p50=1)], goal="latency") == 1
+
+
+def test_then_the_best_backend_goes_on_and_a_failed_one_waits() -> None:
+    done = [trial("slow", p50=9), trial("fast", p50=3), Trial(Recipe("broken"), "failed", failure="x")]
+    waiting = [Recipe("broken"), Recipe("slow"), Recipe("fast", INT8), Recipe("fast")]
+    assert next_up(waiting, done, goal="latency") == 2
+    assert next_up(waiting[:2], done, goal="latency") == 1
+
+
+def test_only_refused_int8_that_would_win_is_rescued() -> None:
+    def refused(name: str, p50: float, **options: str) -> Trial:
+        found = trial(name, p50=p50, status="refused", passed=False)
+        return msgspec.structs.replace(found, recipe=Recipe(name, dict(options)))
+
+    fast, faster, slow = refused("a", 3, **INT8), refused("b", 2, **INT8), refused("c", 30, **INT8)
+    half = refused("d", 1, precision="bf16")
+    excluded = msgspec.structs.replace(fast, recipe=Recipe("a", {"precision": "int8", "exclude": ["x"]}))
+    found = worth_it([trial("eager", p50=10), fast, faster, slow, half, excluded], goal="latency")
+    assert [each.recipe.backend for each in found] == ["b", "a"]
+    assert worth_it([trial("eager", p50=1), fast], goal="latency") == []
+
+
+def test_close_racers_meet_again_with_eager_beside_them() -> None:
+    trials = [trial("eager", p50=10), trial("a", p50=2.0), trial("b", p50=2.2), trial("c", p50=4)]
+    assert racers(trials, choose(trials, goal="latency"), goal="latency") == [1, 2, 0]
+    assert racers(trials, choose(trials, goal="size"), goal="size") == []
+    assert racers(trials[:2], choose(trials[:2], goal="latency"), goal="latency") == []
+
+
+def test_left_out_layers_are_named_worst_first() -> None:
+    words = describe([Layer(f"block.{i}", 10.0 + i) for i in range(8)])
+    assert words.startswith("kept in float, as the most sensitive to int8: block.0 (10.0 dB), ")
+    assert words.endswith("and 2 more")
