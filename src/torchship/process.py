@@ -7,6 +7,7 @@ Argument and result are JSON: nothing is pickled, and nothing is inherited but t
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import importlib
 import os
 import signal
@@ -183,6 +184,7 @@ def _main(given: int) -> None:
     """The child's side."""
     with os.fdopen(given, "rb") as file:
         target, argument, parent, cpus, answer = msgspec.json.decode(file.read())
+    faulthandler.enable()  # a crash in native code leaves the Python lines in the log
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -87,3 +87,9 @@ def test_signals_have_names() -> None:
     assert process.describe_exit(-9) == "killed by SIGKILL"
     assert process.describe_exit(3) == "exited with code 3"
     assert process.describe_exit(-200) == "killed by signal 200"
+
+
+def test_a_crash_leaves_the_python_lines_in_the_log() -> None:
+    outcome = process.run(f"{HERE}:crash", timeout=30)
+    assert "Segmentation fault" in outcome.log
+    assert "process_targets.py" in outcome.log
