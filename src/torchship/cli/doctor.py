@@ -2,72 +2,105 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from importlib.util import find_spec
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from torchship.optimize.doctor.machine import Machine
-
-
-@click.command(
-    epilog="""\b
+_EXAMPLES = """
+\b
 Examples:
   torchship doctor
   torchship doctor --json | jq .backends
+  torchship doctor mypkg.model:build --input "image:FP32[-1,3,224,224]"
+  torchship doctor mypkg.model:build --input "ids:INT64[-1,seq:1..512]" --routes export,onnx
+  torchship doctor --explain server.log
+  python serve.py 2>&1 | torchship doctor --explain -
 """
-)
-@click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
-def command(*, as_json: bool) -> None:
-    """Say what this machine is, which backends run here, and why the others do not.
 
-    Always ends with exit code 0: a missing backend is a finding, not a failure.
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("target", required=False)
+@click.option("--input", "inputs", multiple=True, metavar="SPEC",
+              help='An input as "name:DTYPE[axes]"; -1 frees an axis, seq:1..512 names and bounds it.')  # fmt: skip
+@click.option("--routes", metavar="A,B", help="Only these: export, 'export strict', onnx, trace, script, compile.")
+@click.option("--timeout", type=float, default=180.0, show_default=True, metavar="S", help="Seconds for each route.")
+@click.option("--explain", "log", type=click.File("r", errors="replace"), metavar="LOGFILE",
+              help="Explain the failures in a log; - reads standard input.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
+@click.pass_context
+def command(ctx: click.Context, /, **given: Any) -> None:
+    """Say what this machine can run; or why a model does not export; or what a failure means.
+
+    Without TARGET: the machine, its features, and which backends run here. With TARGET (module:attribute, an
+    nn.Module or a function that returns one): every export route is tried in a process of its own, and each refusal
+    is explained with your line and a proposed edit.
+
+    \b
+    Exit codes: 0 the machine was examined, the model is healthy, or the failure was explained
+                1 neither torch.export nor ONNX takes the model, something gives wrong results, or nothing is known
     """
+    as_json = given["as_json"]
+    if given["log"] is not None:
+        code = _explain(given["log"].read(), as_json=as_json)
+    elif given["target"] is not None:
+        code = _diagnose(given["target"], given["inputs"], given["routes"], given["timeout"], as_json=as_json)
+    else:
+        code = _machine(as_json=as_json)
+    ctx.exit(code)
+
+
+def _machine(*, as_json: bool) -> int:
+    from torchship.cli import _doctor_pages as pages
     from torchship.optimize.doctor.machine import examine
 
     found = examine()
     if as_json:
-        import msgspec
+        _print_json(found)
+    else:
+        pages.show_machine(found)
+    return 0
 
-        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-        return
+
+def _diagnose(target: str, inputs: tuple[str, ...], routes: str | None, timeout: float, *, as_json: bool) -> int:
     from rich.console import Console
 
-    _show_machine(found, console=Console(highlight=False))
+    if find_spec("torch") is None:
+        from torchship.errors import Unavailable
+
+        raise Unavailable("a model can only be examined where torch is", hint="pip install 'torchship[optimize]'")
+    from torchship.cli import _doctor_pages as pages
+    from torchship.optimize.doctor import examination
+    from torchship.optimize.doctor import routes as known
+
+    sys.path.insert(0, "")
+    names = known.ROUTE_NAMES if routes is None else tuple(part.strip() for part in routes.split(","))
+    progress = Console(stderr=True)
+    with progress.status("looking at the module") as status:
+        found = examination.diagnose_target(
+            target, inputs=inputs, routes=names, timeout=timeout, on_step=lambda name: status.update(f"{name} is done")
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        pages.show_examination(found)
+    return 0 if found.healthy else 1
 
 
-_COLOURS = {"ok": "green", "warn": "yellow", "bad": "red"}
+def _explain(text: str, *, as_json: bool) -> int:
+    from torchship.cli import _doctor_pages as pages
+    from torchship.optimize.doctor.explain import explain
+
+    found = explain(text)
+    if as_json:
+        _print_json(found)
+    else:
+        pages.show_explanations(found)
+    return 0 if found else 1
 
 
-def _show_machine(found: Machine, *, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+def _print_json(found: object) -> None:
+    import msgspec
 
-    table = Table(title="This machine", title_justify="left", box=None, show_header=False, pad_edge=False)
-    for fact in found.facts:
-        colour = _COLOURS[fact.level]
-        table.add_row(f"[bold]{escape(fact.name)}", f"[{colour}]{escape(fact.value)}")
-    packages = ", ".join(f"{name} {number}" for name, number in found.packages.items())
-    table.add_row("[bold]packages", escape(packages) or "-")
-    table.add_row("[bold]fingerprint", found.fingerprint)
-    console.print(table, "")
-    table = Table(title="Features", title_justify="left", box=None, pad_edge=False)
-    for heading in ("feature", "here", "good for"):
-        table.add_column(heading, overflow="fold")
-    for feature in found.features:
-        here = "[green]yes" if feature.present else "[dim]no"
-        name = feature.name if feature.device == "cpu" else f"{feature.name} ({feature.device})"
-        table.add_row(escape(name), here, escape(feature.use))
-    console.print(table, "")
-    table = Table(title="Backends", title_justify="left", box=None, pad_edge=False)
-    for heading in ("backend", "runs here", "why not"):
-        table.add_column(heading, overflow="fold")
-    for row in found.backends:
-        table.add_row(escape(row.name), "[yellow]no" if row.reason else "[green]yes", escape(row.reason))
-    console.print(table)
-    if found.advice:
-        console.print("\n[bold]Advice")
-        for line in found.advice:
-            console.print(f"  - {escape(line)}")
+    click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())

@@ -1,0 +1,162 @@
+"""The constructs that stop an export, how each shows in an error's text, and what to do about it in plain words."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+
+class Construct(msgspec.Struct, frozen=True):
+    """`pattern` is searched in the error's text, `code` (where given) in the user's line."""
+
+    name: str
+    pattern: str
+    words: str
+    edit: str
+    code: str = ""
+
+    def fits(self, text: str, code: str) -> bool:
+        """Whether an error with this text at this line is of this kind."""
+        return bool(re.search(self.pattern, text, re.I)) and bool(not self.code or re.search(self.code, code))
+
+
+_DEPENDENT = r"data-dependent|DataDependent|Could not guard on|specialized integer"
+
+CONSTRUCTS = (
+    Construct(
+        "user-inserted graph break",
+        r"graph_break\(\)",
+        "the code asks torch.compile to break the graph here",
+        "remove the call",
+    ),
+    Construct(
+        ".item()",
+        rf"{_DEPENDENT}|Tensor\.item\(\)|aten\._local_scalar_dense|capture_scalar_outputs",
+        "a number is taken out of a tensor, so the program would depend on the data: a graph holds no Python numbers",
+        "keep it a tensor: drop .item(), and compare or multiply tensors; a loop that runs as often as the data says "
+        "needs a fixed number of rounds with torch.where, or stays outside of the model",
+        code=r"\.item\(|\.tolist\(|\bint\(|\bfloat\(|\bbool\(",
+    ),
+    Construct(
+        "loop as long as the data says",
+        _DEPENDENT,
+        "how often the loop runs is only known when the model runs",
+        "a fixed number of rounds with torch.where inside; torch.while_loop; or keep the loop outside of the model",
+        code=r"\bfor\b.*\brange\(|\bwhile\b",
+    ),
+    Construct(
+        "data-dependent if",
+        rf"{_DEPENDENT}|branching|generic_jump|dynamic control flow",
+        "which branch runs depends on values in a tensor: a graph has no Python branches",
+        "compute both branches and choose with torch.where(condition, a, b); use torch.cond when they are costly; "
+        "or move the decision out of the model",
+        code=r"\b(if|elif|assert)\b",
+    ),
+    Construct(
+        "output length depends on data",
+        rf"nonzero|masked_select|unique|Dynamic shape operator|{_DEPENDENT}",
+        "how many values come out depends on the data (boolean mask, nonzero, unique)",
+        "keep the shape and zero the rest: torch.where(mask, x, 0); or return the mask and select after the model",
+        code=r"\[[^\]]*(>|<|==|mask|keep|index|~)|nonzero|masked_select|unique|len\(",
+    ),
+    Construct(
+        "data-dependent value",
+        _DEPENDENT,
+        "Python needs a value that is only known when the model runs",
+        "keep it a tensor, or compute it before the model and pass it in",
+    ),
+    Construct(
+        "numpy inside the model",
+        r"\.numpy\(\)|numpy|import statements aren't supported",
+        "the data leaves torch here: exporters see a constant, or nothing",
+        "use the torch function of the same name (np.percentile is torch.quantile, np.argsort is torch.argsort)",
+        code=r"numpy|np\.",
+    ),
+    Construct(
+        "print or logging",
+        r"builtin operator.?.?print|builtin `print`|logging",
+        "printing is a side effect: it breaks the graph, or is lost in the exported program",
+        "remove it, or print outside of forward",
+    ),
+    Construct(
+        "size written into the code",
+        r"specialized it to be a constant|Constraints violated|\bL\['|not all values of|shape .* is invalid for input",
+        "a free axis takes a fixed length here, or a branch asks for its length",
+        "use -1 or x.shape[0] instead of the number; or declare the axis with the lengths that the code allows",
+    ),
+    Construct(
+        "in-place write on a view",
+        r"in-?place operation|is a view|mutat|a leaf Variable|inplace update",
+        "a view is written in place: the exporter cannot tell what else sees the change",
+        "write out of place: x = x + 1 instead of x.add_(1); torch.cat or torch.where instead of x[:, 0] = ...",
+    ),
+    Construct(
+        "custom autograd Function",
+        r"autograd\.Function|autograd_function|FunctionMeta|Python builtin <.*apply",
+        "a torch.autograd.Function is Python code that this route cannot read",
+        "in eval mode call its forward as plain torch operations; a custom operator goes through torch.library",
+    ),
+    Construct(
+        "operator that ONNX does not have",
+        r"No ONNX function found|Unsupported: ONNX export|exporting the operator|No decompositions registered",
+        "ONNX has no operator for this call",
+        "write it with basic operators; or use a backend that takes no ONNX (inductor, aoti, torchscript)",
+    ),
+    Construct(
+        "dtype mismatch",
+        r"same dtype|expected scalar type|but found Double|dtype mismatch|float != double",
+        "two tensors of different number formats meet",
+        "bring the module to one format with module.float(), or cast one side: x.to(self.weight.dtype)",
+    ),
+    Construct(
+        "side effect in Python",
+        r"side effect|mutating|list .*append|attribute mutation|leaked|constant_attribute|assigned during",
+        "forward changes a Python object: an exported program forgets that",
+        "return the value instead, or keep it in a buffer with register_buffer",
+    ),
+    Construct(
+        "dict output",
+        r"Encountering a dict|Tracer cannot infer type|Only tensors, lists, tuples",
+        "this route only knows tensors, lists and tuples",
+        "return a tuple or a NamedTuple; the other routes take dicts",
+    ),
+    Construct(
+        "Python that TorchScript cannot read",
+        r"NotSupportedError|UnsupportedNodeError|FrontendError|aren't supported|expected type comment|"
+        r"Could not get name of python class|cannot be compiled|Unknown type|Python type|has no attribute|"
+        r"Expected a default value of type|Arguments for call are not valid|source for|undefined value",
+        "TorchScript reads a small part of Python only",
+        "no need to mend it: export, ONNX and torch.compile take it; TorchScript is on its way out",
+    ),
+    Construct(
+        "shapes do not fit",
+        r"same reduction dim|mat1 and mat2|size of tensor|shapes cannot be multiplied|must match the size",
+        "two tensors do not fit for some length of a free axis",
+        "check the axes that were declared free, or narrow their range: rows:2..16",
+    ),
+    Construct(
+        "package missing",
+        r"ModuleNotFoundError|No module named|onnxscript",
+        "this route needs a package that is not installed",
+        "pip install 'torchship[optimize]'",
+    ),
+    Construct(
+        "graph break",
+        r"Unsupported|graph break|Dynamo does not (know|support)|skipped|fullgraph",
+        "torch.compile cannot follow this line, and would run it in Python",
+        "rewrite the line with torch operations, or move it out of forward",
+    ),
+)
+
+UNKNOWN = Construct(
+    "unknown",
+    "",
+    "this route refuses the module",
+    "read its own message; the other routes may take the module as it is",
+)
+
+
+def recognise(text: str, code: str) -> Construct:
+    """The first construct whose marks are in the error's text and in the user's line."""
+    return next((construct for construct in CONSTRUCTS if construct.fits(text, code)), UNKNOWN)

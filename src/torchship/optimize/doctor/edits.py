@@ -1,0 +1,161 @@
+"""Proposed edits: small rewrites of one statement of the user's source, as old and new lines."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+_TENSOR_WORDS = ("reshape", "view", "expand", "repeat")
+_REMOVED = ("print or logging", "user-inserted graph break")
+
+
+def propose(file: str, line: int, *, construct: str) -> tuple[str, str]:
+    """Old and new source for the statement at a line: no new source where it should go, neither where none is known."""
+    rewrite = _REWRITES.get(construct)
+    removes = construct in _REMOVED
+    try:
+        source = Path(file).read_text()
+        found = _statement(ast.parse(source), line)
+    except (OSError, SyntaxError, ValueError):
+        return "", ""
+    if found is None or (rewrite is None and not removes):
+        return "", ""
+    statement, following = found
+    if rewrite is None:
+        return (ast.unparse(statement), "") if isinstance(statement, ast.Expr) else ("", "")
+    new = rewrite(statement, following)
+    if not new:
+        return "", ""
+    old = ast.unparse(statement)
+    if following is not None and isinstance(statement, ast.If) and _returned(statement.body) and not statement.orelse:
+        old += "\n" + ast.unparse(following)
+    return old, new
+
+
+def _statement(tree: ast.Module, line: int) -> tuple[ast.stmt, ast.stmt | None] | None:
+    """The innermost statement that begins at `line` (or holds it, where it is no block), and the one after it."""
+    best: tuple[ast.stmt, ast.stmt | None] | None = None
+    for node in ast.walk(tree):
+        for _, body in ast.iter_fields(node):
+            if not (isinstance(body, list) and body and isinstance(body[0], ast.stmt)):
+                continue
+            for index, statement in enumerate(body):
+                if statement.lineno <= line <= _head_end(statement):
+                    best = (statement, body[index + 1] if index + 1 < len(body) else None)
+    return best
+
+
+def _head_end(statement: ast.stmt) -> int:
+    """The last line of a statement, or of its first line's expression where it opens a block."""
+    if isinstance(statement, ast.If | ast.While):
+        return statement.test.end_lineno or statement.lineno
+    if isinstance(statement, ast.For):
+        return statement.iter.end_lineno or statement.lineno
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.With | ast.Try | ast.AsyncFunctionDef):
+        return statement.lineno
+    return statement.end_lineno or statement.lineno
+
+
+def _returned(body: list[ast.stmt]) -> ast.expr | None:
+    if len(body) == 1 and isinstance(body[0], ast.Return):
+        return body[0].value
+    return None
+
+
+def _assigned(body: list[ast.stmt]) -> tuple[str, ast.expr] | None:
+    if len(body) == 1 and isinstance(body[0], ast.Assign) and len(body[0].targets) == 1:
+        return ast.unparse(body[0].targets[0]), body[0].value
+    return None
+
+
+def _where(condition: ast.expr, a: str, b: str) -> str:
+    text = ast.unparse(condition)
+    for name in ("bool", "float", "int"):
+        if text.startswith(f"{name}(") and text.endswith(")") and isinstance(condition, ast.Call):
+            text = text[len(name) + 1 : -1]
+    return f"torch.where({text.replace('.item()', '')}, {a}, {b})"
+
+
+def _branch(statement: ast.stmt, following: ast.stmt | None) -> str:
+    """`if c: return a` then `return b`, or `if c: v = a` else `v = b`, as one torch.where."""
+    if not isinstance(statement, ast.If) or re.search(r"\blen\(|\.shape\b|\.size\(| is ", ast.unparse(statement.test)):
+        return ""
+    other = statement.orelse or ([following] if following is not None else [])
+    yes, no = _returned(statement.body), _returned(other)
+    if yes is not None and no is not None:
+        return f"return {_where(statement.test, ast.unparse(yes), ast.unparse(no))}"
+    set_yes, set_no = _assigned(statement.body), _assigned(statement.orelse)
+    if set_yes and not statement.orelse:
+        return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), set_yes[0])}"
+    if set_yes and set_no and set_yes[0] == set_no[0]:
+        return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), ast.unparse(set_no[1]))}"
+    return ""
+
+
+class _DropItem(ast.NodeTransformer):
+    """`float(x.item())` and `x.item()` become `x`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "item" and not node.args:
+            return node.func.value
+        if isinstance(node.func, ast.Name) and node.func.id in ("float", "bool") and len(node.args) == 1:
+            return node.args[0]
+        return node
+
+
+class _FreeSize(ast.NodeTransformer):
+    """The first number of a reshape or view becomes -1."""
+
+    def __init__(self) -> None:
+        self.changed = False
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _TENSOR_WORDS and node.args:
+            holder = node.args[0].elts if isinstance(node.args[0], ast.Tuple | ast.List) else node.args
+            numbers = [ast.unparse(item) for item in holder]
+            if isinstance(holder[0], ast.Constant) and isinstance(holder[0].value, int) and "-1" not in numbers:
+                holder[0] = ast.parse("-1", mode="eval").body
+                self.changed = True
+        return node
+
+
+def _no_item(statement: ast.stmt, following: ast.stmt | None) -> str:
+    if isinstance(statement, ast.For | ast.While | ast.FunctionDef) or "int(" in ast.unparse(statement):
+        return ""
+    if isinstance(statement, ast.If):
+        return _branch(statement, following)
+    new = ast.unparse(_DropItem().visit(ast.parse(ast.unparse(statement))))
+    return new if new != ast.unparse(statement) else ""
+
+
+def _no_size(statement: ast.stmt, following: ast.stmt | None) -> str:
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If | ast.For | ast.While):
+        return ""
+    change = _FreeSize()
+    new = ast.unparse(change.visit(ast.parse(ast.unparse(statement))))
+    return new if change.changed else ""
+
+
+def _out_of_place(statement: ast.stmt, following: ast.stmt | None) -> str:
+    """`x.add_(1)` as `x = x.add(1)`: enough where x is no view that something else reads."""
+    if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)):
+        return ""
+    function = statement.value.func
+    if not (isinstance(function, ast.Attribute) and function.attr.endswith("_") and not function.attr.endswith("__")):
+        return ""
+    owner = ast.unparse(function.value)
+    arguments = ", ".join(ast.unparse(item) for item in [*statement.value.args, *statement.value.keywords])
+    return f"{owner} = {owner}.{function.attr[:-1]}({arguments})" if owner.isidentifier() else ""
+
+
+_REWRITES: dict[str, Callable[[ast.stmt, ast.stmt | None], str]] = {
+    "data-dependent if": _branch,
+    ".item()": _no_item,
+    "size written into the code": _no_size,
+    "in-place write on a view": _out_of_place,
+    "writes into its input": _out_of_place,
+}

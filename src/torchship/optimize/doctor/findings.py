@@ -1,0 +1,237 @@
+"""What is odd about a module itself, whatever the route: modes, sharing, formats, randomness, constants."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from torchship.optimize.doctor import failure, suspects
+from torchship.optimize.doctor.failure import Place
+from torchship.optimize.doctor.patient import Patient, call, worst_error
+
+_HUGE = 16 * 2**20
+_MODES = ("Dropout", "BatchNorm", "InstanceNorm")
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing to know: `bad` gives wrong results, `warn` costs speed or an export, `info` is worth knowing."""
+
+    name: str
+    level: Literal["info", "warn", "bad"]
+    words: str
+    edit: str = ""
+    place: Place | None = None
+
+
+def examine(patient: Patient) -> list[Finding]:
+    """All findings, the worst first."""
+    found = [
+        *_modes(patient.module),
+        *_sharing(patient.module),
+        *_formats(patient.module),
+        *_constants(patient.module),
+        *_runs(patient),
+        *_suspects(patient.module),
+    ]
+    return sorted(found, key=lambda finding: ("bad", "warn", "info").index(finding.level))
+
+
+def _listed(names: Iterable[str], most: int = 4) -> str:
+    every = [name or "(the module itself)" for name in names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
+def _modes(module: torch.nn.Module) -> Iterator[Finding]:
+    parts = [name for name, part in module.named_modules() if part.training and type(part).__name__.startswith(_MODES)]
+    if parts:
+        words = f"dropout or batch norm is in train mode: {_listed(parts)}"
+        yield Finding("train mode", "bad", words, "call module.eval() before serving; torchship does so on its copy")
+
+
+def _sharing(module: torch.nn.Module) -> Iterator[Finding]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, part in module.named_modules(remove_duplicate=False):
+        names[id(part)].append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    if shared:
+        words = f"one module is used in several places: {'; '.join(' = '.join(group[:3]) for group in shared[:3])}"
+        yield Finding("shared module", "warn", words, "some quantizers need a module for each place: un-share it")
+    calls = _called_twice(module)
+    if calls:
+        words = f"called more than once in a forward: {_listed(calls)}"
+        yield Finding("module used twice", "info", words, "some quantizers (PT2E for x86) need a module for each call")
+    weights: dict[int, list[str]] = defaultdict(list)
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        weights[id(weight)].append(name)
+    tied = [
+        group for group in weights.values() if len(group) > 1 and len({name.rpartition(".")[0] for name in group}) > 1
+    ]
+    tied = [group for group in tied if not any(set(_owners(group)) <= set(shares) for shares in shared)]
+    if tied:
+        yield Finding(
+            "tied weights", "info", f"one weight under several names: {'; '.join(' = '.join(g) for g in tied[:3])}"
+        )
+
+
+def _owners(names: Sequence[str]) -> list[str]:
+    return [name.rpartition(".")[0] for name in names]
+
+
+def _called_twice(module: torch.nn.Module) -> list[str]:
+    """Activation modules that a parent's forward names more than once (as torchvision's ResNet blocks do)."""
+    import inspect
+    import re
+
+    found = []
+    for name, part in module.named_modules():
+        small = [child for child, kind in part.named_children() if not any(True for _ in kind.parameters())]
+        try:
+            source = inspect.getsource(type(part).forward) if small else ""
+        except (OSError, TypeError):
+            continue
+        found += [f"{name}.{child}".strip(".") for child in small if len(re.findall(rf"self\.{child}\(", source)) > 1]
+    return found
+
+
+def _formats(module: torch.nn.Module) -> Iterator[Finding]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    double = [name for name, tensor in named if tensor.dtype == torch.float64]
+    if double:
+        words = f"float64 weights: {_listed(double)}: twice the memory, and no fast kernel anywhere"
+        yield Finding("float64 weights", "warn", words, "module.float(), unless the digits matter")
+    half = [name for name, tensor in named if tensor.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        yield Finding("half weights", "info", f"weights in {named[0][1].dtype}: {_listed(half)}; the reference is fp32")
+    odd = [name for name, tensor in named if not tensor.is_contiguous() and not _channels_last(tensor)]
+    if odd:
+        words = f"weights that are not contiguous: {_listed(odd)}"
+        yield Finding("non-contiguous weights", "info", words, "weight.data = weight.data.contiguous()")
+    placed = {str(tensor.device) for _, tensor in named}
+    if len(placed) > 1:
+        yield Finding("several devices", "bad", f"weights lie on {', '.join(sorted(placed))}", "module.to('cpu')")
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _constants(module: torch.nn.Module) -> Iterator[Finding]:
+    loose = [
+        f"{name}.{key}".strip(".")
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    if loose:
+        words = f"tensors that are neither parameter nor buffer: {_listed(loose)}: .to() and state_dict() miss them"
+        yield Finding("loose tensor", "warn", words, "register_buffer('name', tensor, persistent=False)")
+    huge = [(name, tensor.nbytes) for name, tensor in module.named_buffers() if tensor.nbytes >= _HUGE]
+    if huge:
+        words = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in huge[:4])
+        yield Finding("huge constant", "warn", f"large buffers go into every file: {words}", "compute it in forward")
+
+
+def _runs(patient: Patient) -> Iterator[Finding]:
+    """What two or three runs tell: randomness, writes into inputs, memory order, other lengths."""
+    module, tensors = patient.model.module, patient.tensors()
+    torch.manual_seed(0)
+    first = call(module, tensors)
+    torch.manual_seed(1)
+    error = worst_error(first, call(module, tensors))
+    if error > 1e-5:
+        part = _unstable_part(patient)
+        words = f"two runs on the same input differ by {error:.2g}{f', first in {part}' if part else ''}"
+        yield Finding("unstable output", "bad", words, "remove the random numbers from forward, or pass them in")
+    if any(not torch.isfinite(output).all() for output in first if output.is_floating_point()):
+        yield Finding("NaN or infinity", "bad", "the output for the example input holds NaN or infinity")
+    yield from _writes(patient)
+    yield from _memory_order(patient, first)
+    notes: Sequence[str] = getattr(module, "notes", ())
+    yield from (Finding("axes", "warn" if "fixed" in note else "info", note) for note in notes)
+    try:
+        call(module, patient.unseen())
+    except Exception as fault:
+        place = (failure.of(fault).places or (None,))[-1]
+        words = f"fails on other lengths of its free axes: {' '.join(str(fault).split())[:160]}"
+        yield Finding("free axes", "bad", words, "narrow the axes: rows:2..16, or a fixed number", place)
+
+
+def _unstable_part(patient: Patient) -> str:
+    """The first part, in the order of the calls, whose output differs between two runs."""
+    records: list[list[tuple[str, torch.Tensor]]] = []
+    inner: Any = patient.model.module
+    for seed in (0, 1):
+        seen: list[tuple[str, torch.Tensor]] = []
+        hooks = [
+            part.register_forward_hook(
+                lambda _part, _given, output, name=name, seen=seen: (
+                    seen.append((name, output.clone())) if isinstance(output, torch.Tensor) else None
+                )
+            )
+            for name, part in inner.inner.named_modules()
+            if name
+        ]
+        torch.manual_seed(seed)
+        call(inner, patient.tensors())
+        for hook in hooks:
+            hook.remove()
+        records.append(seen)
+    return next((a[0] for a, b in zip(*records, strict=False) if not torch.equal(a[1], b[1])), "")
+
+
+def _writes(patient: Patient) -> Iterator[Finding]:
+    tensors = [tensor.clone() for tensor in patient.tensors()]
+    with torch.no_grad():
+        patient.model.module(*tensors)
+    for spec, before, after in zip(patient.model.signature.inputs, patient.tensors(), tensors, strict=True):
+        if not torch.equal(before.nan_to_num(), after.nan_to_num()):
+            words = f"forward changes its input {spec.name!r} in place: the caller's data is overwritten"
+            yield Finding("writes into its input", "bad", words, f"begin with {spec.name} = {spec.name}.clone()")
+
+
+def _memory_order(patient: Patient, first: Sequence[torch.Tensor]) -> Iterator[Finding]:
+    """The same values in another memory order must give the same answer."""
+    turned = [tensor.mT.contiguous().mT if tensor.ndim >= 2 else tensor for tensor in patient.tensors()]
+    try:
+        with torch.inference_mode():
+            again = patient.model.module(*turned)
+    except Exception as fault:
+        found = failure.of(fault)
+        words = f"fails on inputs that are not contiguous: {' '.join(str(fault).split())[:120]}"
+        yield Finding(
+            "non-contiguous input", "warn", words, "use reshape instead of view", (found.places or (None,))[-1]
+        )
+        return
+    if (
+        worst_error(first, tuple(again)) > 1e-2
+        and worst_error(first, call(patient.model.module, patient.tensors())) < 1e-5
+    ):
+        yield Finding(
+            "non-contiguous input", "bad", "gives other results on inputs that are not contiguous", "x.contiguous()"
+        )
+
+
+_SUSPECT_WORDS = {
+    ".item()": "takes a number out of a tensor: a trace freezes it",
+    "numpy inside the model": "leaves torch: exporters see a constant here",
+    "print or logging": "prints: breaks the graph of torch.compile",
+    "side effect in Python": "changes a Python object in forward: exported programs forget that",
+    "random numbers": "draws random numbers in forward",
+    "dropout that eval() cannot switch off": "F.dropout without training=self.training stays on in eval mode",
+    "data-dependent if": "branches on values of a tensor: a trace freezes the branch that the example took",
+    "output length depends on data": "picks by a mask: the output's length depends on the data",
+    "size written into the code": "a length of a tensor is written into the code, or decides a branch",
+    "try and except": "try and except around tensor code: exporters keep one way only",
+}
+
+
+def _suspects(module: torch.nn.Module) -> Iterator[Finding]:
+    serious = ("side effect in Python", "dropout that eval() cannot switch off", "data-dependent if", ".item()")
+    for construct, place in dict.fromkeys(suspects.scan(module)):
+        level: Literal["info", "warn"] = "warn" if construct in serious else "info"
+        yield Finding(construct, level, _SUSPECT_WORDS[construct], "", place)

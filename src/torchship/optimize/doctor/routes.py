@@ -1,0 +1,202 @@
+"""The routes by which a module can leave Python; each is walked in a child process and its result is compared."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from torchship.optimize.doctor import failure, suspects
+from torchship.optimize.doctor.failure import Failure, Place
+from torchship.optimize.doctor.patient import Patient, admit, call, worst_error
+
+_TOLERANCE = 2e-3
+
+
+class Break(msgspec.Struct, frozen=True):
+    """One graph break of torch.compile, with the user's lines, innermost last."""
+
+    reason: str
+    places: tuple[Place, ...] = ()
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a route went. `error` is the relative output error, on other data than it was exported with too.
+
+    `suspects` are constructs that the user's source holds, for errors that name no line.
+    """
+
+    route: str
+    failure: Failure | None = None
+    error: float | None = None
+    wrong: str = ""
+    breaks: tuple[Break, ...] = ()
+    graphs: int = 0
+    suspects: tuple[tuple[str, Place], ...] = ()
+
+
+def walk(given: Any) -> Any:
+    """A child's work: one route of one Case, as plain data. Whatever the route does is a finding."""
+    for name in ("torch", "torch.onnx", "torch._dynamo", "torch.export"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    patient = admit(given)
+    name = given["part"]
+    outcome = _compile(patient) if name == "compile" else _walk(patient, name)
+    found = tuple(suspects.scan(patient.module)) if outcome.failure or outcome.wrong else ()
+    return msgspec.to_builtins(msgspec.structs.replace(outcome, suspects=found))
+
+
+def _walk(patient: Patient, name: str) -> Outcome:
+    try:
+        with _quiet():
+            shipped = ROUTES[name](patient)
+    except Exception as fault:
+        return Outcome(name, failure.of(fault))
+    return _compared(patient, name, shipped)
+
+
+def _compared(patient: Patient, name: str, shipped: Callable[..., Any]) -> Outcome:
+    """The exported program against the module itself, on the example and on data that it has not seen."""
+    worst = 0.0
+    looks = (
+        ("on its own example", patient.tensors),
+        ("on other data", patient.mirrored),
+        ("on other data", patient.unseen),
+    )
+    for where, draw in looks:
+        tensors = draw()
+        try:
+            torch.manual_seed(0)
+            expected = call(patient.model.module, tensors)
+        except Exception:
+            return Outcome(name, error=worst)  # the module itself refuses these inputs: its findings say so
+        torch.manual_seed(0)
+        try:
+            error = worst_error(expected, call(shipped, tensors))
+        except Exception as fault:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            return Outcome(name, failure.of(fault), wrong=f"exports, but fails {where} (shapes {shapes})")
+        worst = max(worst, error)
+        if error > _TOLERANCE:
+            return Outcome(name, error=worst if worst != float("inf") else None, wrong=_wrong(error, where))
+    return Outcome(name, error=worst)
+
+
+def _wrong(error: float, where: str) -> str:
+    much = "its outputs have another shape" if error == float("inf") else f"its outputs are off by {error:.2g}"
+    return f"exports, but {much} {where}"
+
+
+def _export(patient: Patient, *, strict: bool) -> Any:
+    model = patient.model
+    exported = torch.export.export(
+        model.module, patient.tensors(), dynamic_shapes=model.dynamic_shapes(ceiling=64), strict=strict
+    )
+    return exported.module()
+
+
+def _trace(patient: Patient) -> Any:
+    return torch.jit.trace(patient.model.module, patient.tensors(), check_trace=False)  # type: ignore[no-untyped-call]
+
+
+def _script(patient: Patient) -> Any:
+    """The user's own module: TorchScript reads source code, and cannot read the flat frame around it."""
+    flat: Any = patient.model.module
+    scripted = torch.jit.script(flat.inner)
+
+    def run(*tensors: torch.Tensor) -> Any:
+        from torchship.optimize.flatten import follow
+
+        args, kwargs = flat.frame.fill(tensors)
+        output = scripted(*args, **kwargs)
+        return tuple(follow(output, path) for path in flat.paths)
+
+    return run
+
+
+def _onnx(patient: Patient) -> Any:
+    import onnxruntime
+
+    model = patient.model
+    with tempfile.TemporaryDirectory(prefix="torchship-doctor-") as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            model.module,
+            patient.tensors(),
+            path,
+            dynamo=True,
+            dynamic_shapes=model.dynamic_shapes(ceiling=64),
+            verbose=False,
+        )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(*tensors: torch.Tensor) -> Any:
+        feeds = {node.name: tensor.numpy() for node, tensor in zip(session.get_inputs(), tensors, strict=True)}
+        return tuple(torch.from_numpy(array) for array in session.run(None, feeds))
+
+    return run
+
+
+ROUTES: dict[str, Callable[[Patient], Any]] = {
+    "export": lambda patient: _export(patient, strict=False),
+    "export strict": lambda patient: _export(patient, strict=True),
+    "onnx": _onnx,
+    "trace": _trace,
+    "script": _script,
+}
+ROUTE_NAMES = (*ROUTES, "compile")
+OPENS = {
+    "export": "aoti, executorch, int8 by PT2E",
+    "export strict": "the same, with Python's side effects checked",
+    "onnx": "onnxruntime, openvino, tensorrt",
+    "trace": "torchscript",
+    "script": "torchscript with control flow kept",
+    "compile": "inductor in one graph",
+}
+
+
+def _compile(patient: Patient) -> Outcome:
+    """torch.compile: the whole module in one graph, and every place where the graph breaks."""
+    module, tensors = patient.model.module, patient.tensors()
+    try:
+        with _quiet():
+            found = torch._dynamo.explain(module)(*(tensor.clone() for tensor in tensors))
+            breaks = tuple(Break(_reason(reason), _users(reason.user_stack)) for reason in found.break_reasons)
+            graphs = int(found.graph_count)
+    except Exception as fault:
+        return Outcome("compile", failure.of(fault))
+    torch._dynamo.reset()
+    try:
+        with _quiet():
+            whole = torch.compile(module, fullgraph=True, backend="eager")
+            call(whole, tensors)
+    except Exception as fault:
+        return Outcome("compile", failure.of(fault), breaks=breaks, graphs=graphs)
+    compared = _compared(patient, "compile", whole)
+    return msgspec.structs.replace(compared, breaks=breaks, graphs=graphs)
+
+
+def _reason(reason: Any) -> str:
+    return str(reason.reason)[:1500]
+
+
+def _users(stack: Any) -> tuple[Place, ...]:
+    found = [failure.place_at(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
+    kept = [place for place in found if failure.is_users(place.file)]
+    return tuple([place for place in kept if not failure.is_installed(place.file)] or kept)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters print progress and logs; only what they raise is of interest."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,237 @@
+"""Modules that export badly: the doctor names the line that is at fault, the construct, and an edit."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.unit.optimize import doctor_patients
+from torchship.errors import BadConfig, CaptureFailed
+from torchship.optimize.doctor import edits, examination, routes
+from torchship.optimize.doctor.diagnose import Diagnosis, diagnose
+from torchship.optimize.doctor.examination import Examination, RouteRow
+from torchship.optimize.doctor.failure import Failure, Place, places_in
+from torchship.process import Outcome
+
+_HERE = "tests.unit.optimize.doctor_patients"
+
+
+def _case(name: str, part: str = "") -> dict[str, Any]:
+    return {"target": f"{_HERE}:{name}", "inputs": ["x:FP32[-1,8]"], "part": part}
+
+
+def _walk(name: str, route: str) -> RouteRow:
+    """One route in this process: the child's work without the child, which costs an import of torch each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return examination._row(route, Outcome(value=routes.walk(_case(name, route))))
+
+
+def _look(name: str) -> dict[str, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = msgspec.convert(examination.look(_case(name)), examination._Seen)
+    assert seen.failed is None
+    return {finding.name: finding.level for finding in seen.findings}
+
+
+def _fault_line(name: str) -> int:
+    lines, first = inspect.getsourcelines(getattr(doctor_patients, name))
+    return first + next(number for number, line in enumerate(lines) if "# FAULT" in line)
+
+
+@pytest.mark.parametrize("route", ["export", "export strict", "onnx", "trace", "script", "compile"])
+def test_a_healthy_module_goes_by_every_route(route: str) -> None:
+    row = _walk("Healthy", route)
+    assert row.ok, row.summary
+    assert row.error is not None
+    assert row.error < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "route", "construct"),
+    [
+        ("DataIf", "export", "data-dependent if"),
+        ("DataIf", "export strict", "data-dependent if"),
+        ("DataIf", "onnx", "data-dependent if"),
+        ("DataIf", "compile", "data-dependent if"),
+        ("DataIf", "trace", "data-dependent if"),
+        ("Item", "export", ".item()"),
+        ("Item", "trace", ".item()"),
+        ("Numpy", "export", "numpy inside the model"),
+        ("Numpy", "trace", "numpy inside the model"),
+        ("CustomFunction", "script", "custom autograd Function"),
+        ("FixedBatch", "export strict", "size written into the code"),
+        ("FixedBatch", "export", "size written into the code"),
+        ("AssertsBatch", "export", "size written into the code"),
+        ("AssertsBatch", "trace", "size written into the code"),
+        ("Break", "compile", "user-inserted graph break"),
+        ("Kwargs", "script", "Python that TorchScript cannot read"),
+        ("Closure", "script", "Python that TorchScript cannot read"),
+    ],
+)
+def test_a_refusal_names_construct_and_line(name: str, route: str, construct: str) -> None:
+    row = _walk(name, route)
+    assert not row.ok
+    assert row.diagnosis is not None
+    assert row.diagnosis.construct == construct
+    place = row.diagnosis.place
+    assert place is not None
+    assert Path(place.file).name == "doctor_patients.py"
+    assert place.line == _fault_line(name)
+    assert row.diagnosis.edit
+
+
+def test_a_loop_over_a_value_is_told_from_the_value() -> None:
+    row = _walk("Item", "export strict")
+    assert row.diagnosis is not None
+    assert row.diagnosis.construct == "loop as long as the data says"
+    assert row.diagnosis.place is not None
+    assert row.diagnosis.place.code == "for _ in range(count):"
+
+
+def test_an_operator_without_onnx_is_named() -> None:
+    row = _walk("Special", "onnx")
+    assert row.diagnosis is not None
+    assert row.diagnosis.construct == "operator that ONNX does not have"
+    assert "bessel_j0" in row.diagnosis.said
+
+
+def test_graph_breaks_carry_the_users_lines() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = msgspec.convert(routes.walk(_case("SideEffect", "compile")), routes.Outcome)
+    assert found.graphs == 2
+    (broken,) = found.breaks
+    assert broken.places[-1].code.startswith("print(")
+
+
+@pytest.mark.parametrize(
+    ("name", "finding", "level"),
+    [
+        ("InPlaceView", "writes into its input", "bad"),
+        ("Random", "unstable output", "bad"),
+        ("SideEffect", "side effect in Python", "warn"),
+        ("DataIf", "data-dependent if", "warn"),
+        ("Odd", "train mode", "bad"),
+        ("Odd", "shared module", "warn"),
+        ("Odd", "loose tensor", "warn"),
+        ("Odd", "non-contiguous weights", "info"),
+        ("Odd", "huge constant", "warn"),
+        ("Odd", "dropout that eval() cannot switch off", "warn"),
+        ("ViewOnly", "non-contiguous input", "warn"),
+        ("Double", "float64 weights", "warn"),
+        ("FixedBatch", "axes", "warn"),
+    ],
+)
+def test_findings_about_the_module_itself(name: str, finding: str, level: str) -> None:
+    assert _look(name)[finding] == level
+
+
+def test_a_healthy_module_has_no_findings_and_its_cost_is_exact() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = msgspec.convert(examination.look(_case("Healthy")), examination._Seen)
+    assert seen.findings == []
+    assert seen.cost is not None
+    assert seen.cost.flops == 2 * (8 * 16 + 16 * 4)
+    assert seen.cost.parameters == 8 * 16 + 16 + 16 * 4 + 4
+    assert seen.cost.product == 100.0
+    assert seen.cost.activations == 2 * 16 * 4  # the hidden layer before and after the ReLU
+
+
+def test_what_cannot_even_run_is_an_error_with_line_and_edit() -> None:
+    seen = msgspec.convert(examination.look(_case("WrongDtype")), examination._Seen)
+    with pytest.raises(CaptureFailed, match=r"doctor_patients\.py:\d+") as caught:
+        examination._stop_if_nothing(seen)
+    assert "module.float()" in caught.value.hint
+
+
+def test_a_crash_costs_one_row() -> None:
+    found = examination.diagnose_target(f"{_HERE}:Crash", inputs=["x:FP32[-1,8]"], routes=["trace"], timeout=120)
+    assert isinstance(found, Examination)
+    (row,) = found.routes
+    assert not row.ok
+    assert "SIGSEGV" in row.summary
+    assert not found.healthy
+
+
+def test_a_child_that_says_nothing_is_a_row_with_its_last_words() -> None:
+    row = examination._row("onnx", Outcome(fault="did not finish within 5 s", log="converting\nstill converting"))
+    assert row.summary == "the exporter did not finish within 5 s (still converting)"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wanted", "words"),
+    [(["x"], ["export"], "not a tensor"), ([], ["export"], "no inputs"), (["x:FP32[-1,8]"], ["fax"], "unknown route")],
+)
+def test_wrong_use_is_refused(inputs: list[str], wanted: list[str], words: str) -> None:
+    with pytest.raises(BadConfig, match=words):
+        examination.diagnose_target(f"{_HERE}:Healthy", inputs=inputs, routes=wanted)
+
+
+_BRANCHES = """
+def forward(x, y):
+    if x.sum() > 0:
+        y = x * 2
+    if y.mean().item() > 1:
+        z = y
+    else:
+        z = x
+    if len(x) > 3:
+        return x
+    scale = float(z.max().item())
+    print(scale)
+    z = z.view(2, 8)
+    z.mul_(3)
+    return z
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "construct", "new"),
+    [
+        (3, "data-dependent if", "y = torch.where(x.sum() > 0, x * 2, y)"),
+        (5, "data-dependent if", "z = torch.where(y.mean() > 1, y, x)"),
+        (9, "data-dependent if", ""),
+        (11, ".item()", "scale = z.max()"),
+        (13, "size written into the code", "z = z.view(-1, 8)"),
+        (14, "in-place write on a view", "z = z.mul(3)"),
+        (99, ".item()", ""),
+    ],
+)
+def test_edits_rewrite_one_statement(tmp_path: Path, line: int, construct: str, new: str) -> None:
+    path = tmp_path / "user.py"
+    path.write_text(_BRANCHES)
+    assert edits.propose(str(path), line, construct=construct)[1] == new
+
+
+def test_what_should_go_has_no_new_source(tmp_path: Path) -> None:
+    path = tmp_path / "user.py"
+    path.write_text(_BRANCHES)
+    assert edits.propose(str(path), 12, construct="print or logging") == ("print(scale)", "")
+
+
+def test_places_are_found_in_every_spelling() -> None:
+    text = f'File "{__file__}", line 3, in forward\n  x\nCaused by: ({__file__}:7 in forward)\n'
+    assert [(place.line, place.function) for place in places_in(text)] == [(3, "forward"), (7, "forward")]
+
+
+def test_an_unknown_error_says_so_and_keeps_its_words() -> None:
+    found = diagnose(Failure("ValueError", "ValueError: the moon is full", (Place(__file__, 1, "forward", "x"),)))
+    assert isinstance(found, Diagnosis)
+    assert found.construct == "unknown"
+    assert "the moon is full" in found.said
+
+
+def test_a_line_in_an_installed_package_is_not_the_users_to_edit() -> None:
+    import torchvision
+
+    place = Place(str(Path(torchvision.__file__)), 1, "forward", "if x.sum() > 0:")
+    found = diagnose(Failure("Unsupported", "Unsupported: Data-dependent branching", (place,)))
+    assert "installed package" in found.edit
