@@ -112,10 +112,10 @@ class InferCodec:
             raise BadInput(f"not a ModelInferRequest: {fault}") from None
         request = Request(asked.model_name, {}, asked.model_version, asked.id)
         if asked.parameters:
-            apply_parameters(request, _parameters(asked.parameters))
+            apply_parameters(request, plain_parameters(asked.parameters))
         request.binary = True
         request.outputs = tuple(
-            wanted_output(item.name, _parameters(item.parameters), binary=True) for item in asked.outputs
+            wanted_output(item.name, plain_parameters(item.parameters), binary=True) for item in asked.outputs
         )
         inputs: dict[str, Array] = {}
         raws = list(asked.raw_input_contents)
@@ -141,12 +141,12 @@ class InferCodec:
 
     def _input(self, item: Any, raws: list[bytes]) -> Array:
         name, datatype, shape = item.name, item.datatype, list(item.shape)
-        parameters = _parameters(item.parameters) if item.parameters else {}
+        parameters = plain_parameters(item.parameters) if item.parameters else {}
         if "shared_memory_region" in parameters:
             data = read_region(self._regions, parameters, name=name)
             return decode_raw(data, name=name, datatype=datatype, shape=shape)
         if item.HasField("contents"):
-            return _typed(item.contents, name=name, datatype=datatype, shape=shape)
+            return typed_contents(item.contents, name=name, datatype=datatype, shape=shape)
         if not raws:
             if element_count(shape, name=name) == 0:
                 return np.empty(shape, numpy_dtype(datatype))
@@ -216,7 +216,7 @@ def _answer(response: Response, outputs: Iterable[tuple[str, Array, Mapping[str,
     return data
 
 
-def _typed(contents: Any, *, name: str, datatype: str, shape: list[int]) -> Array:
+def typed_contents(contents: Any, *, name: str, datatype: str, shape: list[int]) -> Array:
     """A tensor in the typed fields."""
     count = element_count(shape, name=name)
     field = _CONTENTS.get(datatype)
@@ -235,7 +235,7 @@ def _typed(contents: Any, *, name: str, datatype: str, shape: list[int]) -> Arra
     return array.reshape(shape)
 
 
-def _parameters(given: Any) -> dict[str, Value]:
+def plain_parameters(given: Any) -> dict[str, Value]:
     """An InferParameter map as plain values."""
     found: dict[str, Value] = {}
     for name, parameter in given.items():
@@ -283,4 +283,4 @@ def _put_varint(value: int) -> bytes:
     return bytes(out)
 
 
-__all__ = ["InferCodec", "WantedOutput", "set_parameters"]
+__all__ = ["InferCodec", "WantedOutput", "plain_parameters", "set_parameters", "typed_contents"]

@@ -63,7 +63,7 @@ class Inference:
     """ModelInfer."""
 
     def __init__(self, front: Front, codec: InferCodec) -> None:
-        self._submit = front.service.submit
+        self._service = front.service
         self._codec = codec
         self._tracing = front.tracing
 
@@ -73,7 +73,7 @@ class Inference:
         timeout = call.head.timeout
         if timeout and (not request.deadline or timeout < request.deadline):
             request.deadline = timeout
-        call.job = future = self._submit(request)
+        call.job = future = self._service.submit(request)
 
         def answered(future: asyncio.Future[Response]) -> None:
             if call.gone:
