@@ -12,15 +12,28 @@ from torchship.recipe import Recipe
 def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> int:
     """The place in `waiting` of the recipe to try next.
 
-    First each backend's first proposal, in the given order; then the proposals of the backend whose best valid
-    trial was best for the goal. A backend that only failed so far comes last. Pure.
+    What runs on an accelerator comes before what does not. Among those, first each backend's first proposal, in the
+    given order; then the proposals of the backend whose best valid trial was best for the goal. A backend that only
+    failed so far comes last. Pure.
     """
-    tried = {trial.recipe.backend for trial in done}
-    for place, recipe in enumerate(waiting):
-        if recipe.backend not in tried:
+    places = [place for place, recipe in enumerate(waiting) if accelerated(recipe)] or list(range(len(waiting)))
+    tried = {_group(trial.recipe) for trial in done}
+    for place in places:
+        if _group(waiting[place]) not in tried:
             return place
-    best = {trial.recipe.backend: float("inf") for trial in done}
+    best = {_group(trial.recipe): float("inf") for trial in done}
     for trial in done:
         if is_valid(trial) and trial.timing is not None:
-            best[trial.recipe.backend] = min(best[trial.recipe.backend], cost(trial.timing, goal=goal))
-    return min(range(len(waiting)), key=lambda place: (best[waiting[place].backend], place))
+            group = _group(trial.recipe)
+            best[group] = min(best[group], cost(trial.timing, goal=goal))
+    return min(places, key=lambda place: (best[_group(waiting[place])], place))
+
+
+def accelerated(recipe: Recipe) -> bool:
+    """Whether a recipe asks for a device or an execution provider other than the processor."""
+    wish = str(recipe.options.get("device") or recipe.options.get("provider") or "cpu").lower()
+    return not wish.startswith("cpu")
+
+
+def _group(recipe: Recipe) -> tuple[str, bool]:
+    return recipe.backend, accelerated(recipe)

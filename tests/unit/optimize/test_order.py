@@ -52,3 +52,10 @@ def test_left_out_layers_are_named_worst_first() -> None:
     words = describe([Layer(f"block.{i}", 10.0 + i) for i in range(8)])
     assert words.startswith("kept in float, as the most sensitive to int8: block.0 (10.0 dB), ")
     assert words.endswith("and 2 more")
+
+
+def test_what_runs_on_an_accelerator_comes_first() -> None:
+    waiting = [Recipe("a"), Recipe("a", {"device": "cuda"}), Recipe("b", {"provider": "CUDAExecutionProvider"})]
+    done = [trial("eager"), trial("a", p50=1)]
+    assert next_up(waiting, done, goal="latency") == 1
+    assert next_up([waiting[0]], done, goal="latency") == 0
