@@ -13,7 +13,8 @@ from torchship.errors import BadConfig, TorchshipError
 from torchship.pipeline import embedded
 from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.stage import Parameter, declaration, declared_parameters
-from torchship.tensors import Signature
+from torchship.stages.remote import Remote, read_options
+from torchship.tensors import Free, Signature
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -82,9 +83,31 @@ def _of_artifact(config: StageConfig, store: Store) -> Description:
 
 
 def _of_remote(config: StageConfig) -> Description:
+    signature = _remote_signature(config)
+    if signature is not None:
+        return Description(signature, config.max_batch or (64 if signature.batched else 1))
+    asked = open_remote(config)
+    try:
+        return Description(asked.signature, asked.max_batch)
+    finally:
+        asked.close()
+
+
+def open_remote(config: StageConfig) -> Remote:
+    """The remote stage that `config` describes. Raises BadConfig, Unavailable, NotFound."""
+    urls = (config.remote,) if isinstance(config.remote, str) else config.remote
+    options = read_options(config.options)
+    return Remote(urls, signature=_remote_signature(config), options=options, max_batch=config.max_batch)
+
+
+def _remote_signature(config: StageConfig) -> Signature | None:
+    """The declared signature, batched where every tensor's first axis is free; None: the server is to be asked."""
     if not config.signature:
-        raise BadConfig("a remote stage needs a signature", hint='signature = "x:FP32[-1,4] -> y:FP32[-1,2]"')
-    return Description(Signature.parse(config.signature), config.max_batch or 64)
+        return None
+    found = Signature.parse(config.signature)
+    rows = [spec.shape[:1] for spec in (*found.inputs, *found.outputs)]
+    batched = all(first and isinstance(first[0], Free) for first in rows)
+    return msgspec.structs.replace(found, batched=batched)
 
 
 class _Question(msgspec.Struct):
@@ -95,9 +118,9 @@ class _Question(msgspec.Struct):
 def describe_apart(config: StageConfig, store: Store) -> Description:
     """The same in a child process, so that a stage's imports (torch, a model library) never burden this one.
 
-    torchship's own stages are known to import nothing heavy.
+    Nor do the threads of gRPC. torchship's own stages are known to import nothing heavy.
     """
-    if not config.run or config.run.startswith("torchship.stages."):
+    if config.artifact or config.run.startswith("torchship.stages."):
         return describe(config, store)
     question = msgspec.to_builtins(_Question(config, str(store.root)))
     outcome = process.run("torchship.pipeline.describe:answer", argument=question, timeout=120.0)

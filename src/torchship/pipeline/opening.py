@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torchship.artifact import Store
 from torchship.artifact import open_stage as open_artifact_stage
-from torchship.errors import Unsupported
 from torchship.pipeline.config import StageConfig
-from torchship.pipeline.describe import load_body
+from torchship.pipeline.describe import load_body, open_remote
 from torchship.stage import FunctionStage, Stage
 
 
@@ -21,4 +20,4 @@ def open_stage(config: StageConfig, store: Store | None = None) -> Stage:
         return open_artifact_stage(
             config.artifact, store=store, device=config.device, threads=config.threads, trust=config.trust
         )
-    raise Unsupported("remote stages cannot be opened yet")
+    return open_remote(config)

@@ -109,8 +109,8 @@ def test_a_missing_artifact_names_its_place(tmp_path: Path) -> None:
 
 
 def test_describing_in_a_child_gives_the_same_plan() -> None:
-    here = made(PARSE, DOUBLE, SCORE)
-    apart = plan(config(PARSE, DOUBLE, SCORE), where="$.model[0]", describing=describe_apart)
+    here = made(SCORE)
+    apart = plan(config(SCORE), where="$.model[0]", describing=describe_apart)
     assert apart == here
     with pytest.raises(BadConfig, match=r"\$\.stages\[0\].*declares no signature"):
         plan(config({"run": "undeclared"}), describing=describe_apart)

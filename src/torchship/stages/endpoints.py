@@ -1,0 +1,94 @@
+"""Which of several servers to ask, and when to stop asking: a circuit breaker for each and a retry budget for all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torchship.errors import BadConfig
+
+_URL = re.compile(
+    r"(?P<scheme>grpcs?)://(?P<address>[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5})"
+    r"/(?P<model>[A-Za-z][\w.-]*)(/(?P<version>\w[\w.-]*))?"
+)
+
+
+@dataclass
+class Endpoint:
+    """One server. After `failures` failures in a row it is not asked for a while; then one request may try it."""
+
+    address: str
+    model: str
+    version: str = ""
+    secure: bool = False
+    failures: int = 0
+    opens_at: float = 0.0
+    pause: float = 0.0
+
+    @classmethod
+    def parse(cls, url: str) -> Endpoint:
+        """Read `grpc://host:port/model` or `grpcs://host:port/model/version`. Raises BadConfig."""
+        found = _URL.fullmatch(url)
+        if not found:
+            raise BadConfig(f"{url!r} is not an endpoint", hint="as in grpc://127.0.0.1:8001/classify")
+        return cls(found["address"], found["model"], found["version"] or "", secure=found["scheme"] == "grpcs")
+
+    def __str__(self) -> str:
+        return f"{self.address}/{self.model}"
+
+
+@dataclass
+class Endpoints:
+    """Servers in turn. `failures` in a row open the circuit of one for `pause` seconds, twice as long each time up to
+    half a minute. Retries may be `ratio` of all requests, with a small reserve (a retry budget, as in Finagle).
+    """
+
+    all: Sequence[Endpoint]
+    clock: Callable[[], float]
+    failures: int = 5
+    pause: float = 1.0
+    ratio: float = 0.2
+    reserve: float = 10.0
+    tokens: float = field(init=False)
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = self.reserve
+
+    def attempts(self, most: int) -> Iterator[Endpoint]:
+        """The endpoints to ask for one request, the first in turn and then, while the budget lasts, others.
+
+        None comes when all circuits are open; a second look at one endpoint only when there is no other.
+        """
+        self.tokens = min(self.tokens + self.ratio, self.reserve)
+        self.turn += 1
+        order = [self.all[(self.turn + i) % len(self.all)] for i in range(len(self.all))]
+        for attempt in range(most):
+            now = self.clock()
+            able = [one for one in order if one.opens_at <= now]
+            if not able:
+                return
+            if attempt:
+                if self.tokens < 1:
+                    return
+                self.tokens -= 1
+            chosen = able[0]
+            order.append(order.pop(order.index(chosen)))
+            yield chosen
+
+    def succeeded(self, one: Endpoint) -> None:
+        """It answered: its circuit is closed."""
+        one.failures, one.pause, one.opens_at = 0, 0.0, 0.0
+
+    def failed(self, one: Endpoint) -> None:
+        """It did not answer. A trial after a pause that fails opens the circuit again at once."""
+        one.failures += 1
+        if one.failures >= self.failures or one.pause:
+            one.pause = min(max(one.pause * 2, self.pause), 30.0)
+            one.opens_at = self.clock() + one.pause
+
+    @property
+    def opens_in(self) -> float:
+        """Seconds until some endpoint may be asked again."""
+        return max(min(one.opens_at for one in self.all) - self.clock(), 0.0)

@@ -1,0 +1,197 @@
+"""Remote stages against a real gRPC server: retries, time-outs, circuits; every fault with its own error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.pipeline.test_plan import BODIES
+from tests.unit.stages.oip_server import Behaviour, serve
+from torchship.errors import BadConfig, BadInput, Busy, Expired, NotFound, StageFailed, TorchshipError, Unavailable
+from torchship.pipeline import Composed, PipelineConfig, StageConfig, plan
+from torchship.pipeline.describe import describe_apart
+from torchship.stages.endpoints import Endpoint, Endpoints
+from torchship.stages.remote import Remote, read_options
+from torchship.tensors import Signature
+
+X = {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}
+SIGNATURE = Signature.parse("x:FP32[-1,2] -> y:FP32[-1,2]")
+DEAD = "grpc://127.0.0.1:9/double"
+
+
+@pytest.fixture
+def told() -> Behaviour:
+    """What the server does."""
+    return Behaviour()
+
+
+@pytest.fixture
+def url(told: Behaviour) -> Iterator[str]:
+    """A server of `double`."""
+    with serve(told) as port:
+        yield f"grpc://127.0.0.1:{port}/double"
+
+
+def remote(*urls: str, **options: Any) -> Remote:
+    """A remote stage whose signature is known."""
+    return Remote(urls, signature=SIGNATURE, options=read_options(options))
+
+
+def test_it_asks_and_answers(url: str, told: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    stage = Remote([url], options=read_options({"parameters": {"a": 1}, "token_env": "MY_TOKEN"}))
+    assert stage.signature == SIGNATURE  # as the server's metadata says
+    assert stage.signature.batched
+    np.testing.assert_array_equal(stage(X, {"b": 2.5})["y"], X["x"] * 2)
+    assert told.calls == [{"model": "double", "a": 1, "b": 2.5}]
+    assert ("authorization", "Bearer secret") in told.headers
+    stage.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("INVALID_ARGUMENT", BadInput), ("NOT_FOUND", NotFound), ("INTERNAL", StageFailed)],
+)
+def test_a_clear_no_is_not_asked_again(url: str, told: Behaviour, code: str, error: type[TorchshipError]) -> None:
+    told.fail, told.times = code, 1
+    stage = remote(url)
+    with pytest.raises(error, match="as told"):
+        stage(X)
+    assert len(told.calls) == 1
+    stage.close()
+
+
+def test_what_may_pass_is_tried_again(url: str, told: Behaviour) -> None:
+    told.fail, told.times = "UNAVAILABLE", 2
+    stage = remote(url)
+    np.testing.assert_array_equal(stage(X)["y"], X["x"] * 2)
+    assert len(told.calls) == 3
+    stage.close()
+
+
+def test_a_dead_endpoint_costs_nothing_but_a_retry(url: str, told: Behaviour) -> None:
+    stage = remote(DEAD, url, breaker_failures=2)
+    for _ in range(6):
+        stage(X)
+    assert len(told.calls) == 6
+    stage.close()
+
+
+def test_a_slow_server_runs_into_the_timeout(url: str, told: Behaviour) -> None:
+    told.delay = 0.5
+    stage = remote(url, timeout=0.1, attempts=2)
+    with pytest.raises(Expired):
+        stage(X)
+    stage.close()
+
+
+def test_open_circuits_answer_at_once(told: Behaviour) -> None:
+    stage = remote(DEAD, breaker_failures=2, breaker_pause=60, attempts=1)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            stage(X)
+    with pytest.raises(Busy) as caught:
+        stage(X)
+    assert 20 < caught.value.retry_after <= 60
+    stage.close()
+
+
+def test_a_server_that_comes_back_is_found_again(told: Behaviour) -> None:
+    with serve(told) as port:
+        stage = remote(f"grpc://127.0.0.1:{port}/double", breaker_failures=1, breaker_pause=0.01, attempts=1)
+        stage(X)
+    with pytest.raises(TorchshipError):
+        stage(X)
+    with serve(told, port=port):
+        found = None
+        for _ in range(200):
+            try:
+                found = stage(X)
+                break
+            except TorchshipError:
+                pass
+            time.sleep(0.05)
+    assert found is not None
+    stage.close()
+
+
+def test_as_a_stage_of_a_pipeline(url: str) -> None:
+    stages = (
+        StageConfig(run=f"{BODIES}:parse"),
+        StageConfig(remote=url, name="far"),
+        StageConfig(run=f"{BODIES}:score"),
+    )
+    found = plan(PipelineConfig("p", stages), describing=describe_apart)
+    assert found.nodes[1].signature.batched
+    composed = Composed(found)
+    assert composed({"text": np.array([b"1,2,3"], object)})["rows"].tolist() == [3]
+    composed.close()
+
+
+def test_faults_of_configuration(url: str) -> None:
+    def planned(**stage: Any) -> None:
+        plan(PipelineConfig("p", (StageConfig(**stage),)))
+
+    with pytest.raises(BadConfig, match=r"\$\.stages\[0\]: 'http://x' is not an endpoint"):
+        planned(remote="http://x")
+    with pytest.raises(BadConfig, match=r"options: .*nope"):
+        planned(remote=url, options={"nope": 1})
+    with pytest.raises(BadConfig, match="must be positive"):
+        planned(remote=url, options={"attempts": 0})
+    with pytest.raises(BadConfig, match="the environment has no NO_SUCH_TOKEN"):
+        planned(remote=url, options={"token_env": "NO_SUCH_TOKEN"})
+    with pytest.raises(NotFound, match=r"\$\.stages\[0\]: .*no model nope"):
+        planned(remote=url.replace("double", "nope"))
+    with pytest.raises(Unavailable, match=r"\$\.stages\[0\]"):
+        planned(remote=DEAD)
+    planned(remote=DEAD, signature="x:FP32[-1,2] -> y:FP32[-1,2]")  # a declared signature needs no server
+
+
+class Clock:
+    """Time that only moves when told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_retry_budget_bounds_retries() -> None:
+    pool = Endpoints([Endpoint("a:1", "m"), Endpoint("b:1", "m")], clock=Clock(), ratio=0.5, reserve=2)
+    counts = [len(list(pool.attempts(3))) for _ in range(5)]
+    assert counts == [3, 1, 2, 1, 2]  # two in reserve, then one for every two requests
+
+
+def test_a_circuit_opens_pauses_tries_and_closes() -> None:
+    clock = Clock()
+    one = Endpoint("a:1", "m")
+    pool = Endpoints([one], clock=clock, failures=3, pause=1.0)
+    for _ in range(2):
+        pool.failed(one)
+    assert list(pool.attempts(1)) == [one]
+    pool.failed(one)
+    assert list(pool.attempts(1)) == []
+    assert pool.opens_in == 1.0
+    clock.now = 1.1
+    assert list(pool.attempts(1)) == [one]
+    pool.failed(one)  # the trial failed: twice as long
+    assert pool.opens_in == pytest.approx(2.0)
+    clock.now = 5
+    pool.succeeded(one)
+    pool.failed(one)
+    assert list(pool.attempts(1)) == [one]
+
+
+@pytest.mark.parametrize("url", ["grpc://h/m", "grpc://h:1", "grpc://h:1/../x", "grpc://h:1/m/v/w", "grpc://:1/m"])
+def test_what_is_no_endpoint(url: str) -> None:
+    with pytest.raises(BadConfig):
+        Endpoint.parse(url)
+
+
+def test_endpoints_are_read() -> None:
+    found = Endpoint.parse("grpcs://[::1]:443/net-1.b/3")
+    assert (found.address, found.model, found.version, found.secure) == ("[::1]:443", "net-1.b", "3", True)
