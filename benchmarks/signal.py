@@ -50,7 +50,8 @@ class ZeroMq:
         self._context = zmq.Context()
         self._sock = self._context.socket(zmq.PAIR)
         (self._sock.bind if host else self._sock.connect)(address)
-        self._message, self._decode = (TAKE, decode_report) if host else (GAVE, decode_order)
+        self._message: Take | Gave = TAKE if host else GAVE
+        self._decode: Callable[[bytes], object] = decode_report if host else decode_order
 
     def put(self) -> None:
         self._sock.send(encode(self._message))
@@ -64,7 +65,8 @@ class SeqPacket:
 
     def __init__(self, sock: socket.socket, *, host: bool) -> None:
         self._sock = sock
-        self._message, self._decode = (TAKE, decode_report) if host else (GAVE, decode_order)
+        self._message: Take | Gave = TAKE if host else GAVE
+        self._decode: Callable[[bytes], object] = decode_report if host else decode_order
 
     def put(self) -> None:
         send(self._sock, encode(self._message))
@@ -98,7 +100,8 @@ class EventFd:
     def __init__(self, region: Region, *, fds: tuple[int, int], host: bool) -> None:
         self._memory = region.memory
         self._out, self._in = fds if host else fds[::-1]
-        self._message, self._decode = (TAKE, decode_report) if host else (GAVE, decode_order)
+        self._message: Take | Gave = TAKE if host else GAVE
+        self._decode: Callable[[bytes], object] = decode_report if host else decode_order
         self._write, self._read = (0, 2**15) if host else (2**15, 0)
         self._sent = self._got = 0
 

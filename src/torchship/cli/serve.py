@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 
@@ -16,18 +18,28 @@ Examples:
 SIGTERM (or Ctrl-C): not ready, finish what is under way, stop. Ctrl-C twice: stop now.
 """
 )
-@click.argument("targets", nargs=-1, required=True, metavar="CONFIG.toml|ARTIFACT...")
+@click.argument("targets", nargs=-1, metavar="CONFIG.toml|ARTIFACT...")
 @click.option("--http-host", default="", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--http-port", type=click.IntRange(0, 65535), help="Port of REST; 0 takes a free one.  [default: 8000]")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="A port for gRPC alone; REST's port speaks it too.")
 @click.option("--store", default="", metavar="DIR", help="Where artifacts are found by name.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
-def command(
-    *, targets: tuple[str, ...], http_host: str, http_port: int | None, store: str, log_level: str | None
-) -> int:
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
+@click.option("--new-token", is_flag=True, help="Print a new access token and its entry for the file, and leave.")
+def command(*, targets: tuple[str, ...], new_token: bool, **options: Any) -> int:
     """Serve artifacts and pipelines by the Open Inference Protocol.
 
     ARTIFACT is a name in the store (resnet18, resnet18@3) or a folder; CONFIG.toml describes a whole server.
     """
+    if new_token:
+        from torchship.serve.access import new_token as make
+
+        token, stored = make()
+        click.echo(f"token, for the caller: {token}")
+        click.echo(f'\n[[token]]\nname = "caller"\nhash = "{stored}"\nscopes = ["infer"]')
+        return 0
+    if not targets:
+        raise click.UsageError("give a CONFIG.toml or the name of an artifact")
     from torchship.serve.host import serve
 
-    return serve(*targets, http_host=http_host, http_port=http_port, store=store, log_level=log_level or "")
+    return serve(*targets, **{name: value for name, value in options.items() if value is not None})

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import random
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from torchship.artifact import Store
-from torchship.errors import NotFound, TorchshipError, Unavailable
-from torchship.pipeline.describe import describe_apart
-from torchship.pipeline.planning import plan
+from torchship.errors import NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.serve.config import ModelConfig
 from torchship.serve.line import Line
+from torchship.serve.versions import Wanted, lay_out, wanted
 
 _log = logging.getLogger("torchship.serve")
+_KEPT = 8  # versions that are gone and still listed in the index
 
 
 @dataclass(slots=True)
@@ -23,10 +25,22 @@ class Version:
     """One version of a model. `state` is LOADING, READY, UNLOADING or UNAVAILABLE, as Triton spells them."""
 
     name: str
+    files: tuple[str, ...] = ()
     line: Line | None = None
     state: str = "LOADING"
     reason: str = ""
-    since: float = field(default_factory=time.time)
+
+
+@dataclass(slots=True)
+class Split:
+    """How requests that name no version are shared out."""
+
+    names: list[str]
+    bounds: list[float]
+
+    def choose(self) -> str:
+        """A version, by its share."""
+        return self.names[bisect(self.bounds, random.random() * self.bounds[-1])]  # noqa: S311  # no secret
 
 
 @dataclass(slots=True)
@@ -37,7 +51,11 @@ class Entry:
     versions: dict[str, Version] = field(default_factory=dict)
     current: Line | None = None
     current_version: str = ""
-    reason: str = "not loaded"
+    split: Split | None = None
+    shadow: Line | None = None
+    reason: str = "loading"
+    tried: tuple[tuple[str, ...], ...] = ()
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Catalog:
@@ -49,46 +67,109 @@ class Catalog:
 
     def expect(self, config: ModelConfig) -> None:
         """A model that should be served, though it is not there yet: the server is not ready before it is."""
-        self.entries.setdefault(config.name, Entry(config, reason="loading"))
+        self.entries.setdefault(config.name, Entry(config))
 
-    async def load(self, config: ModelConfig) -> None:
-        """Open a model in fresh processes, warm it, switch to it, and drain what was there before.
+    async def load(self, config: ModelConfig, *, fresh: bool = True) -> None:
+        """Open the wanted versions in fresh processes, warm them, switch over, and drain what is not wanted any more.
 
-        Raises what opening raises; then the old version goes on serving, and the index tells the reason.
+        `fresh` opens again what is open already. Raises what opening raises; then the old version goes on serving,
+        and the index tells the reason.
         """
-        entry = self.entries.setdefault(config.name, Entry(config))
-        name = str(int(entry.current_version) + 1) if entry.current_version else "1"
-        version = Version(name)
-        entry.versions[name] = version
-        try:
-            planned = await asyncio.to_thread(plan, config.pipeline(), self.store, describing=describe_apart)
-            version.line = await Line(planned, store=self.store, limits=config.limits()).open()
-        except TorchshipError as fault:
-            version.state, version.reason = "UNAVAILABLE", fault.line
-            entry.reason = fault.line
-            _log.error("model %s version %s did not open: %s", config.name, name, fault.line)
-            raise
-        version.state = "READY"
-        old, old_name = entry.current, entry.current_version
-        entry.current, entry.current_version, entry.config, entry.reason = version.line, name, config, ""
-        _log.info("model %s version %s is ready", config.name, name)
-        if old is not None:
-            await self._retire(entry, old_name)
+        self.expect(config)
+        entry = self.entries[config.name]
+        async with entry.busy:
+            try:
+                plans = await asyncio.to_thread(wanted, config, self.store)
+            except TorchshipError as fault:
+                entry.reason = fault.line
+                raise
+            entry.tried = tuple(version.files for version in plans)
+            opened: dict[str, Version] = {}
+            for version in plans:
+                known = self._known(entry, version)
+                opened_now = known if known and not fresh else await self._open(entry, config, version)
+                opened[opened_now.name] = opened_now
+            await self._switch(entry, config, opened)
 
-    async def _retire(self, entry: Entry, name: str) -> None:
-        version = entry.versions[name]
-        version.state = "UNLOADING"
-        if version.line is not None:
-            await version.line.drain()
-            await version.line.close()
+    @staticmethod
+    def _known(entry: Entry, version: Wanted) -> Version | None:
+        """The same files, already open."""
+        for found in entry.versions.values():
+            if found.line is not None and found.files == version.files and version.number in ("", found.name):
+                return found
+        return None
+
+    async def _open(self, entry: Entry, config: ModelConfig, version: Wanted) -> Version:
+        name = version.number or str(max([int(known) for known in entry.versions if known.isdigit()], default=0) + 1)
+        made = Version(name, version.files)
+        before = entry.versions.get(name)
+        if before is None or before.line is None:
+            entry.versions[name] = made
+        try:
+            plan = await asyncio.to_thread(lay_out, version, self.store)
+            made.line = await Line(plan, store=self.store, limits=config.limits()).open()
+        except Exception as fault:
+            ours = isinstance(fault, TorchshipError)
+            error = fault if isinstance(fault, TorchshipError) else StageFailed(f"cannot open: {fault}")
+            made.state, made.reason = "UNAVAILABLE", error.line
+            if before is not None and before.line is not None:
+                before.reason = f"reload failed: {error.line}"
+            if entry.current is None:
+                entry.reason = error.line
+            _log.error("model %s version %s: %s", config.name, name, error.line, exc_info=None if ours else fault)
+            raise error from None
+        made.state = "READY"
+        return made
+
+    async def _switch(self, entry: Entry, config: ModelConfig, opened: dict[str, Version]) -> None:
+        """One turn of the loop: from here on requests go to what was opened; the rest is drained."""
+        gone = [known for known in entry.versions.values() if known.line is not None and known not in opened.values()]
+        replaced = [known for known in gone if known.name in opened]
+        entry.versions |= opened
+        name, last = list(opened.items())[-1]
+        entry.current, entry.current_version, entry.config, entry.reason = last.line, name, config, ""
+        shares = {known: share for known, share in config.versions.weights.items() if known in opened and share > 0}
+        entry.split = Split(list(shares), list(accumulate(shares.values()))) if shares else None
+        shadow = entry.versions.get(config.versions.shadow)
+        entry.shadow = shadow.line if shadow else None
+        _log.info("model %s serves version %s", config.name, ", ".join(opened))
+        for known in gone:
+            known.state = "UNLOADING"
+        await asyncio.gather(*(self._retire(known) for known in gone))
+        left = [known.name for known in entry.versions.values() if known.line is None and known not in replaced]
+        for old in left[:-_KEPT]:
+            del entry.versions[old]
+
+    @staticmethod
+    async def _retire(version: Version) -> None:
+        line, version.state = version.line, "UNLOADING"
+        if line is not None:
+            await line.drain()
+            version.line = None
+            await line.close()
         version.line, version.state, version.reason = None, "UNAVAILABLE", "unloaded"
 
     async def unload(self, name: str) -> None:
         """Drain and close all versions of a model. Raises NotFound."""
         entry = self.entry(name)
-        entry.current, entry.current_version, entry.reason = None, "", "unloaded"
-        for version in list(entry.versions):
-            await self._retire(entry, version)
+        async with entry.busy:
+            entry.current, entry.current_version, entry.reason = None, "", "unloaded"
+            entry.split = entry.shadow = None
+            await asyncio.gather(*(self._retire(known) for known in entry.versions.values() if known.line))
+
+    async def watch(self, seconds: float) -> None:
+        """Look into the store again and again, and load what has changed there. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            for entry in list(self.entries.values()):
+                if entry.reason == "unloaded":
+                    continue
+                try:
+                    found = await asyncio.to_thread(wanted, entry.config, self.store)
+                    if tuple(version.files for version in found) != entry.tried:
+                        await self.load(entry.config, fresh=False)
+                except TorchshipError as fault:
+                    _log.debug("watching %s: %s", entry.config.name, fault.line)
 
     def entry(self, name: str) -> Entry:
         """A model. Raises NotFound."""
@@ -102,16 +183,18 @@ class Catalog:
 
     def line(self, name: str, version: str = "") -> tuple[Line, str]:
         """The line for a request, and the version that it is. Raises NotFound, Unavailable."""
-        entry = self.entry(name)
-        if not version or version == entry.current_version:
+        entry = self.entries.get(name) or self.entry(name)
+        if not version and entry.current is not None and entry.split is None:
+            return entry.current, entry.current_version
+        if not version:
             if entry.current is None:
                 raise Unavailable(f"model {name!r} is not ready: {entry.reason}", hint="try again later")
-            return entry.current, entry.current_version
+            version = entry.split.choose() if entry.split else entry.current_version
         found = entry.versions.get(version)
         if found is None:
             raise NotFound(
                 f"Request for unknown model: '{name}' version {version} is not found",
-                hint=f"there is {', '.join(entry.versions)}",
+                hint=f"there is {', '.join(entry.versions) or 'none yet'}",
             )
         if found.line is None:
             raise Unavailable(f"model {name!r} version {version} is not ready: {found.reason or found.state}")

@@ -21,17 +21,36 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 _LOOPBACK = "127.0.0.1"
 
 
+class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[tls]`: PEM files; `clients` holds the authorities whose client certificates are asked for (mTLS)."""
+
+    certificate: str
+    key: str
+    clients: str = ""
+
+
 class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[http]`: where REST listens; port 0 takes a free one."""
+    """`[http]`: where REST listens (gRPC too, over HTTP/2); port 0 takes a free one; `max_body` in bytes."""
 
     host: str = _LOOPBACK
     port: Port = 8000
+    max_body: Count = 64 * 2**20
+    forward_headers: str = ""
+
+
+class Grpc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[grpc]`: a port for gRPC alone; without a host, that of REST."""
+
+    port: Port
+    host: str = ""
 
 
 class StorePlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[store]`: where artifacts are; empty is the user's own store. Relative to the file."""
+    """`[store]`: where artifacts are; empty is the user's own store. Relative to the file. `watch`: look for new
+    versions every so many seconds; 0: never."""
 
     root: str = ""
+    watch: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Logs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +58,43 @@ class Logs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+
+
+class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[control]`: what callers may do beyond inference; all off unless said."""
+
+    repository: bool = False
+    shared_memory: bool = False
+    trace_folder: str = ""
+
+
+class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[[token]]`: who may do what. `hash` is `sha256:` and 64 hex digits; `torchship serve --new-token` makes one."""
+
+    name: Name
+    hash: Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+    scopes: tuple[Literal["infer", "manage", "metrics"], ...] = ("infer",)
+
+
+class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[[mount]]`: a function `module:name` that is called with the service and `options` and returns more routes."""
+
+    run: str
+    options: dict[str, Any] = {}
+
+
+class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which versions of its artifact a model serves: the `latest` N, those that are `listed`, or `all` of them.
+
+    By default the one that `artifact` names. `weights` sends requests that name no version to versions by their
+    share (a canary); `shadow` is a version that gets a copy of every such request, and whose answers nobody sees.
+    """
+
+    latest: Annotated[int, msgspec.Meta(ge=0)] = 0
+    listed: tuple[int, ...] = ()
+    all: bool = False
+    weights: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}
+    shadow: str = ""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -64,6 +120,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     queue_rows: Count = 4096
     queue_bytes: Count = 2**28
     nan: NanPolicy = "allow"
+    versions: Versions = Versions()
+    sequence_idle: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 0
+    latency_target: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
 
     def pipeline(self) -> PipelineConfig:
         """The model as a pipeline: `artifact` and `run` are a single stage."""
@@ -95,21 +156,18 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         )
 
 
-class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[[mount]]`: more endpoints on the HTTP port: `run` is `module:function(service, **options)`, it gives routes."""
-
-    run: str
-    options: dict[str, Any] = {}
-
-
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     http: Http = Http()
+    grpc: Grpc | None = None
+    tls: Tls | None = None
     store: StorePlace = StorePlace()
     log: Logs = Logs()
-    model: tuple[ModelConfig, ...] = ()
+    control: Control = Control()
+    token: tuple[Token, ...] = ()
     mount: tuple[Mount, ...] = ()
+    model: tuple[ModelConfig, ...] = ()
 
 
 def convert(data: object) -> ServerConfig:
@@ -159,4 +217,4 @@ def read(path: Path | str) -> ServerConfig:
         root = str((path.parent / root).resolve())
     elif root:
         root = str(Path(root).expanduser())
-    return msgspec.structs.replace(config, store=StorePlace(root))
+    return msgspec.structs.replace(config, store=StorePlace(root, config.store.watch))

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import os
 import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
 
 from torchship.artifact import Store, open_artifact
-from torchship.errors import BadConfig, TorchshipError
+from torchship.errors import BadConfig
 from torchship.process import resolve
 from torchship.serve import config as configs
+from torchship.serve import logs
+from torchship.serve.access import check_places, gate
 from torchship.serve.catalog import Catalog
-from torchship.serve.config import Http, ModelConfig, ServerConfig, StorePlace
-from torchship.serve.protocols import rest
+from torchship.serve.config import Grpc, Mount, ServerConfig
+from torchship.serve.protocols import grpc, rest
+from torchship.serve.protocols._regions import SharedMemory
+from torchship.serve.protocols._settings import Tracing
 from torchship.serve.service import Service
 
 _log = logging.getLogger("torchship.serve")
@@ -27,46 +33,90 @@ class Server:
     """A running server: its service and its listeners."""
 
     def __init__(self, config: ServerConfig) -> None:
+        """Raises BadConfig for what would be open to everybody, or cannot be used."""
+        check_places(config)
         self.config = config
         self.catalog = Catalog(store=Store(config.store.root or None))
-        self.service = Service(self.catalog)
+        self.service = Service(self.catalog, control=config.control.repository)
         self.http: rest.Listener | None = None
+        self.grpc: rest.Listener | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     async def open(self) -> Server:
         """Bind the ports first, so that a taken one is told at once, then open all models.
 
         Raises Unavailable for a port, and what the first model that does not open raises.
         """
+        for model in self.config.model:
+            self.catalog.expect(model)
         try:
-            http = self.config.http
-            mounts = self.config.mount
-            routes = [route for mount in mounts for route in resolve(mount.run)(self.service, **mount.options)]
-            self.http = await rest.listen(self.service, host=http.host, port=http.port, routes=routes)
-            for model in self.config.model:
-                self.catalog.expect(model)
+            await self._listen()
             await asyncio.gather(*(self.catalog.load(model) for model in self.config.model))
         except BaseException:
             await self.close(patience=0.0)
             raise
+        if self.config.store.watch:
+            self._watch = asyncio.ensure_future(self.catalog.watch(self.config.store.watch))
         return self
+
+    async def _listen(self) -> None:
+        config, control = self.config, self.config.control
+        front = rest.Front(
+            self.service,
+            regions=SharedMemory() if control.shared_memory else None,
+            tracing=Tracing(folder=Path(control.trace_folder)) if control.trace_folder else Tracing(),
+            forward=config.http.forward_headers,
+        )
+        given: dict[str, Any] = {
+            "admit": gate(config.token),
+            "tls": rest.tls_context(config.tls.certificate, key=config.tls.key, clients=config.tls.clients)
+            if config.tls
+            else None,
+            "limits": rest.Limits(body=config.http.max_body),
+            "front": front,
+        }
+        routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
+        host = config.http.host
+        self.http = await rest.listen(self.service, host=host, port=config.http.port, routes=routes, **given)
+        if config.grpc:
+            self.grpc = await grpc.listen(self.service, host=config.grpc.host or host, port=config.grpc.port, **given)
 
     @property
     def url(self) -> str:
         """Where REST listens."""
         port = self.http.port if self.http else self.config.http.port
-        return f"http://{self.config.http.host}:{port}"
+        host = self.config.http.host
+        return f"{'https' if self.config.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def close(self, *, patience: float = 30.0) -> None:
         """Tell that we are not ready, answer what is under way, stop the workers, close the ports."""
         self.service.draining = True
+        if self._watch:
+            self._watch.cancel()
         await self.catalog.drain(patience=patience)
-        if self.http:
-            await self.http.close(grace=min(patience, 5.0))
+        listeners = [listener for listener in (self.http, self.grpc) if listener]
+        await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in listeners))
         await self.catalog.close()
 
 
+def _mounted(mount: Mount, service: Service) -> list[rest.Route]:
+    try:
+        found: list[rest.Route] = resolve(mount.run)(service, **mount.options)
+    except (ImportError, AttributeError, TypeError) as fault:
+        raise BadConfig(
+            f"$.mount: {mount.run}: {fault}", hint="module:function(service, ...) that returns routes"
+        ) from None
+    return found
+
+
 def configure(
-    *targets: str, http_host: str = "", http_port: int | None = None, store: str = "", log_level: str = ""
+    *targets: str,
+    http_host: str = "",
+    http_port: int | None = None,
+    grpc_port: int | None = None,
+    store: str = "",
+    log_level: str = "",
+    log_format: str = "",
 ) -> ServerConfig:
     """The configuration for command line targets: one TOML file, or artifacts (names in the store, or folders).
 
@@ -78,38 +128,52 @@ def configure(
     if files:
         config = configs.read(files[0])
     else:
-        models = tuple(ModelConfig(name=_name(target), artifact=target) for target in targets)
-        config = ServerConfig(model=models)
-        configs.check(config)
-    http = Http(http_host or config.http.host, config.http.port if http_port is None else http_port)
-    place = StorePlace(str(Path(store).resolve())) if store else config.store
-    log = msgspec.structs.replace(config.log, level=log_level) if log_level else config.log
-    return msgspec.structs.replace(config, http=http, store=place, log=log)
+        models = [{"name": _name(target), "artifact": target} for target in targets]
+        config = configs.convert({"model": models})
+    change = msgspec.structs.replace
+    http = change(config.http, host=http_host or config.http.host)
+    http = change(http, port=config.http.port if http_port is None else http_port)
+    log = change(config.log, level=log_level or config.log.level, format=log_format or config.log.format)
+    place = change(config.store, root=str(Path(store).resolve()) if store else config.store.root)
+    rpc = config.grpc if grpc_port is None else Grpc(grpc_port, config.grpc.host if config.grpc else "")
+    return change(config, http=http, grpc=rpc, store=place, log=log)
 
 
 def _name(target: str) -> str:
-    """`classify@3` and `/models/classify/3` are both served as classify: a folder by the name in its manifest."""
-    if "/" in target:
+    """`classify@3` is served as classify, a folder under the name in its manifest."""
+    if os.sep in target:
         return open_artifact(target, verify=False).manifest.name
     return target.partition("@")[0]
 
 
 def serve(
-    *targets: str, http_host: str = "", http_port: int | None = None, store: str = "", log_level: str = ""
+    *targets: str,
+    http_host: str = "",
+    http_port: int | None = None,
+    grpc_port: int | None = None,
+    store: str = "",
+    log_level: str = "",
+    log_format: str = "",
 ) -> int:
     """Serve a TOML configuration or artifacts until a signal says stop; the exit code.
 
     Raises BadConfig, NotFound, Unavailable (a port in use), and what a model raises that does not open.
     """
-    config = configure(*targets, http_host=http_host, http_port=http_port, store=store, log_level=log_level)
+    config = configure(
+        *targets,
+        http_host=http_host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        store=store,
+        log_level=log_level,
+        log_format=log_format,
+    )
     return run(config)
 
 
 def run(config: ServerConfig) -> int:
     """The same for a configuration at hand."""
-    logging.basicConfig(
-        level=config.log.level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logs.begin(config.log)
     return uvloop.run(_run(config))
 
 
@@ -142,6 +206,7 @@ async def _run(config: ServerConfig) -> int:
             await asyncio.gather(opening, return_exceptions=True)
             return 130 if interrupts else 0
         opening.result()
+        _settle_memory()
         _announce(server)
         await waiting
         await server.close()
@@ -153,9 +218,13 @@ async def _run(config: ServerConfig) -> int:
         waiting.cancel()
 
 
+def _settle_memory() -> None:
+    """What is there now stays: the collector need not look at it again, nor after every 700 new objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def _announce(server: Server) -> None:
     for entry in server.catalog.entries.values():
         _log.info("serving %s at %s/v2/models/%s", entry.config.name, server.url, entry.config.name)
-
-
-__all__ = ["Server", "TorchshipError", "configure", "run", "serve"]

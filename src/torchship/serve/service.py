@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import torchship
-from torchship.errors import BadInput, Unsupported
+from torchship.errors import BadInput, TorchshipError, Unsupported
 from torchship.serve import describe, prometheus
 from torchship.serve.catalog import Catalog
 from torchship.serve.dispatch import Job
 from torchship.serve.line import Line
+from torchship.stage import Value
 from torchship.wire.messages import Request, Response
 
 _EXTENSIONS = [
@@ -62,6 +63,8 @@ class Service:
         context = (future, request, version)
         job = Job(request.inputs, _reply, values, time.monotonic(), request.priority, context, future.cancelled)
         line.start(job, request.deadline)
+        if not request.version and (shadow := self.catalog.entries[request.model].shadow) is not None:
+            _follow(shadow, request, values)
         return future
 
     async def stream(self, request: Request) -> AsyncIterator[Response]:
@@ -136,7 +139,19 @@ class Service:
 
     def _check_control(self) -> None:
         if not self._control:
-            raise Unsupported("model control is off", hint="set control = true in [server]")
+            raise Unsupported("model control is off", hint="set repository = true in [control]")
+
+
+def _follow(shadow: Line, request: Request, values: dict[str, Value]) -> None:
+    """Let a shadow version answer the same request; nobody waits for it, and its faults are only counted."""
+    try:
+        shadow.start(Job(request.inputs, _ignore, dict(values), time.monotonic(), 9), request.deadline)
+    except TorchshipError:
+        pass
+
+
+def _ignore(job: Job) -> None:
+    """The answer of a shadow."""
 
 
 def _reply(job: Job) -> None:

@@ -1,0 +1,138 @@
+"""Versions: opened beside the old one, switched in one turn, drained; a failure leaves the old one serving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvloop
+
+from tests.serving import HERE
+from torchship.artifact import Store
+from torchship.errors import NotFound, TorchshipError, Unavailable, Unsupported
+from torchship.serve.catalog import Catalog
+from torchship.serve.config import ModelConfig, Versions
+from torchship.serve.service import Service
+from torchship.wire.messages import Request
+
+ROW = np.array([[1, 2, 3, 4]], np.float32)
+
+
+def run(work: Callable[[Catalog], Awaitable[None]], store: Path) -> None:
+    async def bounded() -> None:
+        catalog = Catalog(store=Store(store))
+        async with asyncio.timeout(100):
+            try:
+                await work(catalog)
+            finally:
+                await catalog.close()
+
+    uvloop.run(bounded())
+
+
+def model(run: str = "double", **options: Any) -> ModelConfig:
+    return ModelConfig(name="m", run=f"{HERE}:{run}", **options)
+
+
+def test_a_reload_under_load_loses_nothing(tmp_path: Path) -> None:
+    async def work(catalog: Catalog) -> None:
+        await catalog.load(model())
+        service = Service(catalog)
+        stop = False
+        seen: Counter[str] = Counter()
+
+        async def caller() -> None:
+            while not stop:
+                response = await service.submit(Request("m", {"x": ROW}))
+                assert np.array_equal(response.outputs["y"], ROW * 2)
+                seen[response.version] += 1
+
+        callers = [asyncio.ensure_future(caller()) for _ in range(8)]
+        for _ in range(3):
+            await catalog.load(model())
+        stop = True
+        await asyncio.gather(*callers)
+        assert set(seen) >= {"1", "4"}
+        states = {found["version"]: found["state"] for found in service.repository_index()}
+        assert states == {"1": "UNAVAILABLE", "2": "UNAVAILABLE", "3": "UNAVAILABLE", "4": "READY"}
+        assert list(catalog.lines()) == [("m", "4")]
+
+    run(work, tmp_path)
+
+
+def test_a_version_that_does_not_open_leaves_the_old_one_serving(tmp_path: Path) -> None:
+    async def work(catalog: Catalog) -> None:
+        service = Service(catalog)
+        await catalog.load(model("Adder"))
+        with pytest.raises(TorchshipError, match="start is negative"):
+            await catalog.load(model("Adder", options={"start": -1.0}))
+        answer = await service.submit(Request("m", {"x": np.ones(1, np.float32)}))
+        assert answer.version == "1"
+        index = {found["version"]: found for found in service.repository_index()}
+        assert index["1"]["state"] == "READY"
+        assert index["2"]["state"] == "UNAVAILABLE"
+        assert "start is negative" in index["2"]["reason"]
+        assert service.ready
+        with pytest.raises(Unavailable, match="start is negative"):
+            service.submit(Request("m", {"x": np.ones(1, np.float32)}, version="2"))
+
+    run(work, tmp_path)
+
+
+def test_a_model_that_never_opened_says_why(tmp_path: Path) -> None:
+    async def work(catalog: Catalog) -> None:
+        service = Service(catalog, control=True)
+        with pytest.raises(TorchshipError, match="start is negative"):
+            await catalog.load(model("Adder", options={"start": -1.0}))
+        assert not service.ready
+        assert service.live
+        assert not service.model_ready("m")
+        with pytest.raises(Unavailable, match="start is negative"):
+            service.submit(Request("m", {"x": ROW}))
+        with pytest.raises(NotFound, match="Request for unknown model: 'n' is not found"):
+            service.submit(Request("n", {"x": ROW}))
+        with pytest.raises(NotFound, match="version 7"):
+            service.submit(Request("m", {"x": ROW}, version="7"))
+
+    run(work, tmp_path)
+
+
+def test_unload_and_load(tmp_path: Path) -> None:
+    async def work(catalog: Catalog) -> None:
+        service = Service(catalog, control=True)
+        await catalog.load(model())
+        await service.repository_unload("m", {})
+        assert not service.model_ready("m")
+        with pytest.raises(Unavailable, match="unloaded"):
+            service.submit(Request("m", {"x": ROW}))
+        await service.repository_load("m", {})
+        assert service.ready
+        assert (await service.submit(Request("m", {"x": ROW}))).version == "2"
+        with pytest.raises(Unsupported, match="control is off"):
+            await Service(catalog).repository_unload("m", {})
+
+    run(work, tmp_path)
+
+
+def test_shares_and_shadow(tmp_path: Path) -> None:
+    async def work(catalog: Catalog) -> None:
+        service = Service(catalog)
+        await catalog.load(model())
+        entry = catalog.entry("m")
+        await catalog._switch(
+            entry, model(versions=Versions(weights={"1": 1.0}, shadow="1")), {"1": entry.versions["1"]}
+        )
+        found = [await service.submit(Request("m", {"x": ROW})) for _ in range(4)]
+        assert {response.version for response in found} == {"1"}
+        line = entry.versions["1"].line
+        assert line is not None
+        async with asyncio.timeout(10):
+            while line.meter.success < 8:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    run(work, tmp_path)
