@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchship.optimize.report import Report
 
 _QUICK = [Recipe("onnxruntime", {"precision": "fp32"})]
+_PORTABLE = ("onnxruntime", "openvino")  # they serve without torch, and their files are data
 _VARIANTS = 12
 
 
@@ -95,6 +96,7 @@ def prepare(
             (torch.from_numpy(samples[:2]),),
             calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
             guard=Guard(cosine=0.985, error=0.2),
+            backends=_PORTABLE,
             recipes=_QUICK if quick else None,
             effort=Effort(seconds=0.5, max_batch=8 if key == "canvas" else 16),
             budget=budget,

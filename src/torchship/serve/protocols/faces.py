@@ -6,6 +6,7 @@ It is mounted beside the Open Inference Protocol by `[[mount]] run = "torchship.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -23,7 +24,7 @@ from torchship.stages.faces.embedders import embedder
 from torchship.stages.faces.quality import Gate
 from torchship.stages.gallery.gallery import Enrolment, Gallery
 from torchship.tensors import Tensors
-from torchship.wire.messages import Request
+from torchship.wire.messages import Request, WantedOutput
 
 _MOST_PICTURES = 32
 
@@ -31,15 +32,14 @@ _MOST_PICTURES = 32
 def configuration(
     *, gallery: str, store: str = "", http_host: str = "127.0.0.1", http_port: int = 8000, copies: int = 1
 ) -> dict[str, Any]:
-    """A whole server for faces, as plain data: the same that a TOML file holds."""
+    """A whole server for faces, as plain data: the same that a TOML file holds.
+
+    One pipeline answers every request: its stages are processes, and three pipelines would hold each model three times.
+    """
     return {
         "http": {"host": http_host, "port": http_port},
         "store": {"root": store},
-        "model": [
-            recipes.detect(copies=copies),
-            recipes.embed(copies=copies),
-            recipes.identify(gallery, copies=copies),
-        ],
+        "model": [recipes.identify(gallery, copies=copies)],
         "mount": [{"run": "torchship.serve.protocols.faces:mount", "options": {"gallery": gallery}}],
     }
 
@@ -48,13 +48,13 @@ def mount(
     service: Served,
     *,
     gallery: str,
-    detect: str = "face-detect",
-    embed: str = "face-embed",
-    identify: str = "face-identify",
+    detect: str = "faces",
+    embed: str = "faces",
+    identify: str = "faces",
     keep_faces: bool = True,
     gate: dict[str, float] = {},
 ) -> list[Route]:
-    """The routes. `detect`, `embed` and `identify` name the served pipelines; `gate` sets limits of enrolment;
+    """The routes. `detect`, `embed` and `identify` name the served pipelines (they may be one); `gate` limits enrolment;
     `keep_faces` keeps a cut-out of every enrolled face, so that the gallery can move to another embedder."""
     model = embedder()
     book = Gallery(gallery, model=model.space, width=model.width)
@@ -85,7 +85,7 @@ class _Pictures:
 
     async def detect(self, exchange: Exchange) -> None:
         """One picture: its faces."""
-        found = await self.run(self._detect, _one(exchange), _parameters(exchange))
+        found = await self.run(self._detect, _one(exchange), _parameters(exchange), recipes.DETECT_OUTPUTS)
         exchange.answer_json({"faces": _faces(found)})
 
     async def embed(self, exchange: Exchange) -> None:
@@ -127,11 +127,14 @@ class _Pictures:
 
     async def embedded(self, picture: bytes, values: dict[str, Value]) -> Tensors:
         """The faces of a picture with quality and embedding."""
-        return await self.run(self._embed, picture, values)
+        return await self.run(self._embed, picture, values, recipes.FACE_OUTPUTS)
 
-    async def run(self, model: str, picture: bytes, values: dict[str, Value]) -> Tensors:
+    async def run(
+        self, model: str, picture: bytes, values: dict[str, Value], outputs: Sequence[str] = recipes.MATCH_OUTPUTS
+    ) -> Tensors:
         """One picture through one of the pipelines."""
-        request = Request(model, {"image": np.array([picture], np.object_)}, parameters=values)
+        wanted = tuple(map(WantedOutput, outputs))
+        request = Request(model, {"image": np.array([picture], np.object_)}, parameters=values, outputs=wanted)
         response = await self._service.submit(request)
         return response.outputs
 

@@ -23,6 +23,9 @@ def draw(picture: bytes, found: Tensors, *, names: Sequence[str] = ()) -> Image.
         pen.rectangle([float(value) for value in box], outline=colour, width=width)
         for x, y in points:
             pen.ellipse((x - width, y - width, x + width, y + width), fill=_POINT)
-        place = (float(box[0]) + width, max(0.0, float(box[1]) - 8 * width))
-        pen.text(place, name or "unknown", fill=colour, font_size=7 * width)
+        size = 10 * width
+        place = (float(box[0]), max(0.0, float(box[1]) - size - width))
+        around = pen.textbbox(place, name or "unknown", font_size=size)
+        pen.rectangle((around[0] - width, around[1] - width, around[2] + width, around[3] + width), fill=colour)
+        pen.text(place, name or "unknown", fill=(255, 255, 255), font_size=size)
     return image

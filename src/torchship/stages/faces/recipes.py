@@ -45,7 +45,7 @@ def identify(
     embedding: str = EMBEDDER,
     model: Embedder | None = None,
     copies: int = 1,
-    name: str = "face-identify",
+    name: str = "faces",
 ) -> dict[str, Any]:
     """Picture in, faces out with the `person` that each is, if any; `answer` is the same as JSON."""
     model = model or embedder()
