@@ -30,7 +30,8 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
 
     Options: range (minmax | percentile | mse | entropy), percentile (99.99), bias_correction (true | false),
     exclude (path patterns of modules kept in float), modules ({"pattern": "fp32"}), ops (heavy | light | all: which
-    kinds of nodes). `signed`: symmetric signed activations and float biases, as TensorRT wants.
+    kinds of nodes), per_channel (true | false: one scale for each output channel of a weight, or one for all of it).
+    `signed`: symmetric signed activations and float biases, as TensorRT wants.
     Raises BuildFailed with the quantizer's reason, BadConfig for a wrong option.
     """
     import onnx
@@ -47,7 +48,9 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
             seen, means = onnx_watch.observe(graph, pieces, folder=Path(folder), means=wanted)
             onnx_bias.correct(graph, means)
             found = {name: ranges.search(s, method=method, percentile=percentile) for name, s in seen.items()}
-            _write_static(graph, found, path, kinds=kinds, skip=excluded(graph, options), signed=signed)
+            per_channel = options.get("per_channel") is not False
+            skip = excluded(graph, options)
+            _write_static(graph, found, path, kinds=kinds, skip=skip, signed=signed, per_channel=per_channel)
         except TorchshipError:
             raise
         except Exception as fault:
@@ -115,7 +118,14 @@ def _name_nodes(graph: Any) -> None:
 
 
 def _write_static(
-    graph: Any, found: dict[str, tuple[float, float]], path: Path, *, kinds: list[str], skip: list[str], signed: bool
+    graph: Any,
+    found: dict[str, tuple[float, float]],
+    path: Path,
+    *,
+    kinds: list[str],
+    skip: list[str],
+    signed: bool,
+    per_channel: bool = True,
 ) -> None:
     import numpy as np
     from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -126,7 +136,7 @@ def _write_static(
     limits = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in found.items()}
     quantizer = QDQQuantizer(
         graph,
-        True,  # per channel
+        per_channel,
         False,  # all eight bits of the weights: VNNI does not overflow
         QuantType.QInt8,
         QuantType.QInt8 if signed else QuantType.QUInt8,
