@@ -24,11 +24,12 @@ class GrpcLane(asyncio.Protocol):
     """One connection of HTTP/2 with one call under way. It offers no header table, so that every header block of the
     server means the same each time and is decoded only once."""
 
-    def __init__(self, landed: Landed, *, path: str, authority: str) -> None:
+    def __init__(self, landed: Landed, *, path: str, authority: str, token: str = "") -> None:
         self._landed = landed
         fields = [
             (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", authority),
             ("content-type", "application/grpc"), ("te", "trailers"), ("user-agent", "torchship-bench"),
+            *([("authorization", f"Bearer {token}")] if token else []),
         ]  # fmt: skip
         encoder = hpack.Encoder()
         self._first = encoder.encode(fields)
@@ -157,14 +158,16 @@ class GrpcLane(asyncio.Protocol):
             self._transport.abort()
 
 
-def grpc_lanes(host: str, *, port: int, path: str = "/inference.GRPCInferenceService/ModelInfer") -> Connect:
+def grpc_lanes(
+    host: str, *, port: int, path: str = "/inference.GRPCInferenceService/ModelInfer", token: str = ""
+) -> Connect:
     """Opens gRPC lanes to an address."""
 
     async def connect(landed: Landed) -> Lane:
         loop = asyncio.get_running_loop()
         try:
             _, lane = await loop.create_connection(
-                lambda: GrpcLane(landed, path=path, authority=f"{host}:{port}"), host, port
+                lambda: GrpcLane(landed, path=path, authority=f"{host}:{port}", token=token), host, port
             )
         except OSError as fault:
             raise Unavailable(f"cannot connect to {host}:{port}: {fault.strerror}", hint="is it serving?") from None
