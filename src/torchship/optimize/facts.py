@@ -87,7 +87,7 @@ def cells(trial: Trial, *, base: float, outside: str = "", won: bool = False) ->
         words += [ms_text(point.p50_ms), ms_text(point.p99_ms)] if point else ["-", "-"]
     timing, verdict = trial.timing, trial.verdict
     words += (
-        [f"{best_rate(trial):,.0f}", f"{timing.file_size / 1e6:.1f}", f"{timing.peak_memory / 1e6:.0f}"]
+        [f"{best_rate(trial):,.0f}", megabytes(timing.file_size), f"{timing.peak_memory / 1e6:.0f}"]
         if timing
         else ["-"] * 3
     )
@@ -106,6 +106,11 @@ def agreement_text(trial: Trial) -> str:
     if verdict.metric is not None:
         return f"{verdict.metric:.4g}"
     return f"{verdict.top1:.1%}" if verdict.top1 is not None else f"cos {verdict.cosine:.4f}"
+
+
+def megabytes(size: int) -> str:
+    """Bytes as megabytes for people: three digits, however small."""
+    return f"{size / 1e6:.3g}" if size < 1e6 else f"{size / 1e6:,.1f}"
 
 
 def ms_text(value: float) -> str:

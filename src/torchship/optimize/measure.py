@@ -15,13 +15,17 @@ from torchship.tensors import Tensors
 
 
 class Effort(msgspec.Struct, frozen=True):
-    """How long to measure: seconds and calls for each point, and the largest batch that is tried."""
+    """How long to measure: seconds and calls for each point, and the largest batch that is tried.
+
+    `longest`: no further batch size is tried when its fewest calls would take more seconds than this.
+    """
 
     seconds: float = 0.8
     calls: int = 200
     fewest: int = 5
     warm_up: float = 0.5
     max_batch: int = 64
+    longest: float = 6.0
 
 
 def batch_sizes(limit: int) -> list[int]:
@@ -89,7 +93,8 @@ def curve(
             yield found
         flat = 0 if found.rows_per_s > best * 1.03 else flat + 1
         best = max(best, found.rows_per_s)
-        if size >= 8 and flat >= 2:
+        slow = found.p50_ms / 1e3 * 2 * (effort.fewest + 2) > effort.longest
+        if size >= 8 and (flat >= 2 or slow):
             return
 
 

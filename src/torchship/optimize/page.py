@@ -10,7 +10,18 @@ from pathlib import Path
 import msgspec
 
 from torchship.optimize import plots
-from torchship.optimize.facts import Facts, at_batch, best_rate, cells, eager_of, has_won, ms_text, ordered, outside_of
+from torchship.optimize.facts import (
+    Facts,
+    at_batch,
+    best_rate,
+    cells,
+    eager_of,
+    has_won,
+    megabytes,
+    ms_text,
+    ordered,
+    outside_of,
+)
 from torchship.optimize.guard import HOPELESS
 from torchship.optimize.trial import Trial
 
@@ -60,8 +71,7 @@ def _tiles(facts: Facts) -> str:
     if eager is not None and eager.timing is not None:
         tiles.insert(0, (f"{eager.timing.curve[0].p50_ms / first.p50_ms:.1f}x", "faster than eager at batch 1"))
         tiles.append((f"{best_rate(trial):,.0f}/s", f"rows at best ({best_rate(trial) / best_rate(eager):.1f}x eager)"))
-        ratio = eager.timing.file_size / max(timing.file_size, 1)
-        tiles.append((f"{timing.file_size / 1e6:.1f} MB", f"on disk ({ratio:.1f}x smaller than eager)"))
+        tiles.append((f"{megabytes(timing.file_size)} MB", f"on disk (eager {megabytes(eager.timing.file_size)} MB)"))
     tiles.append((f"{timing.peak_memory / 1e6:.0f} MB", "peak memory of the process, up to batch 8"))
     if verdict.metric is not None and verdict.reference_metric is not None:
         tiles.append((f"{verdict.metric:.4g}", f"your metric (eager {verdict.reference_metric:.4g})"))
@@ -108,7 +118,12 @@ def _plots(facts: Facts) -> str:
         _card("Throughput by batch size", rates, "Rows a second; the thick line is the winner."),
         _card("Latency by batch size", calls, "Median of one call; the thick line is the winner."),
     ]
-    return f'<h2>Plots</h2><div class="plots">{"".join(cards)}</div>'
+    names = "".join(
+        f'<span><i class="key" style="--c:var(--c{colour})"></i>{escape(backend)}</span>'
+        for backend, colour in _colours(facts).items()
+        if any(trial.recipe.backend == backend for trial in measured)
+    )
+    return f'<h2>Plots</h2><p class="legend">{names}</p><div class="plots">{"".join(cards)}</div>'
 
 
 def _card(title: str, svg: str, words: str) -> str:

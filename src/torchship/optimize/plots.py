@@ -69,6 +69,7 @@ class Scale:
 def _scale(values: Sequence[float], start: float, end: float, *, log: bool) -> Scale:
     low, high = min(values), max(values)
     if log:
+        low, high = max(low, 1e-12), max(high, 1e-12)
         return Scale(low / 1.35, high * 1.35, start, end, True)
     pad = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
     return Scale(0.0 if low >= 0 else low - pad, high + pad, start, end, False)
@@ -85,13 +86,13 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _frame(x: Scale, y: Scale, *, x_title: str, y_title: str, body: str) -> str:
+def _frame(x: Scale, y: Scale, *, x_title: str, y_title: str, body: str, x_ticks: Sequence[float] = ()) -> str:
     parts = []
     for tick in y.ticks():
         at = y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x.ticks():
+    for tick in x_ticks or x.ticks():
         at = x(tick)
         parts.append(f'<line class="grid" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" x1="{at:.1f}" x2="{at:.1f}"/>')
         parts.append(
@@ -152,7 +153,7 @@ def lines(series: Sequence[Line], *, x_title: str, y_title: str) -> str:
         for a, b in line.points:
             word = escape(f"{line.label}: {number(b)} at {number(a)}")
             body += f'<circle class="dot" {style} cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"><title>{word}</title></circle>'
-    return _frame(x, y, x_title=x_title, y_title=y_title, body=body)
+    return _frame(x, y, x_title=x_title, y_title=y_title, body=body, x_ticks=sorted({a for a, _ in points}))
 
 
 def bars(values: Sequence[tuple[str, float, bool]], *, unit: str) -> str:

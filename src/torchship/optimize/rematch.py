@@ -1,26 +1,16 @@
-"""The rematch: candidates that race closely are measured again in turns, so that noise does not pick the winner.
-
-Each racer waits in a fresh process of its own, opened and warm; in every round each of them runs for a moment while
-the others sleep. What disturbs the machine then disturbs all alike.
-"""
+"""The rematch: candidates that race closely are measured again in turns, so that noise does not pick the winner."""
 
 from __future__ import annotations
 
-import os
-import select
-import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from torchship import process
 from torchship.artifact import folder as folders
 from torchship.artifact.manifest import BatchPoint, Timing
+from torchship.optimize import turns
 from torchship.optimize.cache import digest
 from torchship.optimize.choose import Choice, Goal, cost
 from torchship.optimize.measure import point
@@ -30,32 +20,7 @@ from torchship.recipe import Recipe
 
 _CLOSE = 1.15
 _MOST_RACERS = 4
-_ROUNDS = 7
-_TURN = 0.25
-
-
-class Turn(msgspec.Struct, frozen=True):
-    """What a racer is told at its start."""
-
-    artifact: str
-    batch: int
-    device: str
-    threads: int
-    go: int
-    answer: int
-    seconds: float
-
-
-@dataclass
-class Racer:
-    """One waiting child and its samples."""
-
-    place: int
-    child: subprocess.Popen[bytes]
-    go: int
-    answer: int
-    seconds: list[float] = field(default_factory=list)
-    rest: bytes = b""
+_FEWEST = 5
 
 
 def racers(trials: Sequence[Trial], choice: Choice, *, goal: Goal) -> list[int]:
@@ -115,70 +80,10 @@ def _settled(trial: Trial, found: BatchPoint, count: int) -> Trial:
 def _measured(
     trials: Sequence[Trial], batches: dict[int, int], course: Course, deadline: float
 ) -> dict[int, BatchPoint]:
-    with ExitStack() as stack:
-        waiting = [_start(place, trials[place], batch, course, stack) for place, batch in batches.items()]
-        ready = [racer for racer in waiting if _answer(racer, min(deadline, time.monotonic() + 120)) is not None]
-        for _ in range(_ROUNDS):
-            for racer in ready:
-                _take_turn(racer)
-            if time.monotonic() > deadline:
-                break
-        return {r.place: point(r.seconds, batch=batches[r.place]) for r in ready if len(r.seconds) >= 5}
-
-
-def _start(place: int, trial: Trial, batch: int, course: Course, stack: ExitStack) -> Racer:
-    hear, go = os.pipe()
-    answer, say = os.pipe()
-    for descriptor in (go, answer):
-        stack.callback(os.close, descriptor)
-    turn = Turn(trial.artifact, batch, course.device, course.threads, hear, say, _TURN)
-    child = process.spawn(
-        "torchship.optimize.rematch:turns_here",
-        argument=msgspec.to_builtins(turn),
-        fds=(hear, say),
-        output=subprocess.DEVNULL,
-        threads=course.threads,
-    )
-    stack.callback(process.stop, child)
-    os.close(hear)
-    os.close(say)
-    return Racer(place, child, go, answer)
-
-
-def _take_turn(racer: Racer) -> None:
-    try:
-        os.write(racer.go, b".")
-    except BrokenPipeError:
-        return
-    found = _answer(racer, time.monotonic() + 60)
-    racer.seconds += found or []
-
-
-def _answer(racer: Racer, deadline: float) -> list[float] | None:
-    """One line from the child; None when it died or took too long."""
-    while b"\n" not in racer.rest:
-        readable, _, _ = select.select([racer.answer], [], [], max(0.0, deadline - time.monotonic()))
-        data = os.read(racer.answer, 65536) if readable else b""
-        if not data:
-            return None
-        racer.rest += data
-    line, _, racer.rest = racer.rest.partition(b"\n")
-    return msgspec.json.decode(line, type=list[float])
-
-
-def turns_here(argument: Any) -> None:
-    """The child's side: open, warm up, say so; then run for a moment at each sign."""
-    from torchship.artifact import open_artifact
-    from torchship.optimize.measure import Effort, resized, sample, warm_up
-
-    turn = msgspec.convert(argument, Turn)
-    artifact = open_artifact(Path(turn.artifact), verify=False)
-    stage = artifact.open(device=turn.device, threads=turn.threads, trust=True)
-    tensors = artifact.inputs()
-    if artifact.manifest.signature.batched:
-        tensors = dict(resized(tensors, rows=turn.batch))
-    warm_up(stage, tensors, seconds=0.5)
-    effort = Effort(seconds=turn.seconds, calls=200, fewest=2, warm_up=0.02)
-    os.write(turn.answer, b"[]\n")
-    while os.read(turn.go, 1):
-        os.write(turn.answer, msgspec.json.encode(sample(stage, tensors, effort=effort)) + b"\n")
+    racing = [(Path(trials[place].artifact), batch) for place, batch in batches.items()]
+    found = turns.measure(racing, device=course.device, threads=course.threads, deadline=deadline)
+    return {
+        place: point(seconds, batch=batch)
+        for (place, batch), seconds in zip(batches.items(), found, strict=True)
+        if len(seconds) >= _FEWEST
+    }

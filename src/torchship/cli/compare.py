@@ -1,0 +1,81 @@
+"""`torchship compare A B`: two artifacts side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from torchship.optimize.compare import Row
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  torchship compare resnet18@1 resnet18@2
+  torchship compare resnet18 runs/other/resnet18/3 --measure
+  torchship compare here/manifest.json from-the-pi/manifest.json --json
+"""
+)
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--measure", is_flag=True, help="Measure both now, in turns on this machine, and compare their outputs.")
+@click.option("--trust", is_flag=True, help="With --measure: allow artifacts that hold native code.")
+@click.option("--threads", type=int, default=0, help="With --measure: threads to run with [default: all cores].")
+@click.option("--device", default="cpu", show_default=True, help="With --measure: device to run on.")
+@click.option("--store", metavar="DIR", help="Where names are looked up.")
+@click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
+def command(
+    *, a: str, b: str, measure: bool, trust: bool, threads: int, device: str, store: str | None, as_json: bool
+) -> None:
+    """Compare two artifacts: what they are, what was measured, and how many times better B is.
+
+    A and B are names in the store (resnet18, resnet18@3), folders, or manifest.json files from other machines.
+    """
+    from pathlib import Path
+
+    from torchship import hardware
+    from torchship.artifact import Store, open_artifact
+    from torchship.errors import BadConfig
+    from torchship.optimize import compare
+
+    shelf = Store(store)
+    if measure:
+        if a.endswith(".json") or b.endswith(".json"):
+            raise BadConfig("--measure needs artifacts, not manifests", hint="leave --measure out, or give folders")
+        first, second = (open_artifact(shelf.resolve(target)) for target in (a, b))
+        rows = compare.rows(first.manifest, second.manifest)[:5]
+        rows.append(compare.outputs_apart(first, second, trust=trust))
+        rows += compare.side_by_side(first, second, device=device, threads=threads or hardware.here().cores)
+    else:
+        manifests = [
+            compare.read(Path(target))
+            if target.endswith(".json")
+            else open_artifact(shelf.resolve(target), verify=False).manifest
+            for target in (a, b)
+        ]
+        rows = compare.rows(*manifests)
+    _show(rows, a, b, as_json=as_json)
+
+
+def _show(rows: Sequence[Row], a: str, b: str, *, as_json: bool) -> None:
+    import sys
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        click.echo(msgspec.json.encode({"a": a, "b": b, "rows": rows}).decode())
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for head in (a, b):
+        table.add_column(head, overflow="fold")
+    table.add_column("B is better", justify="right")
+    for row in rows:
+        style = "" if row.better is None or 0.95 < row.better < 1.05 else "green" if row.better > 1 else "red"
+        table.add_row(row.what, row.a, row.b, "" if row.better is None else f"{row.better:.2f}x", style=style)
+    Console(width=None if sys.stdout.isatty() else 140).print(table, highlight=False)

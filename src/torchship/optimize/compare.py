@@ -1,0 +1,124 @@
+"""Compares two artifacts, or one that was measured on two machines: what was measured then, or side by side now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from torchship.artifact import Artifact
+from torchship.artifact.manifest import BatchPoint, Manifest, Timing
+from torchship.errors import BadConfig, Unavailable
+from torchship.optimize import turns
+from torchship.optimize.guard import agreement
+from torchship.optimize.measure import point
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One line: both values as text, and how many times better B is (above 1) where that can be said."""
+
+    what: str
+    a: str
+    b: str
+    better: float | None = None
+
+
+def rows(a: Manifest, b: Manifest) -> list[Row]:
+    """What the manifests say: recipe, machine, latency, throughput, size, memory, error."""
+    found = [
+        Row("recipe", a.recipe.label, b.recipe.label),
+        Row("machine", a.hardware, b.hardware),
+        Row("signature", str(a.signature), "the same" if a.signature == b.signature else str(b.signature)),
+        Row("weights", a.provenance.model_hash, "the same" if _same_model(a, b) else b.provenance.model_hash),
+        Row("packed", a.provenance.created, b.provenance.created),
+    ]
+    if a.timing and b.timing:
+        found += _timing_rows(a.timing, b.timing)
+    return found + _verdict_rows(a, b)
+
+
+def _same_model(a: Manifest, b: Manifest) -> bool:
+    return a.provenance.model_hash == b.provenance.model_hash
+
+
+def _timing_rows(a: Timing, b: Timing) -> list[Row]:
+    found = []
+    shared = sorted({point.batch for point in a.curve} & {point.batch for point in b.curve})
+    for batch in shared:
+        found += point_rows(_at(a, batch), _at(b, batch))
+    fastest = [max(timing.curve, key=lambda p: p.rows_per_s) for timing in (a, b)]
+    first, second = (f"{p.rows_per_s:,.0f} (batch {p.batch})" for p in fastest)
+    found.append(Row("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s))
+    for what, x, y in (
+        ("file size, MB", a.file_size, b.file_size),
+        ("peak memory, MB", a.peak_memory, b.peak_memory),
+    ):
+        found.append(Row(what, f"{x / 1e6:.2f}", f"{y / 1e6:.2f}", x / y if y else None))
+    found.append(Row("load, s", f"{a.load_s:.2f}", f"{b.load_s:.2f}", a.load_s / b.load_s if b.load_s else None))
+    found.append(Row("threads", str(a.threads), str(b.threads)))
+    return found
+
+
+def point_rows(a: BatchPoint, b: BatchPoint) -> list[Row]:
+    """Median and tail of one batch size."""
+    return [
+        Row(f"batch {a.batch} p50, ms", f"{a.p50_ms:.3f}", f"{b.p50_ms:.3f}", a.p50_ms / b.p50_ms),
+        Row(f"batch {a.batch} p99, ms", f"{a.p99_ms:.3f}", f"{b.p99_ms:.3f}", a.p99_ms / b.p99_ms),
+    ]
+
+
+def _at(timing: Timing, batch: int) -> BatchPoint:
+    return next(found for found in timing.curve if found.batch == batch)
+
+
+def _verdict_rows(a: Manifest, b: Manifest) -> list[Row]:
+    if a.verdict is None or b.verdict is None:
+        return []
+    found = [
+        Row("output error", f"{a.verdict.error:.3g}", f"{b.verdict.error:.3g}"),
+        Row("cosine", f"{a.verdict.cosine:.6f}", f"{b.verdict.cosine:.6f}"),
+    ]
+    if a.verdict.top1 is not None and b.verdict.top1 is not None:
+        found.append(Row("top-1 agreement", f"{a.verdict.top1:.2%}", f"{b.verdict.top1:.2%}"))
+    if a.verdict.metric is not None and b.verdict.metric is not None:
+        found.append(Row("metric", f"{a.verdict.metric:.5g}", f"{b.verdict.metric:.5g}"))
+    return found
+
+
+def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int) -> list[Row]:
+    """Both measured now on this machine, in turns, at batch 1 and 8 where they take it.
+
+    Raises Unavailable when one of them does not run here.
+    """
+    found = []
+    limit = min(a.manifest.signature.max_rows, b.manifest.signature.max_rows)
+    for batch in (1, 8):
+        if batch > limit:
+            break
+        seconds = turns.measure([(a.path, batch), (b.path, batch)], device=device, threads=threads)
+        for artifact, taken in zip((a, b), seconds, strict=True):
+            if not taken:
+                raise Unavailable(f"{artifact.path} does not run here", hint="`torchship doctor` says what does")
+        found += point_rows(*(point(taken, batch=batch) for taken in seconds))
+    return found
+
+
+def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Row:
+    """How far B's outputs are from A's on A's example inputs. Raises BadConfig when they take different inputs."""
+    if a.manifest.signature != b.manifest.signature:
+        raise BadConfig("the artifacts have different signatures", hint="compare artifacts of one model")
+    stages = [artifact.open(trust=trust) for artifact in (a, b)]
+    try:
+        inputs = a.inputs()
+        answers = [{name: np.asarray(array) for name, array in stage(inputs).items()} for stage in stages]
+    finally:
+        for stage in stages:
+            stage.close()
+    found = agreement(answers[:1], answers[1:], signature=a.manifest.signature)
+    return Row("B's outputs against A's", "reference", f"error {found.error:.3g}, cosine {found.cosine:.6f}")
+
+
+def read(path: Path) -> Manifest:
+    """The manifest of an artifact that may lie only in part on this machine: its `manifest.json` by itself."""
+    return msgspec.json.decode(path.read_bytes(), type=Manifest)

@@ -1,0 +1,125 @@
+"""Takes turns: several artifacts, each open and warm in a fresh process of its own, run one at a time.
+
+What disturbs the machine then disturbs all alike, so that their ratios hold where single figures do not.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from torchship import process
+
+_ROUNDS = 7
+_TURN = 0.25
+_OPENING = 120.0
+_SILENCE = 60.0
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What a racer is told at its start."""
+
+    artifact: str
+    batch: int
+    device: str
+    threads: int
+    go: int
+    answer: int
+    seconds: float
+
+
+@dataclass
+class Racer:
+    """One waiting child and its samples."""
+
+    child: subprocess.Popen[bytes]
+    go: int
+    answer: int
+    seconds: list[float] = field(default_factory=list)
+    rest: bytes = b""
+
+
+def measure(
+    racers: Sequence[tuple[Path, int]], *, device: str, threads: int, deadline: float = float("inf")
+) -> list[list[float]]:
+    """Seconds of single calls for each artifact at its batch size; none for one that fails or is late.
+
+    `deadline` is on the monotonic clock. Each racer has a turn of a quarter of a second in each of seven rounds.
+    """
+    with ExitStack() as stack:
+        waiting = [_start(path, batch, device, threads, stack) for path, batch in racers]
+        opened = [_answer(racer, min(deadline, time.monotonic() + _OPENING)) is not None for racer in waiting]
+        for _ in range(_ROUNDS):
+            for racer, ready in zip(waiting, opened, strict=True):
+                if ready:
+                    _take_turn(racer)
+            if time.monotonic() > deadline:
+                break
+        return [racer.seconds for racer in waiting]
+
+
+def _start(path: Path, batch: int, device: str, threads: int, stack: ExitStack) -> Racer:
+    hear, go = os.pipe()
+    answer, say = os.pipe()
+    for descriptor in (go, answer):
+        stack.callback(os.close, descriptor)
+    turn = Turn(str(path), batch, device, threads, hear, say, _TURN)
+    child = process.spawn(
+        "torchship.optimize.turns:turns_here",
+        argument=msgspec.to_builtins(turn),
+        fds=(hear, say),
+        output=subprocess.DEVNULL,
+        threads=threads,
+    )
+    stack.callback(process.stop, child)
+    os.close(hear)
+    os.close(say)
+    return Racer(child, go, answer)
+
+
+def _take_turn(racer: Racer) -> None:
+    try:
+        os.write(racer.go, b".")
+    except BrokenPipeError:
+        return
+    found = _answer(racer, time.monotonic() + _SILENCE)
+    racer.seconds += found or []
+
+
+def _answer(racer: Racer, deadline: float) -> list[float] | None:
+    """One line from the child; None when it died or took too long."""
+    while b"\n" not in racer.rest:
+        readable, _, _ = select.select([racer.answer], [], [], max(0.0, deadline - time.monotonic()))
+        data = os.read(racer.answer, 65536) if readable else b""
+        if not data:
+            return None
+        racer.rest += data
+    line, _, racer.rest = racer.rest.partition(b"\n")
+    return msgspec.json.decode(line, type=list[float])
+
+
+def turns_here(argument: Any) -> None:
+    """The child's side: open, warm up, say so; then run for a moment at each sign."""
+    from torchship.artifact import open_artifact
+    from torchship.optimize.measure import Effort, resized, sample, warm_up
+
+    turn = msgspec.convert(argument, Turn)
+    artifact = open_artifact(Path(turn.artifact), verify=False)
+    stage = artifact.open(device=turn.device, threads=turn.threads, trust=True)
+    tensors = artifact.inputs()
+    if artifact.manifest.signature.batched:
+        tensors = dict(resized(tensors, rows=turn.batch))
+    warm_up(stage, tensors, seconds=0.5)
+    effort = Effort(seconds=turn.seconds, calls=200, fewest=2, warm_up=0.02)
+    os.write(turn.answer, b"[]\n")
+    while os.read(turn.go, 1):
+        os.write(turn.answer, msgspec.json.encode(sample(stage, tensors, effort=effort)) + b"\n")

@@ -1,0 +1,140 @@
+"""The command line's words: targets, data, recipes, times and sizes, each with its own clear fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+
+from torchship.cli.optimize import command
+from torchship.errors import BadConfig, NotFound
+from torchship.optimize import targets
+from torchship.recipe import Recipe, Step
+from torchship.tensors import TensorSpec
+
+
+def make() -> nn.Module:
+    return nn.Linear(4, 2)
+
+
+def fails() -> nn.Module:
+    return 3  # type: ignore[return-value]
+
+
+def needs(width: int) -> nn.Module:
+    return nn.Linear(width, 2)
+
+
+net = nn.Linear(4, 2)
+HERE = __name__
+
+
+def test_a_target_is_a_module_or_makes_one() -> None:
+    assert isinstance(targets.module_at(f"{HERE}:make"), nn.Linear)
+    assert targets.module_at(f"{HERE}:net") is net
+
+
+@pytest.mark.parametrize(
+    ("target", "fault", "words"),
+    [
+        ("resnet18", BadConfig, "is not module:attribute"),
+        ("no.such.module:x", NotFound, "cannot be imported"),
+        (f"{HERE}:absent", NotFound, "cannot be imported"),
+        (f"{HERE}:HERE", BadConfig, "is a str"),
+        (f"{HERE}:fails", BadConfig, "returned a int"),
+        (f"{HERE}:needs", BadConfig, "cannot be called without arguments"),
+    ],
+)
+def test_a_wrong_target_is_named(target: str, fault: type[Exception], words: str) -> None:
+    with pytest.raises(fault, match=words):
+        targets.module_at(target)
+
+
+@pytest.mark.parametrize(("text", "found"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("7", 7), (" 2 min ", 120)])
+def test_times(text: str, found: float) -> None:
+    assert targets.seconds(text, what="--budget") == found
+
+
+@pytest.mark.parametrize(("text", "found"), [("300MB", 300_000_000), ("1GiB", 2**30), ("12", 12), ("1.5kb", 1500)])
+def test_sizes(text: str, found: int) -> None:
+    assert targets.size(text, what="--max-size") == found
+
+
+@pytest.mark.parametrize("text", ["soon", "10 parsecs", "", "-3s"])
+def test_nonsense_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadConfig, match="--budget") as caught:
+        targets.seconds(text, what="--budget")
+    assert "10m" in caught.value.hint
+
+
+def test_milliseconds() -> None:
+    assert targets.milliseconds("0.5s", what="--max-latency-p99") == 500
+    assert targets.milliseconds("12ms", what="--max-latency-p99") == 12
+
+
+def test_recipes_from_json_and_files(tmp_path: Path) -> None:
+    wanted = Recipe("onnxruntime", {"precision": "int8", "exclude": ["head.*"]}, (Step("precision", {"mode": "cast"}),))
+    text = (
+        '{"backend": "onnxruntime", "options": {"precision": "int8", "exclude": ["head.*"]},'
+        ' "transforms": [{"transform": "precision", "options": {"mode": "cast"}}]}'
+    )
+    assert targets.recipes_at(text) == [wanted]
+    (tmp_path / "r.json").write_text(f"[{text}]")
+    assert targets.recipes_at(str(tmp_path / "r.json")) == [wanted]
+    (tmp_path / "r.toml").write_text(
+        '[[recipe]]\nbackend = "onnxruntime"\n[recipe.options]\nprecision = "int8"\nexclude = ["head.*"]\n'
+        '[[recipe.transforms]]\ntransform = "precision"\noptions = {mode = "cast"}\n'
+        '[[recipe]]\nbackend = "eager"\n'
+    )
+    assert targets.recipes_at(str(tmp_path / "r.toml")) == [wanted, Recipe("eager")]
+    with pytest.raises(BadConfig, match="backen"):
+        targets.recipes_at('{"backen": "x"}')
+    with pytest.raises(NotFound, match="no file"):
+        targets.recipes_at("nowhere.toml")
+
+
+def test_a_folder_of_pictures_becomes_rows(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.new("RGB", (40, 30 + index), (255, 0, 0)).save(tmp_path / f"{index}.png")
+    rows = list(targets.data_at(str(tmp_path), specs=[TensorSpec.parse("image:FP32[-1,3,16,16]")]))
+    assert [row.shape for row in rows] == [(3, 16, 16)] * 3
+    assert rows[0].dtype == np.float32
+    np.testing.assert_allclose(rows[0][:, 0, 0], [(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
+    raw = next(iter(targets.data_at(str(tmp_path), specs=[TensorSpec.parse("image:UINT8[-1,3,16,16]")])))
+    assert raw.max() == 255
+    with pytest.raises(BadConfig, match="folder of pictures"):
+        targets.data_at(str(tmp_path), specs=[TensorSpec.parse("ids:INT64[-1,16]")])
+
+
+def test_help_shows_examples_and_bad_words_exit_with_2() -> None:
+    runner = CliRunner()
+    text = runner.invoke(command, ["--help"]).output
+    assert '--input "image:FP32[-1,3,224,224]"' in text
+    assert "--max-latency-p99" in text
+    assert runner.invoke(command, [f"{HERE}:make", "--goal", "speed"]).exit_code == 2
+    found = runner.invoke(command, [f"{HERE}:make", "--input", "x:FP32[-1,4]", "--budget", "soon"])
+    assert isinstance(found.exception, BadConfig)
+    found = runner.invoke(command, [f"{HERE}:make"])
+    assert isinstance(found.exception, BadConfig)
+    assert "--data" in found.exception.hint
+
+
+def test_the_command_prints_json_alone_on_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHSHIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
+    runner = CliRunner()
+    given = [f"{HERE}:net", "--input", "x:FP32[-1,4]", "--backends", "onnxruntime", "--json", "--store", str(tmp_path)]
+    found = runner.invoke(command, [*given, "--report", str(tmp_path / "report")])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    assert told["version"] == 1
+    assert Path(told["artifact"], "manifest.json").is_file()
+    assert told["report"]["command"].startswith("torchship optimize")
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert torch.is_grad_enabled()
