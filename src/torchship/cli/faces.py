@@ -47,15 +47,19 @@ def prepare(*, data: Path | None, quick: bool, budget: float, goal: Any, store: 
     from torchship.errors import Unavailable
 
     try:
+        from torchship.migrate.faces import build
         from torchship.migrate.faces import prepare as make
     except ImportError as fault:
         raise Unavailable(f"{fault.name} is not installed", hint="pip install 'torchship[optimize]'") from None
     from torchship.optimize.report import line
 
+    if quick:
+        for artifact in build(Store(store or None), tell=lambda text: click.echo(text, err=True)):
+            click.echo(f"{artifact.manifest.name}: {artifact.manifest.recipe.label}  ({artifact.path})")
+        return
     reports = make(
         Store(store or None),
         data=data,
-        quick=quick,
         budget=budget,
         goal=goal,
         tell=lambda text: click.echo(text, err=True),

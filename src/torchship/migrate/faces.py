@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchship.errors import BadInput, NotFound, NoWinner
+from torchship.errors import BadInput, GuardRefused, NotFound, NoWinner
 from torchship.migrate.onnx_module import OnnxModule
 from torchship.recipe import Recipe
 from torchship.stages.faces import Align, Find, Open, recipes, weights
@@ -18,11 +18,11 @@ from torchship.stages.faces.embedders import embedder
 from torchship.tensors import Array, Tensors
 
 if TYPE_CHECKING:
-    from torchship.artifact import Store
+    from torchship.artifact import Artifact, Store
+    from torchship.model import Model
     from torchship.optimize.choose import Goal
     from torchship.optimize.report import Report
 
-_QUICK = [Recipe("onnxruntime", {"precision": "fp32"})]
 _PORTABLE = ("onnxruntime", "openvino")  # they serve without torch, and their files are data
 _VARIANTS = 12
 
@@ -69,7 +69,6 @@ def prepare(
     store: Store,
     *,
     data: Path | None = None,
-    quick: bool = False,
     budget: float = 240.0,
     goal: Goal = "latency",
     tell: Callable[[str], None] = lambda _: None,
@@ -77,8 +76,8 @@ def prepare(
 ) -> list[Report]:
     """Fetch the weights, search the best way to run each model, and publish `face-detector` and `face-embedder`.
 
-    `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched. `quick`
-    builds one recipe instead of searching. Raises Unavailable, CorruptArtifact, NoWinner.
+    `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched.
+    Raises Unavailable, CorruptArtifact, NoWinner.
     """
     from torchship.optimize.guard import Guard
     from torchship.optimize.measure import Effort
@@ -97,7 +96,6 @@ def prepare(
             calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
             guard=Guard(cosine=0.985, error=0.2),
             backends=_PORTABLE,
-            recipes=_QUICK if quick else None,
             effort=Effort(seconds=0.5, max_batch=8 if key == "canvas" else 16),
             budget=budget,
             goal=goal,
@@ -106,9 +104,68 @@ def prepare(
             on_trial=on_trial,
         )
         if report.winner is None:
-            raise NoWinner(f"{name}: {report.facts.choice.reason}", hint="give more --budget, or try --quick")
+            raise NoWinner(f"{name}: {report.facts.choice.reason}", hint="give more --budget, or --quick")
         reports.append(report)
     return reports
+
+
+def build(store: Store, *, tell: Callable[[str], None] = lambda _: None) -> list[Artifact]:
+    """Publish both models as ONNX Runtime fp32 without a search, each checked against its module. Takes a minute.
+
+    Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
+    """
+    from torchship.optimize.capture import capture
+
+    tell("building the face models")
+    built = []
+    for name, module, shape in (
+        (recipes.DETECTOR, Detector(weights.fetch("retinaface", tell=tell)).eval(), (2, 640, 640, 3)),
+        (recipes.EMBEDDER, Embedder(weights.fetch(embedder().weights, tell=tell)).eval(), (2, 112, 112, 3)),
+    ):
+        noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        built.append(_build(capture(module, (noise,), name=name), store))
+    return built
+
+
+def _build(model: Model, store: Store) -> Artifact:
+    """One artifact: built, packed, opened from disk, compared, published."""
+    from datetime import UTC, datetime
+    from tempfile import TemporaryDirectory
+
+    from torchship import __version__
+    from torchship.artifact import open_artifact, package
+    from torchship.artifact.manifest import Provenance
+    from torchship.backends import onnxruntime
+    from torchship.optimize.cache import hash_model
+    from torchship.optimize.reference import EagerStage
+
+    example = model.examples[0]
+    wanted = EagerStage(model)(example)
+    recipe = Recipe("onnxruntime", {"precision": "fp32"})
+    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
+        folder = Path(scratch) / "artifact"
+        (folder / "backend").mkdir(parents=True)
+        onnxruntime.build(model, options=dict(recipe.options), out=folder / "backend")
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        origin = Provenance(__version__, created, f"torchship.migrate.faces:{model.name}", hash_model(model))
+        package.pack(
+            folder,
+            name=model.name,
+            signature=model.signature,
+            recipe=recipe,
+            provenance=origin,
+            max_batch=16,
+            inputs=example,
+            outputs=wanted,
+        )
+        stage = open_artifact(folder).open()
+        for key, value in stage(example).items():
+            error = float(np.linalg.norm(value - wanted[key]) / max(float(np.linalg.norm(wanted[key])), 1e-9))
+            if error > 2e-3:
+                raise GuardRefused(f"{model.name}: output {key!r} is {error:.1%} off", hint="report this")
+        stage.close()
+        number = store.publish(folder, name=model.name)
+    return open_artifact(store.resolve(f"{model.name}@{number}"), verify=False)
 
 
 def material(folder: Path, detector: nn.Module) -> tuple[Array, Array]:

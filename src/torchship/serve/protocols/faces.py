@@ -54,7 +54,7 @@ def mount(
     keep_faces: bool = True,
     gate: dict[str, float] = {},
 ) -> list[Route]:
-    """The routes. `detect`, `embed` and `identify` name the served pipelines (they may be one); `gate` limits enrolment;
+    """The routes. `detect`, `embed` and `identify` name the served pipelines, `gate` limits enrolment,
     `keep_faces` keeps a cut-out of every enrolled face, so that the gallery can move to another embedder."""
     model = embedder()
     book = Gallery(gallery, model=model.space, width=model.width)
