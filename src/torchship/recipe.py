@@ -27,11 +27,20 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def label(self) -> str:
-        """A short name for tables: `onnxruntime precision=int8 + layout`."""
-        words = [self.backend, *(f"{key}={value}" for key, value in sorted(self.options.items()))]
-        return " + ".join([" ".join(words), *(step.transform for step in self.transforms)])
+        """A short name for tables: `onnxruntime precision=int8 + quantize scheme=dynamic`."""
+        parts = [_words(self.backend, self.options), *(_words(s.transform, s.options) for s in self.transforms)]
+        return " + ".join(parts)
 
     @property
     def key(self) -> str:
         """A stable 16-digit hash of the content: the name of the trial's folder and cache entry."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
+
+
+def _words(name: str, options: Options) -> str:
+    return " ".join([name, *(f"{key}={_brief(value)}" for key, value in sorted(options.items()))])
+
+
+def _brief(value: Option) -> str:
+    """Long lists are told by their length."""
+    return f"({len(value)})" if isinstance(value, list | dict) and len(value) > 2 else str(value)

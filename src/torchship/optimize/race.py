@@ -16,9 +16,10 @@ from torchship.artifact.manifest import Provenance
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
+from torchship.optimize import combine
 from torchship.optimize import trial as trials
 from torchship.optimize.cache import Cache, digest
-from torchship.optimize.choose import Goal
+from torchship.optimize.choose import Goal, is_valid
 from torchship.optimize.guard import HOPELESS, Guard, judge
 from torchship.optimize.measure import Effort
 from torchship.optimize.order import next_up
@@ -26,6 +27,7 @@ from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial
 from torchship.recipe import Recipe
 
 OnTrial = Callable[[Trial, int, int], None]
+_EARLY = ("onnxruntime", "openvino", "tensorrt")  # they build in seconds, and win most often
 _PASSING = ("did not finish", "took ", "killed by", "exited with")
 
 
@@ -71,7 +73,10 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
 
     Raises BadConfig for a backend that does not exist.
     """
-    wanted = list(backends) if backends else plugins.names("backends")
+    known = plugins.names("backends")
+    wanted = (
+        list(backends) if backends else [*(n for n in _EARLY if n in known), *(n for n in known if n not in _EARLY)]
+    )
     reasons: dict[str, str] = {}
     ranked: list[tuple[int, int, Recipe]] = []
     for place, name in enumerate(wanted):
@@ -87,6 +92,8 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
             reasons[name] = f"its proposals failed: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
             continue
         ranked += [(rank, place, recipe) for rank, recipe in enumerate(found)]
+        more = combine.combined(model, hardware=hardware, among=[name])
+        ranked += [(rank, place, recipe) for rank, recipe in more]
     ranked.sort(key=lambda item: item[:2])
     eager = Recipe("eager")
     others = [recipe for _, _, recipe in ranked if recipe != eager]
@@ -109,7 +116,7 @@ def run(
             found = Trial(recipe, "skipped", failure="interrupted" if interrupted else "the budget was used up")
         else:
             try:
-                found = attempt(recipe, course=course, left=left if done else max(left, 60.0))
+                found = attempt(recipe, course=course, left=left if done else max(left, 60.0), done=done)
             except KeyboardInterrupt:
                 interrupted = True
                 found = Trial(recipe, "skipped", failure="interrupted")
@@ -122,7 +129,7 @@ def run(
     return done, interrupted
 
 
-def attempt(recipe: Recipe, *, course: Course, left: float) -> Trial:
+def attempt(recipe: Recipe, *, course: Course, left: float, done: Sequence[Trial] = ()) -> Trial:
     """One recipe as a Trial: from the cache, or built and proven within `left` seconds. Never raises for its faults."""
     built_key, proof_key = _keys(recipe, course)
     known = course.cache.trial(proof_key)
@@ -134,7 +141,7 @@ def attempt(recipe: Recipe, *, course: Course, left: float) -> Trial:
     if folder is None:
         found = Trial(recipe, "failed", proof_key, failure=fault, log=log, build_s=build_s, seconds=build_s)
     else:
-        found = _proven(recipe, proof_key, folder, course, left - build_s)
+        found = _proven(recipe, proof_key, folder, course, left=left - build_s, done=done)
         found = msgspec.structs.replace(found, build_s=build_s, seconds=time.monotonic() - started)
     if not found.failure.startswith(_PASSING):
         course.cache.keep_trial(proof_key, found)
@@ -180,7 +187,8 @@ def _built(recipe: Recipe, key: str, course: Course, left: float) -> tuple[Path 
     return course.cache.keep_build(key, out), "", ""
 
 
-def _proven(recipe: Recipe, key: str, folder: Path, course: Course, left: float) -> Trial:
+def _proven(recipe: Recipe, key: str, folder: Path, course: Course, *, left: float, done: Sequence[Trial]) -> Trial:
+    timings = [trial.timing for trial in done if trial.timing and is_valid(trial)]
     task = ProofTask(
         artifact=str(folder),
         reference=str(course.reference),
@@ -191,6 +199,8 @@ def _proven(recipe: Recipe, key: str, folder: Path, course: Course, left: float)
         answers=str(course.cache.root / "builds" / f"{folder.name}.answers"),
         device=course.device,
         threads=course.threads,
+        best_ms=min((timing.curve[0].p50_ms for timing in timings), default=0.0),
+        best_rate=max((point.rows_per_s for timing in timings for point in timing.curve), default=0.0),
         evaluate=course.metric,
         reference_metric=course.reference_metric,
     )

@@ -11,7 +11,7 @@ import msgspec
 
 from torchship import process
 from torchship.artifact import folder as folders
-from torchship.optimize import race
+from torchship.optimize import combine, race
 from torchship.optimize.choose import Goal, cost, is_valid
 from torchship.optimize.guard import precision_of
 from torchship.optimize.race import Course
@@ -48,13 +48,19 @@ def worth_it(trials: Sequence[Trial], *, goal: Goal) -> list[Trial]:
 
 
 def run(candidates: Sequence[Trial], layers: Sequence[Layer], *, course: Course, deadline: float) -> Iterator[Trial]:
-    """Further trials of refused candidates with layers left out of int8.
+    """Further trials of refused candidates: equalized where that applies, then with layers left out of int8.
 
     For each the worst 1, 2, 4 ... layers go back to float until the guard holds or half of them are float; then the
     fewest that still hold are looked for between the last two steps.
     """
-    if layers:
-        for candidate in candidates:
+    for candidate in candidates:
+        changed = combine.equalized(candidate.recipe, model=course.model, hardware=course.hardware)
+        if changed is not None and time.monotonic() < deadline:
+            trial = race.attempt(changed, course=course, left=deadline - time.monotonic())
+            yield trial
+            if trial.status == "ok":
+                continue
+        if layers:
             yield from _attempts(candidate, layers, course, deadline)
 
 

@@ -62,7 +62,8 @@ class BuildTask(msgspec.Struct, frozen=True):
 
 
 class ProofTask(msgspec.Struct, frozen=True):
-    """What the proving child is told."""
+    """What the proving child is told. `best_ms` and `best_rate` are the best so far: who is far behind in both is not
+    measured at large batches."""
 
     artifact: str
     reference: str
@@ -73,6 +74,8 @@ class ProofTask(msgspec.Struct, frozen=True):
     answers: str
     device: str = "cpu"
     threads: int = 0
+    best_ms: float = 0.0
+    best_rate: float = 0.0
     evaluate: str = ""
     reference_metric: float | None = None
 
@@ -148,7 +151,8 @@ def prove_here(argument: Any) -> Any:
     found = judge(found, guard=task.guard, recipe=task.recipe, rows=task.rows) if not task.evaluate else found
     Path(task.answers).write_bytes(tensorfile.encode(stage(example)))
     if found.passed:
-        points = [*points, *_further_points(stage, example, artifact.manifest.signature, task.effort, points)]
+        if not _far_behind(points, task):
+            points += _further_points(stage, example, artifact.manifest.signature, task.effort, points)
         found = _metric(stage, found, task)
     stage.close()
     timing = Timing(tuple(points), load_s, peak, artifact.size, task.threads)
@@ -173,6 +177,11 @@ def _further_points(
     if not signature.batched or effort.max_batch <= _SERVING_BATCH:
         return []
     return list(curve(stage, example, batched=True, effort=effort, after=tuple(done)))
+
+
+def _far_behind(points: list[BatchPoint], task: ProofTask) -> bool:
+    rate = max(found.rows_per_s for found in points)
+    return bool(task.best_ms) and points[0].p50_ms > 3 * task.best_ms and rate * 3 < task.best_rate
 
 
 def _metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:

@@ -1,0 +1,46 @@
+"""Recipes of backends times transforms: which transforms are worth trying under which backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchship import plugins
+from torchship.hardware import Hardware
+from torchship.model import Model
+from torchship.recipe import Options, Recipe, Step
+
+# Converters fuse, lay out and quantize by themselves; what stays torch gains from being changed before.
+_TAKES = {"eager": ("fuse", "quantize"), "inductor": ("quantize",)}
+_STATIC: Options = {"scheme": "static"}
+
+
+def combined(model: Model, *, hardware: Hardware, among: Sequence[str]) -> list[tuple[int, Recipe]]:
+    """Recipes with transforms for the backends in `among`, with their ranks behind the backends' own proposals.
+
+    A transform takes part with what it proposes for this model; static int8 only where there is data to calibrate.
+    """
+    found: list[tuple[int, Recipe]] = []
+    for backend in among:
+        for rank, name in enumerate(_TAKES.get(backend, ())):
+            steps: list[tuple[Step, ...]] = [(Step(name, options),) for options in _proposals(name, model, hardware)]
+            if name == "quantize" and backend == "inductor" and model.calibration:
+                # a module called twice, as torchvision's ReLUs are, stops the quantizer
+                steps.insert(0, (Step("unshare"), Step(name, _STATIC)))
+            found += [(2 + rank, Recipe(backend, {}, step)) for step in steps]
+    return found
+
+
+def equalized(recipe: Recipe, *, model: Model, hardware: Hardware) -> Recipe | None:
+    """The recipe with cross-layer equalization before all else, where the model has layers for it."""
+    if any(step.transform == "equalize" for step in recipe.transforms):
+        return None
+    for options in _proposals("equalize", model, hardware):
+        return Recipe(recipe.backend, recipe.options, (Step("equalize", options), *recipe.transforms))
+    return None
+
+
+def _proposals(name: str, model: Model, hardware: Hardware) -> list[Options]:
+    if name not in plugins.names("transforms"):
+        return []
+    propose = getattr(plugins.load("transforms", name=name), "propose", None)
+    return [] if propose is None else list(propose(model, hardware=hardware))
