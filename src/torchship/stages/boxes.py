@@ -16,6 +16,7 @@ from torchship.tensors import Array
 Format: TypeAlias = Literal["xyxy", "xywh", "cxcywh"]
 Soft: TypeAlias = Literal["", "linear", "gaussian"]
 _FORMATS = ("xyxy", "xywh", "cxcywh")
+_BLOCK = 256
 
 Score: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1, description="boxes below this score are left out")]
 Overlap: TypeAlias = Annotated[
@@ -217,20 +218,31 @@ def nms(boxes: Array, scores: Array, *, overlap: float, groups: Array | None = N
     Boxes are [n, 4] in xyxy. The same boxes stay as with torchvision's `batched_nms`.
     """
     order = np.argsort(-scores, kind="stable")
-    corners = np.ascontiguousarray(_apart(boxes, groups)[order].T)
-    size = areas(corners.T)
-    left = np.arange(len(order))
-    kept = []
-    while left.size:
-        best, left = left[0], left[1:]
-        kept.append(best)
-        low_x, low_y, high_x, high_y = (
-            pick(corners[side, best], corners[side, left])
-            for side, pick in enumerate((np.maximum, np.maximum, np.minimum, np.minimum))
-        )
-        shared = np.maximum(high_x - low_x, 0) * np.maximum(high_y - low_y, 0)
-        left = left[shared <= overlap * (size[best] + size[left] - shared)]
-    return order[np.asarray(kept, np.int64)]
+    plain = boxes[order].astype(np.float32)
+    if groups is None:
+        return order[_greedy(plain, overlap)]
+    sorted_groups = groups[order]
+    members = (np.flatnonzero(sorted_groups == group) for group in np.unique(sorted_groups))
+    kept = [part[_greedy(plain[part], overlap)] for part in members]
+    return order[np.sort(np.concatenate(kept))] if kept else order
+
+
+def _greedy(boxes: Array, overlap: float) -> Array:
+    """The same for one group of boxes, the best first: a block at a time, so that memory stays small."""
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(boxes), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(boxes)))
+        if len(kept):
+            block = block[(overlaps(boxes[kept], boxes[block]) <= overlap).all(axis=0)]
+        hits = overlaps(boxes[block], boxes[block]) > overlap
+        dead = np.zeros(len(block), bool)
+        stay = []
+        for place in range(len(block)):
+            if not dead[place]:
+                stay.append(place)
+                dead |= hits[place]
+        kept = np.concatenate([kept, block[stay]])
+    return kept
 
 
 def soft_nms(
