@@ -1,0 +1,90 @@
+"""Text: tokens as the tokenizer makes them, padded to a common length; means that the mask decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from torchship.errors import BadConfig, BadInput, NotFound
+from torchship.pipeline import Composed, PipelineConfig, StageConfig, pack_pipeline, plan, plan_target
+from torchship.stage import FunctionStage
+from torchship.stages.text import Tokenize, pool
+from torchship.tensors import Array
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "hello", "world"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A real little tokenizer."""
+    made: Any = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    path = str(tmp_path / "tokenizer.json")
+    made.save(path)
+    return path
+
+
+def texts(*items: bytes) -> Array:
+    """A BYTES tensor."""
+    found = np.empty(len(items), object)
+    found[:] = items
+    return found
+
+
+def test_tokens(file: str) -> None:
+    ids, mask, types = Tokenize(tokenizer=file, multiple=4)(texts(b"hello world", b"a b hello"))
+    assert ids.tolist() == [[2, 6, 7, 3, 0, 0, 0, 0], [2, 4, 5, 6, 3, 0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
+    assert types.sum() == 0
+    ids, _, _ = Tokenize(tokenizer=file, multiple=1, max_length=4)(texts(b"a a a a a a"))
+    assert ids.tolist() == [[2, 4, 4, 3]]
+    assert Tokenize(tokenizer=file, multiple=1)(texts("héllo".encode()))[0].tolist() == [[2, 1, 3]]
+    assert "tokens:1..16" in Tokenize.declare(max_length=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("text", "row 1 holds str, expected bytes"),
+        (b"\xff", "row 1 is not UTF-8 (byte 0)"),
+        (b"a" * 11, "row 1 has 11 bytes, at most 10"),
+    ],
+)
+def test_bad_texts_are_named(file: str, text: Any, words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        Tokenize(tokenizer=file, max_bytes=10)(texts(b"a", text))
+    assert words in str(caught.value)
+
+
+def test_bad_tokenizers(tmp_path: Path, file: str) -> None:
+    with pytest.raises(NotFound):
+        Tokenize(tokenizer=str(tmp_path / "nope"))
+    (tmp_path / "bad").write_text("{}")
+    with pytest.raises(BadConfig):
+        Tokenize(tokenizer=str(tmp_path / "bad"))
+    with pytest.raises(BadConfig):
+        Tokenize(tokenizer=file, multiple=0)
+
+
+def test_pooling_ignores_padding() -> None:
+    hidden = np.array([[[3, 0], [0, 4], [100, 100]], [[0, 2], [100, 100], [100, 100]]], np.float32)
+    mask = np.array([[1, 1, 0], [1, 0, 0]], np.int64)
+    stage = FunctionStage(pool)
+    given = {"hidden": hidden, "attention_mask": mask}
+    np.testing.assert_allclose(stage(given, {"normalize": False})["vectors"], [[1.5, 2], [0, 2]])
+    np.testing.assert_allclose(stage(given)["vectors"], [[0.6, 0.8], [0, 1]])
+
+
+def test_the_tokenizer_travels_with_the_pipeline(file: str, tmp_path: Path) -> None:
+    stages = (StageConfig(run="torchship.stages.text:Tokenize", options={"tokenizer": file, "multiple": 1}),)
+    pack_pipeline(plan(PipelineConfig("tokens", stages)), tmp_path / "p")
+    Path(file).unlink()
+    composed = Composed(plan_target(tmp_path / "p"))  # no trust is needed
+    assert composed({"text": texts(b"a")})["input_ids"].tolist() == [[2, 4, 3]]
