@@ -31,15 +31,16 @@ def human_size(count: float) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", right: str = "") -> Any:
     """A plain table; columns whose names are in `right` (separated by blanks) are aligned to the right."""
+    from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
-    found = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    found = Table(box=None, pad_edge=False, show_header=any(columns))
     for column in columns:
         found.add_column(column, justify="right" if column in right.split() else "left", overflow="fold")
     for row in rows:
         found.add_row(*(escape(str(cell)) for cell in row))
-    return found
+    return Group(f"[bold]{escape(title)}[/bold]", found) if title else found  # a table's own title wraps at its width
 
 
 def show_signature(out: Console, signature: Signature) -> None:
