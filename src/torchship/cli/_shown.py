@@ -78,11 +78,21 @@ def show_artifact(out: Console, artifact: Artifact) -> None:
         facts.append(("labels", f"{len(manifest.labels)} ({few}{', ...' if len(manifest.labels) > 3 else ''})"))
     out.print(table(("", ""), facts), "")
     show_signature(out, manifest.signature)
+    if manifest.kind == "pipeline":
+        _show_stages(out, artifact)
     _show_measured(out, artifact)
     native = any(entry.kind == "native" for entry in manifest.files)
     rows = [(entry.path, human_size(entry.size), entry.kind, entry.sha256[:16]) for entry in manifest.files]
     title = "Files (native code: opens only with --trust or a trusted signature)" if native else "Files"
     out.print(table(("path", "size", "kind", "sha256"), rows, title=title, right="size"))
+
+
+def _show_stages(out: Console, artifact: Artifact) -> None:
+    from torchship.pipeline import embedded
+
+    stages = embedded.read(artifact, trust=True).stages  # nothing is opened
+    rows = [(i, s.name or "-", s.run or s.artifact or s.remote, s.options or "-") for i, s in enumerate(stages, 1)]
+    out.print(table(("", "name", "runs", "options"), rows, title="Stages"), "")
 
 
 def _signature(artifact: Artifact) -> str:

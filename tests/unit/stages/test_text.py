@@ -77,9 +77,9 @@ def test_pooling_ignores_padding() -> None:
     hidden = np.array([[[3, 0], [0, 4], [100, 100]], [[0, 2], [100, 100], [100, 100]]], np.float32)
     mask = np.array([[1, 1, 0], [1, 0, 0]], np.int64)
     stage = FunctionStage(pool)
-    given = {"hidden": hidden, "attention_mask": mask}
-    np.testing.assert_allclose(stage(given, {"normalize": False})["vectors"], [[1.5, 2], [0, 2]])
-    np.testing.assert_allclose(stage(given)["vectors"], [[0.6, 0.8], [0, 1]])
+    given: dict[str, Array] = {"hidden": hidden, "attention_mask": mask}
+    np.testing.assert_allclose(stage(given, {"normalize": False})["vectors"], np.array([[1.5, 2], [0, 2]]))
+    np.testing.assert_allclose(stage(given)["vectors"], np.array([[0.6, 0.8], [0, 1]]), rtol=1e-6)
 
 
 def test_the_tokenizer_travels_with_the_pipeline(file: str, tmp_path: Path) -> None:

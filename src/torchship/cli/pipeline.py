@@ -1,0 +1,112 @@
+"""`torchship pipeline ...`: check, draw and publish pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from torchship.artifact import Store
+    from torchship.pipeline import Plan
+
+_store = click.option("--store", "root", default=None, metavar="DIR", help="Where artifacts are found by name.")
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  torchship pipeline check classify.toml
+  torchship pipeline draw classify.toml --svg classify.svg
+  torchship pipeline publish classify.toml --name classify --example cat.jpg
+"""
+)
+def command() -> None:
+    """Look after pipelines: TOML files with stages = [...], or the only [[model]] with stages of a server's file."""
+
+
+def _planned(target: str, root: str | None) -> tuple[Plan, Store]:
+    """The plan of a TOML file or of what is published."""
+    import sys
+
+    from torchship.artifact import Store
+    from torchship.pipeline import config, plan, plan_target
+
+    sys.path.insert(0, "")  # Python stages of the user's lie where the command is typed
+    store = Store(root)
+    if target.endswith(".toml"):
+        return plan(config.read(target), store), store
+    return plan_target(target, store=store), store
+
+
+@command.command()
+@click.argument("target", metavar="FILE.toml|ARTIFACT")
+@_store
+@click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
+def check(*, target: str, root: str | None, as_json: bool) -> None:
+    """Type-check a pipeline: every input of every stage, every parameter, before anything starts."""
+    plan, _ = _planned(target, root)
+    if as_json:
+        import msgspec
+
+        facts = {
+            "name": plan.name,
+            "signature": plan.signature,
+            "max_batch": plan.max_batch,
+            "parameters": plan.parameters,
+            "stages": plan.nodes,
+        }
+        click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
+        return
+    click.echo(f"{plan.name}: {len(plan.nodes)} stages fit together")
+    click.echo(f"  {plan.signature}")
+    for parameter in plan.parameters:
+        bounds = f", {parameter.low} to {parameter.high}" if parameter.low is not None else ""
+        about = f": {parameter.about}" if parameter.about else ""
+        click.echo(f"  parameter {parameter.name} (default {parameter.default}{bounds}){about}")
+
+
+@command.command()
+@click.argument("target", metavar="FILE.toml|ARTIFACT")
+@_store
+@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write a drawing there, too.")
+def draw(*, target: str, root: str | None, svg: Path | None) -> None:
+    """Show which tensor goes where: as text, and as an SVG."""
+    from torchship.artifact import folder
+    from torchship.pipeline import drawing
+
+    plan, _ = _planned(target, root)
+    click.echo(drawing.as_text(plan))
+    if svg:
+        folder.write(svg, drawing.as_svg(plan).encode())
+        click.echo(f"\nwrote {svg}", err=True)
+
+
+@command.command()
+@click.argument("file", metavar="FILE.toml", type=click.Path(exists=True, dir_okay=False))
+@click.option("--name", default=None, help="The name to publish under.  [default: the pipeline's]")
+@click.option("--example", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="An input (a picture, npz, json ...) that is run now and kept with its answer.")  # fmt: skip
+@_store
+def publish(*, file: str, name: str | None, example: Path | None, root: str | None) -> None:
+    """Publish a pipeline as one artifact that holds its models and files, and is served like a model."""
+    import tempfile
+
+    from torchship.cli import _tensorfiles
+    from torchship.pipeline import Composed, pack_pipeline
+
+    plan, store = _planned(file, root)
+    examples = {}
+    if example:
+        inputs = _tensorfiles.read(example, signature=plan.signature)
+        plan.signature.check(inputs)
+        composed = Composed(plan, store)
+        examples = {"inputs": inputs, "outputs": composed(inputs)}
+        composed.close()
+    with tempfile.TemporaryDirectory(prefix="torchship-") as place:
+        folder = Path(place) / "artifact"
+        pack_pipeline(plan, folder, store=store, **examples)
+        given = name or plan.name
+        version = store.publish(folder, name=given)
+    click.echo(f"published {given}@{version}: {plan.signature}")

@@ -1,0 +1,89 @@
+"""`torchship pipeline` as a user types it: check, draw, publish, and then predict with what was published."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.unit.artifact.made import colour
+from tests.unit.cli.test_artifact_commands import torchship
+from tests.unit.pipeline.test_plan import BODIES
+from torchship.artifact import Store
+from torchship.errors import BadConfig, BadInput
+
+CLASSIFY = """
+parameters = {top_k = 2}
+stages = [
+  {run = "torchship.stages.images:Classify", options = {size = 8, mean = [0.0], std = [1.0]}, copies = 2},
+  {artifact = "colour", threads = 1},
+  {run = "torchship.stages.labels:TopK"},
+]
+"""
+BRANCHES = f"""
+outputs = ["y", "total"]
+stages = [
+  {{run = "{BODIES}:parse"}},
+  {{run = "{BODIES}:double"}},
+  {{run = "{BODIES}:add_up", inputs = {{x = "parse.numbers"}}}},
+  {{run = "{BODIES}:score"}},
+]
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two pipelines and a picture, and a store with a model."""
+    monkeypatch.setenv("TORCHSHIP_STORE", str(tmp_path / "store"))
+    colour(tmp_path / "a")
+    Store().publish(tmp_path / "a", name="colour")
+    (tmp_path / "classify.toml").write_text(CLASSIFY)
+    (tmp_path / "branches.toml").write_text(BRANCHES)
+    Image.new("RGB", (30, 20), (200, 10, 10)).save(tmp_path / "red.png")
+    return tmp_path
+
+
+def test_check(here: Path) -> None:
+    text = torchship("pipeline", "check", here / "classify.toml").output
+    assert "3 stages fit together" in text
+    assert "top_k (default 2, 1.0 to 1000.0): how many classes" in text
+    facts = json.loads(torchship("pipeline", "check", here / "classify.toml", "--json").output)
+    assert facts["max_batch"] == 1
+    (here / "classify.toml").write_text(CLASSIFY.replace("size = 8", "size = 9"))
+    with pytest.raises(BadConfig, match=r"^\$\.stages\[1\]\.inputs: "):
+        torchship("pipeline", "check", here / "classify.toml")
+
+
+def test_draw(here: Path) -> None:
+    text = torchship("pipeline", "draw", here / "branches.toml", "--svg", here / "b.svg").output
+    assert "takes x:FP32[-1,2]  <- parse.numbers" in text
+    assert "runs beside double" in text
+    assert "answer       takes total:FP32[-1]  <- add_up.total" in text
+    assert "nobody takes score.score, score.rows" in text
+    root = ET.fromstring((here / "b.svg").read_text())  # we wrote it
+    words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"request", "parse", "double", "add_up", "score", "answer"} <= set(words)
+    boxes = [(r.get("x"), r.get("y")) for r in root.iter("{http://www.w3.org/2000/svg}rect")]
+    assert len(set(boxes)) == 6
+    assert "up to 2 at once" in torchship("pipeline", "draw", here / "classify.toml").output
+
+
+def test_publish_then_use_it_like_a_model(here: Path) -> None:
+    text = torchship(
+        "pipeline", "publish", here / "classify.toml", "--name", "cls", "--example", here / "red.png"
+    ).output
+    assert "published cls@1" in text
+    inspected = torchship("inspect", "cls").output
+    assert "pipeline.json" in inspected
+    assert "torchship.stages.images:Classify" in inspected
+    lines = torchship("predict", "cls", "--input", here / "red.png", "--threads", "1").output.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("red")
+    one = torchship("predict", "cls", "--input", here / "red.png", "--parameter", "top_k=1", "--threads", "1").output
+    assert len(one.splitlines()) == 1
+    assert "3 stages" in torchship("pipeline", "check", "cls").output
+    with pytest.raises(BadInput, match="not a picture"):
+        torchship("pipeline", "publish", file, "--example", file)
