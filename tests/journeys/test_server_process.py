@@ -1,0 +1,191 @@
+"""A server as people run it: a process with a file, signals, faults, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TWO = """
+[[model]]
+name = "double"
+run = "tests.serving:double"
+[[model]]
+name = "slow"
+run = "tests.serving:sleeper"
+"""
+
+
+class Running:
+    """A server process and where it listens."""
+
+    def __init__(self, *words: str) -> None:
+        command = [sys.executable, "-m", "torchship", "serve", *words]
+        self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.lines: list[str] = []
+        assert self.child.stderr is not None
+        self.url = ""
+        for line in self.child.stderr:
+            self.lines.append(line)
+            if found := re.search(r"(http://127\.0\.0\.1:\d+)/", line):
+                self.url = found[1]
+                break
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as fault:
+            return fault.code, json.load(fault)
+
+    def double(self, value: float) -> tuple[int, Any]:
+        given = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [value] * 4}
+        return self.ask("/v2/models/double/infer", {"inputs": [given]})
+
+    def finish(self) -> str:
+        assert self.child.stderr is not None
+        if not self.child.stderr.closed:
+            with self.child.stderr as lines:
+                self.lines += lines.readlines()
+        self.child.wait(30)
+        return "".join(self.lines)
+
+
+@contextmanager
+def serving(text: str, folder: Path, *words: str) -> Iterator[Running]:
+    file = folder / "serve.toml"
+    file.write_text(text)
+    server = Running(str(file), "--http-port", "0", *words)
+    try:
+        yield server
+    finally:
+        if server.child.poll() is None:
+            server.child.kill()
+        server.finish()
+
+
+def workers_of(server: Running) -> list[psutil.Process]:
+    found: list[psutil.Process] = psutil.Process(server.child.pid).children(recursive=True)
+    return found
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    return not alive
+
+
+def leftovers() -> set[str]:
+    return {f"{folder}/{name}" for folder in ("/dev/shm", "/tmp") for name in os.listdir(folder) if "arena" in name}
+
+
+def test_it_answers_survives_kill_9_and_stops_cleanly(tmp_path: Path) -> None:
+    before = leftovers()
+    with serving(TWO, tmp_path) as server:
+        assert server.ask("/v2/health/ready") == (200, {"ready": True})
+        assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4
+        workers = workers_of(server)
+        assert len(workers) == 2
+        for worker in workers:
+            worker.kill()
+        status, answer = server.double(3)  # waits for the new worker
+        assert (status, answer["outputs"][0]["data"]) == (200, [6.0] * 4)
+        assert 'torchship_worker_restarts_total{model="double",version="1",stage="double"} 1' in metrics(server)
+        workers = workers_of(server)
+        server.child.send_signal(signal.SIGTERM)
+        log = server.finish()
+        assert server.child.returncode == 0
+        assert "Traceback" not in log
+        assert gone(workers)
+    assert leftovers() <= before
+
+
+def metrics(server: Running) -> str:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_sigterm_answers_what_is_under_way(tmp_path: Path) -> None:
+    with serving(TWO, tmp_path) as server:
+        body = json.dumps({"inputs": [{"name": "ms", "shape": [1], "datatype": "INT32", "data": [700]}]}).encode()
+        port = int(server.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            head = f"POST /v2/models/slow/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            time.sleep(0.2)
+            server.child.send_signal(signal.SIGTERM)
+            sock.settimeout(20)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        server.finish()
+        assert server.child.returncode == 0
+
+
+def test_two_interrupts_stop_at_once(tmp_path: Path) -> None:
+    with serving(TWO, tmp_path) as server:
+        body = json.dumps({"inputs": [{"name": "ms", "shape": [1], "datatype": "INT32", "data": [20_000]}]}).encode()
+        port = int(server.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            head = f"POST /v2/models/slow/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            time.sleep(0.2)
+            workers = workers_of(server)
+            server.child.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            assert server.child.poll() is None
+            server.child.send_signal(signal.SIGINT)
+            server.finish()
+            assert server.child.returncode == 130
+        assert gone(workers)
+
+
+def test_kill_9_of_the_host_leaves_no_orphans(tmp_path: Path) -> None:
+    with serving(TWO, tmp_path) as server:
+        workers = workers_of(server)
+        assert workers
+        server.child.kill()
+        assert gone(workers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "code"),
+    [
+        ('[[model]]\nname = "m"\nrun = "tests.serving:nothing"\n', "has no attribute 'nothing'", 2),
+        ('[[model]]\nname = "m"\nartifact = "never-published"\n', "never-published", 1),
+        ('[http]\nhost = "0.0.0.0"\n', "can be reached from elsewhere", 2),
+        ("[[model]\n", "not TOML", 2),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path: Path, text: str, message: str, code: int) -> None:
+    with serving(f'{text}\n[store]\nroot = "store"\n', tmp_path) as server:
+        log = server.finish()
+    assert message in log
+    assert "Traceback" not in log
+    assert server.child.returncode == code
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        with serving(TWO, tmp_path, "--http-port", str(port)) as server:
+            log = server.finish()
+    assert f"cannot listen on 127.0.0.1:{port}" in log
+    assert "Traceback" not in log
+    assert server.child.returncode == 1

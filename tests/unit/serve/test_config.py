@@ -1,0 +1,92 @@
+"""The server's file: every fault is told with its path; nothing is open to others by accident."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchship.errors import BadConfig, Denied, NotFound
+from torchship.serve import config as configs
+from torchship.serve.access import check_places, gate, hash_of, is_loopback, new_token
+from torchship.serve.config import Token
+
+MODEL = {"name": "m", "run": "a:b"}
+
+
+@pytest.mark.parametrize(
+    ("data", "start"),
+    [
+        ({"modle": []}, "$: Object contains unknown field `modle`"),
+        ({"model": [{"name": "1x", "run": "a:b"}]}, "$.model[0].name: Expected `str` matching regex"),
+        ({"model": [{"name": "a/../b", "run": "a:b"}]}, "$.model[0].name"),
+        ({"model": [{"name": "m"}]}, "$.model[0]: has nothing to run"),
+        ({"model": [{**MODEL, "artifact": "x"}]}, "$.model[0]: has artifact and run"),
+        ({"model": [MODEL, MODEL]}, "$.model[1].name: 'm' is taken"),
+        ({"model": [{**MODEL, "timeout": 0}]}, "$.model[0].timeout: Expected `float` > 0"),
+        ({"model": [{"name": "m", "stages": [{"run": "a:b", "copys": 2}]}]}, "$.model[0].stages[0]: Object contains"),
+        ({"http": {"port": 70000}}, "$.http.port: Expected `int` <= 65535"),
+        ({"token": [{"name": "t", "hash": "secret"}]}, "$.token[0].hash"),
+        ({"log": {"level": "loud"}}, "$.log.level"),
+    ],
+)
+def test_faults_are_told_with_their_path(data: object, start: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        configs.convert(data)
+    assert str(caught.value).startswith(start)
+
+
+def test_a_file_is_read_and_its_store_found_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('[store]\nroot = "here"\nwatch = 2\n[[model]]\nname = "m"\nartifact = "x@current"\ncopies = 2\n')
+    found = configs.read(file)
+    assert found.store.root == str(tmp_path / "here")
+    assert found.store.watch == 2
+    assert found.model[0].pipeline().stages[0].artifact == "x@current"
+    assert found.model[0].pipeline().stages[0].copies == 2
+    assert found.http.host == "127.0.0.1"
+    with pytest.raises(NotFound, match="no file"):
+        configs.read(tmp_path / "other.toml")
+    file.write_text("[[model")
+    with pytest.raises(BadConfig, match="not TOML"):
+        configs.read(file)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
+def test_elsewhere_needs_tokens_or_client_certificates(host: str) -> None:
+    if host:
+        with pytest.raises(BadConfig, match=r"\$\.http\.host: .* can be reached from elsewhere"):
+            check_places(configs.convert({"http": {"host": host}}))
+        with pytest.raises(BadConfig, match=r"\$\.grpc\.host"):
+            check_places(configs.convert({"grpc": {"host": host, "port": 8001}}))
+    check_places(configs.convert({"http": {"host": host}, "token": [{"name": "t", "hash": hash_of("x")}]}))
+    papers = {"certificate": "c", "key": "k", "clients": "a"}
+    check_places(configs.convert({"http": {"host": host}, "tls": papers}))
+    assert not is_loopback(host)
+    assert all(is_loopback(near) for near in ("127.0.0.1", "127.3.2.1", "::1", "localhost"))
+
+
+def test_tokens_open_their_scopes_and_nothing_else() -> None:
+    token, stored = new_token()
+    other, kept = new_token()
+    assert token not in stored
+    admit = gate([Token("a", stored), Token("b", kept, ("manage", "metrics"))])
+    assert admit is not None
+    bearer = {"authorization": f"Bearer {token}"}
+    admit("", {})
+    admit("infer", bearer)
+    admit("infer", {"authorization": f"bearer {token}"})
+    admit("manage", {"authorization": f"Bearer {other}"})
+    for scope, headers in (
+        ("infer", {}),
+        ("manage", bearer),
+        ("infer", {"authorization": f"Bearer {other}"}),
+        ("infer", {"authorization": f"Bearer {token}x"}),
+        ("infer", {"authorization": f"Bearer {stored}"}),
+        ("infer", {"authorization": token}),
+        ("infer", {"authorization": "Bearer"}),
+        ("infer", {"authorization": f"Basic {token}"}),
+    ):
+        with pytest.raises(Denied):
+            admit(scope, headers)
+    assert gate([]) is None
