@@ -72,10 +72,9 @@ def test_draw(here: Path) -> None:
 
 
 def test_publish_then_use_it_like_a_model(here: Path) -> None:
-    text = torchship(
-        "pipeline", "publish", here / "classify.toml", "--name", "cls", "--example", here / "red.png"
-    ).output
-    assert "published cls@1" in text
+    file = here / "classify.toml"
+    found = torchship("pipeline", "publish", file, "--name", "cls", "--example", here / "red.png")
+    assert "published cls@1" in found.output
     inspected = torchship("inspect", "cls").output
     assert "pipeline.json" in inspected
     assert "torchship.stages.images:Classify" in inspected
