@@ -1,0 +1,1 @@
+"""Tests of the front doors, with a service that answers in this process."""

@@ -12,6 +12,7 @@ from torchship.serve.protocols._fields import Fields, WrongHead, check_trailers,
 from torchship.serve.protocols._outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.protocols._pace import Pace
 from torchship.serve.protocols._reader import FRAME, Reader
+from torchship.serve.protocols._rules import Unfinished, check, header_block, unpad
 from torchship.serve.protocols._site import Site
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
@@ -28,8 +29,7 @@ class Connection2(asyncio.Protocol):
         self._fields = Fields(limit=site.limits.head)
         self._streams: dict[int, Stream] = {}
         self._last = 0
-        self._block: tuple[int, int, bytearray] | None = None  # stream, flags, an unfinished header block
-        self._pieces = 0
+        self._block: Unfinished | None = None  # a header block of which CONTINUATION is still to come
         self._left = _WINDOW
         self._taken = 0
         self._pace = Pace()
@@ -113,35 +113,24 @@ class Connection2(asyncio.Protocol):
         elif kind == h2.HEADERS:
             self._on_headers(flags, number, data, start, end)
         elif kind in _CONTROL:
+            check(kind, flags, number, data[start:end])
             self._pace.count(kind, self._site.now)
             _CONTROL[kind](self, flags, number, data[start:end])
 
     def _on_headers(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
-        if flags & h2.PADDED:
-            start, end = _unpad(data, start, end)
-        if flags & h2.PRIORITY_FLAG:
-            if end - start < 5 or h2.WORD.unpack_from(data, start)[0] & 0x7FFFFFFF == number:
-                raise ConnectionFault(h2.PROTOCOL_ERROR, "a wrong priority")
-            start += 5
-        if not number & 1:
-            raise ConnectionFault(h2.PROTOCOL_ERROR, "a client's stream has an odd number")
+        block = header_block(flags, number, data, start, end)
         if flags & h2.END_HEADERS:
-            self._head(number, flags, data[start:end])
+            self._head(number, flags, block)
         else:
-            self._pieces = 0
-            self._block = number, flags, bytearray(data[start:end])
+            self._block = Unfinished(number, flags, block, limit=self._site.limits.head)
 
     def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
-        if self._block is None or self._block[0] != number:
+        if self._block is None or self._block.number != number:
             raise ConnectionFault(h2.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        _, first, block = self._block
-        block += payload
-        self._pieces += 1
-        if len(block) > self._site.limits.head or self._pieces > 64:
-            raise ConnectionFault(h2.ENHANCE_YOUR_CALM, "the header block is too large")
+        self._block.add(payload)
         if flags & h2.END_HEADERS:
-            self._block = None
-            self._head(number, first, bytes(block))
+            block, self._block = self._block, None
+            self._head(number, block.flags, bytes(block.data))
 
     def _head(self, number: int, flags: int, block: bytes) -> None:
         """A complete header block: a new stream, or trailers."""
@@ -206,7 +195,7 @@ class Connection2(asyncio.Protocol):
     def _on_data(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
         size = end - start
         if flags & h2.PADDED:
-            start, end = _unpad(data, start, end)
+            start, end = unpad(data, start, end)
         stream = self._flow(number, size)
         if stream is None:
             return
@@ -281,8 +270,6 @@ class Connection2(asyncio.Protocol):
             self._answers.begin_exchange(stream)
 
     def _on_window(self, flags: int, number: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise ConnectionFault(h2.FRAME_SIZE_ERROR, "a wrong WINDOW_UPDATE")
         step = h2.WORD.unpack(payload)[0] & 0x7FFFFFFF
         if not number:
             self._out.grow(step)
@@ -297,9 +284,6 @@ class Connection2(asyncio.Protocol):
             self._pump()
 
     def _on_settings(self, flags: int, number: int, payload: bytes) -> None:
-        if number or (flags & h2.ACK and payload) or len(payload) % 6:
-            code = h2.PROTOCOL_ERROR if number else h2.FRAME_SIZE_ERROR
-            raise ConnectionFault(code, "wrong SETTINGS")
         if flags & h2.ACK:
             return
         for place in range(0, len(payload), 6):
@@ -310,35 +294,20 @@ class Connection2(asyncio.Protocol):
             self._pump()
 
     def _on_ping(self, flags: int, number: int, payload: bytes) -> None:
-        if number or len(payload) != 8:
-            code = h2.PROTOCOL_ERROR if number else h2.FRAME_SIZE_ERROR
-            raise ConnectionFault(code, "a wrong PING")
         if not flags & h2.ACK:
             self.transport.write(h2.frame(h2.PING, h2.ACK, 0, payload))
 
     def _on_reset(self, flags: int, number: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise ConnectionFault(h2.FRAME_SIZE_ERROR, "a wrong RST_STREAM")
-        if not number or number > self._last:
+        if number > self._last:
             raise ConnectionFault(h2.PROTOCOL_ERROR, "RST_STREAM of an idle stream")
         stream = self._streams.get(number)
         if stream is not None:
             self._drop(stream)
 
     def _on_priority(self, flags: int, number: int, payload: bytes) -> None:
-        if not number:
-            raise ConnectionFault(h2.PROTOCOL_ERROR, "PRIORITY without a stream")
-        if len(payload) != 5:
-            raise StreamFault(number, h2.FRAME_SIZE_ERROR)
-        if h2.WORD.unpack_from(payload)[0] & 0x7FFFFFFF == number:
-            raise StreamFault(number, h2.PROTOCOL_ERROR)
-
-    def _on_push(self, flags: int, number: int, payload: bytes) -> None:
-        raise ConnectionFault(h2.PROTOCOL_ERROR, "a client cannot push")
+        """Priorities are read for their faults only: every stream is as urgent as the next."""
 
     def _on_goaway(self, flags: int, number: int, payload: bytes) -> None:
-        if number or len(payload) < 8:
-            raise ConnectionFault(h2.PROTOCOL_ERROR, "a wrong GOAWAY")
         self.retire()
 
     # -- answers --------------------------------------------------------------------------------------------------
@@ -402,13 +371,7 @@ class Connection2(asyncio.Protocol):
             self.transport.abort()
             return
         for stream in tuple(self._streams.values()):
-            waited = now - stream.since
-            slow = stream.head.rpc is None and not stream.ended
-            if stream.waiting is not None:
-                late = waited > limits.write_seconds
-            else:
-                late = slow and waited > limits.body_seconds + stream.size / limits.body_rate
-            if late:
+            if stream.late(now, limits):
                 self._reset(stream.number, h2.CANCEL)
         if not self._reader.started and now - self._since > limits.head_seconds:
             self.transport.abort()
@@ -428,17 +391,11 @@ class Connection2(asyncio.Protocol):
             self._hang_up(h2.NO_ERROR, "")
 
 
-def _unpad(data: bytes, start: int, end: int) -> tuple[int, int]:
-    if start == end or data[start] > end - start - 1:
-        raise ConnectionFault(h2.PROTOCOL_ERROR, "padding is longer than its frame")
-    return start + 1, end - data[start]
-
-
 _CONTROL = {
     h2.PRIORITY: Connection2._on_priority,
     h2.RST_STREAM: Connection2._on_reset,
     h2.SETTINGS: Connection2._on_settings,
-    h2.PUSH_PROMISE: Connection2._on_push,
+    h2.PUSH_PROMISE: Connection2._on_goaway,  # refused before it gets here
     h2.PING: Connection2._on_ping,
     h2.GOAWAY: Connection2._on_goaway,
     h2.WINDOW_UPDATE: Connection2._on_window,

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from torchship.serve.protocols._exchange import Head
+from torchship.serve.protocols._site import Limits
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
 from torchship.wire.raw import Buffer
@@ -33,6 +34,14 @@ class Stream:
         self.waiting: deque[tuple[bytes, int, bytes]] | None = None  # data, place, and what ends the stream after it
         self.partner: Any = None  # the Exchange or the Call
         self.since = 0.0
+
+    def late(self, now: float, limits: Limits) -> bool:
+        """Whether the peer takes too long to read, or to send the body of a request that is not gRPC."""
+        waited = now - self.since
+        if self.waiting is not None:
+            return waited > limits.write_seconds
+        sending = self.head.rpc is None and not self.ended
+        return sending and waited > limits.body_seconds + self.size / limits.body_rate
 
 
 class Outflow:
