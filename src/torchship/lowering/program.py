@@ -64,6 +64,8 @@ def load(folder: Path) -> torch.nn.Module:
     import torch
 
     refuse_code_in_program(folder / PROGRAM)
+    import torch.ao.quantization.fx._decomposed  # registers the operators of quantized programs
+
     try:
         return torch.export.load(folder / PROGRAM).module(check_guards=False)
     except Exception as fault:

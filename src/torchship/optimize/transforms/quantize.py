@@ -1,0 +1,101 @@
+"""int8 inside torch: linear layers by torchao (dynamic, weight-only), whole graphs by PT2E (static)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torchship.errors import BadConfig, BuildFailed
+from torchship.hardware import Hardware
+from torchship.model import Model
+from torchship.recipe import Options
+
+if TYPE_CHECKING:
+    import torch
+
+_SCHEMES = ("dynamic", "weight_only", "static")
+_FLOAT_WORDS = ("fp32", "f32", "float")
+
+
+def apply(model: Model, *, options: Options) -> Model:
+    """`scheme`: dynamic (linear layers, activations quantized as they come) | weight_only (linear layers) | static
+    (convolutions too, calibrated; for torch.compile on x86). `exclude` and `modules` ({"head": "fp32"}) are path
+    patterns of what stays in float. Raises BadConfig, or BuildFailed with the quantizer's reason.
+    """
+    from torchship.lowering.needs import missing
+    from torchship.lowering.program import one_line
+
+    scheme = options.get("scheme", "dynamic")
+    if scheme not in _SCHEMES:
+        raise BadConfig(f"quantize: scheme {scheme!r} is unknown", hint=f"use one of {', '.join(_SCHEMES)}")
+    if absent := missing("torchao"):
+        raise BuildFailed(f"quantize: {absent}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _static(model, _patterns(options)) if scheme == "static" else _linear(model, scheme, options)
+    except (BadConfig, BuildFailed):
+        raise
+    except Exception as fault:
+        raise BuildFailed(f"torchao cannot quantize this model: {one_line(fault)}") from fault
+
+
+def _patterns(options: Options) -> list[str]:
+    exclude, modules = options.get("exclude") or [], options.get("modules") or {}
+    if not isinstance(exclude, list) or not isinstance(modules, dict):
+        raise BadConfig("quantize: exclude wants a list of path patterns, modules a table of pattern = setting")
+    return [*exclude, *(pattern for pattern, setting in modules.items() if setting in _FLOAT_WORDS)]
+
+
+def _linear(model: Model, scheme: Any, options: Options) -> Model:
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.utils import unwrap_tensor_subclass
+
+    from torchship.lowering import paths, surgery
+
+    patterns = _patterns(options)
+
+    def wanted(module: torch.nn.Module, path: str) -> bool:
+        # attention reads the weight of its own output layer directly, past any quantization
+        return type(module) is torch.nn.Linear and not paths.matches(path, patterns)
+
+    changed = surgery.copied(model)
+    for module in changed.module.modules():
+        if isinstance(module, torch.nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused path reads float weights
+    config = Int8WeightOnlyConfig() if scheme == "weight_only" else Int8DynamicActivationInt8WeightConfig()
+    quantize_(changed.module, config, filter_fn=wanted)
+    return replace(changed, module=unwrap_tensor_subclass(changed.module))
+
+
+def _static(model: Model, patterns: list[str]) -> Model:
+    import torch
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    from torchship.lowering import paths, program
+
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    for path, _ in model.module.named_modules():
+        if path and paths.matches(path, patterns):
+            quantizer.set_module_name_qconfig(path, None)
+    prepared = prepare_pt2e(program.export(model).module(check_guards=False), quantizer)
+    with torch.no_grad():
+        for batch in model.calibration or model.examples:
+            prepared(*model.torch_inputs(batch))
+    converted = convert_pt2e(prepared)
+    move_exported_model_to_eval(converted)
+    converted.eval = lambda: converted  # exporters call eval(), which exported graphs refuse
+    return replace(model, module=converted)
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Options]:
+    """Dynamic and weight-only where there are linear layers."""
+    linear = any(type(module).__name__ == "Linear" for module in model.module.modules())
+    return [{"scheme": "dynamic"}, {"scheme": "weight_only"}] if linear else []

@@ -1,0 +1,64 @@
+"""Gives every call of a module its own copy (the weights stay shared), and takes additions out of place.
+
+Quantizers that look at modules refuse one that is called twice, as the ReLU of torchvision's residual blocks is.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torchship.errors import BuildFailed
+from torchship.hardware import Hardware
+from torchship.model import Model
+from torchship.recipe import Options
+
+
+def apply(model: Model, *, options: Options) -> Model:
+    """Trace with torch.fx and rewrite the calls. Takes no options. Raises BuildFailed when fx cannot trace."""
+    import copy
+
+    import torch
+    from torch import fx
+
+    from torchship.lowering import surgery
+    from torchship.lowering.program import one_line
+
+    own = getattr(model.module, "inner", None)
+    inner = copy.deepcopy(own if isinstance(own, torch.nn.Module) else model.module)
+    try:
+        graph = fx.symbolic_trace(inner)
+    except Exception as fault:
+        raise BuildFailed(f"unshare: torch.fx cannot trace this model: {one_line(fault)}") from fault
+    copies = _split_calls(graph)
+    plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in plain:
+            node.target = plain[node.target]
+    graph.recompile()
+    return surgery.with_inner(model, graph.eval()) if copies or plain else model
+
+
+def _split_calls(graph: Any) -> int:
+    import copy
+
+    called: dict[int, int] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = graph.get_submodule(node.target)
+        number = called[id(module)] = called.get(id(module), 0) + 1
+        if getattr(module, "inplace", False):
+            module.inplace = False
+        if number > 1:
+            name = f"{node.target}_call{number}"
+            # the copy keeps the very same weights
+            memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+            graph.add_submodule(name, copy.deepcopy(module, memo))
+            node.target = name
+    return sum(count - 1 for count in called.values())
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Options]:
+    """Nothing by itself: it helps other steps."""
+    return []
