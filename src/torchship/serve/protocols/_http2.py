@@ -42,8 +42,6 @@ class Connection2(asyncio.Protocol):
         self._out: Outflow
         self.transport: asyncio.Transport
 
-    # -- the socket -----------------------------------------------------------------------------------------------
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A peer is there; too many of them are turned away."""
         self.transport = cast(asyncio.Transport, transport)
@@ -102,8 +100,6 @@ class Connection2(asyncio.Protocol):
                     self._reset(fault.stream, fault.code)
         except ConnectionFault as fault:
             self._hang_up(fault.code, fault.reason)
-
-    # -- frames ---------------------------------------------------------------------------------------------------
 
     def _frame(self, kind: int, flags: int, number: int, data: bytes, start: int, end: int) -> None:  # noqa: PLR0917
         if self._block is not None and kind != h2.CONTINUATION:
@@ -310,8 +306,6 @@ class Connection2(asyncio.Protocol):
     def _on_goaway(self, flags: int, number: int, payload: bytes) -> None:
         self.retire()
 
-    # -- answers --------------------------------------------------------------------------------------------------
-
     def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
         """Send ready header frames `head`, then `data` in DATA frames, then the ready frames `tail`.
 
@@ -337,8 +331,6 @@ class Connection2(asyncio.Protocol):
         self._since = self._site.now
         if self._retiring and not self._streams:
             self._hang_up(h2.NO_ERROR, "")
-
-    # -- ends -----------------------------------------------------------------------------------------------------
 
     def _reset(self, number: int, code: int) -> None:
         stream = self._streams.get(number)
