@@ -10,7 +10,7 @@ from torchship.pipeline.planning import Node, Plan
 from torchship.pipeline.wiring import REQUEST
 from torchship.tensors import TensorSpec
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 280, 62, 48, 74, 24
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN, _LANE = 280, 62, 48, 84, 24, 16
 _ANSWER = "answer"
 _STYLE = """
   text { font: 13px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
@@ -109,7 +109,8 @@ class _Box:
 def as_svg(plan: Plan) -> str:
     """The plan as a drawing, top to bottom: stages beside one another may run at the same time."""
     boxes = _boxes(plan)
-    width = max(box.x for box in boxes.values()) + _WIDTH + _MARGIN
+    lanes = sum(len(node.takes) for node in plan.nodes) + len(plan.outputs)
+    width = max(box.x for box in boxes.values()) + _WIDTH + _MARGIN + min(lanes, 8) * _LANE
     height = max(box.y for box in boxes.values()) + _HEIGHT + _MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
@@ -148,7 +149,7 @@ def _end(title: str, about: str, span: float, depth: int) -> _Box:
 
 
 def _short(text: str, most: int = 24) -> str:
-    text = text.removeprefix("torchship.stages.").rstrip("/").split("/")[-1]
+    text = text.rpartition(":")[2].rstrip("/").split("/")[-1]
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -169,16 +170,20 @@ def _arrows(plan: Plan, boxes: dict[str, _Box]) -> Iterator[str]:
             ways.setdefault((makers[key], node.name), []).append(str(at_hand[key]))
     for _, key in _answers(plan):
         ways.setdefault((makers[key], _ANSWER), []).append(at_hand[key].name)
+    lane = max(box.x for box in boxes.values()) + _WIDTH
+    above: dict[str, int] = {}
     for (maker, taker), texts in ways.items():
         start, end = boxes[maker], boxes[taker]
         x1, y1, x2, y2 = start.x + _WIDTH / 2, start.y + _HEIGHT, end.x + _WIDTH / 2, end.y
-        far = y2 - y1 > _GAP_Y + 1
-        bend = (_WIDTH / 2 + _GAP_X / 2) if far and abs(x1 - x2) < 1 else 0  # around what stands between them
-        middle = (y1 + y2) / 2
-        yield (
-            f'<path d="M{x1:g} {y1:g} C{x1 + bend * 1.34:g} {middle:g} {x2 + bend * 1.34:g} {middle:g} {x2:g} {y2:g}"/>'
-        )
-        place = (x1 + x2) / 2 + bend + 8
-        for line, text in enumerate(texts):
-            y = (y1 + 18 if not far else middle) + 14 * line
-            yield f'<text class="small" x="{place:g}" y="{y:g}">{escape(text)}</text>'
+        if y2 - y1 > _GAP_Y + 1:  # around what stands between them
+            lane += _LANE
+            first = f"C{x1:g} {y1 + _GAP_Y / 2:g} {lane:g} {y1 + _GAP_Y / 2:g} {lane:g} {y1 + _GAP_Y:g}"
+            last = f"C{lane:g} {y2 - _GAP_Y / 2:g} {x2:g} {y2 - _GAP_Y / 2:g} {x2:g} {y2:g}"
+            yield f'<path d="M{x1:g} {y1:g} {first} L{lane:g} {y2 - _GAP_Y:g} {last}"/>'
+        else:
+            middle = (y1 + y2) / 2
+            yield f'<path d="M{x1:g} {y1:g} C{x1:g} {middle:g} {x2:g} {middle:g} {x2:g} {y2:g}"/>'
+        for text in texts:
+            y = y2 - 8 - 13 * above.get(taker, 0)
+            above[taker] = above.get(taker, 0) + 1
+            yield f'<text class="small" x="{x2 + 10:g}" y="{y:g}">{escape(text)}</text>'
