@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from torchship.artifact import Store
 from torchship.errors import BadInput, StageFailed, TorchshipError
@@ -16,7 +17,8 @@ from torchship.tensors import Array, Tensors
 
 
 class Composed:
-    """Runs every node of a plan in order. The Line gives the same answers with processes."""
+    """Runs every node of a plan, those that do not wait for one another at the same time. The Line gives the same
+    answers with processes."""
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class Composed:
         self.max_batch = plan.max_batch
         self.parameters = plan.parameters
         self._stages: list[Stage] = []
+        self._pool = ThreadPoolExecutor(len(plan.nodes)) if _branches(plan) else None
         try:
             for node in plan.nodes:
                 self._stages.append(opening(node.config, store))
@@ -41,8 +44,7 @@ class Composed:
     def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
         """The outputs for one job. Raises BadInput, StageFailed naming the stage."""
         slots = self._start(tensors)
-        for node, stage in zip(self.plan.nodes, self._stages, strict=True):
-            self._settle(node, run_node(node, stage, slots, parameters), slots)
+        self._run(self.plan.nodes, slots, parameters)
         return self._answer(slots)
 
     def stream(self, tensors: Tensors, parameters: Parameters = {}) -> Iterator[Tensors]:
@@ -51,14 +53,15 @@ class Composed:
             yield self(tensors, parameters)
             return
         slots = self._start(tensors)
-        for node, stage in zip(self.plan.nodes[:-1], self._stages, strict=False):
-            self._settle(node, run_node(node, stage, slots, parameters), slots)
         last = self.plan.nodes[-1]
+        self._run(self.plan.nodes[:-1], slots, parameters)
         for outputs in stream_node(last, self._stages[-1], slots, parameters):
             yield self._answer(slots | dict(zip(last.gives, _ordered(last, outputs), strict=True)))
 
     def close(self) -> None:
         """Close all stages, the last first."""
+        if self._pool:
+            self._pool.shutdown()
         while self._stages:
             self._stages.pop().close()
 
@@ -66,14 +69,46 @@ class Composed:
         specs = self.plan.signature.inputs
         return {key: tensors[spec.name] for key, spec in zip(self.plan.inputs, specs, strict=True)}
 
-    def _settle(self, node: Node, outputs: Tensors, slots: dict[str, Array]) -> None:
-        slots.update(zip(node.gives, _ordered(node, outputs), strict=True))
-        for key in slots.keys() - set(node.keeps):
-            del slots[key]
+    def _run(self, nodes: Sequence[Node], slots: dict[str, Array], parameters: Parameters) -> None:
+        """Run `nodes`, each as soon as what it waits for is done; a chain lets go of tensors that nobody needs."""
+        if self._pool is None:
+            for node in nodes:
+                outputs = run_node(node, self._stages[node.index], slots, parameters)
+                _settle(node, outputs, slots)
+                for key in slots.keys() - set(node.keeps):
+                    del slots[key]
+            return
+        waiting = {node.index: node for node in nodes}
+        running: dict[Future[Tensors], Node] = {}
+        done: set[int] = set()
+        while waiting or running:
+            for node in [node for node in waiting.values() if done.issuperset(node.after)]:
+                del waiting[node.index]
+                stage = self._stages[node.index]
+                running[self._pool.submit(run_node, node, stage, dict(slots), parameters)] = node
+            finished = wait(running, return_when=FIRST_COMPLETED).done
+            if any(found.exception() for found in finished):
+                wait(running)  # a stage is not called again before it has returned
+            for found in sorted(finished, key=lambda future: running[future].index):
+                node = running.pop(found)
+                _settle(node, found.result(), slots)
+                done.add(node.index)
 
     def _answer(self, slots: dict[str, Array]) -> Tensors:
         specs = self.plan.signature.outputs
         return {spec.name: slots[key] for key, spec in zip(self.plan.outputs, specs, strict=True)}
+
+
+def _branches(plan: Plan) -> bool:
+    """Whether some node does not wait, directly or not, for the one before it."""
+    before: dict[int, set[int]] = {}
+    for node in plan.nodes:
+        before[node.index] = set(node.after).union(*(before[index] for index in node.after))
+    return any(len(found) < index for index, found in before.items())
+
+
+def _settle(node: Node, outputs: Tensors, slots: dict[str, Array]) -> None:
+    slots.update(zip(node.gives, _ordered(node, outputs), strict=True))
 
 
 def _ordered(node: Node, outputs: Tensors) -> Sequence[Array]:

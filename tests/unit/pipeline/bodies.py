@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -93,6 +94,32 @@ class Name:
 
     def close(self) -> None:
         self.open = False
+
+
+class Meeting:
+    """Two stages that only go on when both are running."""
+
+    barrier = threading.Barrier(2)
+
+
+@stage("x:FP32[-1,2] -> left:FP32[-1,2]", batched=True)
+def left(x: Array) -> Array:
+    """Waits for `right`."""
+    Meeting.barrier.wait(10)
+    return x + 1
+
+
+@stage("x:FP32[-1,2] -> right:FP32[-1,2]", batched=True)
+def right(x: Array) -> Array:
+    """Waits for `left`."""
+    Meeting.barrier.wait(10)
+    return x - 1
+
+
+@stage("left:FP32[-1,2], right:FP32[-1,2] -> both:FP32[-1,2]", batched=True)
+def both(left: Array, right: Array) -> Array:
+    """Takes the outputs of two branches."""
+    return left * right
 
 
 def undeclared(x: Array) -> Array:

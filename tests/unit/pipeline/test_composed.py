@@ -82,3 +82,22 @@ def test_what_was_opened_is_closed_when_a_later_stage_fails_to_open() -> None:
     with pytest.raises(StageFailed):
         Composed(made(PARSE, DOUBLE, SCORE), opening=opening)
     assert [run.split(":")[1] for run in closed] == ["double", "parse"]
+
+
+def test_branches_run_at_the_same_time_and_meet_again() -> None:
+    branch = {"inputs": {"x": "parse.numbers"}}
+    found = made(PARSE, {"run": "left", **branch}, {"run": "right", **branch}, {"run": "both"})
+    assert found.nodes[3].after == (1, 2)
+    composed = Composed(found)
+    for _ in range(3):
+        assert composed(text("2,3"))["both"].tolist() == [[3, 15], [8, 80]]
+    composed.close()
+
+
+def test_a_fault_in_a_branch_names_its_stage_and_leaves_all_well() -> None:
+    branch = {"inputs": {"x": "parse.numbers"}}
+    composed = Composed(made(PARSE, DOUBLE, {"run": "raises", **branch, "outputs": {"y": "z"}}, outputs=("y", "z")))
+    for _ in range(2):
+        with pytest.raises(StageFailed, match="stage 'raises' raised ZeroDivisionError"):
+            composed(text("1,2,3"))
+    composed.close()
