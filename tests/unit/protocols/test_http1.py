@@ -324,6 +324,29 @@ def test_a_reader_that_does_not_read_is_dropped() -> None:
     asyncio.run(main())
 
 
+def test_all_bodies_together_are_bounded() -> None:
+    async def main() -> None:
+        listener = await rest.listen(FakeService(), port=0, limits=Limits(bodies=50_000))
+        half = post(bytes(60_000))[:40_000]
+        first, second = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(2)]
+        first[1].write(half)
+        await asyncio.sleep(0.05)
+        second[1].write(half)
+        assert b"503 Service Unavailable" in await asyncio.wait_for(second[0].read(), 10)
+        first[1].close()
+        await asyncio.sleep(0.05)
+        third = await asyncio.open_connection("127.0.0.1", listener.port)
+        third[1].write(post(ASK)[:-9])
+        await asyncio.sleep(0.05)
+        third[1].write(post(ASK)[-9:])
+        assert (await third[0].readline()).startswith(b"HTTP/1.1 200")
+        for _, writer in (second, third):
+            writer.close()
+        await listener.close()
+
+    asyncio.run(main())
+
+
 def test_closing_waits_for_answers() -> None:
     async def main() -> None:
         service = FakeService()

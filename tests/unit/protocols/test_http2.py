@@ -199,6 +199,19 @@ def test_more_than_the_stream_window(server: Running) -> None:
         assert peer.status(1)["grpc-status"] == "8"
 
 
+def test_all_bodies_together_are_bounded() -> None:
+    async def listen(service: FakeService) -> Any:
+        return await grpc.listen(service, port=0, limits=Limits(bodies=50_000))
+
+    with running(listen) as found, Peer(found) as peer:
+        blob = bytes(16_000)
+        peer.send(b"".join(peer.headers(n, INFER) + h2.frame(h2.DATA, 0, n, blob) * 2 for n in (1, 3)))
+        assert peer.reset(3) == h2.ENHANCE_YOUR_CALM
+        peer.send(h2.reset(1, h2.CANCEL) + peer.headers(5) + h2.frame(h2.DATA, 0, 5, b"\0\0"))
+        peer.send(h2.frame(h2.DATA, h2.END_STREAM, 5, bytes(3)))
+        assert peer.status(5)["grpc-status"] == "0"
+
+
 def test_too_many_streams(server: Running) -> None:
     server.service.delay = 0.5
     try:

@@ -26,8 +26,8 @@ class Connection(asyncio.Protocol):
     """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
 
     __slots__ = (
-        "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_need", "_paused", "_pending", "_since",
-        "_site", "_waiter", "_writable", "transport",
+        "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused", "_pending",
+        "_since", "_site", "_waiter", "_writable", "transport",
     )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
@@ -36,6 +36,7 @@ class Connection(asyncio.Protocol):
         self._head: Head | None = None  # set while its body arrives
         self._body = bytearray()
         self._need = 0
+        self._held = 0  # of the body that arrives
         self._chunks: Chunks | None = None
         self._pending: deque[Exchange] = deque()
         self._closing = False
@@ -65,6 +66,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer is gone: nothing that it asked for is needed any more."""
         self._site.gone(self)
+        self._held = self._site.hold(self._held, 0)
         self._closing = True
         self.resume_writing()
         for exchange in self._pending:
@@ -159,14 +161,17 @@ class Connection(asyncio.Protocol):
         head = cast(Head, self._head)
         if self._chunks is not None:
             place, done = self._chunks.feed(self._buffer, place, self._body)
+            self._held = self._site.hold(self._held, len(self._body))
             if not done:
                 return place
         else:
             take = min(self._need - len(self._body), len(self._buffer) - place)
             self._body += memoryview(self._buffer)[place : place + take]
             place += take
+            self._held = self._site.hold(self._held, len(self._body))
             if len(self._body) < self._need:
                 return place
+        self._held = self._site.hold(self._held, 0)
         body, self._body, self._head, self._chunks = self._body, bytearray(), None, None
         self._begin(head, body)
         return place
@@ -221,7 +226,8 @@ class Connection(asyncio.Protocol):
         exchange = Exchange(self, head, b"")
         self._pending.append(exchange)
         self._closing = True
-        self._head, self._buffer = None, b""
+        self._head, self._buffer, self._body = None, b"", bytearray()
+        self._held = self._site.hold(self._held, 0)
         exchange.fail(fault if isinstance(fault, HttpFault) else HttpFault(400, str(fault), hint=fault.hint))
 
     # -- answers --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import cast
 
 from torchship.serve.protocols._answers import Answers
 from torchship.serve.protocols._calls import Call
-from torchship.serve.protocols._exchange import Head, HttpFault
+from torchship.serve.protocols._exchange import HttpFault
 from torchship.serve.protocols._fields import Fields, WrongHead, check_trailers, head_of
 from torchship.serve.protocols._outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.protocols._pace import Pace
@@ -143,7 +143,7 @@ class Connection2(asyncio.Protocol):
                 self._fields.forget(block)
                 self._last = number
                 raise StreamFault(number, h2.PROTOCOL_ERROR) from None
-            self._route(head)
+            self._site.route(head)
             self._fields.remember(block, head)
         self._last = number
         if self._retiring:
@@ -181,13 +181,6 @@ class Connection2(asyncio.Protocol):
             raise StreamFault(number, h2.PROTOCOL_ERROR)
         self._ended(stream)
 
-    def _route(self, head: Head) -> None:
-        kind = head.headers.get("content-type", "")
-        if kind.startswith("application/grpc") and head.method == "POST":
-            head.rpc = self._site.rpc_of(head)
-        else:
-            self._site.router.resolve(head)
-
     def _on_data(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
         size = end - start
         if flags & h2.PADDED:
@@ -205,6 +198,8 @@ class Connection2(asyncio.Protocol):
                 stream.body = bytearray()
             cast(bytearray, stream.body).extend(memoryview(data)[start:end])
         stream.size += end - start
+        if not ended:
+            stream.hold(self._site, stream.size)
         if stream.size > self._site.limits.body + 5:
             self._too_large(stream)
             return
@@ -257,6 +252,7 @@ class Connection2(asyncio.Protocol):
     def _ended(self, stream: Stream) -> None:
         """The peer has said all."""
         stream.ended = True
+        stream.hold(self._site, 0)
         head = stream.head
         if head.length >= 0 and head.length != stream.size:
             raise StreamFault(stream.number, h2.PROTOCOL_ERROR)
@@ -328,6 +324,7 @@ class Connection2(asyncio.Protocol):
         if not stream.ended:
             self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
         self._streams.pop(stream.number, None)
+        stream.hold(self._site, 0)
         self._since = self._site.now
         if self._retiring and not self._streams:
             self._hang_up(h2.NO_ERROR, "")
@@ -342,6 +339,7 @@ class Connection2(asyncio.Protocol):
     def _drop(self, stream: Stream) -> None:
         """Nobody waits for this stream any more."""
         self._streams.pop(stream.number, None)
+        stream.hold(self._site, 0)
         self._out.forget(stream)
         if stream.partner is not None:
             stream.partner.leave()

@@ -6,8 +6,8 @@ import asyncio
 from collections import deque
 from typing import Any
 
-from torchship.serve.protocols._exchange import Head
-from torchship.serve.protocols._site import Limits
+from torchship.serve.protocols._exchange import Head, HttpFault
+from torchship.serve.protocols._site import Limits, Site
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
 from torchship.wire.raw import Buffer
@@ -19,7 +19,7 @@ class Stream:
     """One request on a connection: what came, what may still be sent, what waits to be sent."""
 
     __slots__ = (
-        "body", "ended", "head", "left", "number", "partner", "since", "size", "taken", "waiting", "window",
+        "body", "ended", "head", "held", "left", "number", "partner", "since", "size", "taken", "waiting", "window",
     )  # fmt: skip
 
     def __init__(self, number: int, head: Head, window: int) -> None:
@@ -29,11 +29,19 @@ class Stream:
         self.left = STREAM_WINDOW  # what the peer may send
         self.taken = 0  # of that, what we have not given back
         self.size = 0
+        self.held = 0  # of that, what the site counts as arriving
         self.body: Buffer = b""
         self.ended = False  # by the peer
         self.waiting: deque[tuple[bytes, int, bytes]] | None = None  # data, place, and what ends the stream after it
         self.partner: Any = None  # the Exchange or the Call
         self.since = 0.0
+
+    def hold(self, site: Site, size: int) -> None:
+        """`size` bytes of its body are here and not all is. Raises StreamFault when all bodies are too much."""
+        try:
+            self.held = site.hold(self.held, size)
+        except HttpFault:
+            raise StreamFault(self.number, h2.ENHANCE_YOUR_CALM) from None
 
     def late(self, now: float, limits: Limits) -> bool:
         """Whether the peer takes too long to read, or to send the body of a request that is not gRPC."""

@@ -9,7 +9,7 @@ from email.utils import formatdate
 from typing import Protocol
 
 from torchship.serve.protocols._calls import Rpc
-from torchship.serve.protocols._exchange import Admit, Head, Headers, header_lines, status_line
+from torchship.serve.protocols._exchange import Admit, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.protocols._heads import parse_head
 from torchship.serve.protocols._routes import Router
 
@@ -35,6 +35,7 @@ class Limits:
     """What one caller may use. Sizes in bytes, times in seconds."""
 
     body: int = 64 << 20
+    bodies: int = 1 << 30  # of all bodies together that are still arriving
     head: int = 32 << 10
     connections: int = 4096
     pipelined: int = 128
@@ -59,12 +60,25 @@ class Site:
     tops: dict[tuple[int, str, Headers], bytes] = field(default_factory=dict)
     date: bytes = b""
     closing: bool = False
+    held: int = 0  # bytes of bodies that are still arriving
     rpcs: Mapping[str, Rpc] = field(default_factory=dict)
     empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
 
-    def rpc_of(self, head: Head) -> Rpc:
-        """The gRPC method of a path; an empty one where there is none."""
-        return self.rpcs.get(head.path, _NO_RPC)
+    def hold(self, before: int, after: int) -> int:
+        """A body that is still arriving has grown, or is complete (0). Raises HttpFault when all are too much."""
+        self.held += after - before
+        if after > before and self.held > self.limits.bodies:
+            self.held -= after - before
+            raise HttpFault(503, "too many large bodies arrive at once", headers=(("retry-after", "1"),))
+        return after
+
+    def route(self, head: Head) -> None:
+        """Give the head of a request over HTTP/2 its gRPC method, or its endpoint."""
+        kind = head.headers.get("content-type", "")
+        if kind.startswith("application/grpc") and head.method == "POST":
+            head.rpc = self.rpcs.get(head.path, _NO_RPC)
+        else:
+            self.router.resolve(head)
 
     def tick(self, now: float) -> None:
         """Once a second: the clock and the Date header, and connections that are too slow."""
