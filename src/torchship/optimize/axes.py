@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -14,16 +15,21 @@ from torchship.tensors import Axis, Free
 Shape: TypeAlias = tuple[Axis, ...]
 Call: TypeAlias = Sequence[torch.Tensor]
 Run: TypeAlias = Callable[[Call], tuple[torch.Tensor, ...]]
+_OURS = re.compile(r"n\d+")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was found: shapes with free axes, whether axis 0 holds rows, the outputs of the first example."""
+    """What was found: shapes with free axes, whether axis 0 holds rows, the outputs of the first example.
+
+    `moves` tells for each output which of its axes holds the rows; one that is not 0 is to be moved to the front.
+    """
 
     inputs: tuple[Shape, ...]
     outputs: tuple[torch.Tensor, ...]
     output_shapes: tuple[Shape, ...]
     batched: bool
+    moves: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,26 +67,94 @@ def input_shapes(
 def study(
     run: Run, calls: Sequence[Call], shapes: Sequence[Shape], *, names: Sequence[str], batched: bool | None
 ) -> Study:
-    """Try other batch sizes and lengths, and see which axes of the outputs follow."""
+    """Try other batch sizes and lengths, and see which axes of the outputs follow.
+
+    Raises CaptureFailed when `batched` is asked for and not to be had.
+    """
     notes: list[str] = []
     outputs = run(calls[0])
-    rows = (
-        _rows_kept(run, calls[0], outputs, notes) if batched is not False and _may_hold_rows(calls, shapes) else False
-    )
+    moves: tuple[int, ...] = ()
+    rows = batched is not False and _may_hold_rows(calls, shapes)
+    if rows:
+        moves = _moves(run, calls[0], outputs)
+        run = moved(run, moves)
+        outputs = run(calls[0])
+        rows = _rows_kept(run, calls[0], notes)
     if batched and not rows:
         raise CaptureFailed("axis 0 is no batch axis: " + "; ".join(notes or ["inputs differ in their rows"]))
     if rows:
         shapes = [((axis if isinstance(axis := shape[0], Free) else Free()), *shape[1:]) for shape in shapes]
-    probes = [(call, [tuple(out.shape) for out in run(call)]) for call in calls[1:]]
-    probes.insert(0, (calls[0], [tuple(out.shape) for out in outputs]))
+        notes += [f"output {i}: its batch axis {axis} was moved to the front" for i, axis in enumerate(moves) if axis]
+    elif any(moves):
+        run, moves = moved(run, _back(moves)), ()
+        outputs = run(calls[0])
+    shapes = _named(shapes, rows=rows)
     symbols = _symbols(shapes, rows=rows)
+    probes = [(call, [tuple(out.shape) for out in run(call)]) for call in calls]
     for places in symbols.values():
         probes += _probe(run, calls[0], places, shapes)
-    found = tuple(
-        _output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=shapes[0][0] if rows else None)
-        for i in range(len(outputs))
-    )
-    return Study(tuple(shapes), outputs, found, rows, notes)
+    first = shapes[0][0] if rows else None
+    found = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
+    return Study(tuple(_unnamed(shapes, found)), outputs, tuple(_unnamed(found, shapes)), rows, moves, notes)
+
+
+def moved(run: Run, moves: Sequence[int]) -> Run:
+    """`run` with one axis of each output moved to the front (a negative number moves the front there)."""
+
+    def changed(call: Call) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            out.movedim(axis, 0) if axis > 0 else out.movedim(0, -axis) if axis < 0 else out
+            for out, axis in zip(run(call), moves, strict=True)
+        )
+
+    return changed if any(moves) else run
+
+
+def _back(moves: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-axis for axis in moves)
+
+
+def _moves(run: Run, call: Call, outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """The axis of each output that follows the number of rows, where it is one and not the first; else 0.
+
+    The hidden state of a recurrent net is [layers, rows, width].
+    """
+    before = call[0].shape[0]
+    after = before + 3
+    try:
+        others = run([_resized(tensor, {0: after}) for tensor in call])
+    except Exception:  # whoever takes no other number of rows has no batch axis; that is told later
+        return tuple(0 for _ in outputs)
+    found = []
+    for old, new in zip(outputs, others, strict=True):
+        axes = [i for i in range(min(old.dim(), new.dim())) if (old.shape[i], new.shape[i]) == (before, after)]
+        found.append(axes[0] if axes else 0)
+    return tuple(found)
+
+
+def _named(shapes: Sequence[Shape], *, rows: bool) -> list[Shape]:
+    """The shapes with a name for every free axis but the rows, so that outputs can follow it."""
+    taken = {axis.name for shape in shapes for axis in shape if isinstance(axis, Free)}
+    fresh = (name for name in (f"n{number}" for number in range(1, 1000)) if name not in taken)
+
+    def named(axis: Axis, position: int) -> Axis:
+        if not isinstance(axis, Free) or axis.name or (rows and position == 0):
+            return axis
+        return Free(axis.min, axis.max, next(fresh))
+
+    return [tuple(named(axis, position) for position, axis in enumerate(shape)) for shape in shapes]
+
+
+def _unnamed(shapes: Sequence[Shape], others: Sequence[Shape]) -> list[Shape]:
+    """The shapes without the names of ours that only one axis bears."""
+    every = [axis.name for shape in (*shapes, *others) for axis in shape if isinstance(axis, Free)]
+
+    def plain(axis: Axis) -> Axis:
+        if isinstance(axis, Free) and _OURS.fullmatch(axis.name) and every.count(axis.name) < 2:
+            return Free(axis.min, axis.max)
+        return axis
+
+    return [tuple(plain(axis) for axis in shape) for shape in shapes]
 
 
 def _may_hold_rows(calls: Sequence[Call], shapes: Sequence[Shape]) -> bool:
@@ -90,12 +164,11 @@ def _may_hold_rows(calls: Sequence[Call], shapes: Sequence[Shape]) -> bool:
     return all(len({tensor.shape[0] for tensor in call}) == 1 for call in calls)
 
 
-def _rows_kept(run: Run, call: Call, outputs: Sequence[torch.Tensor], notes: list[str]) -> bool:
+def _rows_kept(run: Run, call: Call, notes: list[str]) -> bool:
     """Whether three rows give three rows, and each row alone gives the same as among others."""
     three = [_resized(tensor, {0: 3}) for tensor in call]
     try:
         joined = run(three)
-        parts = [run([tensor[i : i + 1] for tensor in three]) for i in (0, 2)]
     except Exception as fault:
         notes.append(f"axis 0 is fixed: three rows fail ({type(fault).__name__}: {str(fault).splitlines()[0][:200]})")
         return False
@@ -103,11 +176,33 @@ def _rows_kept(run: Run, call: Call, outputs: Sequence[torch.Tensor], notes: lis
         if whole.dim() == 0 or whole.shape[0] != 3:
             notes.append(f"not batched: output {index} has shape {list(whole.shape)} for three rows")
             return False
+    # a row of the other sign leads astray whoever decides by all rows what to do with each
+    for rows in (three, [_flipped(tensor) for tensor in three]):
+        mixed = _mixes(run, rows)
+        if mixed:
+            notes.append(mixed)
+            return False
+    return True
+
+
+def _mixes(run: Run, three: Call) -> str:
+    """Which output of a row depends on the other rows; empty when none does, or when the module refuses the rows."""
+    try:
+        joined = run(three)
+        parts = [run([tensor[i : i + 1] for tensor in three]) for i in (0, 2)]
+    except Exception:
+        return ""
+    for index, whole in enumerate(joined):
         for row, part in zip((0, 2), parts, strict=True):
             if not _close(part[index], whole[row : row + 1]):
-                notes.append(f"not batched: output {index} of a row depends on the other rows")
-                return False
-    return True
+                return f"not batched: output {index} of a row depends on the other rows"
+    return ""
+
+
+def _flipped(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.cat([tensor[:1], tensor[1:2] * 0.5, -3 * tensor[2:]])
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -63,7 +63,7 @@ def capture(
     model = Model(
         module=flat, signature=signature, examples=_two_rows(arrays, signature), name=name or type(module).__name__
     )
-    flat.notes = study.notes
+    flat.notes, flat.moves = study.notes, study.moves
     if calibration is None:
         return model
     return replace(model, calibration=flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS))

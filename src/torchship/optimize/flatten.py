@@ -46,6 +46,7 @@ class Flat(torch.nn.Module):
         self.inner = inner
         self.frame = frame
         self.paths = tuple(paths)
+        self.moves: tuple[int, ...] = ()  # for each output the axis that is to come first
         # exporters read names and number of the inputs from the arguments of forward
         self.forward = MethodType(_forward(names), self)
 
@@ -53,7 +54,10 @@ class Flat(torch.nn.Module):
         """Rebuild the call, make it, and take the outputs apart."""
         args, kwargs = self.frame.fill(tensors)
         output = self.inner(*args, **kwargs)
-        return tuple(follow(output, path) for path in self.paths)
+        found = tuple(follow(output, path) for path in self.paths)
+        if any(self.moves):
+            return tuple(out.movedim(axis, 0) for out, axis in zip(found, self.moves, strict=True))
+        return found
 
 
 def _forward(names: Sequence[str]) -> Callable[..., Any]:

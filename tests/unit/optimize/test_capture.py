@@ -186,3 +186,34 @@ def test_complex_outputs_are_refused_with_a_hint() -> None:
 
     with pytest.raises(CaptureFailed, match="complex64"):
         capture(Spectrum(), torch.randn(2, 8))
+
+
+def test_the_hidden_state_of_a_recurrent_net_gets_its_rows_in_front() -> None:
+    net = nn.GRU(8, 16, num_layers=2, batch_first=True)
+    model = capture(net, torch.randn(3, 5, 8), free={"input": {1: "time"}})
+    assert str(model.signature) == "input:FP32[-1,time,8] -> output_0:FP32[-1,time,16], output_1:FP32[-1,2,16]"
+    x = torch.randn(4, 5, 8)
+    with torch.inference_mode():
+        wanted = net(x)[1]
+    assert torch.allclose(run(model, x)[1], wanted.transpose(0, 1), atol=1e-6)
+
+
+def test_a_single_free_axis_is_followed_into_the_outputs() -> None:
+    model = capture(nn.Embedding(50, 4), [ids(2, 7), ids(3, 9)])
+    assert str(model.signature) == "input:INT64[-1,n1] -> output:FP32[-1,n1,4]"
+    alone = capture(Words(), [(ids(2, 7),), (ids(2, 9),)])
+    assert str(alone.signature.inputs[0]) == "ids:INT64[-1,n1]"
+
+
+def test_a_branch_on_all_rows_is_no_batch() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) if x.sum() > 0 else self.b(x)  # type: ignore[no-any-return]
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert not capture(Branch(), torch.randn(2, 4)).signature.batched
