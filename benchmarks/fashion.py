@@ -104,6 +104,7 @@ def trained(name: str, *, epochs: int, rows: int, say: Any = print) -> Any:
         return net.eval()
     say(f"{name}: training for {epochs} epochs on {rows} pictures (once; kept in {path})")
     _train(net, epochs=epochs, rows=rows, say=say)
+    net.cpu()
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, draft)
     draft.rename(path)
@@ -122,17 +123,19 @@ def _train(net: Any, *, epochs: int, rows: int, say: Any) -> None:
         torch.from_numpy(labels[: min(rows, 60000 - HELD_BACK)]),
     )
     batch, steps = 128, -(-len(x) // 128) * epochs
-    net.train().to(memory_format=torch.channels_last)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net.train().to(device, memory_format=torch.channels_last)
+    x, y = x.to(device), y.to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.15, total_steps=steps)
     tiles = "amx_bf16" in here().features
     started = time.monotonic()
     for epoch in range(epochs):
-        order, total = torch.randperm(len(x)), 0.0
+        order, total = torch.randperm(len(x)).to(device), 0.0
         for start in range(0, len(x), batch):
             rows_now = order[start : start + batch]
             given = _varied(x[rows_now]).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=tiles):
+            with torch.autocast(device, torch.bfloat16, enabled=tiles or device == "cuda"):
                 loss = torch.nn.functional.cross_entropy(net(given).float(), y[rows_now], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -146,7 +149,7 @@ def _varied(x: Any) -> Any:
     """Each picture mirrored with even odds, all shifted by up to two pixels."""
     import torch
 
-    flip = torch.rand(len(x)) < 0.5
+    flip = torch.rand(len(x), device=x.device) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     across, down = (int(torch.randint(-2, 3, ())) for _ in range(2))
     return torch.roll(x, (down, across), (2, 3))
