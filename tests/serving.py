@@ -90,6 +90,25 @@ class Adder:
         return np.array([self._total], np.float32)
 
 
+@stage("x:INT32[1] -> total:INT64[1], pid:INT64[1]")
+class Totals:
+    """Sums by sequence, in the memory of one worker."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, int] = {}
+
+    def __call__(
+        self, x: Array, *, sequence_id: str = "", sequence_start: bool = False, sequence_end: bool = False
+    ) -> tuple[Array, Array]:
+        if x[0] == 666:
+            os.kill(os.getpid(), signal.SIGKILL)
+        total = int(x[0]) + (0 if sequence_start else self._totals[sequence_id])
+        self._totals[sequence_id] = total
+        if sequence_end:
+            del self._totals[sequence_id]
+        return np.array([total]), np.array([os.getpid()])
+
+
 @stage("x:FP32[1] -> y:FP32[1]")
 def wrong(x: Array) -> Array:
     """Gives another datatype than it declares."""

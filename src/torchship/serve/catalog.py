@@ -106,7 +106,7 @@ class Catalog:
         if before is None or before.line is None:
             entry.versions[name] = made
         try:
-            plan = await asyncio.to_thread(lay_out, version, self.store)
+            plan = await asyncio.to_thread(lay_out, version, self.store, target=config.latency_target)
             made.line = await Line(plan, store=self.store, limits=config.limits()).open()
         except Exception as fault:
             ours = isinstance(fault, TorchshipError)

@@ -98,7 +98,11 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`[[model]]`: exactly one of `stages`, `artifact` and `run`. Times in seconds; 0 copies: what the stages say."""
+    """`[[model]]`: exactly one of `stages`, `artifact` and `run`. Times in seconds; 0 copies: what the stages say.
+
+    `nice` lets other models go first where they share cores, `cpus` pins the workers to some; `latency_target` bounds
+    the batch by what was measured when the artifact was made.
+    """
 
     name: Name
     stages: tuple[StageConfig, ...] = ()
@@ -121,10 +125,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     queue_bytes: Count = 2**28
     nan: NanPolicy = "allow"
     versions: Versions = Versions()
-    sequence_idle: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] = 0
+    sequence_idle: Seconds = 60.0
     latency_target: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
+    cpus: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
 
     def pipeline(self) -> PipelineConfig:
         """The model as a pipeline: `artifact` and `run` are a single stage."""
@@ -152,6 +156,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             max_wait=self.max_wait,
             run_timeout=self.run_timeout,
             open_timeout=self.open_timeout,
+            sequence_idle=self.sequence_idle,
+            nice=self.nice,
+            cpus=self.cpus,
             nan=self.nan,
         )
 

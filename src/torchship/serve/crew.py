@@ -60,6 +60,7 @@ class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
     warm: bool = False
     threads: int | None = None
     cpus: tuple[int, ...] = ()
+    nice: int = 0
     env: dict[str, str] = {}
     open_timeout: float = 120.0
 
@@ -147,6 +148,7 @@ class Worker:
             stage=plan.stage,
             private=plan.private,
             warm=plan.warm,
+            nice=plan.nice,
         )
         return process.spawn(
             "torchship.serve.worker:main",

@@ -70,6 +70,7 @@ class Visit:
 
     `key` is equal for visits that may share a batch. `alone` is set after a crash: a suspect runs by itself.
     `finish` takes the outputs; a stream has its answers taken one by one by `part`, and `finish` ends it.
+    A visit of a `sequence` goes to the worker that holds the sequence's state.
     """
 
     job: Job
@@ -84,6 +85,7 @@ class Visit:
     crashes: int = 0
     alone: bool = False
     part: Callable[[Visit, list[Array]], None] | None = None
+    sequence: str = ""
 
 
 class Dispatch:

@@ -79,6 +79,9 @@ class Edge:
     def values(self, given: Mapping[str, Value]) -> dict[str, Value]:
         """The parameters that the stages know, checked. Raises BadInput for one out of its bounds."""
         known = self._parameters
+        name = given.get("sequence_id")
+        if isinstance(name, int) and "sequence_id" in known and isinstance(known["sequence_id"].default, str):
+            given = {**given, "sequence_id": str(name)}  # clients may count sequences or name them
         return {name: known[name].check(value) for name, value in given.items() if name in known}
 
 

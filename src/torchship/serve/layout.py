@@ -33,6 +33,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 2
     run_timeout: float = 60.0
     open_timeout: float = 120.0
+    sequence_idle: float = 60.0
+    nice: int = 0
+    cpus: tuple[int, ...] = ()
     nan: NanPolicy = "allow"
 
 
@@ -52,6 +55,7 @@ class Leg:
     batched: bool
     most: int
     special: bool
+    sequential: bool = False
     drops: tuple[str, ...] = ()
     followers: list[int] = field(default_factory=list)
 
@@ -91,6 +95,8 @@ def lay(node: Node, *, store: Store, limits: Limits, fail: Callable[[Visit, Torc
         private=bool(config.run),
         warm=bool(config.artifact),
         threads=config.threads or (1 if config.run else None),
+        cpus=limits.cpus,
+        nice=limits.nice,
         open_timeout=limits.open_timeout,
     )
     crew = Crew(copies=config.copies, run_timeout=limits.run_timeout, max_wait=limits.max_wait)
@@ -105,6 +111,7 @@ def lay(node: Node, *, store: Store, limits: Limits, fail: Callable[[Visit, Torc
         loose=loose if signature.batched else (),
         batched=signature.batched,
         most=node.max_batch,
+        sequential=any(parameter.name == "sequence_id" for parameter in node.parameters),
         special=bool(loose or defaults or node.streams or (node.after and not node.checked)),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchship.artifact import Store
-from torchship.errors import Cancelled, Expired, TorchshipError, Unavailable, Unsupported
+from torchship.errors import BadInput, Cancelled, Expired, StageFailed, TorchshipError, Unavailable, Unsupported
 from torchship.pipeline import rows as pipeline_rows
 from torchship.pipeline.composed import take
 from torchship.pipeline.planning import Plan
@@ -22,6 +22,7 @@ from torchship.serve.dispatch import Door, Job, Visit
 from torchship.serve.edge import Edge
 from torchship.serve.layout import Gather, Leg, Limits, lay, shorten
 from torchship.serve.metrics import LineMeter
+from torchship.serve.sequences import Sequences
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
 
@@ -42,6 +43,7 @@ class Line:
         self.state = "opening"
         self.legs: list[Leg] = []
         self._only: Leg | None = None
+        self._sequences: Sequences | None = None
         self._store = store or Store()
         self._inputs = [(spec.name, key) for spec, key in zip(plan.signature.inputs, plan.inputs, strict=True)]
         self._outputs = [(spec.name, key) for spec, key in zip(plan.signature.outputs, plan.outputs, strict=True)]
@@ -61,6 +63,7 @@ class Line:
                 self.legs[index].station.after.append(leg.station)
                 leg.station.before.append(self.legs[index].station)
         self._only = shorten(self.plan, self.legs)
+        self._sequences = self._sequential()
         opening = [asyncio.ensure_future(leg.station.open()) for leg in self.legs]
         try:
             await asyncio.gather(*opening)
@@ -73,6 +76,27 @@ class Line:
         self.state = "open"
         self._ping()
         return self
+
+    def _sequential(self) -> Sequences | None:
+        """The book of sequences, where a stage asks for them by naming the parameter `sequence_id`."""
+        stations = [leg.station for leg in self.legs if leg.sequential]
+        if not stations:
+            return None
+
+        def forget(name: str) -> None:
+            for station in stations:
+                station.pins.forget(name)
+
+        def lost(names: list[str]) -> None:
+            for name in names:
+                fault = StageFailed(f"the state of sequence {name!r} is lost: its worker is gone", hint="start it anew")
+                for job in book.break_off(name):
+                    self._fail(job, fault)
+
+        book = Sequences(idle=self.limits.sequence_idle, forget=forget)
+        for station in stations:
+            station.lost = lost
+        return book
 
     @property
     def ready(self) -> bool:
@@ -111,6 +135,20 @@ class Line:
         job.deadline = job.arrived + (min(deadline, limits.max_timeout) if deadline > 0 else limits.timeout)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(_SWEEP, self._sweep)
+        if self._sequences is None or self._in_turn(job, self._sequences):
+            self._launch(job)
+
+    def _in_turn(self, job: Job, sequences: Sequences) -> bool:
+        """Whether no earlier request of the same sequence is on the line."""
+        try:
+            return not (name := _sequence(job)) or sequences.enter(job, name)
+        except BadInput:
+            self.door.leave(job)
+            self.meter.lost("REJECTED", 0.0)
+            raise
+
+    def _launch(self, job: Job) -> None:
+        """Enter the stations that wait for no other."""
         if self._only is not None:
             self._enter(job, self._only, job.tensors, job.arrived)
             return
@@ -148,6 +186,8 @@ class Line:
             visit.values = select(node.parameters, job.parameters, node.defaults)
         if leg.loose or visit.values:
             visit.key = (*[visit.arrays[i].shape[1:] for i in leg.loose], *visit.values.items())
+        if leg.sequential:
+            visit.sequence = _sequence(job)
         if node.streams:
             visit.part = self._part
         if leg.batched and visit.rows > leg.most:
@@ -218,6 +258,15 @@ class Line:
         if not self.door.jobs:
             self._empty.set()
         job.reply(job)
+        if self._sequences is not None:
+            self._follow(job, self._sequences, now)
+
+    def _follow(self, job: Job, sequences: Sequences, now: float) -> None:
+        """The next of its sequence may go."""
+        name = _sequence(job)
+        following = sequences.left(job, name, now) if name else None
+        if following is not None:
+            self._loop.call_soon(self._launch, following)
 
     def _fail_visit(self, visit: Visit, fault: TorchshipError) -> None:
         self._fail(visit.job, fault)
@@ -231,10 +280,13 @@ class Line:
         if not self.door.jobs:
             self._empty.set()
         reason = {Cancelled: "CANCELED", Expired: "REJECTED"}.get(type(fault), "BACKEND")
-        self.meter.lost(reason, time.monotonic() - job.arrived)
+        now = time.monotonic()
+        self.meter.lost(reason, now - job.arrived)
         job.fault = fault
         job.tensors = {}
         job.reply(job)
+        if self._sequences is not None:
+            self._follow(job, self._sequences, now)
 
     def cancel(self, job: Job) -> None:
         """The caller went away: the job is dropped where it stands, and `reply` is called with Cancelled."""
@@ -243,8 +295,10 @@ class Line:
     def _sweep(self) -> None:
         """Answer what is too late, drop what nobody waits for, kill what hangs. Runs only while jobs are there."""
         now = time.monotonic()
-        for visit in [visit for leg in self.legs for visit in leg.station.sweep(now)]:
-            job = visit.job
+        jobs = [visit.job for leg in self.legs for visit in leg.station.sweep(now)]
+        if self._sequences is not None:
+            jobs += self._sequences.waiting
+        for job in jobs:
             if job.done:
                 continue
             if job.deadline <= now:
@@ -256,6 +310,8 @@ class Line:
 
     def _ping(self) -> None:
         self._pings += 1
+        if self._sequences is not None:
+            self._sequences.sweep(time.monotonic())
         for leg in self.legs:
             leg.station.ping(time.monotonic(), self._pings)
         self._pinger = self._loop.call_later(1.0, self._ping)
@@ -313,3 +369,8 @@ def _settle(job: Job) -> None:
         future.set_exception(job.fault)
     else:
         future.set_result(job.tensors)
+
+
+def _sequence(job: Job) -> str:
+    """The name of the sequence that a job belongs to; empty when to none (0 is none, as Triton has it)."""
+    return str(job.parameters.get("sequence_id", "") or "")

@@ -14,6 +14,7 @@ from torchship.serve import arena
 from torchship.serve.crew import Blueprint, Flight, Worker
 from torchship.serve.dispatch import FOREVER, Dispatch, Span, Visit
 from torchship.serve.metrics import BatchMeter, StationMeter
+from torchship.serve.pins import Pins
 from torchship.serve.signals import Gave, revive
 from torchship.tensors import Array, Signature, numpy_dtype
 
@@ -58,6 +59,8 @@ class Station:
         self.broken: Unavailable | None = None
         self.after: list[Station] = []
         self.before: list[Station] = []
+        self.pins = Pins()
+        self.lost: Callable[[list[str]], None] = lambda names: None
         self._blueprint = blueprint
         self._dtypes = [numpy_dtype(spec.dtype) for spec in signature.outputs]
         self._fail = fail
@@ -89,7 +92,7 @@ class Station:
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return not len(self.queue) and not any(worker.flights for worker in self.workers)
+        return not len(self.queue) and not self.pins and not any(worker.flights for worker in self.workers)
 
     def put(self, visit: Visit, now: float) -> None:
         """Take a visit in; it leaves with the next batch that has room for it."""
@@ -97,7 +100,11 @@ class Station:
             self._fail(visit, self.broken)
             return
         visit.since = now
-        self.queue.put(visit)
+        if visit.sequence:
+            if not self.pins.put(visit, workers=self.workers):
+                self._fail(visit, Unavailable(f"stage {self.name!r} has no worker", hint="try again"))
+        else:
+            self.queue.put(visit)
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon(self._pump)
@@ -113,6 +120,8 @@ class Station:
         queue = self.queue
         now = time.monotonic()
         sent = False
+        for pinned, visit in self.pins.take():
+            self._send(pinned, [visit], now)
         while queue.rows > 0 or len(queue):
             if self._blocked():
                 break
@@ -279,6 +288,9 @@ class Station:
         if not self._first.done():
             self._first.set_exception(worker.fault or Unavailable(f"stage {self.name!r} did not open: {text}"))
             return
+        names, waiting = self.pins.lose(worker)
+        self.lost(names)
+        self._again(waiting)
         for flight in reversed(flights[1:]):
             self._again(flight.visits)
         for flight in flights[:1]:
@@ -289,7 +301,11 @@ class Station:
 
     def _again(self, visits: list[Visit]) -> None:
         for visit in reversed(visits):
-            self.queue.put_back(visit)
+            if visit.sequence:
+                text = f"the state of sequence {visit.sequence!r} is lost: its worker is gone"
+                self._fail(visit, StageFailed(text, hint="start it anew"))
+            else:
+                self.queue.put_back(visit)
 
     def _suspect(self, flight: Flight, text: str) -> None:
         """One of these jobs may have killed the worker: each runs alone now; who kills again and again is to blame."""
@@ -346,6 +362,7 @@ class Station:
                 for flight in worker.flights:
                     yield from flight.visits
         yield from self.queue
+        yield from self.pins
 
     def ping(self, now: float, number: int) -> None:
         """Ask idle workers for a sign of life, and kill those that gave none."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from torchship.artifact import Store
+from torchship.artifact import Store, open_artifact
+from torchship.artifact.manifest import BatchPoint
 from torchship.errors import NotFound
 from torchship.pipeline.config import PipelineConfig
 from torchship.pipeline.describe import describe_apart
-from torchship.pipeline.planning import Plan, plan
+from torchship.pipeline.planning import Node, Plan, plan
 from torchship.serve.config import ModelConfig
 
 
@@ -62,14 +64,36 @@ def _files(pipeline: PipelineConfig, store: Store) -> tuple[str, ...]:
     return tuple(str(store.resolve(stage.artifact).resolve()) for stage in pipeline.stages if stage.artifact)
 
 
-def lay_out(version: Wanted, store: Store) -> Plan:
-    """The plan of a version, its artifacts pinned: a worker that is replaced opens the same files again."""
+def lay_out(version: Wanted, store: Store, *, target: float = 0.0) -> Plan:
+    """The plan of a version, its artifacts pinned: a worker that is replaced opens the same files again.
+
+    Where nothing else is said, a model's largest batch comes from its measured curve; `target` is a latency in seconds.
+    """
     made = plan(version.pipeline, store, describing=describe_apart)
     files = iter(version.files)
-    nodes = tuple(
-        replace(node, config=msgspec.structs.replace(node.config, artifact=next(files)))
-        if node.config.artifact
-        else node
-        for node in made.nodes
-    )
+    nodes = tuple(_pin(node, next(files), target) if node.config.artifact else node for node in made.nodes)
     return replace(made, nodes=nodes)
+
+
+def _pin(node: Node, path: str, target: float) -> Node:
+    timing = open_artifact(path, verify=False).manifest.timing
+    most = node.max_batch
+    if timing is not None and not node.config.max_batch and node.signature.batched:
+        most = best_batch(timing.curve, most=most, target=target)
+    return replace(node, config=msgspec.structs.replace(node.config, artifact=path), max_batch=most)
+
+
+def best_batch(curve: Sequence[BatchPoint], *, most: int, target: float = 0.0) -> int:
+    """The smallest batch with 95 % of the best throughput, among those that keep to half of `target` seconds.
+
+    Half, because a request waits for the batch before its own. `most` where nothing was measured.
+    """
+    points = [point for point in curve if point.batch <= most]
+    if target:
+        points = [point for point in points if point.p90_ms <= target * 500] or points[:1]
+    if not points:
+        return most
+    best = max(point.rows_per_s for point in points)
+    chosen = min(point.batch for point in points if point.rows_per_s >= 0.95 * best)
+    largest = max(point.batch for point in points)
+    return most if chosen == largest and not target else chosen

@@ -57,12 +57,14 @@ class Post(msgspec.Struct, frozen=True):
     stage: Any
     private: bool = True
     warm: bool = False
+    nice: int = 0
 
 
 def main(argument: Any) -> None:
     """The child's entry point: returns when the host says stop or goes away."""
     post = msgspec.convert(argument, Post)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the host decides
+    os.nice(post.nice)
     sock = socket.socket(fileno=post.sock)
     sock.setblocking(True)
     memory = Arena(Region.take(post.memory), depth=post.depth, input_size=post.input_size, output_size=post.output_size)
