@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,21 @@ def amend(folder: Path | str, **changes: Any) -> Artifact:
         raise BadConfig(f"the manifest has no field {sorted(unknown)} to amend")
     (artifact.path / SIGNATURE).unlink(missing_ok=True)
     return _seal(artifact.path, msgspec.structs.replace(artifact.manifest, **changes))
+
+
+def add_fallback(folder: Path | str, *, other: Path | str) -> Artifact:
+    """Give an artifact of native code a portable fallback: the data files of `other`, an artifact of the same model.
+
+    Raises BadConfig when `other` has another signature or holds native code itself.
+    """
+    ours, theirs = open_artifact(folder), open_artifact(other)
+    if theirs.manifest.signature != ours.manifest.signature:
+        raise BadConfig(f"{other} has another signature", hint="a fallback takes and gives the same tensors")
+    if any(entry.kind == "native" for entry in theirs.manifest.files):
+        raise BadConfig(f"{other} holds native code", hint="a fallback must open on any machine")
+    shutil.rmtree(ours.path / "fallback", ignore_errors=True)
+    shutil.copytree(theirs.path / "backend", ours.path / "fallback")
+    return amend(ours.path, fallback=theirs.manifest.recipe)
 
 
 def _write_examples(root: Path, signature: Signature, inputs: Tensors, outputs: Tensors) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ import msgspec
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import MANIFEST
 from torchship.artifact.opening import open_artifact
-from torchship.errors import BadConfig, CorruptArtifact, NotFound
+from torchship.errors import BadConfig, NotFound
 
 _NAME = re.compile(r"[A-Za-z][\w.-]{0,99}", re.ASCII)
 _STATE = "state.json"
+_FORGOTTEN_S = 86_400
 
 
 class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -169,13 +171,11 @@ class Store:
         return NotFound(f"the store at {self.root} has no {name!r}", hint=hint)
 
     def _state(self, name: str) -> _State:
-        path = self.root / name / _STATE
+        """What is remembered of a name; nothing where that was lost: then the newest version is current."""
         try:
-            return msgspec.json.decode(path.read_bytes(), type=_State)
-        except FileNotFoundError:
+            return msgspec.json.decode((self.root / name / _STATE).read_bytes(), type=_State)
+        except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
             return _State()
-        except msgspec.MsgspecError as fault:
-            raise CorruptArtifact(f"{path}: {fault}", hint="set it with `torchship store current`") from None
 
     def _remember(self, name: str, state: _State) -> None:
         folders.write(self.root / name / _STATE, msgspec.json.encode(state))
@@ -197,10 +197,21 @@ class Store:
         """A private place on the same disk, gone afterwards unless it was renamed away."""
         place = self.root / ".incoming" / f"{os.getpid()}-{os.urandom(6).hex()}"
         place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place.parent)
         try:
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _sweep(incoming: Path) -> None:
+    """Remove what publishers that were killed left behind."""
+    for place in incoming.iterdir():
+        try:
+            if place.stat().st_mtime < time.time() - _FORGOTTEN_S:
+                shutil.rmtree(place, ignore_errors=True)
+        except FileNotFoundError:
+            continue
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -23,8 +23,8 @@ class Node:
 
     `takes[i]` and `gives[i]` are the slots of input and output i of `signature`, `after` the nodes it waits for,
     `keeps` the slots that must outlive it: they feed later nodes or are outputs of the pipeline. `defaults` are the
-    pipeline's values for its `parameters`. Axis 0 of a row stage's `signature` has no upper bound. Where `checked`
-    is false, the taken tensors must be checked at run time.
+    pipeline's values for its `parameters`. The artifact in `config` is a folder. Axis 0 of a row stage's `signature`
+    has no upper bound. Where `checked` is false, the taken tensors must be checked at run time.
     """
 
     index: int
@@ -90,6 +90,12 @@ class Layout:
             raise blame(fault, where=path) from None
         return msgspec.structs.replace(found, signature=relax(found.signature))
 
+    def _pinned(self, stage: StageConfig) -> StageConfig:
+        """The folder for the name of an artifact: whoever opens it later opens the same version."""
+        if not stage.artifact:
+            return stage
+        return msgspec.structs.replace(stage, artifact=str(self.store.resolve(stage.artifact).absolute()))
+
     def _inside(
         self,
         stage: StageConfig,
@@ -145,7 +151,7 @@ class Layout:
         node = Node(
             index=index,
             name=name,
-            config=_with_labels(stage, described, self.labels),
+            config=self._pinned(_with_labels(stage, described, self.labels)),
             signature=signature,
             max_batch=described.max_batch,
             parameters=described.parameters,

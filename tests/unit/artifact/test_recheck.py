@@ -14,9 +14,8 @@ from tests.unit.artifact.test_opening import edit
 from torchship import hardware
 from torchship.artifact import open_artifact, recheck, tensorfile
 from torchship.artifact.manifest import Manifest
-from torchship.artifact.package import amend
-from torchship.errors import UnsafeArtifact, WrongMachine
-from torchship.recipe import Recipe
+from torchship.artifact.package import add_fallback, amend
+from torchship.errors import BadConfig, UnsafeArtifact, WrongMachine
 from torchship.stage import Stage
 from torchship.tensors import Array, Signature, Tensors
 
@@ -90,14 +89,25 @@ def test_native_code_of_another_machine_is_refused(elsewhere: Path) -> None:
 
 
 def test_the_portable_fallback_is_opened_instead(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.copytree(elsewhere / "backend", elsewhere / "fallback")
-    amend(elsewhere, fallback=Recipe("onnxruntime", {"precision": "fp32"}))
+    shutil.copytree(elsewhere, elsewhere.parent / "other")
+    add_fallback(elsewhere, other=elsewhere.parent / "other")
     native(elsewhere)
     for trust in (False, True):
         stage = open_artifact(elsewhere).open(threads=1, trust=trust)
         assert stage({"x": X})["y"].shape == (3, 2)
         stage.close()
     assert "opening its portable fallback" in caplog.text
+
+
+def test_what_is_no_fallback(elsewhere: Path) -> None:
+    other = elsewhere.parent / "other"
+    shutil.copytree(elsewhere, other)
+    native(other)
+    with pytest.raises(BadConfig, match="holds native code"):
+        add_fallback(elsewhere, other=other)
+    edit(other, lambda m: m["signature"]["inputs"][0].update(name="z"))
+    with pytest.raises(BadConfig, match="another signature"):
+        add_fallback(elsewhere, other=other)
 
 
 def test_faults() -> None:

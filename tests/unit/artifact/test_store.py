@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,3 +90,21 @@ def test_concurrent_publishers_get_versions_of_their_own(store: Store, tmp_path:
     assert [outcome.fault for outcome in outcomes] == [""] * 3
     assert sorted(version for outcome in outcomes for version in outcome.value) == list(range(1, 10))
     assert store.list()[0].versions == tuple(range(1, 10))
+
+
+def test_leftovers_of_killed_publishers_go(store: Store, tmp_path: Path) -> None:
+    old, new = (store.root / ".incoming" / name for name in ("1-old", "2-new"))
+    for place in (old, new):
+        (place / "backend").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    store.publish(tmp_path / "a", name="net")
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_lost_pointer_means_the_newest(store: Store, tmp_path: Path) -> None:
+    for _ in range(2):
+        store.publish(tmp_path / "a", name="net")
+    (store.root / "net" / "state.json").write_text("{")
+    assert store.current("net") == 2
+    assert store.publish(tmp_path / "a", name="net") == 3
