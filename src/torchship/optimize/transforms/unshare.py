@@ -30,16 +30,17 @@ def apply(model: Model, *, options: Options) -> Model:
         graph = fx.symbolic_trace(inner)
     except Exception as fault:
         raise BuildFailed(f"unshare: torch.fx cannot trace this model: {one_line(fault)}") from fault
-    copies = _split_calls(graph)
+    _split_calls(graph)
     plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
     for node in graph.graph.nodes:
+        node.meta.pop("nn_module_stack", None)  # it still tells the shared module's path
         if node.op == "call_function" and node.target in plain:
             node.target = plain[node.target]
     graph.recompile()
-    return surgery.with_inner(model, graph.eval()) if copies or plain else model
+    return surgery.with_inner(model, graph.eval())
 
 
-def _split_calls(graph: Any) -> int:
+def _split_calls(graph: Any) -> None:
     import copy
 
     called: dict[int, int] = {}
@@ -56,7 +57,6 @@ def _split_calls(graph: Any) -> int:
             memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
             graph.add_submodule(name, copy.deepcopy(module, memo))
             node.target = name
-    return sum(count - 1 for count in called.values())
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Options]:
