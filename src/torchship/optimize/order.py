@@ -12,10 +12,12 @@ from torchship.recipe import Recipe
 def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> int:
     """The place in `waiting` of the recipe to try next.
 
-    What runs on an accelerator comes before what does not. Among those, first each backend's first proposal, in the
-    given order; then the proposals of the backend whose best valid trial was best for the goal. A backend that only
-    failed so far comes last. Pure.
+    The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not; among
+    those, each backend's first proposal, in the given order, then the proposals of the backend whose best valid
+    trial was best for the goal. A backend that only failed so far comes last. Pure.
     """
+    if not done:
+        return 0
     places = [place for place, recipe in enumerate(waiting) if accelerated(recipe)] or list(range(len(waiting)))
     tried = {_group(trial.recipe) for trial in done}
     for place in places:

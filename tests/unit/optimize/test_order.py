@@ -59,3 +59,4 @@ def test_what_runs_on_an_accelerator_comes_first() -> None:
     done = [trial("eager"), trial("a", p50=1)]
     assert next_up(waiting, done, goal="latency") == 1
     assert next_up([waiting[0]], done, goal="latency") == 0
+    assert next_up([Recipe("eager"), *waiting], [], goal="latency") == 0
