@@ -95,7 +95,8 @@ class Codes:
 
     def shortlist(self, queries: Floats, *, count: int) -> tuple[Floats, NDArray[np.int64]]:
         """Approximate scores and row numbers, both (queries, at most `count`), best first; -1 where there are fewer."""
-        turned = np.ascontiguousarray(queries @ self._rotation)
+        # row by row: BLAS threads that wait for a busy core cost 50 ms where these products take 10 µs
+        turned = np.stack([query @ self._rotation for query in queries])
         found = list(self._pool.map(lambda number: self._scan(number, turned, count), range(len(self._chunks))))
         scores = np.concatenate([score for score, _ in found], axis=1)
         rows = np.concatenate([row for _, row in found], axis=1)
@@ -109,9 +110,9 @@ class Codes:
         chunk = self._chunks[number]
         if number == len(self._chunks) - 1:
             with self._last:
-                scores, rows = chunk.search(turned, min(count, chunk.ntotal))
+                scores, rows = _search(chunk, turned, min(count, chunk.ntotal))
         else:
-            scores, rows = chunk.search(turned, count)
+            scores, rows = _search(chunk, turned, min(count, chunk.ntotal))
         scores[rows < 0] = -np.inf
         return scores, np.where(rows >= 0, rows + number * CHUNK, -1)
 
@@ -136,3 +137,9 @@ class Codes:
             chunk.ntotal2 = -(-size // _BLOCK) * _BLOCK
             self._chunks.append(chunk)
             position += length
+
+
+def _search(chunk: Any, turned: Floats, count: int) -> tuple[Floats, NDArray[np.int64]]:
+    """One query after another: faiss' scan for several queries at once is 4 to 15 times slower a query."""
+    found = [chunk.search(query[None], count) for query in turned]
+    return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])

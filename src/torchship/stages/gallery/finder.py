@@ -97,11 +97,11 @@ class Finder:
     def _dense_nearest(self, queries: Floats, dense: Column, living: NDArray[np.bool_], count: int) -> list[list[Hit]]:
         vectors = dense.whole()
         size = min(len(vectors), len(living))
-        scores = queries @ vectors[:size].T
-        scores[:, ~living[:size]] = -np.inf
         width = min(size, max(64, 8 * count))
         answers = []
-        for line in scores:
+        for query in queries:  # one by one: BLAS threads that wait for a busy core cost more than they save
+            line = vectors[:size] @ query
+            line[~living[:size]] = -np.inf
             best = np.argpartition(-line, width - 1)[:width] if width < size else np.arange(size)
             answers.append(self._people(line[best], best, count))
             if len(answers[-1]) < count and width < size:  # many templates of few persons: look at all
