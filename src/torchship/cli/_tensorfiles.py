@@ -37,6 +37,14 @@ def read(path: Path, *, signature: Signature, mean: Sequence[float] = (), std: S
         raise BadInput(f"{path.name}: {fault}", hint=fault.hint) from None
 
 
+def read_any(path: Path) -> Tensors:
+    """All tensors of an .npz or .safetensors file. Raises BadInput."""
+    if path.suffix.lower() not in (".npz", ".safetensors"):
+        raise BadInput(f"{path.name}: named tensors are needed", hint="use .npz or .safetensors")
+    data = path.read_bytes()
+    return _npz(data) if path.suffix.lower() == ".npz" else tensorfile.decode(data)
+
+
 def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float], std: Sequence[float]) -> Tensors:
     suffix = path.suffix.lower()
     only = signature.inputs[0] if len(signature.inputs) == 1 else None

@@ -19,7 +19,7 @@ _store = click.option("--store", "root", default=None, metavar="DIR", help="Wher
 Examples:
   torchship pipeline check classify.toml
   torchship pipeline draw classify.toml --svg classify.svg
-  torchship pipeline publish classify.toml --name classify --example cat.jpg
+  torchship pipeline publish classify.toml --name classify --example cat.jpg --expect training_pixels.npz
 """
 )
 def command() -> None:
@@ -88,12 +88,21 @@ def draw(*, target: str, root: str | None, svg: Path | None) -> None:
 @click.option("--name", default=None, help="The name to publish under.  [default: the pipeline's]")
 @click.option("--example", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="An input (a picture, npz, json ...) that is run now and kept with its answer.")  # fmt: skip
+@click.option("--expect", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Tensors (pixels, logits ...) that your own code makes of it: npz, safetensors.")  # fmt: skip
+@click.option("--tolerance", default=1e-3, show_default=True, help="Relative L2 error that --expect allows.")
 @_store
-def publish(*, file: str, name: str | None, example: Path | None, root: str | None) -> None:
-    """Publish a pipeline as one artifact that holds its models and files, and is served like a model."""
+def publish(
+    *, file: str, name: str | None, example: Path | None, expect: Path | None, tolerance: float, root: str | None
+) -> None:
+    """Publish a pipeline as one artifact that holds its models and files, and is served like a model.
+
+    With --expect it is published only when its tensors, also those between its stages, agree with yours.
+    """
     import tempfile
 
     from torchship.cli import _tensorfiles
+    from torchship.errors import BadInput
     from torchship.pipeline import Composed, pack_pipeline
 
     plan, store = _planned(file, root)
@@ -104,6 +113,15 @@ def publish(*, file: str, name: str | None, example: Path | None, root: str | No
         composed = Composed(plan, store)
         examples = {"inputs": inputs, "outputs": composed(inputs)}
         composed.close()
+    if expect and not example:
+        raise BadInput("--expect needs --example", hint="give the input that the expected tensors belong to")
+    if expect:
+        from torchship.pipeline.parity import check_parity
+
+        expected = _tensorfiles.read_any(expect)
+        errors = check_parity(plan, inputs=inputs, expected=expected, store=store, tolerance=tolerance)
+        for tensor, error in errors.items():
+            click.echo(f"{tensor}: relative error {error:.1e}")
     with tempfile.TemporaryDirectory(prefix="torchship-") as place:
         folder = Path(place) / "artifact"
         pack_pipeline(plan, folder, store=store, **examples)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from torchship.stage import Value
+    from torchship.stage import Stage, Value
     from torchship.tensors import Tensors
 
 
@@ -20,7 +20,7 @@ Examples:
   torchship predict http://127.0.0.1:8000/v2/models/classify --input cat.jpg --parameter top_k=3
 """
 )
-@click.argument("target", metavar="ARTIFACT|URL")
+@click.argument("target", metavar="ARTIFACT|FILE.toml|URL")
 @click.option("--input", "file", required=True, type=click.Path(path_type=Path),
               help="npy, npz, json, safetensors or a picture; any file for a model that takes BYTES.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the outputs: npz, npy, safetensors, json.")
@@ -34,7 +34,7 @@ Examples:
 @click.option("--trust", is_flag=True, help="Open native code: only if you know who made it.")
 @click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
 def command(**given: Any) -> None:
-    """Run an artifact (a name in the store, a folder) or a served model (a URL) on a file, and print its answer.
+    """Run an artifact (a name in the store, a folder), a pipeline (a TOML file) or a served model (a URL) on a file.
 
     A picture for a model that takes FP32[-1,3,H,W] is resized, cut and normalized as torchvision's classifiers are.
     """
@@ -56,17 +56,31 @@ def _run(*, target: str, file: Path, parameters: tuple[str, ...], mean: str, std
 
         model = ServedModel(target)
         return model(_tensorfiles.read(file, signature=model.signature, **numbers), chosen), ()
-    from torchship.artifact import Store, open_artifact
-    from torchship.pipeline import open_target, rows
+    from torchship.pipeline import Composed, rows
 
-    artifact = open_artifact(Store(opening.pop("store")).resolve(target), verify=False)
-    tensors = _tensorfiles.read(file, signature=artifact.manifest.signature, **numbers)
-    artifact.manifest.signature.check(tensors)
-    stage = open_target(artifact.path, **opening)
+    stage, labels = _open(target, **opening)
     try:
-        return rows.run(stage, tensors, chosen), artifact.manifest.labels
+        tensors = _tensorfiles.read(file, signature=stage.signature, **numbers)
+        stage.signature.check(tensors)
+        alone = isinstance(stage, Composed)  # it cuts its jobs into batches itself
+        return stage(tensors, chosen) if alone else rows.run(stage, tensors, chosen), labels
     finally:
         stage.close()
+
+
+def _open(target: str, *, store: str | None, **opening: Any) -> tuple[Stage, tuple[str, ...]]:
+    """A pipeline in a TOML file, or what is published; and its labels."""
+    import sys
+
+    from torchship.artifact import Store, open_artifact
+    from torchship.pipeline import Composed, config, open_target, plan
+
+    found = Store(store)
+    if target.endswith(".toml"):
+        sys.path.insert(0, "")  # Python stages of the user's lie where the command is typed
+        return Composed(plan(config.read(target), found), found), ()
+    path = found.resolve(target)
+    return open_target(path, store=found, **opening), open_artifact(path, verify=False).manifest.labels
 
 
 def _parameter(text: str) -> tuple[str, Value]:

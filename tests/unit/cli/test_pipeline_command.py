@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +14,7 @@ from tests.unit.artifact.made import colour
 from tests.unit.cli.test_artifact_commands import torchship
 from tests.unit.pipeline.test_plan import BODIES
 from torchship.artifact import Store
-from torchship.errors import BadConfig, BadInput
+from torchship.errors import BadConfig, BadInput, GuardRefused
 
 CLASSIFY = """
 parameters = {top_k = 2}
@@ -81,8 +82,28 @@ def test_publish_then_use_it_like_a_model(here: Path) -> None:
     lines = torchship("predict", "cls", "--input", here / "red.png", "--threads", "1").output.splitlines()
     assert len(lines) == 2
     assert lines[0].endswith("red")
+    assert torchship("predict", file, "--input", here / "red.png").output.splitlines() == lines
     one = torchship("predict", "cls", "--input", here / "red.png", "--parameter", "top_k=1", "--threads", "1").output
     assert len(one.splitlines()) == 1
     assert "3 stages" in torchship("pipeline", "check", "cls").output
     with pytest.raises(BadInput, match="not a picture"):
         torchship("pipeline", "publish", file, "--example", file)
+
+
+def test_preprocessing_is_compared_with_the_training_code(here: Path) -> None:
+    file, red = here / "classify.toml", here / "red.png"
+    picture = Image.open(red).resize((12, 8), Image.Resampling.BILINEAR).crop((2, 0, 10, 8))
+    pixels = np.asarray(picture, np.float32).transpose(2, 0, 1)[None] / 255
+    np.savez(here / "good.npz", pixels=pixels, logits=pixels.mean((2, 3)) * 10)
+    found = torchship("pipeline", "publish", file, "--example", red, "--expect", here / "good.npz")
+    assert "pixels: relative error" in found.output
+    assert "published classify@1" in found.output
+    np.savez(here / "bad.npz", pixels=pixels[:, ::-1])
+    with pytest.raises(GuardRefused, match="'pixels' is off by"):
+        torchship("pipeline", "publish", file, "--example", red, "--expect", here / "bad.npz")
+    assert Store().versions("classify") == (1,)
+    np.savez(here / "bad.npz", nope=pixels)
+    with pytest.raises(BadConfig, match="no stage gives 'nope'"):
+        torchship("pipeline", "publish", file, "--example", red, "--expect", here / "bad.npz")
+    with pytest.raises(BadInput, match="needs --example"):
+        torchship("pipeline", "publish", file, "--expect", here / "bad.npz")
