@@ -148,6 +148,13 @@ def test_native_code_needs_trust(tmp_path: Path) -> None:
     artifact.open(trust=True, threads=1).close()
 
 
+def test_a_manifest_cannot_call_native_code_data(tmp_path: Path) -> None:
+    linear(tmp_path)
+    edit(tmp_path, lambda m: m["recipe"].update(backend="aoti"))
+    with pytest.raises(UnsafeArtifact, match="holds native code"):
+        open_artifact(tmp_path).open()
+
+
 def test_files_of_a_native_backend_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins.load("backends", name="onnxruntime"), "KIND", "native")
     artifact = linear(tmp_path)
