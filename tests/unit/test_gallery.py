@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from torchship.errors import BadInput, CorruptArtifact, Denied, NotFound
-from torchship.stages.gallery import Enrolment, Gallery
+from torchship.stages.gallery import Enrolment, Gallery, Hit
 from torchship.stages.gallery.codes import Codes, rotation
 from torchship.stages.gallery.gallery import noisy_copies
 
@@ -22,6 +22,11 @@ def people(count: int, *, seed: int = 0) -> NDArray[np.float32]:
 
 def opened(root: Path, *, exact_below: int = 1000, model: str = "model-a") -> Gallery:
     return Gallery(root / "gallery", model=model, width=WIDTH, exact_below=exact_below)
+
+
+def rounded(found: list[list[Hit]]) -> list[list[tuple[str, int, object]]]:
+    """Hits that compare equal when their similarities differ by rounding only."""
+    return [[(hit.person, hit.serial, pytest.approx(hit.score, abs=1e-5)) for hit in line] for line in found]
 
 
 def fill(gallery: Gallery, vectors: NDArray[np.float32], *, groups: tuple[str, ...] = ()) -> None:
@@ -48,14 +53,14 @@ def test_it_is_the_same_after_reopening_and_after_compacting(tmp_path: Path, exa
     first = opened(tmp_path, exact_below=exact_below)
     fill(first, vectors, groups=("staff",))
     first.forget("p7")
-    expected = first.nearest(vectors, count=3)
+    expected = rounded(first.nearest(vectors, count=3))
     first.close()
     second = opened(tmp_path, exact_below=exact_below)
-    assert second.nearest(vectors, count=3) == expected
+    assert rounded(second.nearest(vectors, count=3)) == expected
     second.compact()
-    assert second.nearest(vectors, count=3) == expected
+    assert rounded(second.nearest(vectors, count=3)) == expected
     third = opened(tmp_path, exact_below=exact_below)
-    assert third.nearest(vectors, count=3) == expected
+    assert rounded(third.nearest(vectors, count=3)) == expected
     assert third.count() == (199, 199)
     assert third.person("p8").groups == ("staff",)
 
