@@ -50,6 +50,8 @@ Examples:
 @click.option(
     "--store", metavar="DIR", help="Where to publish [default: $TORCHSHIP_STORE or ~/.local/share/torchship/store]."
 )
+@click.option("--finetune", metavar="MODULE:FUNCTION",
+              help="Your training loop(student, distill), for int8 that the guard refuses otherwise.")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Publish under this name [default: after the target].")
 @click.option(
     "--labels",

@@ -49,13 +49,14 @@ class Course:
     device: str
     rows: int
     judged_hash: str
+    tuned: bool = False
     metric_hash: str = ""
     reference_metric: float | None = None
 
     @property
     def capsule(self) -> Path:
         """Where the model lies for the children."""
-        return self.work / "model.pkl"
+        return self.work / ("tuned.pkl" if self.tuned else "model.pkl")
 
     @property
     def metric(self) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from torchship.errors import BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import capsule, race, reference, rematch, rescue
+from torchship.optimize import capsule, finetune, race, reference, rematch, rescue
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, choose
@@ -34,7 +34,7 @@ from torchship.optimize.race import Course, OnTrial
 from torchship.optimize.report import Report
 from torchship.optimize.trial import Trial
 from torchship.optimize.wish import Metric, Settings, Wish, read
-from torchship.recipe import Recipe
+from torchship.recipe import Recipe, Step
 
 
 def optimize(
@@ -111,6 +111,8 @@ def _race(
     try:
         if not interrupted:
             layers = _rescue(trials, course, wish, deadline=deadline, on_trial=on_trial)
+            if wish.finetune is not None:
+                _finetune(trials, course, wish, deadline=deadline, on_trial=on_trial)
             first = choose(trials, goal=wish.goal, constraints=wish.constraints)
             trials = rematch.run(trials, first, course=course, goal=wish.goal, deadline=deadline)
     except KeyboardInterrupt:
@@ -135,6 +137,33 @@ def _rescue(
         if on_trial is not None:
             on_trial(trial, len(trials), len(trials))
     return layers
+
+
+def _finetune(trials: list[Trial], course: Course, wish: Wish, *, deadline: float, on_trial: OnTrial | None) -> None:
+    """Append trials of the refused int8 candidates with weights from the user's training loop."""
+    candidates = rescue.worth_it(trials, goal=wish.goal)
+    if not candidates or wish.finetune is None or time.monotonic() > deadline:
+        return
+    key = caching.digest(course.model_hash, _source_hash(wish.finetune))
+    capsule.put(course.work / "loop.pkl", wish.finetune, what="the fine-tuning loop")
+    fault = finetune.in_child(
+        work=course.work,
+        weights=course.cache.root / "tuned" / f"{key}.safetensors",
+        timeout=max(30.0, deadline - time.monotonic()),
+        memory=wish.limits.memory,
+        threads=wish.threads,
+    )
+    tuned = replace(course, tuned=True, model_hash=key)
+    for candidate in candidates:
+        old = candidate.recipe
+        recipe = msgspec.structs.replace(old, transforms=(Step(finetune.STEP), *old.transforms))
+        if fault:
+            trial = Trial(recipe, "failed", failure=f"fine-tuning: {fault}")
+        else:
+            trial = race.attempt(recipe, course=tuned, left=max(30.0, deadline - time.monotonic()))
+        trials.append(trial)
+        if on_trial is not None:
+            on_trial(trial, len(trials), len(trials))
 
 
 def _facts(course: Course, wish: Wish, trials: Sequence[Trial], left_out: dict[str, str]) -> Facts:
@@ -189,7 +218,7 @@ def _prepare(
         device=wish.device,
         rows=rows_judged(outputs, signature=model.signature),
         judged_hash=caching.hash_tensors(batches),
-        metric_hash="" if evaluate is None else _metric_hash(evaluate),
+        metric_hash="" if evaluate is None else _source_hash(evaluate),
         reference_metric=None if evaluate is None else _reference_metric(evaluate, eager),
     )
 
@@ -207,13 +236,14 @@ def _reference_metric(evaluate: Metric, eager: reference.EagerStage) -> float:
     return found
 
 
-def _metric_hash(evaluate: Metric) -> str:
+def _source_hash(function: Callable[..., Any]) -> str:
+    """A hash of a function's source and defaults, or of its pickle where it has no source."""
     try:
-        return caching.digest(inspect.getsource(evaluate), repr(getattr(evaluate, "__defaults__", None)))
+        return caching.digest(inspect.getsource(function), repr(getattr(function, "__defaults__", None)))
     except (OSError, TypeError):
         import cloudpickle
 
-        data: bytes = cloudpickle.dumps(evaluate)
+        data: bytes = cloudpickle.dumps(function)
         return caching.digest(data)
 
 

@@ -42,6 +42,7 @@ def read_wish(
     inputs: Sequence[str],
     data: str | None,
     evaluate: str | None,
+    finetune: str | None,
     backends: str | None,
     recipes: Sequence[str],
     budget: str,
@@ -60,6 +61,7 @@ def read_wish(
         **plain,
         "calibration": calibration,
         "evaluate": None if evaluate is None else found_at(evaluate, what="--evaluate"),
+        "finetune": None if finetune is None else found_at(finetune, what="--finetune"),
         "backends": None if backends is None else [word.strip() for word in backends.split(",") if word.strip()],
         "recipes": [recipe for text in recipes for recipe in recipes_at(text)] or None,
         "budget": seconds(budget, what="--budget"),
@@ -73,6 +75,7 @@ def read_wish(
     words = ["torchship", "optimize", target, *(w for text in inputs for w in ("--input", text))]
     words += ["--data", data] if data else []
     words += ["--evaluate", evaluate] if evaluate else []
+    words += ["--finetune", finetune] if finetune else []
     return CommandWish(module, specs or _first_inputs(calibration), options, shlex.join(words))
 
 

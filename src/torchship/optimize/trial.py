@@ -117,6 +117,8 @@ def build_here(argument: Any) -> None:
     task = msgspec.convert(argument, BuildTask)
     model = capsule.take(Path(task.capsule))
     for step in task.recipe.transforms:
+        if step.transform == "finetune":
+            continue  # the capsule holds the tuned weights
         model = plugins.load("transforms", name=step.transform).apply(model, options=dict(step.options))
     out = Path(task.out)
     (out / "backend").mkdir(parents=True)

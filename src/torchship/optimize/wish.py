@@ -14,6 +14,7 @@ from torchship import hardware as machines
 from torchship import plugins
 from torchship.errors import BadConfig
 from torchship.optimize.choose import GOALS, Constraints, Goal
+from torchship.optimize.finetune import Loop
 from torchship.optimize.guard import Guard
 from torchship.optimize.measure import Effort
 from torchship.optimize.trial import Limits
@@ -32,7 +33,9 @@ class Settings(TypedDict, total=False):
     `max_memory` and `max_size` in bytes: a winner must keep them. `free` and `batched`: see `capture`.
     `publish=False` leaves the store alone; `labels` are class names kept in the artifact. `threads=0` means all
     cores. `trial_timeout` in seconds for building and for proving; `trial_memory` in bytes (default: 80 % of the
-    machine's). `effort`: how long to measure. `cache`: its folder. `command` and `source` are told in the report.
+    machine's). `finetune(student, distill)` is your training loop, for int8 that the guard refuses otherwise: see
+    `optimize.finetune`. `effort`: how long to measure. `cache`: its folder. `command` and `source`
+    are told in the report.
     """
 
     recipes: Sequence[Recipe] | None
@@ -51,6 +54,7 @@ class Settings(TypedDict, total=False):
     cache: str | Path | None
     command: str
     source: str
+    finetune: Loop | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class Wish:
     labels: Sequence[str]
     command: str
     source: str
+    finetune: Loop | None
 
 
 def read(
@@ -108,5 +113,6 @@ def read(
         device=settings.get("device", "cpu"),
         labels=settings.get("labels", ()),
         command=settings.get("command", ""),
+        finetune=settings.get("finetune"),
         source=settings.get("source") or f"{type(module).__module__}.{type(module).__qualname__}",
     )

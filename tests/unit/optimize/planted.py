@@ -26,6 +26,7 @@ FAULTS = (
     "dies",
     "leaves",
     "touchy",
+    "stubborn",
 )
 
 
@@ -65,8 +66,8 @@ class Planted:
         return "its library is not installed: pip install nothing" if self.fault == "leaves" else ""
 
     def propose(self, model: Any, *, hardware: object) -> list[Recipe]:
-        if self.fault == "touchy":
-            return [Recipe("planted_touchy", {"precision": "int8"})]
+        if self.fault in ("touchy", "stubborn"):
+            return [Recipe(f"planted_{self.fault}", {"precision": "int8"})]
         return [Recipe(f"planted_{self.fault}")]
 
     def build(self, model: Any, *, options: Options, out: Path) -> None:
@@ -86,6 +87,8 @@ class Planted:
             self._build_rough(model, options, out)
             return
         inner = model.module.inner
+        if self.fault == "stubborn" and float(inner.bias[0]) * 64 % 1:
+            inner.bias.mul_(9)  # only a bias that was trained to suit it survives
         np.savez(out / "linear.npz", weight=inner.weight.numpy(), bias=inner.bias.numpy())
 
     def _build_rough(self, model: Any, options: Options, out: Path) -> None:
@@ -103,7 +106,9 @@ class Planted:
             return Stage(self.fault, arrays["weight"], arrays["bias"], signature)
 
 
-good, segfault, hang, greedy, nan, wrong, refuses, raises, crooked, dies, leaves, touchy = map(Planted, FAULTS)
+good, segfault, hang, greedy, nan, wrong, refuses, raises, crooked, dies, leaves, touchy, stubborn = map(
+    Planted, FAULTS
+)
 
 
 def plant(folder: Path) -> Path:

@@ -159,6 +159,18 @@ def test_layers_are_left_out_of_int8_until_the_guard_holds(planted: Path) -> Non
     assert "Sensitivity to int8" in report.save(planted / "touchy").read_text()
 
 
+def test_fine_tuning_is_the_last_resort(planted: Path) -> None:
+    def loop(student: Any, distill: Any) -> None:
+        assert distill(student(torch.ones(2, 4)), torch.ones(2, 4)).item() >= 0
+        with torch.no_grad():
+            student.bias[0] = torch.round(student.bias[0] * 64) / 64
+
+    report = optimize(planted, "stubborn", publish=False, finetune=loop)
+    assert [trial.status for trial in report.trials[1:]] == ["refused", "refused", "ok"]
+    assert report.trials[-1].recipe.transforms[0].transform == "finetune"
+    assert report.trials[-1].recipe.label == "planted_stubborn precision=int8 + finetune"
+
+
 def test_the_users_metric_refuses(planted: Path) -> None:
     def metric(stage: torchship.Stage) -> float:
         answer = stage({"input": np.ones((2, 4), np.float32)})["output"]

@@ -1,0 +1,150 @@
+"""Quantization-aware fine-tuning in the user's own training loop, with distillation from the float model.
+
+Weights and inputs of convolutions and linear layers go through simulated int8 on the way forward, gradients pass
+straight through (Jacob et al., arXiv:1712.05877); the student learns the float model's answers beside the user's
+own loss (Hinton et al., arXiv:1503.02531).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torchship import process
+from torchship.artifact import folder as folders
+from torchship.artifact import tensorfile
+from torchship.errors import OptimizeError
+from torchship.model import Model, to_numpy, to_torch
+from torchship.optimize.flatten import outline
+from torchship.optimize.sensitivity import round_signed, round_unsigned
+
+Distill: TypeAlias = Callable[..., torch.Tensor]
+Loop: TypeAlias = Callable[[nn.Module, Distill], None]
+STEP = "finetune"
+_TEMPERATURE = 2.0
+_QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Rounded(nn.Module):
+    """A weight as int8 per output channel would hold it; gradients pass straight through."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rounded weight."""
+        return weight + (round_signed(weight.detach(), axis=0) - weight.detach())
+
+
+def tune(model: Model, loop: Loop) -> Model:
+    """The model with weights that `loop(student, distill)` trained under simulated int8.
+
+    `student` is the user's own module in train mode, its batch norms frozen; `distill(outputs, *args, **kwargs)` is
+    the loss of the student's `outputs` against the float model's on the same arguments. Raises OptimizeError when
+    the loop fails or leaves weights that are not finite.
+    """
+    flat = copy.deepcopy(model.module)
+    student, teacher = _inner(flat), _inner(model.module)
+    student.requires_grad_(True).train()
+    for part in student.modules():
+        if isinstance(part, _NORMS):
+            part.eval()
+    with _simulated_int8(student):
+        try:
+            loop(student, _distillation(teacher))
+        except Exception as fault:
+            raise OptimizeError(
+                f"the fine-tuning loop failed: {type(fault).__name__}: {fault}",
+                hint="it is called as loop(student, distill)",
+            ) from fault
+    bad = [name for name, tensor in student.named_parameters() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise OptimizeError(f"fine-tuning left NaN or infinity in {bad[0]}", hint="lower the learning rate")
+    fresh = copy.deepcopy(model.module)  # taking the rounding off again leaves traces in the student
+    fresh.load_state_dict(flat.state_dict())
+    return replace(model, module=fresh)
+
+
+def _inner(flat: nn.Module) -> nn.Module:
+    found = flat.inner
+    assert isinstance(found, nn.Module)  # noqa: S101  # capture made it
+    return found
+
+
+@contextmanager
+def _simulated_int8(student: nn.Module) -> Iterator[None]:
+    layers = [part for part in student.modules() if isinstance(part, _QUANTIZED)]
+    hooks = [layer.register_forward_pre_hook(_round_inputs) for layer in layers]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", _Rounded())
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+def _round_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def rounded(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value + (round_unsigned(value.detach()) - value.detach())
+
+    return tuple(map(rounded, inputs))
+
+
+def _distillation(teacher: nn.Module) -> Distill:
+    def distill(outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = outline(teacher(*args, **kwargs))
+        found = outline(outputs)
+        parts = [_apart(w, f) for (_, _, w), (_, _, f) in zip(wanted, found, strict=True) if w.is_floating_point()]
+        return torch.stack(parts).mean()
+
+    return distill
+
+
+def _apart(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Scores [rows, classes] by softened Kullback-Leibler divergence, all else by relative squared error."""
+    if wanted.dim() == 2 and wanted.shape[1] > 1:
+        soft = nn.functional.softmax(wanted / _TEMPERATURE, -1)
+        log = nn.functional.log_softmax(found / _TEMPERATURE, -1)
+        return nn.functional.kl_div(log, soft, reduction="batchmean") * _TEMPERATURE**2
+    return (wanted - found).square().mean() / (wanted.square().mean() + 1e-12)
+
+
+def in_child(*, work: Path, weights: Path, timeout: float, memory: int | None, threads: int) -> str:
+    """Train in a child, keep the weights as safetensors in `weights` (used again when there), and write the tuned
+    capsule into `work`. Returns why it failed, or nothing.
+    """
+    outcome = process.run(
+        "torchship.optimize.finetune:tune_here",
+        argument={"work": str(work), "weights": str(weights)},
+        timeout=timeout,
+        memory=memory,
+        threads=threads,
+    )
+    return outcome.fault
+
+
+def tune_here(argument: Any) -> None:
+    """The child's side of `in_child`."""
+    from torchship.optimize import capsule
+
+    work, weights = Path(argument["work"]), Path(argument["weights"])
+    model: Model = capsule.take(work / "model.pkl")
+    if not weights.is_file():
+        tuned = tune(model, capsule.take(work / "loop.pkl"))
+        state: dict[str, Any] = {name: to_numpy(tensor) for name, tensor in tuned.module.state_dict().items()}
+        folders.write(weights, tensorfile.encode(state))
+    state = {name: to_torch(array) for name, array in tensorfile.load(weights).items()}
+    model.module.load_state_dict(state)
+    capsule.put(work / "tuned.pkl", model, what="the tuned module")
