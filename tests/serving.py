@@ -68,6 +68,20 @@ def sleeper(ms: Array) -> Array:
     return np.array([os.getpid()])
 
 
+@stage("mib:INT32[1] -> pid:INT64[1]")
+class Hog:
+    """Keeps as many MiB as it is asked for; pretends a lost device for a negative number."""
+
+    def __init__(self) -> None:
+        self._kept: list[bytearray] = []
+
+    def __call__(self, mib: Array) -> Array:
+        if mib[0] < 0:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self._kept.append(bytearray(int(mib[0]) * 2**20))
+        return np.array([os.getpid()])
+
+
 @stage("n:INT32[1] -> i:INT32[1]")
 def count(n: Array) -> Iterator[Array]:
     for number in range(int(n[0])):

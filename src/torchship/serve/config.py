@@ -60,6 +60,15 @@ class Logs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["text", "json"] = "text"
 
 
+class TraceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[trace]`: where OpenTelemetry spans go (OTLP over HTTP), and the share of requests without a trace of their own
+    that get one. Needs the extra `otel`."""
+
+    endpoint: str = "http://127.0.0.1:4318/v1/traces"
+    sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    service: str = "torchship"
+
+
 class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[control]`: what callers may do beyond inference; all off unless said."""
 
@@ -100,7 +109,8 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[[model]]`: exactly one of `stages`, `artifact` and `run`. Times in seconds; 0 copies: what the stages say.
 
-    `nice` lets other models go first where they share cores, `cpus` pins the workers to some; `latency_target` bounds
+    `nice` lets other models go first where they share cores, `cpus` pins the workers to some, and a worker that
+    takes more than `memory` bytes is replaced; `latency_target` bounds
     the batch by what was measured when the artifact was made.
     """
 
@@ -127,6 +137,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     versions: Versions = Versions()
     sequence_idle: Seconds = 60.0
     latency_target: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    memory: Annotated[int, msgspec.Meta(ge=0)] = 0
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
     cpus: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
 
@@ -157,6 +168,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             run_timeout=self.run_timeout,
             open_timeout=self.open_timeout,
             sequence_idle=self.sequence_idle,
+            memory=self.memory,
             nice=self.nice,
             cpus=self.cpus,
             nan=self.nan,
@@ -171,6 +183,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls: Tls | None = None
     store: StorePlace = StorePlace()
     log: Logs = Logs()
+    trace: TraceConfig | None = None
     control: Control = Control()
     token: tuple[Token, ...] = ()
     mount: tuple[Mount, ...] = ()

@@ -174,6 +174,15 @@ class Worker:
         return self._child.pid
 
     @property
+    def size(self) -> int:
+        """Its resident memory in bytes, as the kernel says; 0 when it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            return 0
+
+    @property
     def room(self) -> int:
         """How many more batches it takes now."""
         return self.arena.free if self.state == "ready" else 0

@@ -25,6 +25,7 @@ from torchship.serve.protocols import grpc, rest
 from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._settings import Tracing
 from torchship.serve.service import Service
+from torchship.serve.tracing import HEADERS, Traces
 
 _log = logging.getLogger("torchship.serve")
 
@@ -37,7 +38,8 @@ class Server:
         check_places(config)
         self.config = config
         self.catalog = Catalog(store=Store(config.store.root or None))
-        self.service = Service(self.catalog, control=config.control.repository)
+        self._traces = Traces(config.trace) if config.trace else None
+        self.service = Service(self.catalog, control=config.control.repository, traces=self._traces)
         self.http: rest.Listener | None = None
         self.grpc: rest.Listener | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -65,7 +67,7 @@ class Server:
             self.service,
             regions=SharedMemory() if control.shared_memory else None,
             tracing=Tracing(folder=Path(control.trace_folder)) if control.trace_folder else Tracing(),
-            forward=config.http.forward_headers,
+            forward="|".join(filter(None, (config.http.forward_headers, HEADERS if self._traces else ""))),
         )
         given: dict[str, Any] = {
             "admit": gate(config.token),
@@ -97,6 +99,8 @@ class Server:
         listeners = [listener for listener in (self.http, self.grpc) if listener]
         await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in listeners))
         await self.catalog.close()
+        if self._traces:
+            await asyncio.to_thread(self._traces.close)
 
 
 def _mounted(mount: Mount, service: Service) -> list[rest.Route]:

@@ -34,6 +34,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     run_timeout: float = 60.0
     open_timeout: float = 120.0
     sequence_idle: float = 60.0
+    memory: int = 0
     nice: int = 0
     cpus: tuple[int, ...] = ()
     nan: NanPolicy = "allow"
@@ -99,7 +100,7 @@ def lay(node: Node, *, store: Store, limits: Limits, fail: Callable[[Visit, Torc
         nice=limits.nice,
         open_timeout=limits.open_timeout,
     )
-    crew = Crew(copies=config.copies, run_timeout=limits.run_timeout, max_wait=limits.max_wait)
+    crew = Crew(copies=config.copies, run_timeout=limits.run_timeout, max_wait=limits.max_wait, memory=limits.memory)
     station = Station(blueprint, signature=signature, max_batch=node.max_batch, crew=crew, fail=fail)
     defaults = select(node.parameters, {}, node.defaults)
     return Leg(

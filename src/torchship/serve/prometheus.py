@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torchship.serve.line import Line
 from torchship.serve.metrics import BUCKETS_MS, LineMeter
+from torchship.serve.station import Station
 
 _Labels = tuple[tuple[str, str], ...]
 
@@ -27,8 +28,18 @@ def _failures(line: Line) -> Iterable[tuple[_Labels, float]]:
         yield (("reason", reason),), line.meter.failures.get(reason, 0)
 
 
-def _stations(read: Callable[[object], float]) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
+def _stations(read: Callable[[Station], float]) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
     return lambda line: [((("stage", leg.station.name),), read(leg.station)) for leg in line.legs]
+
+
+def _batches(line: Line) -> Iterable[tuple[_Labels, float]]:
+    for leg in line.legs:
+        for size, batch in sorted(leg.station.meter.batches.items()):
+            yield (("stage", leg.station.name), ("rows", str(size))), batch.calls
+
+
+def _slots(station: Station, *, used: bool) -> int:
+    return sum(worker.arena.depth - worker.arena.free * used for worker in station.workers)
 
 
 def _sum(name: str) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
@@ -61,20 +72,36 @@ _FAMILIES = (
     _Family("nv_inference_compute_input_duration_us", "counter", "Handing over, summed", _sum("packing")),
     _Family("nv_inference_compute_infer_duration_us", "counter", "Running, summed over requests", _sum("running")),
     _Family("nv_inference_compute_output_duration_us", "counter", "Collecting, summed over requests", _sum("passing")),
-    _Family("torchship_queue_rows", "gauge", "Rows that wait", _stations(lambda s: s.queue.rows)),  # type: ignore[attr-defined]
-    _Family("torchship_stage_rows_total", "counter", "Rows run", _stations(lambda s: s.meter.rows)),  # type: ignore[attr-defined]
-    _Family("torchship_stage_calls_total", "counter", "Calls", _stations(lambda s: s.meter.calls)),  # type: ignore[attr-defined]
+    _Family("torchship_queue_rows", "gauge", "Rows that wait", _stations(lambda s: s.queue.rows)),
+    _Family("torchship_stage_rows_total", "counter", "Rows run", _stations(lambda s: s.meter.rows)),
+    _Family("torchship_stage_calls_total", "counter", "Calls", _stations(lambda s: s.meter.calls)),
     _Family(
-        "torchship_worker_restarts_total",
+        "torchship_stage_seconds_total",
         "counter",
-        "Workers replaced",
-        _stations(lambda s: s.meter.restarts),  # type: ignore[attr-defined]
+        "Seconds that calls took",
+        _stations(lambda s: sum(batch.running for batch in s.meter.batches.values())),
     ),
+    _Family("torchship_batches_total", "counter", "Calls by their number of rows", _batches),
+    _Family("torchship_worker_restarts_total", "counter", "Workers replaced", _stations(lambda s: s.meter.restarts)),
     _Family(
         "torchship_workers_ready",
         "gauge",
         "Workers that can take a batch",
-        _stations(lambda s: sum(w.state == "ready" for w in s.workers)),  # type: ignore[attr-defined]
+        _stations(lambda s: sum(worker.state == "ready" for worker in s.workers)),
+    ),
+    _Family("torchship_arena_slots", "gauge", "Slots of shared memory", _stations(lambda s: _slots(s, used=False))),
+    _Family("torchship_arena_slots_used", "gauge", "Slots with a batch", _stations(lambda s: _slots(s, used=True))),
+    _Family(
+        "torchship_arena_bytes",
+        "gauge",
+        "Shared memory reserved",
+        _stations(lambda s: sum(worker.arena.region.size for worker in s.workers)),
+    ),
+    _Family(
+        "torchship_workers_resident_bytes",
+        "gauge",
+        "Memory of the workers",
+        _stations(lambda s: sum(worker.size for worker in s.workers)),
     ),
 )
 

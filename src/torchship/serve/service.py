@@ -13,6 +13,7 @@ from torchship.serve import describe, prometheus
 from torchship.serve.catalog import Catalog
 from torchship.serve.dispatch import Job
 from torchship.serve.line import Line
+from torchship.serve.tracing import Traces
 from torchship.stage import Value
 from torchship.wire.messages import Request, Response
 
@@ -33,8 +34,9 @@ _EXTENSIONS = [
 class Service:
     """Models by name, behind requests and responses."""
 
-    def __init__(self, catalog: Catalog, *, control: bool = False) -> None:
+    def __init__(self, catalog: Catalog, *, control: bool = False, traces: Traces | None = None) -> None:
         """`control`: callers may load and unload models."""
+        self._traces = traces
         self.catalog = catalog
         self.draining = False
         self._control = control
@@ -60,8 +62,10 @@ class Service:
             _check_outputs(line, request)
         future: asyncio.Future[Response] = self._loop.create_future()
         values = line.edge.values(request.parameters) if request.parameters else {}
-        context = (future, request, version)
+        context = (future, request, version, self._traces)
         job = Job(request.inputs, _reply, values, time.monotonic(), request.priority, context, future.cancelled)
+        if self._traces is not None and self._traces.wanted(request):
+            job.spans = []
         line.start(job, request.deadline)
         if not request.version and (shadow := self.catalog.entries[request.model].shadow) is not None:
             _follow(shadow, request, values)
@@ -156,7 +160,9 @@ def _ignore(job: Job) -> None:
 
 def _reply(job: Job) -> None:
     """Put the end of a job into the caller's future."""
-    future, request, version = job.context
+    future, request, version, traces = job.context
+    if job.spans is not None:
+        traces.record(job, request, version)
     if future.done():
         return
     if job.fault is not None:

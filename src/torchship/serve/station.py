@@ -35,6 +35,7 @@ class Crew(msgspec.Struct, frozen=True, kw_only=True):
     ping_timeout: float = 15.0
     max_wait: float = 0.0
     backlog: int = 4
+    memory: int = 0
 
 
 class Station:
@@ -365,8 +366,10 @@ class Station:
         yield from self.pins
 
     def ping(self, now: float, number: int) -> None:
-        """Ask idle workers for a sign of life, and kill those that gave none."""
+        """Ask idle workers for a sign of life; kill those that gave none, and those that took too much memory."""
         for worker in self.workers:
+            if self.crew.memory and (size := worker.size) > self.crew.memory:
+                worker.kill(f"took {size / 2**20:.0f} MiB, more than its limit of {self.crew.memory / 2**20:.0f} MiB")
             if worker.state != "ready" or worker.flights:
                 continue
             if now - worker.heard > self.crew.ping_timeout:

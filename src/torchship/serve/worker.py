@@ -114,10 +114,11 @@ class Bench:
         self._outputs = [spec.name for spec in signature.outputs]
         self._text = {spec.name for spec in signature.outputs if spec.dtype == "BYTES"}
         self._batched = signature.batched
+        self._doomed = False
 
     def work(self) -> None:
-        """Take, run, pass on, until the host stops us or is gone."""
-        while True:
+        """Take, run, pass on, until the host stops us or is gone, or the device is lost."""
+        while not self._doomed:
             try:
                 message, fd = receive(self._sock)
             except (ConnectionError, InterruptedError):
@@ -185,11 +186,11 @@ class Bench:
                 self._blame(fault)
                 faults.append(describe(fault, job=first + index))
 
-    @staticmethod
-    def _blame(fault: Exception) -> None:
-        """The log gets the traceback of what is no fault of the caller."""
+    def _blame(self, fault: Exception) -> None:
+        """The log gets the traceback of what is no fault of the caller. After a CUDA error nothing works any more."""
         if isinstance(fault, TorchshipError):
             return
+        self._doomed = self._doomed or "CUDA error" in str(fault)
         import traceback
 
         traceback.print_exception(fault)

@@ -13,6 +13,7 @@ import pytest
 import uvloop
 
 from tests.serving import HERE
+from tests.unit.artifact.made import linear
 from torchship.artifact import Store
 from torchship.errors import NotFound, TorchshipError, Unavailable, Unsupported
 from torchship.serve.catalog import Catalog
@@ -135,4 +136,44 @@ def test_shares_and_shadow(tmp_path: Path) -> None:
             while line.meter.success < 8:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
+    run(work, tmp_path)
+
+
+def test_the_store_is_watched_and_policies_choose(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def publish(number: int) -> None:
+        linear(tmp_path / f"made{number}", name="linear")
+        assert store.publish(tmp_path / f"made{number}", name="linear") == number
+
+    async def work(catalog: Catalog) -> None:
+        service = Service(catalog)
+
+        def ready() -> set[str]:
+            return {found["version"] for found in service.repository_index(ready=True)}
+
+        await catalog.load(ModelConfig(name="m", artifact="linear@current"))
+        assert ready() == {"1"}
+        watching = asyncio.ensure_future(catalog.watch(0.05))
+        await asyncio.to_thread(publish, 2)
+        async with asyncio.timeout(20):
+            while ready() != {"2"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        name = catalog.line("m")[0].plan.signature.inputs[0].name
+        row = np.ones((1, 3), np.float32)
+        assert (await service.submit(Request("m", {name: row}))).version == "2"
+        watching.cancel()
+        await catalog.load(ModelConfig(name="m", artifact="linear", versions=Versions(all=True)), fresh=False)
+        assert ready() == {"1", "2"}
+        assert (await service.submit(Request("m", {name: row}, version="1"))).version == "1"
+        assert service.model_metadata("m")["versions"] == ["1", "2"]
+        latest = Versions(latest=2, weights={"1": 1.0, "2": 3.0})
+        await catalog.load(ModelConfig(name="m", artifact="linear", versions=latest), fresh=False)
+        seen = Counter([(await service.submit(Request("m", {name: row}))).version for _ in range(60)])
+        assert seen["2"] > seen["1"] > 0
+        with pytest.raises(NotFound, match="no version"):
+            await catalog.load(ModelConfig(name="m", artifact="linear", versions=Versions(listed=(1, 9))))
+        assert ready() == {"1", "2"}
+
+    publish(1)
     run(work, tmp_path)

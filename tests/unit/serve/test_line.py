@@ -14,6 +14,7 @@ import uvloop
 
 from tests.serving import planned
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
+from torchship.serve import prometheus
 from torchship.serve.layout import Limits
 from torchship.serve.line import Line
 
@@ -253,5 +254,53 @@ def test_a_crash_loop_opens_the_circuit_and_it_closes_again() -> None:
                 await line.submit({"x": ROW})
             await until(lambda: line.ready)
             assert np.array_equal((await line.submit({"x": ROW}))["y"], ROW + 1)
+
+    run(work)
+
+
+def test_a_worker_that_takes_too_much_memory_or_loses_its_device_is_replaced() -> None:
+    async def ask(line: Line, mib: int) -> int:
+        return int((await line.submit({"mib": np.array([mib], np.int32)}))["pid"][0])
+
+    async def work() -> None:
+        async with Opened({"run": "Hog"}, memory=400 * 2**20) as line:
+            first = await ask(line, 1)
+            await ask(line, 500)
+            station = line.legs[0].station
+            await until(lambda: station.meter.restarts == 1 and line.ready)
+            second = await ask(line, 1)
+            assert second != first
+            with pytest.raises(StageFailed, match="CUDA error"):
+                await ask(line, -1)
+            await until(lambda: station.meter.restarts == 2 and line.ready)
+            assert await ask(line, 1) not in (first, second)
+
+    run(work)
+
+
+def test_metrics_are_readable_and_tell_what_happened() -> None:
+    async def work() -> None:
+        async with Opened({"run": "double"}, {"run": "sums"}) as line:
+            for rows in (1, 3, 3):
+                await line.submit({"x": np.ones((rows, 4), np.float32)})
+            with pytest.raises(BadInput):
+                line.submit({"x": ROW[:, :2]})
+            text = prometheus.render({('odd"name', "1"): line})
+            found = {}
+            for line_of_text in text.splitlines():
+                if not line_of_text.startswith("#"):
+                    name, _, value = line_of_text.rpartition(" ")
+                    found[name.replace('model="odd\\"name",version="1"', "m")] = float(value)
+            assert found["nv_inference_request_success{m}"] == 3
+            assert found["nv_inference_count{m}"] == 7
+            assert found["nv_inference_exec_count{m}"] == 6
+            assert found['nv_inference_request_failure{m,reason="REJECTED"}'] == 1
+            assert found['torchship_batches_total{m,stage="sums",rows="3"}'] == 2
+            assert found['torchship_workers_ready{m,stage="double"}'] == 1
+            assert found['torchship_arena_slots_used{m,stage="double"}'] == 0
+            assert found["nv_inference_first_response_histogram_ms_count{m}"] == 3
+            assert (
+                found["nv_inference_request_duration_us{m}"] >= found["nv_inference_compute_infer_duration_us{m}"] > 0
+            )
 
     run(work)
