@@ -89,7 +89,7 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     if as_json:
         click.echo(_json(report))
     else:
-        _tell(report, report_dir)
+        _tell(report, report_dir, given["store"])
     if report.winner is None:
         from torchship.errors import NoWinner
 
@@ -124,7 +124,7 @@ class _Progress:
         self._bar.update(self._task, description="trials", completed=done, total=total)
 
 
-def _tell(report: Report, report_dir: str | None) -> None:
+def _tell(report: Report, report_dir: str | None, store: str | None) -> None:
     """The table, the winner and why, and how to go on."""
     from rich.console import Console
 
@@ -146,7 +146,10 @@ def _tell(report: Report, report_dir: str | None) -> None:
         console.print(
             f"artifact: {where}\nreport:   {where / 'report' / 'report.html'}", highlight=False, soft_wrap=True
         )
-        console.print(f"next:     torchship inspect {facts.name}   |   torchship serve {facts.name}", highlight=False)
+        native = any(entry.kind == "native" for entry in report.artifact.manifest.files)
+        words = f"{facts.name} --store {store}" if store else facts.name
+        serve = f"torchship serve {words}{' --trust' if native else ''}"
+        console.print(f"next:     torchship inspect {words}   |   {serve}", highlight=False, soft_wrap=True)
     if report_dir:
         console.print(f"report:   {report_dir}/report.html", highlight=False, soft_wrap=True)
 

@@ -34,9 +34,10 @@ def _planned(target: str, root: str | None) -> tuple[Plan, Store]:
     from torchship.pipeline import config, plan, plan_target
 
     sys.path.insert(0, "")  # Python stages of the user's lie where the command is typed
-    store = Store(root)
     if target.endswith(".toml"):
+        store = Store(root or config.store_of(target))
         return plan(config.read(target), store), store
+    store = Store(root)
     return plan_target(target, store=store), store
 
 
@@ -62,9 +63,10 @@ def check(*, target: str, root: str | None, as_json: bool) -> None:
     click.echo(f"{plan.name}: {len(plan.nodes)} stages fit together")
     click.echo(f"  {plan.signature}")
     for parameter in plan.parameters:
-        bounds = f", {parameter.low} to {parameter.high}" if parameter.low is not None else ""
+        ends = [("from", parameter.low), ("to", parameter.high)]
+        bounds = "".join(f" {word} {end:g}" for word, end in ends if end is not None)
         about = f": {parameter.about}" if parameter.about else ""
-        click.echo(f"  parameter {parameter.name} (default {parameter.default}{bounds}){about}")
+        click.echo(f"  parameter {parameter.name}{bounds}, by default {parameter.default}{about}")
 
 
 @command.command()

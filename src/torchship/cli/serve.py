@@ -25,6 +25,7 @@ SIGTERM (or Ctrl-C): not ready, finish what is under way, stop. Ctrl-C twice: st
 @click.option("--store", default="", metavar="DIR", help="Where artifacts are found by name.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")
+@click.option("--trust", is_flag=True, help="Open native code in the artifacts: only if you know who made them.")
 @click.option("--new-token", is_flag=True, help="Print a new access token and its entry for the file, and leave.")
 def command(*, targets: tuple[str, ...], new_token: bool, **options: Any) -> int:
     """Serve artifacts and pipelines by the Open Inference Protocol.

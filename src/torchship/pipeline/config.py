@@ -56,17 +56,27 @@ def convert(data: object, *, where: str = "$") -> PipelineConfig:
         raise BadConfig(f"{where}{path.rstrip('`')}: {message}", hint="see docs/pipelines.md") from None
 
 
+def store_of(path: Path | str) -> Path | None:
+    """The store that a server's file names, found from the file; None: the user's own. Raises NotFound, BadConfig."""
+    root = _table(path).get("store", {}).get("root", "")
+    return Path(path).parent / Path(root).expanduser() if root else None
+
+
+def _table(path: Path | str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise BadConfig(f"{path}: not TOML: {fault}") from None
+
+
 def read(path: Path | str) -> PipelineConfig:
     """A pipeline from a TOML file: its tables at the top level, or the only `[[model]]` with stages of a server's file.
 
     Raises NotFound, BadConfig.
     """
-    try:
-        data = tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise BadConfig(f"{path}: not TOML: {fault}") from None
+    data = _table(path)
     if "stages" in data:
         return convert({"name": Path(path).stem, **data})
     models = data.get("model", [])

@@ -121,18 +121,21 @@ def configure(
     store: str = "",
     log_level: str = "",
     log_format: str = "",
+    trust: bool = False,
 ) -> ServerConfig:
     """The configuration for command line targets: one TOML file, or artifacts (names in the store, or folders).
 
-    Raises BadConfig, NotFound.
+    `trust` allows native code in those artifacts; a file says so itself. Raises BadConfig, NotFound.
     """
     files = [target for target in targets if target.endswith(".toml")]
     if not targets or (files and len(targets) > 1):
         raise BadConfig("give one configuration file, or artifacts", hint="torchship serve serve.toml")
+    if files and trust:
+        raise BadConfig("trust is said in the file, for each model", hint="write trust = true into its [[model]]")
     if files:
         config = configs.read(files[0])
     else:
-        models = [{"name": _name(target), "artifact": target} for target in targets]
+        models = [{"name": _name(target), "artifact": target, "trust": trust} for target in targets]
         config = configs.convert({"model": models})
     change = msgspec.structs.replace
     http = change(config.http, host=http_host or config.http.host)
@@ -158,6 +161,7 @@ def serve(
     store: str = "",
     log_level: str = "",
     log_format: str = "",
+    trust: bool = False,
 ) -> int:
     """Serve a TOML configuration or artifacts until a signal says stop; the exit code.
 
@@ -171,6 +175,7 @@ def serve(
         store=store,
         log_level=log_level,
         log_format=log_format,
+        trust=trust,
     )
     return run(config)
 

@@ -50,12 +50,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_check(here: Path) -> None:
     text = torchship("pipeline", "check", here / "classify.toml").output
     assert "3 stages fit together" in text
-    assert "top_k (default 2, 1.0 to 1000.0): how many classes" in text
+    assert "top_k from 1 to 1000, by default 2: how many classes" in text
     facts = json.loads(torchship("pipeline", "check", here / "classify.toml", "--json").output)
     assert facts["max_batch"] == 1
     (here / "classify.toml").write_text(CLASSIFY.replace("size = 8", "size = 9"))
     with pytest.raises(BadConfig, match=r"^\$\.stages\[1\]\.inputs: "):
         torchship("pipeline", "check", here / "classify.toml")
+
+
+def test_the_store_of_a_servers_file_is_found_beside_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHSHIP_STORE", str(here / "elsewhere"))
+    pipeline = CLASSIFY.replace("parameters", "[store]\nroot = 'store'\n[[model]]\nname = 'm'\nparameters")
+    (here / "serve.toml").write_text(pipeline)
+    assert "m: 3 stages fit together" in torchship("pipeline", "check", here / "serve.toml").output
 
 
 def test_draw(here: Path) -> None:

@@ -10,6 +10,7 @@ from torchship.errors import BadConfig, Denied, NotFound
 from torchship.serve import config as configs
 from torchship.serve.access import check_places, gate, hash_of, is_loopback, new_token
 from torchship.serve.config import Token
+from torchship.serve.host import configure
 
 MODEL = {"name": "m", "run": "a:b"}
 
@@ -90,3 +91,11 @@ def test_tokens_open_their_scopes_and_nothing_else() -> None:
         with pytest.raises(Denied):
             admit(scope, headers)
     assert gate([]) is None
+
+
+def test_native_code_is_trusted_by_a_word_on_the_command_line_or_in_the_file(tmp_path: Path) -> None:
+    assert [model.trust for model in configure("a", "b@2", trust=True).model] == [True, True]
+    assert not configure("a").model[0].trust
+    (tmp_path / "s.toml").write_text("")
+    with pytest.raises(BadConfig, match="said in the file"):
+        configure(str(tmp_path / "s.toml"), trust=True)
