@@ -17,6 +17,7 @@ Format: TypeAlias = Literal["xyxy", "xywh", "cxcywh"]
 Soft: TypeAlias = Literal["", "linear", "gaussian"]
 _FORMATS = ("xyxy", "xywh", "cxcywh")
 _BLOCK = 256
+_FEW = 500
 
 Score: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1, description="boxes below this score are left out")]
 Overlap: TypeAlias = Annotated[
@@ -204,12 +205,19 @@ def areas(boxes: Array) -> Array:
 
 def overlaps(first: Array, second: Array) -> Array:
     """Intersection over union of boxes [n, 4] with boxes [m, 4] in xyxy, as [n, m]."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    sides = np.maximum(high - low, 0)
-    shared = sides[..., 0] * sides[..., 1]
-    union = areas(first)[:, None] + areas(second)[None] - shared
-    return np.asarray(shared / np.maximum(union, 1e-9))
+    a, b = np.ascontiguousarray(first.T)[:, :, None], np.ascontiguousarray(second.T)[:, None, :]
+    wide = np.minimum(a[2], b[2])
+    wide -= np.maximum(a[0], b[0])
+    np.maximum(wide, 0, out=wide)
+    shared = np.minimum(a[3], b[3])
+    shared -= np.maximum(a[1], b[1])
+    np.maximum(shared, 0, out=shared)
+    shared *= wide
+    union = areas(first)[:, None] + areas(second)[None]
+    union -= shared
+    np.maximum(union, 1e-9, out=union)
+    shared /= union
+    return np.asarray(shared)
 
 
 def nms(boxes: Array, scores: Array, *, overlap: float, groups: Array | None = None) -> Array:
@@ -221,6 +229,8 @@ def nms(boxes: Array, scores: Array, *, overlap: float, groups: Array | None = N
     plain = boxes[order].astype(np.float32)
     if groups is None:
         return order[_greedy(plain, overlap)]
+    if len(boxes) <= _FEW:  # one block of all classes costs less than a block each
+        return order[_greedy(_apart(plain, groups[order]), overlap)]
     sorted_groups = groups[order]
     members = (np.flatnonzero(sorted_groups == group) for group in np.unique(sorted_groups))
     kept = [part[_greedy(plain[part], overlap)] for part in members]
