@@ -76,7 +76,7 @@ def _sane(below: float, above: float, low: float, high: float) -> tuple[float, f
 
 
 def _by_error(values: Floats, low: float, high: float) -> tuple[float, float]:
-    """Rounding costs step^2 / 12 for each value inside (none for zero, which is exact), clipping its distance squared."""
+    """Rounding costs step^2 / 12 for each value inside (zero is exact), clipping its distance squared."""
     counts, edges = np.histogram(values[values != 0], bins=_BINS, range=(low, high))
     middles = (edges[:-1] + edges[1:]) / 2
 
