@@ -23,7 +23,7 @@ from rich.table import Table
 
 from torchship import process
 from torchship.serve.arena import Block, Region
-from torchship.serve.signals import Call, Gave, Piece, Take, decode_order, decode_report, encode, receive, send
+from torchship.serve.signals import Call, Gave, Inbox, Piece, Take, decode_order, decode_report, encode, send
 
 ROUNDS, TRIPS, DEPTH = 5, 2000, 64
 TAKE = Take(1, 0, [Call([1] * 32, [Block((32, 16), 0, 2048)])])
@@ -51,7 +51,7 @@ class ZeroMq:
         self._sock = self._context.socket(zmq.PAIR)
         (self._sock.bind if host else self._sock.connect)(address)
         self._message: Take | Gave = TAKE if host else GAVE
-        self._decode: Callable[[bytes], object] = decode_report if host else decode_order
+        self._decode: Callable[[bytes | memoryview], object] = decode_report if host else decode_order
 
     def put(self) -> None:
         self._sock.send(encode(self._message))
@@ -65,14 +65,15 @@ class SeqPacket:
 
     def __init__(self, sock: socket.socket, *, host: bool) -> None:
         self._sock = sock
+        self._inbox = Inbox(sock)
         self._message: Take | Gave = TAKE if host else GAVE
-        self._decode: Callable[[bytes], object] = decode_report if host else decode_order
+        self._decode: Callable[[bytes | memoryview], object] = decode_report if host else decode_order
 
     def put(self) -> None:
         send(self._sock, encode(self._message))
 
     def get(self) -> None:
-        message, _ = receive(self._sock)
+        message, _ = self._inbox.next()
         if not message:
             raise ConnectionError("the host is gone")
         self._decode(message)
@@ -101,7 +102,7 @@ class EventFd:
         self._memory = region.memory
         self._out, self._in = fds if host else fds[::-1]
         self._message: Take | Gave = TAKE if host else GAVE
-        self._decode: Callable[[bytes], object] = decode_report if host else decode_order
+        self._decode: Callable[[bytes | memoryview], object] = decode_report if host else decode_order
         self._write, self._read = (0, 2**15) if host else (2**15, 0)
         self._sent = self._got = 0
 

@@ -23,6 +23,7 @@ from torchship.serve.signals import (
     LIMIT,
     Call,
     Gave,
+    Inbox,
     Opened,
     Ping,
     Pong,
@@ -31,7 +32,6 @@ from torchship.serve.signals import (
     Take,
     decode_report,
     encode,
-    receive,
     revive,
     send,
 )
@@ -120,6 +120,8 @@ class Worker:
             depth=blueprint.depth, input_size=blueprint.input_size, output_size=blueprint.output_size
         )
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._inbox = Inbox(self._sock)
+        self._deaf = False
         self._log, out = os.pipe()
         try:
             self._child = self._spawn(theirs.fileno(), out)
@@ -228,22 +230,23 @@ class Worker:
         return padding + sum([arena.size_of(array) for visit in visits for array in visit.arrays])
 
     def _hear(self) -> None:
-        """Read reports until there are none."""
+        """Read one report; the loop calls again while there are more."""
         try:
-            while self.state != "ended":
-                message, fd = receive(self._sock)
-                if not message:
-                    self._loop.remove_reader(self._sock.fileno())
-                    return
+            message, fd = self._inbox.next()
+            if message:
                 self._report(message, fd)
+                return
         except BlockingIOError:
+            return
+        except ConnectionError:
             pass
-        except ConnectionError:  # it died: the kernel reports the end in a moment
-            self._loop.remove_reader(self._sock.fileno())
         except (OSError, msgspec.MsgspecError, StageFailed) as fault:
             self.kill(f"broke the line's protocol: {fault}")
+            return
+        self._deaf = True  # it died: the kernel reports the end in a moment
+        self._loop.remove_reader(self._sock.fileno())
 
-    def _report(self, message: bytes, fd: int) -> None:
+    def _report(self, message: memoryview, fd: int) -> None:
         region = Region.take(fd) if fd >= 0 else None
         try:
             report = decode_report(message)
@@ -320,7 +323,10 @@ class Worker:
     def _end(self) -> None:
         """The process is gone: read what it had still to say, give everything back, tell the station."""
         self._loop.remove_reader(self._pid)
-        self._hear()
+        for _ in range(self.blueprint.depth + 64):  # what it said before it died counts
+            if self._deaf:
+                break
+            self._hear()
         self._loop.remove_reader(self._sock.fileno())
         self._read_log()
         self._loop.remove_reader(self._log)

