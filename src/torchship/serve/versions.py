@@ -65,22 +65,21 @@ def _files(pipeline: PipelineConfig, store: Store) -> tuple[str, ...]:
 
 
 def lay_out(version: Wanted, store: Store, *, target: float = 0.0) -> Plan:
-    """The plan of a version, its artifacts pinned: a worker that is replaced opens the same files again.
+    """The plan of a version. It pins artifacts to folders, those of a published pipeline's own stages too, so that a
+    worker that is replaced opens the same files again.
 
     Where nothing else is said, a model's largest batch comes from its measured curve; `target` is a latency in seconds.
     """
     made = plan(version.pipeline, store, describing=describe_apart)
-    files = iter(version.files)
-    nodes = tuple(_pin(node, next(files), target) if node.config.artifact else node for node in made.nodes)
+    nodes = tuple(_batched(node, target) if node.config.artifact else node for node in made.nodes)
     return replace(made, nodes=nodes)
 
 
-def _pin(node: Node, path: str, target: float) -> Node:
-    timing = open_artifact(path, verify=False).manifest.timing
-    most = node.max_batch
-    if timing is not None and not node.config.max_batch and node.signature.batched:
-        most = best_batch(timing.curve, most=most, target=target)
-    return replace(node, config=msgspec.structs.replace(node.config, artifact=path), max_batch=most)
+def _batched(node: Node, target: float) -> Node:
+    timing = open_artifact(node.config.artifact, verify=False).manifest.timing
+    if timing is None or node.config.max_batch or not node.signature.batched:
+        return node
+    return replace(node, max_batch=best_batch(timing.curve, most=node.max_batch, target=target))
 
 
 def best_batch(curve: Sequence[BatchPoint], *, most: int, target: float = 0.0) -> int:
