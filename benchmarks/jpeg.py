@@ -109,7 +109,7 @@ def against_parts(*, tool: list[str], seconds: float) -> float:
         body.write_bytes(picture())
         config = folder / "serve.toml"
         stages = f'{{run = "{DECODE["run"]}", options = {{size = 224}}, copies = {cores}}}'
-        model = f'{{artifact = "{path}", threads = 1, copies = {cores}, inputs = {{input = "pixels"}}, max_batch = 4}}'
+        model = f'{{artifact = "{path}", threads = 1, copies = {cores}}}'
         config.write_text(f'[[model]]\nname = "resnet18"\nstages = [{stages}, {model}]\n')
         port = free_port()
         words = [sys.executable, "-m", "torchship", "serve", str(config), "--http-port", str(port)]

@@ -10,6 +10,7 @@ decoding and model run straight, one process a core. Peers that cannot be had he
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import statistics
 import struct
@@ -129,13 +130,16 @@ def running(peer: Peer, port: int) -> Iterator[psutil.Process]:
                 time.sleep(0.1)
         yield psutil.Process(child.pid)
     finally:
-        for process in (*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)):
-            process.terminate()
+        child.terminate()
         try:
             child.wait(15)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)
-            child.wait()
+            pass
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.wait()
 
 
 def usage(process: psutil.Process) -> tuple[float, float]:
