@@ -61,6 +61,12 @@ class Wire(asyncio.Transport):
     def resume_reading(self) -> None:
         pass
 
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        pass
+
     def set_protocol(self, protocol: Any) -> None:
         pass
 

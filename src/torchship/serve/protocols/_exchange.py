@@ -34,7 +34,7 @@ class Head:
     """
 
     __slots__ = (
-        "encoding", "endpoint", "expects", "headers", "keep_alive", "length", "method", "old", "path", "places",
+        "encoding", "endpoint", "expects", "headers", "keep_alive", "length", "memo", "method", "old", "path", "places",
         "query", "rpc", "scope", "timeout",
     )  # fmt: skip
 
@@ -48,6 +48,7 @@ class Head:
         self.endpoint: Endpoint = _unrouted
         self.scope = ""
         self.places: Mapping[str, str] = {}  # what the path's {names} stand for
+        self.memo: Any = None  # what the endpoint made of this head the first time
         self.timeout = 0.0  # grpc-timeout, in seconds
         self.rpc: Any = None  # the gRPC method, where it is one
 

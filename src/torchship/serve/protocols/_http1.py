@@ -19,6 +19,8 @@ from torchship.serve.protocols._site import Site
 from torchship.wire.raw import Buffer
 
 _COMPRESS_FROM = 1024
+_COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it
+_LINGER = 2.0  # seconds that a refused peer may go on sending
 _OFF_LOOP_FROM = 1 << 16  # (de)compressing more than this would hold up everybody else
 
 
@@ -27,7 +29,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused", "_pending",
-        "_since", "_site", "_waiter", "_writable", "transport",
+        "_refused", "_since", "_site", "_waiter", "_writable", "transport",
     )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
@@ -42,6 +44,7 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._greeted = False  # whether the first bytes have been looked at
         self._paused = False
+        self._refused = False
         self._writable = True
         self._waiter: asyncio.Future[None] | None = None
         self._since = site.now
@@ -94,6 +97,13 @@ class Connection(asyncio.Protocol):
         """Bytes from the peer."""
         if self._closing:
             return
+        if self._greeted and not self._buffer and self._head is None and not self._paused:
+            # nearly always: one whole request, and its head is known
+            end = data.find(b"\r\n\r\n") + 4
+            head = self._site.heads.get(data[:end])
+            if head is not None and head.length == len(data) - end:
+                self._begin(head, data[end:] if head.length < _COPY_BELOW else memoryview(data)[end:])
+                return
         if self._buffer:
             self._buffer += data
         else:
@@ -225,7 +235,7 @@ class Connection(asyncio.Protocol):
         head.keep_alive = False
         exchange = Exchange(self, head, b"")
         self._pending.append(exchange)
-        self._closing = True
+        self._closing = self._refused = True
         self._head, self._buffer, self._body = None, b"", bytearray()
         self._held = self._site.hold(self._held, 0)
         exchange.fail(fault if isinstance(fault, HttpFault) else HttpFault(400, str(fault), hint=fault.hint))
@@ -285,10 +295,18 @@ class Connection(asyncio.Protocol):
         if pending and pending[0].started:
             return
         if self._closing and not pending:
-            self.transport.close()
+            self._hang_up()
         elif not pending:
             self._since = self._site.now
         self._release()
+
+    def _hang_up(self) -> None:
+        """Close. A peer that was refused may still be sending, and would lose our answer if we closed at once."""
+        if self._refused and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._since = self._site.now
+        else:
+            self.transport.close()
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
         """The head of a streamed answer, chunked (or until the connection closes, for HTTP/1.0)."""
@@ -348,6 +366,8 @@ class Connection(asyncio.Protocol):
     def overdue(self, now: float) -> None:
         """Close the connection when its peer has kept us waiting for too long."""
         waited, limits = now - self._since, self._site.limits
+        if self._refused and not self._pending and waited > _LINGER:
+            self.transport.abort()
         if not self._writable:
             if waited > limits.write_seconds:
                 self.transport.abort()

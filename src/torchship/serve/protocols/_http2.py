@@ -18,14 +18,15 @@ from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
 
 _WINDOW = 1 << 24
+_LINGER = 2.0  # seconds that a peer with a fault may go on sending
 
 
 class Connection2(asyncio.Protocol):
     """One connection of HTTP/2."""
 
-    def __init__(self, site: Site, *, early: bytes = b"") -> None:
+    def __init__(self, site: Site) -> None:
         self._site = site
-        self._reader = Reader(early)
+        self._reader = Reader()
         self._fields = Fields(limit=site.limits.head)
         self._streams: dict[int, Stream] = {}
         self._last = 0
@@ -350,13 +351,19 @@ class Connection2(asyncio.Protocol):
         if not self._closing:
             self._closing = True
             self.transport.write(h2.goaway(self._last, code, reason))
-            self.transport.close()
+            self._since = self._site.now
+            if code and self.transport.can_write_eof():
+                self.transport.write_eof()  # it may still be sending, and would lose our reason if we closed at once
+            else:
+                self.transport.close()
             for stream in tuple(self._streams.values()):
                 self._drop(stream)
 
     def overdue(self, now: float) -> None:
         """Hang up, or give up a stream, where the peer has kept us waiting for too long."""
         limits = self._site.limits
+        if self._closing and now - self._since > _LINGER:
+            self.transport.abort()
         if not self._writable and now - self._since > limits.write_seconds:
             self.transport.abort()
             return
@@ -372,13 +379,13 @@ class Connection2(asyncio.Protocol):
 
     def retire(self) -> None:
         """Take no new streams; hang up when the last one is answered."""
-        if self._retiring or self._closing:
-            return
-        self._retiring = True
-        if self._streams:
-            self.transport.write(h2.goaway(self._last, h2.NO_ERROR))
-        else:
+        if self._closing:
+            self.transport.close()
+        elif not self._streams:
             self._hang_up(h2.NO_ERROR, "")
+        elif not self._retiring:
+            self.transport.write(h2.goaway(self._last, h2.NO_ERROR))
+        self._retiring = True
 
 
 _CONTROL = {

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
+from typing import NamedTuple
 
-from torchship.errors import BadInput, TorchshipError
-from torchship.serve.protocols._exchange import JSON, Exchange
+from torchship.errors import BadInput, Cancelled
+from torchship.serve.protocols._exchange import JSON, Exchange, Head
 from torchship.serve.protocols._front import Front
 from torchship.serve.protocols._served import Served
 from torchship.tensors import Axis, Free, TensorSpec
 from torchship.wire.messages import Request, Response
-from torchship.wire.oip_json import Body, Regions, decode_plain, decode_request, encode_response
+from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response
 
 _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _DIGITS = re.compile(r"[0-9]{1,15}")
+
+
+class _About(NamedTuple):
+    """What a request head says about its body; the same for every request with that head."""
+
+    model: str
+    version: str
+    length: int | None
+    plain: bool
+    headers: dict[str, str]
 
 
 class Inference:
@@ -31,56 +43,54 @@ class Inference:
         """Begin one inference; its answer is sent when its future is done."""
         request = self.decode(exchange)
         exchange.job = future = self._service.submit(request)
-        future.add_done_callback(_Answering(exchange, request, self._regions))
+        future.add_done_callback(partial(self._answer, exchange, request))
         if self._tracing.active and (start := self._tracing.sample(request)):
             future.add_done_callback(lambda done: self._tracing.record(request, start=start))
 
     def decode(self, exchange: Exchange) -> Request:
         """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
         head = exchange.head
-        headers = head.headers
-        model, version = head.places["model"], head.places.get("version", "")
-        length = headers.get(_LENGTH)
-        kind = headers.get("content-type", "")
-        if length is None and not kind.startswith(("image/", _OCTETS)):
-            request = decode_request(exchange.body, model=model, version=version, regions=self._regions)
-        elif length is None or length == "0":
-            inputs = input_specs(self._service, model, version)
-            request = decode_plain(exchange.body, model=model, version=version, inputs=inputs)
-            request.binary = length is not None  # who sends a picture wants to read the answer
+        about: _About | None = head.memo
+        if about is None:
+            about = head.memo = self._read(head)
+        if about.plain:
+            inputs = input_specs(self._service, about.model, about.version)
+            request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
+            request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
-            if not _DIGITS.fullmatch(length):
-                raise BadInput(f"{_LENGTH} is {length[:40]!r}, expected a number")
             request = decode_request(
-                exchange.body, model=model, version=version, header_length=int(length), regions=self._regions
+                exchange.body,
+                model=about.model,
+                version=about.version,
+                header_length=about.length,
+                regions=self._regions,
             )
-        if self._forward is not None:
-            request.headers = {name: value for name, value in headers.items() if self._forward.fullmatch(name)}
+        if about.headers:
+            request.headers = dict(about.headers)
         return request
 
+    def _read(self, head: Head) -> _About:
+        """What the head of a request says about its body."""
+        headers = head.headers
+        length = headers.get(_LENGTH)
+        if length is not None and not _DIGITS.fullmatch(length):
+            raise BadInput(f"{_LENGTH} is {length[:40]!r}, expected a number")
+        kind = headers.get("content-type", "")
+        plain = kind.startswith(("image/", _OCTETS)) if length is None else int(length) == 0
+        forward = self._forward
+        told = {name: value for name, value in headers.items() if forward.fullmatch(name)} if forward else {}
+        number = None if length is None else int(length)
+        return _About(head.places["model"], head.places.get("version", ""), number, plain, told)
 
-class _Answering:
-    """The callback of one inference."""
-
-    __slots__ = ("_exchange", "_regions", "_request")
-
-    def __init__(self, exchange: Exchange, request: Request, regions: Regions | None) -> None:
-        self._exchange, self._request, self._regions = exchange, request, regions
-
-    def __call__(self, future: asyncio.Future[Response]) -> None:
-        exchange = self._exchange
-        if future.cancelled():
-            if not exchange.gone:
-                exchange.fail(TorchshipError("the request was cancelled"))
-            return
-        error = future.exception()
-        if error is not None:
-            exchange.fail(error)
-            return
+    def _answer(self, exchange: Exchange, request: Request, future: asyncio.Future[Response]) -> None:
+        """The callback of one inference."""
         try:
             response = future.result()
-            response.id = response.id or self._request.id
-            send_body(exchange, encode_response(response, self._request, regions=self._regions))
+            if not response.id:
+                response.id = request.id
+            send_body(exchange, encode_response(response, request, regions=self._regions))
+        except asyncio.CancelledError:
+            exchange.fail(Cancelled("the request was cancelled"))
         except Exception as fault:
             exchange.fail(fault)
 

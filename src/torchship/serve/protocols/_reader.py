@@ -15,9 +15,9 @@ class Reader:
 
     __slots__ = ("_have", "_need", "_parts", "started")
 
-    def __init__(self, early: bytes = b"") -> None:
-        self._parts: list[bytes] = [early] if early else []
-        self._have = len(early)
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._have = 0
         self._need = len(h2.PREFACE)
         self.started = False
 
