@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torchship import plugins
 from torchship.hardware import Hardware
+from torchship.lowering.program import PROGRAM
 from torchship.model import Model
+from torchship.optimize.trial import Trial
 from torchship.recipe import Options, Recipe, Step
 
 # Converters fuse, lay out and quantize by themselves; what stays torch gains from being changed before.
@@ -44,3 +47,18 @@ def _proposals(name: str, model: Model, hardware: Hardware) -> list[Options]:
         return []
     propose = getattr(plugins.load("transforms", name=name), "propose", None)
     return [] if propose is None else list(propose(model, hardware=hardware))
+
+
+def cut(eager: Trial, *, source: str, hardware: Hardware, among: Sequence[str]) -> list[Recipe]:
+    """Recipes for a module that does not export: its code from `source`, whole or with its parts run elsewhere.
+
+    None where the eager trial exported it, or where nothing says which function makes the module.
+    """
+    exported = eager.artifact and (Path(eager.artifact) / "backend" / PROGRAM).is_file()
+    if exported or ":" not in source or plugins.reason_against("backends", name="hybrid", hardware=hardware):
+        return []
+    found = [Recipe("hybrid", {"source": source})]
+    for backend in ("onnxruntime", "openvino"):
+        if backend in among and not plugins.reason_against("backends", name=backend, hardware=hardware):
+            found.append(Recipe("hybrid", {"source": source, "parts": backend}))
+    return found

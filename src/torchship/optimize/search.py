@@ -16,7 +16,7 @@ from typing import Any, Unpack
 import msgspec
 import torch
 
-from torchship import __version__
+from torchship import __version__, plugins
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, package
 from torchship.artifact import folder as folders
@@ -24,7 +24,7 @@ from torchship.errors import BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import capsule, finetune, race, reference, rematch, rescue
+from torchship.optimize import capsule, combine, finetune, race, reference, rematch, rescue
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, choose
@@ -108,6 +108,11 @@ def _race(
     deadline = started + wish.budget
     trials, interrupted = race.run(recipes, course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
     layers: tuple[rescue.Layer, ...] = ()
+    among = wish.backends or plugins.names("backends")
+    parts = combine.cut(trials[0], source=wish.source, hardware=machine, among=among)
+    if parts and not interrupted and wish.recipes is None:
+        more, interrupted = race.run(parts, course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
+        trials += more
     try:
         if not interrupted:
             layers = _rescue(trials, course, wish, deadline=deadline, on_trial=on_trial)

@@ -1,0 +1,62 @@
+"""Models that do not export: the code stays Python, the submodules that export run elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.optimize import unexportable
+from torchship import hardware, plugins
+from torchship.errors import BuildFailed, UnsafeArtifact
+from torchship.optimize import search
+from torchship.optimize.capture import capture
+from torchship.optimize.measure import Effort
+
+SOURCE = "tests.unit.optimize.unexportable:make"
+QUICK = Effort(seconds=0.02, calls=5, fewest=2, warm_up=0.01, max_batch=4)
+
+
+def test_parts_are_cut_built_and_put_back(tmp_path: Path) -> None:
+    backend = plugins.load("backends", name="hybrid")
+    assert backend.probe(hardware=hardware.here()) == ""
+    x = torch.randn(4, 8)
+    model = capture(unexportable.make(), x)
+    backend.build(model, options={"source": SOURCE, "parts": "onnxruntime"}, out=tmp_path)
+    plan = (tmp_path / "hybrid.json").read_text()
+    assert '"path":"first"' in plan
+    assert '"path":"second"' in plan
+    assert (tmp_path / "parts" / "1" / "model.onnx").is_file()
+    stage = backend.open(tmp_path, signature=model.signature, options={}, device="cpu", threads=1)
+    for rows in (1, 4, 7):
+        x = torch.randn(rows, 8)
+        with torch.inference_mode():
+            wanted = unexportable.make()(x)["scores"].numpy()
+        np.testing.assert_allclose(stage({"x": x.numpy()})["scores"], wanted, rtol=1e-4, atol=1e-5)
+    stage.close()
+
+
+def test_a_source_that_makes_something_else_is_refused(tmp_path: Path) -> None:
+    model = capture(torch.nn.Linear(8, 3), torch.randn(2, 8))
+    with pytest.raises(BuildFailed, match="does not make this module again"):
+        plugins.load("backends", name="hybrid").build(model, options={"source": SOURCE}, out=tmp_path)
+
+
+def test_the_search_falls_back_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
+    report = search.optimize(
+        unexportable.make(), torch.randn(4, 8), backends=["onnxruntime"], source=SOURCE, effort=QUICK,
+        cache=tmp_path / "cache", store=tmp_path / "store", name="searching",
+    )  # fmt: skip
+    by_label = {trial.recipe.label: trial for trial in report.trials}
+    assert by_label["eager"].status == "failed"
+    assert by_label[f"hybrid source={SOURCE}"].status == "ok"
+    assert by_label[f"hybrid parts=onnxruntime source={SOURCE}"].status == "ok"
+    assert report.artifact is not None
+    with pytest.raises(UnsafeArtifact):
+        report.artifact.open()
+    stage = report.artifact.open(trust=True)
+    assert stage({"x": np.zeros((3, 8), np.float32)})["scores"].shape == (3, 3)
+    stage.close()
