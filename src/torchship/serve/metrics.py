@@ -32,6 +32,25 @@ class StationMeter:
     restarts: int = 0
     batches: dict[int, BatchMeter] = field(default_factory=dict)
 
+    def count(
+        self, jobs: int, rows: int, calls: int, queued: float, *, packing: float, running: float, passing: float
+    ) -> None:
+        """Count what came back in one message; `queued` is a sum over the jobs, the other seconds they have shared."""
+        self.jobs += jobs
+        self.rows += rows
+        self.calls += calls
+        self.queued += queued
+        self.packing += jobs * packing
+        self.running += jobs * running
+        self.passing += jobs * passing
+        batch = self.batches.get(rows // calls)
+        if batch is None:
+            batch = self.batches[rows // calls] = BatchMeter()
+        batch.calls += calls
+        batch.packing += packing
+        batch.running += running
+        batch.passing += passing
+
 
 @dataclass(slots=True)
 class LineMeter:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import torchship
-from torchship.errors import BadInput, TorchshipError, Unsupported
+from torchship.errors import BadInput, StageFailed, TorchshipError, Unsupported
 from torchship.serve import describe, prometheus
 from torchship.serve.catalog import Catalog
 from torchship.serve.dispatch import Job
@@ -17,6 +18,7 @@ from torchship.serve.tracing import Traces
 from torchship.stage import Value
 from torchship.wire.messages import Request, Response
 
+_log = logging.getLogger("torchship.serve")
 _EXTENSIONS = [
     "binary_tensor_data",
     "classification",
@@ -166,6 +168,9 @@ def _reply(job: Job) -> None:
     if future.done():
         return
     if job.fault is not None:
+        if isinstance(job.fault, StageFailed):
+            facts = {"model": request.model, "version": version, "request": request.id}
+            _log.warning("model %s: request %s: %s", request.model, request.id or "-", job.fault, extra=facts)
         future.set_exception(job.fault)
         return
     outputs = _wanted(job.tensors, request) if request.outputs else job.tensors

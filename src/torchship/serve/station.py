@@ -13,7 +13,7 @@ from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.serve import arena
 from torchship.serve.crew import Blueprint, Flight, Worker
 from torchship.serve.dispatch import FOREVER, Dispatch, Span, Visit
-from torchship.serve.metrics import BatchMeter, StationMeter
+from torchship.serve.metrics import StationMeter
 from torchship.serve.pins import Pins
 from torchship.serve.signals import Gave, revive
 from torchship.tensors import Array, Signature, numpy_dtype
@@ -137,10 +137,15 @@ class Station:
             sent = True
             self._send(worker, batch, now)
         if queue.dropped:
+            sent = True
             self._drop()
         if sent:
-            for station in self.before:
-                station.pump_soon()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Stations that did not run ahead of this one may go on."""
+        for station in self.before:
+            station.pump_soon()
 
     def _blocked(self) -> bool:
         """A station does not run ahead of the next: what it makes would only fill the memory."""
@@ -237,34 +242,25 @@ class Station:
             at = end
 
     def _count(self, flight: Flight, gave: Gave, now: float) -> None:
-        meter = self.meter
-        visits = flight.visits
-        began, ended = gave.began * 1e-9, gave.ended * 1e-9
-        jobs = len(visits)
-        running, passing = ended - began, now - ended
         if gave.more:
             return
-        packing = max(0.0, began - flight.sent)
-        calls = 1 if self.signature.batched else jobs
-        share = running / calls
+        visits = flight.visits
+        began, ended = gave.began * 1e-9, gave.ended * 1e-9
+        calls = 1 if self.signature.batched else len(visits)
+        rows = sum([visit.rows for visit in visits])
+        share = (ended - began) / calls
         self._pace = self._pace * 0.8 + share * 0.2 if self._pace else share
         self._crashes = 0
-        rows = sum([visit.rows for visit in visits])
-        meter.jobs += jobs
-        meter.rows += rows
-        meter.calls += calls
-        meter.queued += jobs * flight.sent - sum([visit.since for visit in visits])
-        meter.packing += jobs * packing
-        meter.running += jobs * running
-        meter.passing += jobs * passing
-        size = rows // calls
-        batch = meter.batches.get(size)
-        if batch is None:
-            batch = meter.batches[size] = BatchMeter()
-        batch.calls += calls
-        batch.packing += packing
-        batch.running += running
-        batch.passing += passing
+        queued = len(visits) * flight.sent - sum([visit.since for visit in visits])
+        self.meter.count(
+            len(visits),
+            rows,
+            calls,
+            queued,
+            packing=max(0.0, began - flight.sent),
+            running=ended - began,
+            passing=now - ended,
+        )
         for visit in visits:
             if visit.job.spans is not None:
                 visit.job.spans.append(Span(self.name, visit.since, flight.sent, began, ended, now, rows))
@@ -352,6 +348,7 @@ class Station:
         _log.error("station %s: circuit open: %s", self.name, text, extra={"station": self.name})
         for visit in self.queue.clear():
             self._fail(visit, self.broken)
+        self._make_room()
 
     def sweep(self, now: float) -> Iterator[Visit]:
         """Kill what hangs; yield everything that waits or runs, for the line to look at its deadlines."""

@@ -304,3 +304,36 @@ def test_metrics_are_readable_and_tell_what_happened() -> None:
             )
 
     run(work)
+
+
+def test_a_station_does_not_run_ahead_and_nothing_stalls() -> None:
+    async def work() -> None:
+        stages = ({"run": "double"}, {"run": "moody", "inputs": {"x": "y"}})
+        async with Opened(*stages, run_timeout=0.5) as line:
+            ahead, behind = (leg.station for leg in line.legs)
+            rows = np.ones((8, 4), np.float32)
+            hang = line.submit({"x": rows * 388.5}, deadline=2.0)
+            await asyncio.sleep(0.1)
+            asked = [line.submit({"x": rows}, deadline=0.3) for _ in range(30)]
+            await asyncio.sleep(0.1)
+            assert len(behind.queue) <= 6
+            assert len(ahead.queue) >= 20
+            found = await asyncio.gather(hang, *asked, return_exceptions=True)
+            assert all(isinstance(fault, Expired | StageFailed) for fault in found)
+            await until(lambda: line.ready)
+            assert np.array_equal((await line.submit({"x": rows}))["y"], rows * 2 + 1)
+            assert line.door.jobs == 0
+
+    run(work)
+
+
+def test_a_flooded_model_does_not_hold_up_another() -> None:
+    async def work() -> None:
+        async with Opened({"run": "sleeper"}) as busy, Opened({"run": "double"}) as other:
+            flood = [busy.submit({"ms": np.array([30], np.int32)}) for _ in range(40)]
+            for _ in range(5):
+                await other.submit({"x": ROW})
+            assert sum(not future.done() for future in flood) > 20
+            await asyncio.gather(*flood)
+
+    run(work)
