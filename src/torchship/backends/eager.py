@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchship.errors import BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import device as place
-from torchship.lowering import program
+from torchship.lowering import program, script
 from torchship.lowering.needs import missing
 from torchship.lowering.safety import refuse_code_in_script
 from torchship.lowering.torch_stage import TorchStage, prepare
@@ -57,27 +56,11 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     except BuildFailed as refusal:
         (out / program.PROGRAM).unlink(missing_ok=True)
         try:
-            scripted(shaped).save(str(out / SCRIPT))
+            script.scripted(shaped).save(str(out / SCRIPT))
         except Exception as fault:
             raise BuildFailed(
                 f"{refusal}; torch.jit.script: {program.one_line(fault, limit=200)}", hint=refusal.hint
             ) from refusal
-
-
-def scripted(model: Model) -> torch.jit.ScriptModule:
-    """The user's module scripted with its control flow, inside the traced flat module of the model."""
-    import warnings
-
-    import torch
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated; it is what is left for such modules
-        flat = model.module.eval()
-        inner = getattr(flat, "inner", None)
-        if inner is None:
-            return torch.jit.script(flat)
-        shell = copy.deepcopy(flat, {id(inner): torch.jit.script(inner)})  # the copy holds the script instead
-        return torch.jit.trace(shell, model.torch_inputs(model.examples[0]), check_trace=False)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:

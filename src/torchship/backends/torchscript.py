@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import device as place
+from torchship.lowering import script
 from torchship.lowering.needs import missing
 from torchship.lowering.program import one_line
 from torchship.lowering.safety import refuse_code_in_script
@@ -35,25 +37,24 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Trace and freeze. Options: device, precision, mode, channels_last, keep. Raises BuildFailed or BadConfig.
-
-    Tracing follows the path that the example takes: the guard tells where a model has others.
+    """Trace (or script, where the data decides the path) and freeze. Options: device, precision, mode, channels_last,
+    keep (see `lowering.device`). Raises BuildFailed or BadConfig.
     """
-    import copy
-
     import torch
 
     device = place.of(options)
-    module = copy.deepcopy(place.shaped(model, options).module).eval().to(device)
+    shaped = place.shaped(model, options)
     # optimize_for_inference would be faster still, but what it saves cannot be loaded again
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
+            # a trace follows the path of its example, so it is only taken where there is just one
+            flat = copy.deepcopy(shaped.module) if script.has_one_path(shaped) else script.holding_script(shaped)
             inputs = model.torch_inputs(model.examples[0], device=device)
-            traced = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+            traced = torch.jit.trace(flat.eval().to(device), inputs, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.freeze(traced.eval()).save(str(out / FILE))
         except Exception as fault:
-            raise BuildFailed(f"torch.jit.trace cannot take this model: {one_line(fault)}") from fault
+            raise BuildFailed(f"TorchScript cannot take this model: {one_line(fault)}") from fault
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchship.errors import BuildFailed
+from torchship.lowering import script
 from torchship.lowering.needs import missing
 from torchship.lowering.program import one_line
 from torchship.model import Model
@@ -26,8 +27,8 @@ _PROTOBUF_LIMIT = 1_900_000_000
 def write(model: Model, path: Path) -> None:
     """Export to `path` with the signature's names and free axes (opset 18).
 
-    The exporter that builds on `torch.export` goes first, the one that traces goes second.
-    Raises BuildFailed with both reasons.
+    The exporter that builds on `torch.export` goes first, the one on TorchScript second: it traces, or takes a
+    scripted module where the path depends on data. Raises BuildFailed with both reasons.
     """
     absent = missing("torch onnx onnxscript", pip="torchship[optimize]")
     if absent:
@@ -68,8 +69,9 @@ def _write_traced(model: Model, path: Path) -> None:
 
     specs = (*model.signature.inputs, *model.signature.outputs)
     with _quiet():
+        module: Any = model.module if script.has_one_path(model) else script.scripted(model)
         torch.onnx.export(
-            model.module.eval(),
+            module.eval(),
             model.torch_inputs(model.examples[0]),
             str(path),
             dynamo=False,

@@ -1,0 +1,139 @@
+"""int8 of ONNX files: exclusion by path, bias correction; and the ranking of layers by noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests.contracts.test_backends import error, expected, picture, sentence, tensors_of
+from torchship.backends import onnxruntime, openvino
+from torchship.errors import BadConfig
+from torchship.lowering import onnx_bias, onnx_graph, onnx_int8, paths
+from torchship.model import Model
+from torchship.optimize.sensitivity import noise_db, round_signed, round_unsigned, sensitivity
+from torchship.recipe import Options
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+]
+
+
+def quantized_ops(path: Path) -> list[str]:
+    """Kinds of the nodes that read a dequantized weight."""
+    graph = onnx.load(str(path)).graph
+    made = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    return sorted(
+        n.op_type for n in graph.node if len(n.input) > 1 and n.input[1] in made and "Linear" not in n.op_type
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, ["Add", "Conv", "Conv", "Gemm"]),
+        ({"exclude": ["head"]}, ["Add", "Conv", "Conv"]),
+        ({"modules": {"b*": "fp32"}, "ops": "heavy"}, ["Conv", "Gemm"]),
+        ({"exclude": ["*"]}, []),
+    ],
+)
+def test_modules_are_left_out_by_their_paths(options: Options, left: list[str], tmp_path: Path) -> None:
+    onnxruntime.build(picture(), options={"precision": "int8", **options}, out=tmp_path)
+    assert quantized_ops(tmp_path / "model.onnx") == left
+
+
+def test_openvino_leaves_out_the_same_modules(tmp_path: Path) -> None:
+    model, given = picture(), tensors_of("picture", 3)
+    errors = []
+    for index, exclude in enumerate([[], ["head", "stem"], ["*"]]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        options: Options = {"precision": "int8", "exclude": list(exclude)}
+        openvino.build(model, options=options, out=folder)
+        stage = openvino.open(folder, signature=model.signature, options=options, threads=1)
+        errors.append(error(stage(given), expected(model, given)))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-5
+
+
+def test_wrong_options_are_named(tmp_path: Path) -> None:
+    wrong: list[Options] = [{"ops": "few"}, {"range": "magic"}, {"exclude": "head"}]
+    for options in wrong:
+        with pytest.raises(BadConfig):
+            onnxruntime.build(picture(), options={"precision": "int8", **options}, out=tmp_path)
+
+
+def test_the_exporter_tells_where_nodes_come_from_and_nothing_about_the_builder(tmp_path: Path) -> None:
+    onnx_graph.write(picture(), tmp_path / "m.onnx")
+    graph = onnx.load(str(tmp_path / "m.onnx"))
+    assert {"body", "head"} <= {paths.user_path(path) for path in onnx_graph.module_paths(graph).values()}
+    assert b".py" not in (tmp_path / "m.onnx").read_bytes()
+
+
+def test_bias_correction_takes_the_mean_shift_away(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(4, 3, 3, 3)).astype(np.float32)
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1], name="conv")
+    shapes = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, channels, 8, 8])
+        for name, channels in (("x", 3), ("y", 4))
+    ]
+    inside = onnx.helper.make_graph([node], "g", shapes[:1], shapes[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    graph = onnx.helper.make_model(inside, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    mean = np.array([1.0, 2.0, -3.0])
+    assert onnx_bias.inputs_of_layers(graph) == {"x": 1}
+    onnx_bias.correct(graph, {"x": mean})
+    bias = onnx.numpy_helper.to_array(graph.graph.initializer[-1])
+    shift = (onnx_bias.rounding_of(weight).sum((2, 3)) * mean).sum(1)
+    assert np.allclose(bias, -shift, atol=1e-6)
+    assert np.abs(shift).max() > 1e-3
+    onnx.checker.check_model(graph)
+
+
+def test_rounding_matches_eight_bits() -> None:
+    values = torch.tensor([[0.0, 1.0, 2.54], [-1.0, 0.5, 0.25]])
+    assert torch.allclose(round_signed(values, axis=0)[0], torch.tensor([0.0, 1.0, 2.54]), atol=1e-6)
+    assert len(set(round_unsigned(values).flatten().tolist())) <= 256
+    assert noise_db(values, values) == 200
+    assert noise_db(values, values * 1.1) == pytest.approx(20, abs=1e-3)
+    assert noise_db(values, values * float("nan")) == -200
+
+
+def test_the_worst_layer_is_ranked_first() -> None:
+    model = picture()
+    state = model.module.state_dict()
+    state["body.weight"][0] *= 3000  # one channel dwarfs the others of its tensor, which then drown in rounding
+    state["head.weight"][:, 0] *= 1e-4
+    ranked = sensitivity(model, rows=4)
+    assert {layer.path for layer in ranked} == {"stem", "body", "head"}
+    assert ranked[0].path == "head"  # reads the tensor with the dwarfing channel
+    assert ranked[0].db < 30 < ranked[-1].db
+
+
+def test_the_ranking_covers_every_layer_when_there_is_no_time() -> None:
+    ranked = sensitivity(sentence(), seconds=0)
+    assert [layer.output_db for layer in ranked] == [None, None]
+    assert [layer.layer_db for layer in ranked] == sorted(layer.layer_db for layer in ranked)
+
+
+def test_patterns_reach_into_submodules_and_through_wrappers() -> None:
+    assert paths.matches("flat.inner.layer4.0.conv1", ["layer4"])
+    assert paths.matches("inner.layer4.0.conv1", ["layer*.conv1"])
+    assert not paths.matches("inner.layer4.0.conv1", ["layer", "conv1", "inner"])
+    assert paths.user_path("inner") == ""
+
+
+def test_dynamic_int8_leaves_out_by_path_too(tmp_path: Path) -> None:
+    model: Model = picture()
+    for exclude, count in (([], 1), (["head"], 0)):
+        onnxruntime.build(model, options={"precision": "dynamic_int8", "exclude": list(exclude)}, out=tmp_path)
+        kinds = [node.op_type for node in onnx.load(str(tmp_path / "model.onnx")).graph.node]
+        assert kinds.count("MatMulInteger") == count
+        assert "ConvInteger" not in kinds
+    assert onnx_int8.HEAVY[0] == "Conv"
