@@ -28,6 +28,7 @@ Examples:
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1, 1000), help="How many names to print.")
 @click.option("--mean", default="", metavar="A,B,C", help="For a picture: what is taken off.  [default: ImageNet's]")
 @click.option("--std", default="", metavar="A,B,C", help="For a picture: what is divided by.  [default: ImageNet's]")
+@click.option("--token", default="", envvar="TORCHSHIP_TOKEN", help="Access token.  [env: TORCHSHIP_TOKEN]")
 @click.option("--store", default=None, metavar="DIR", help="Where names are looked up.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=0, help="[default: as many as there are cores]")
@@ -51,11 +52,15 @@ def _run(*, target: str, file: Path, parameters: tuple[str, ...], mean: str, std
 
     chosen = dict(map(_parameter, parameters))
     numbers = {"mean": _numbers(mean), "std": _numbers(std)}
-    if target.startswith(("http://", "https://")):
+    token = opening.pop("token")
+    if "://" in target:
         from torchship.cli._ask import ServedModel
 
-        model = ServedModel(target)
-        return model(_tensorfiles.read(file, signature=model.signature, **numbers), chosen), ()
+        model = ServedModel(target, token=token)
+        try:
+            return model(_tensorfiles.read(file, signature=model.signature, **numbers), chosen), ()
+        finally:
+            model.close()
     from torchship.pipeline import Composed, rows
 
     stage, labels = _open(target, **opening)

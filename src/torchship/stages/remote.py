@@ -24,7 +24,7 @@ from torchship.errors import (
 )
 from torchship.stage import Parameter, Parameters
 from torchship.stages.endpoints import Endpoint, Endpoints
-from torchship.tensors import Signature, Tensors
+from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec
 
 _SERVICE = "/inference.GRPCInferenceService"
 _AGAIN = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED")
@@ -108,7 +108,8 @@ class Remote:
         """One answer of some endpoint. Raises what the server said, Expired when none answered in time, Unavailable
         when none could be asked.
         """
-        from torchship.wire.oip_grpc_ask import decode_response, encode_request
+        from torchship.wire.asking import decode_grpc, encode_grpc
+        from torchship.wire.messages import Request
 
         given = {**self._options.parameters, **parameters}
         bodies: dict[tuple[str, str], bytes] = {}
@@ -116,10 +117,10 @@ class Remote:
         def body(one: Endpoint) -> bytes:
             key = one.model, one.version
             if key not in bodies:
-                bodies[key] = encode_request(one.model, tensors, version=one.version, parameters=given)
+                bodies[key] = encode_grpc(Request(one.model, tensors, one.version, parameters=given))
             return bodies[key]
 
-        return decode_response(self._ask("ModelInfer", body))
+        return decode_grpc(self._ask("ModelInfer", body)).outputs
 
     def close(self) -> None:
         """Close all connections."""
@@ -127,14 +128,14 @@ class Remote:
             channel.close()
 
     def _metadata(self) -> Signature:
-        from torchship.wire.oip_grpc_ask import decode_metadata
         from torchship.wire.schema import message
 
         def body(one: Endpoint) -> bytes:
             asked = message("inference.ModelMetadataRequest")(name=one.model, version=one.version)
             return bytes(asked.SerializeToString())
 
-        return decode_metadata(self._ask("ModelMetadata", body))
+        answer = message("inference.ModelMetadataResponse").FromString(self._ask("ModelMetadata", body))
+        return _signature(answer)
 
     def _ask(self, method: str, body: Any) -> bytes:
         ends = time.monotonic() + self._options.patience
@@ -201,3 +202,15 @@ def _error(code: str, message: str) -> TorchshipError:
         "RESOURCE_EXHAUSTED": Busy,
     }
     return kinds.get(code, StageFailed)(message)
+
+
+def _signature(answer: Any) -> Signature:
+    """The signature in a model's metadata: batched where every tensor's first axis is free."""
+    inputs, outputs = (tuple(map(_spec, side)) for side in (answer.inputs, answer.outputs))
+    free = [bool(spec.shape) and isinstance(spec.shape[0], Free) for spec in (*inputs, *outputs)]
+    return Signature(inputs, outputs, batched=bool(free) and all(free))
+
+
+def _spec(item: Any) -> TensorSpec:
+    shape: tuple[Axis, ...] = tuple(axis if axis >= 0 else Free() for axis in item.shape)
+    return TensorSpec(item.name, item.datatype, shape)
