@@ -106,7 +106,7 @@ def enrol_while_searching(gallery: Gallery, queries: NDArray[np.float32]) -> tup
     rates: list[float] = []
     thread = threading.Thread(target=lambda: rates.append(enrol(5.0)))
     thread.start()
-    times = []
+    times: list[float] = []
     while thread.is_alive():
         began = time.perf_counter()
         gallery.nearest(queries[len(times) % len(queries)][None])

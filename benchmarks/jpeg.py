@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from benchmarks.peers import CACHE, Peer
@@ -61,7 +62,7 @@ def picture() -> bytes:
 def straight(argument: Any) -> float:
     """Pictures a second of one process and one thread: decode, then model, again and again."""
     path, seconds = argument
-    decode = open_stage(StageConfig(**DECODE))
+    decode = open_stage(msgspec.convert(DECODE, StageConfig))
     model = open_artifact(path).open(threads=1)
     (name,) = [spec.name for spec in model.signature.inputs]
     given = np.empty(1, object)
@@ -128,4 +129,4 @@ def against_parts(*, tool: list[str], seconds: float) -> float:
                 print(f"resnet18 JPEG c={concurrency}: {rate:.1f}/s p50 {p50:.0f} ms p99 {p99:.0f} ms failed {failed}")
         after = parts(path, seconds * 2)
     print(f"its parts, straight, one process a core: {before:.1f}/s before, {after:.1f}/s after")
-    return min(rates.values()) / ((before + after) / 2)
+    return float(min(rates.values()) / ((before + after) / 2))

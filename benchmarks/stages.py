@@ -27,7 +27,7 @@ def photo(width: int, height: int) -> bytes:
     """A JPEG with the detail of a real photo."""
     import skimage.data
 
-    picture = Image.fromarray(skimage.data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(np.asarray(skimage.data.astronaut())).resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()

@@ -33,7 +33,7 @@ def stranger() -> bytes:
     """Someone who is never enrolled."""
     from skimage.data import astronaut
 
-    return encoded(Image.fromarray(astronaut()))
+    return encoded(Image.fromarray(np.asarray(astronaut())))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -86,4 +86,4 @@ def frames(path: Path, *, every: int) -> Iterator[NDArray[np.uint8]]:
     with av.open(str(path)) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number % every == 0:
-                yield frame.to_ndarray(format="rgb24")
+                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)

@@ -16,7 +16,7 @@ from tests import face_kit
 from torchship.errors import BadInput
 from torchship.pipeline import Composed, plan
 from torchship.pipeline.config import convert
-from torchship.stages.faces import recipes
+from torchship.stages.faces import recipes, weights
 from torchship.stages.faces.embedders import embedder
 from torchship.stages.faces.enrolment import Refused, examine
 from torchship.stages.gallery.gallery import Enrolment, Gallery
@@ -79,7 +79,7 @@ def test_the_enrolled_are_recognized_and_others_stay_unknown(desk: Desk) -> None
 
 def test_many_faces_are_told_apart(desk: Desk) -> None:
     desk.enrol("obama", face_kit.picture("obama"))
-    parts = [Image.open(face_kit.weights.pictures() / name) for name in ("obama3.jpg", "biden.jpg")]
+    parts = [Image.open(weights.pictures() / name) for name in ("obama3.jpg", "biden.jpg")]
     crowd = Image.new("RGB", (1800, 800))
     for number, part in enumerate(parts):
         part.thumbnail((800, 800))
@@ -103,7 +103,7 @@ def test_one_identity_through_a_video(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("P", "GIF")])
 def test_every_kind_of_picture_is_read(desk: Desk, mode: str, kind: str) -> None:
-    image = Image.open(face_kit.weights.pictures() / "biden.jpg")
+    image = Image.open(weights.pictures() / "biden.jpg")
     image.thumbnail((700, 700))
     found = desk.look(face_kit.encoded(image.convert(mode), kind))
     assert len(found["box"]) == 1
@@ -139,7 +139,7 @@ def test_what_is_no_picture_is_refused_clearly(desk: Desk) -> None:
 
 
 def test_the_gate_names_its_reason(desk: Desk) -> None:
-    image = Image.open(face_kit.weights.pictures() / "obama3.jpg")
+    image = Image.open(weights.pictures() / "obama3.jpg")
     small = image.resize((image.width // 8, image.height // 8))
     with pytest.raises(Refused, match="too small"):
         examine(desk.look(face_kit.encoded(small), min_score=0.5))

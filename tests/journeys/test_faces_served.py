@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from PIL import Image
 
 from tests import face_kit
 
@@ -63,7 +64,7 @@ def who(client: httpx.Client, picture: bytes, **query: str) -> list[str | None]:
 def test_people_come_and_go(client: httpx.Client) -> None:
     obama, obama2, obama3, biden = (face_kit.picture(name) for name in ("obama", "obama2", "obama3", "biden"))
     assert who(client, obama3) == [None]
-    files = [("image", obama), ("image", obama2), ("image", face_kit.encoded(face_kit.Image.new("RGB", (64, 64))))]
+    files = [("image", obama), ("image", obama2), ("image", face_kit.encoded(Image.new("RGB", (64, 64))))]
     answer = client.put("/v1/people/obama", files=[*files, ("groups", (None, "presidents"))])
     assert answer.status_code == 201, answer.text
     assert len(answer.json()["enrolled"]) == 2
@@ -123,7 +124,7 @@ def test_bad_requests_are_told_why(client: httpx.Client) -> None:
     assert (
         client.post("/v1/faces/detect?min_score=7", content=face_kit.picture("obama"), headers=JPEG).status_code == 400
     )
-    assert client.put("/v1/people/x", content=face_kit.encoded(face_kit.Image.new("L", (9, 9)))).status_code == 400
+    assert client.put("/v1/people/x", content=face_kit.encoded(Image.new("L", (9, 9)))).status_code == 400
     assert client.get("/v1/people", params={"limit": "many"}).status_code == 400
     assert client.delete("/v1/people/nobody").status_code == 404
     assert client.delete("/v1/people/nobody/templates/x").status_code == 400

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from torchship.stages.faces import geometry, quality
+from torchship.tensors import Array
 
 RANDOM = np.random.default_rng(5)
 
@@ -73,7 +74,7 @@ def test_suppression_is_greedy(count: int, overlap: float, seed: int) -> None:
     assert geometry.suppress(boxes, overlap=overlap, most=3).tolist() == expected[:3]
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> float:  # type: ignore[type-arg]
+def iou(a: Array, b: Array) -> float:
     shared = np.prod((np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0))
     return float(shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from torchship.artifact.manifest import BatchPoint
 from torchship.optimize import plots
 from torchship.optimize.measure import Effort, batch_sizes, curve, peak_memory, point, resized
+from torchship.stage import Parameter, Parameters
 from torchship.tensors import Signature, Tensors
 
 QUICK = Effort(seconds=0.001, calls=3, fewest=2, warm_up=0.0, max_batch=64)
@@ -20,13 +20,13 @@ class Counting:
     """A stage that remembers the rows of its calls."""
 
     signature = Signature.parse("x:FP32[-1,2] -> y:FP32[-1,2]")
-    parameters = ()
+    parameters: tuple[Parameter, ...] = ()
 
     def __init__(self, max_batch: int = 64) -> None:
         self.max_batch = max_batch
         self.rows: list[int] = []
 
-    def __call__(self, tensors: Tensors, parameters: Any = None) -> Tensors:
+    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
         self.rows.append(len(tensors["x"]))
         return {"y": tensors["x"]}
 

@@ -10,9 +10,9 @@ from torchship.optimize.order import next_up
 from torchship.optimize.rematch import racers
 from torchship.optimize.rescue import Layer, describe, worth_it
 from torchship.optimize.trial import Trial
-from torchship.recipe import Recipe
+from torchship.recipe import Options, Recipe
 
-INT8 = {"precision": "int8"}
+INT8: Options = {"precision": "int8"}
 
 
 def test_every_backend_is_tried_once_before_any_twice() -> None:
