@@ -25,7 +25,7 @@ from torchship.optimize.facts import (
 from torchship.optimize.guard import HOPELESS
 from torchship.optimize.trial import Trial
 
-_HEADS = ("recipe", "b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "peak MB", "error", "agreement", "speed-up", "")
+_HEADS = ("recipe", "b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "peak MB", "error", "agreement", "speed-up")
 
 
 def render(facts: Facts) -> str:
@@ -91,11 +91,13 @@ def _table(facts: Facts) -> str:
     rows = []
     for trial in ordered(facts):
         won = has_won(facts, trial)
-        label, *others = cells(trial, base=base, outside=outside_of(facts, trial), won=won)
+        label, *others, remark = cells(trial, base=base, outside=outside_of(facts, trial), won=won)
         key = f'<i class="key" style="--c:var(--c{colours[trial.recipe.backend]})"></i>'
-        notes = "; ".join((others.pop(), *trial.notes)).strip("; ")
-        cols = "".join(f"<td>{escape(cell)}</td>" for cell in (*others, notes))
-        rows.append(f'<tr class="{"won" if won else trial.status}"><td>{key}{escape(label)}</td>{cols}</tr>')
+        remark = "; ".join(word for word in (remark, *trial.notes) if word)
+        below = f"<small>{escape(remark)}</small>" if remark else ""
+        cols = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        kind = "won" if won else trial.status
+        rows.append(f'<tr class="{kind}"><td>{key}{escape(label)}{below}</td>{cols}</tr>')
     heads = "".join(f"<th>{head}</th>" for head in _HEADS)
     return (
         f'<h2>Trials</h2><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -171,7 +173,7 @@ def _sensitivity(facts: Facts) -> str:
         return ""
     spared = [trial.recipe.options.get("exclude") for trial in facts.trials if trial.status == "ok"]
     kept = {path for paths in spared if isinstance(paths, list) for path in paths}
-    worst = sorted(facts.sensitivity, key=lambda item: item[1])[:40]
+    worst = sorted(facts.sensitivity, key=lambda item: item[1])[:24]
     svg = plots.bars([(name, value, name in kept) for name, value in worst], unit="dB")
     words = "Signal to quantization noise of single layers, the most sensitive first; marked: kept in floating point."
     return f'<h2>Sensitivity to int8</h2><div class="plots">{_card("Layers", svg, words)}</div>'

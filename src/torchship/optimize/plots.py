@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 520, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 16, 14, 44
 COLOURS = 8  # the page defines --c0 to --c7
 
 
@@ -173,4 +173,4 @@ def bars(values: Sequence[tuple[str, float, bool]], *, unit: str) -> str:
             f"<title>{escape(name)}</title></rect>"
             f'<text class="tick" x="{214 + width:.1f}" y="{at + 12}">{number(value)} {escape(unit)}</text>'
         )
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{body}</svg>'
+    return f'<svg class="bars" viewBox="0 0 {_WIDTH} {height}" role="img">{body}</svg>'

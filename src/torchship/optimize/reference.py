@@ -16,6 +16,7 @@ from torchship.tensors import Tensors
 
 JUDGED_ROWS = 256
 _HELD_BACK = 0.25
+_KEPT_BYTES = 512 * 2**20
 
 
 class EagerStage:
@@ -85,12 +86,19 @@ def _random(model: Model) -> list[Tensors]:
 
 
 def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> list[Tensors]:
-    """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs."""
+    """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs.
+
+    Ends when half a gigabyte is kept: the outputs of a segmentation net are large.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = []
+    outputs: list[Tensors] = []
+    kept = 0
     for index, batch in enumerate(batches):
+        if kept > _KEPT_BYTES:
+            break
         answer = stage(batch)
         outputs.append(answer)
+        kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))
         (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
         (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))
     return outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import shutil
 import time
@@ -188,12 +189,20 @@ def _facts(course: Course, wish: Wish, trials: Sequence[Trial], left_out: dict[s
         trials=tuple(trials),
         choice=choose(trials, goal=wish.goal, constraints=wish.constraints),
         left_out=left_out,
-        notes=tuple(getattr(model.module, "notes", ())),
+        notes=(*getattr(model.module, "notes", ()), *_busy(course.hardware)),
         command=wish.command,
         rows=course.rows,
         reference_metric=course.reference_metric,
         packages=caching.versions(["torch", "onnxruntime", "openvino", "nncf", "torchao"]),
     )
+
+
+def _busy(machine: Hardware) -> tuple[str, ...]:
+    """A word of warning when others work on this machine: our own trials make a load of about one a core."""
+    load = os.getloadavg()[1]
+    if load < machine.cores * 2 + 1:
+        return ()
+    return (f"the machine was busy (load {load:.1f} on {machine.cores} cores): single figures are noisy",)
 
 
 def _prepare(
