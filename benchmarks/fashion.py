@@ -138,7 +138,7 @@ def _train(net: Any, *, epochs: int, rows: int, say: Any) -> None:
             with torch.autocast(device, torch.bfloat16, enabled=tiles or device == "cuda"):
                 loss = torch.nn.functional.cross_entropy(net(given).float(), y[rows_now], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * len(rows_now)

@@ -115,7 +115,7 @@ def torchscript_frozen(work: Work) -> Runner:
 
     example = torch.from_numpy(subjects.batch(work.name, 1, seed=1))
     with torch.inference_mode():
-        traced = torch.jit.trace(work.module(), example)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(work.module(), example)
         return _torch_runner(torch.jit.freeze(traced))
 
 

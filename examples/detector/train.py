@@ -70,7 +70,7 @@ def train(steps: int, *, batch: int = 16, seed: int = 0, device: str = "cpu") ->
         wanted, true = (torch.stack(side).to(device) for side in zip(*pairs, strict=True))
         total = loss(found["boxes"], found["scores"], wanted, true)
         optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
         optimizer.step()
         schedule.step()

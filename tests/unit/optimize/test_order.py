@@ -10,7 +10,7 @@ from torchship.optimize.order import next_up
 from torchship.optimize.rematch import racers
 from torchship.optimize.rescue import Layer, describe, worth_it
 from torchship.optimize.trial import Trial
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Option, Options, Recipe
 
 INT8: Options = {"precision": "int8"}
 
@@ -29,7 +29,7 @@ def test_then_the_best_backend_goes_on_and_a_failed_one_waits() -> None:
 
 
 def test_only_refused_int8_that_would_win_is_rescued() -> None:
-    def refused(name: str, p50: float, **options: str) -> Trial:
+    def refused(name: str, p50: float, **options: Option) -> Trial:
         found = trial(name, p50=p50, status="refused", passed=False)
         return msgspec.structs.replace(found, recipe=Recipe(name, dict(options)))
 
