@@ -77,6 +77,8 @@ class HttpLane(asyncio.Protocol):
     def __init__(self, landed: Landed) -> None:
         self._landed = landed
         self._buffer = b""
+        self._parts: list[bytes] = []
+        self._have = 0
         self._end = 0  # of the answer, once its head is there
         self._start = 0
         self._status = b""
@@ -95,7 +97,15 @@ class HttpLane(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer."""
-        self._buffer = buffer = self._buffer + data if self._buffer else data
+        if self._buffer or self._parts:
+            self._parts.append(data)
+            self._have += len(data)
+            if self._have < self._end:
+                return
+            data = b"".join((self._buffer, *self._parts))
+            self._parts.clear()
+        self._buffer = buffer = data
+        self._have = len(buffer)
         if not self._end:
             top = buffer.find(b"\r\n\r\n")
             if top < 0:
@@ -112,6 +122,7 @@ class HttpLane(asyncio.Protocol):
         if len(buffer) >= self._end:
             body = buffer[self._start : self._end]
             self._buffer = buffer[self._end :]
+            self._have = len(self._buffer)
             self._end = 0
             self._landed(self, "" if self._status == b"200" else f"status {self._status.decode()}", body)
 

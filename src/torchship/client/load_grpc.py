@@ -37,9 +37,13 @@ class GrpcLane(asyncio.Protocol):
         self._blocks: dict[bytes, str] = {}
         self._stream = -1
         self._buffer = b""
-        self._body = b""
+        self._parts: list[bytes] = []
+        self._have = 0
+        self._need = 9
+        self._body = bytearray()
         self._window = 65535
         self._initial = self._room = 65535
+        self._frame = 16384
         self._waiting = b""
         self._fresh = True
         self._taken = 0
@@ -49,7 +53,7 @@ class GrpcLane(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connected: say how we want to be talked to."""
         self._transport = cast(asyncio.Transport, transport)
-        settings = struct.pack(">HIHIHI", 1, 0, 2, 0, 4, _BIG)
+        settings = struct.pack(">HIHIHIHI", 1, 0, 2, 0, 4, _BIG, 5, 1 << 20)
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0, settings)
         self._transport.write(preface + _frame(_WINDOW, 0, 0, (_BIG - 65535).to_bytes(4, "big")))
 
@@ -65,12 +69,12 @@ class GrpcLane(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._landed, self, "disconnected", b"")
             return
         self._stream += 2
-        self._body = b""
+        self._body = bytearray()
         block = self._first if self._fresh else self._again
         self._fresh = False
         head = _frame(_HEADERS, 4, self._stream, block)
         data = b"\0" + len(payload).to_bytes(4, "big") + payload
-        if len(data) <= min(16384, self._window):
+        if len(data) <= min(self._frame, self._window, self._initial):
             self._window -= len(data)
             self._transport.write(head + _frame(_DATA, 1, self._stream, data))
         else:
@@ -81,7 +85,7 @@ class GrpcLane(asyncio.Protocol):
 
     def _pump(self) -> None:
         while self._waiting and self._window > 0 and self._room > 0 and self._transport is not None:
-            size = min(16384, self._window, self._room, len(self._waiting))
+            size = min(self._frame, self._window, self._room, len(self._waiting))
             part, self._waiting = self._waiting[:size], self._waiting[size:]
             self._window -= size
             self._room -= size
@@ -89,13 +93,22 @@ class GrpcLane(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Frames of the server."""
-        self._buffer = buffer = self._buffer + data if self._buffer else data
+        if self._buffer or self._parts:
+            self._parts.append(data)
+            self._have += len(data)
+            if self._have < self._need:
+                return
+            data = b"".join((self._buffer, *self._parts))
+            self._parts.clear()
+        self._buffer = buffer = data
         place, size = 0, len(buffer)
+        self._need = 9
         while size - place >= 9:
             high, low, kind, flags, number = _TOP.unpack_from(buffer, place)
             start = place + 9
             end = start + (high << 16 | low)
             if end > size:
+                self._need = end - place
                 break
             place = end
             if number == self._stream and kind == _DATA:
@@ -109,9 +122,10 @@ class GrpcLane(asyncio.Protocol):
             elif kind not in (_DATA, _HEADERS):
                 self._control(kind, flags, number, buffer[start:end])
         self._buffer = buffer[place:]
+        self._have = len(self._buffer)
 
     def _land(self, status: str) -> None:
-        body, self._body = self._body[5:], b""
+        body, self._body = bytes(memoryview(self._body)[5:]), bytearray()
         self._landed(self, "" if status == "0" else f"grpc-status {status}", body)
 
     def _status(self, block: bytes) -> str:
@@ -134,8 +148,12 @@ class GrpcLane(asyncio.Protocol):
             for place in range(0, len(payload), 6):
                 key, value = struct.unpack_from(">HI", payload, place)
                 if key == 4:
+                    self._room += value - self._initial
                     self._initial = value
+                elif key == 5:
+                    self._frame = value
             self._transport.write(_frame(_SETTINGS, 1, 0))
+            self._pump()
         elif kind == _PING and not flags & 1:
             self._transport.write(_frame(_PING, 1, 0, payload))
         elif kind == _WINDOW:

@@ -183,7 +183,7 @@ class Call:
         self._link.put(
             self._stream,
             _TOP_FRAME % number.to_bytes(4, "big"),
-            b"\0%b%b" % (size.to_bytes(4, "big"), data),
+            b"".join((b"\0", size.to_bytes(4, "big"), data)),
             _GOOD_FRAME % number.to_bytes(4, "big"),
         )
 
@@ -193,7 +193,7 @@ class Call:
             return
         top = b"" if self._begun else _TOP_FRAME % self._stream.number.to_bytes(4, "big")
         self._begun = True
-        self._link.put(self._stream, top, b"\0%b%b" % (len(data).to_bytes(4, "big"), data), b"")
+        self._link.put(self._stream, top, b"".join((b"\0", len(data).to_bytes(4, "big"), data)), b"")
 
     async def drained(self) -> None:
         """Wait until the client has taken most of what was written."""

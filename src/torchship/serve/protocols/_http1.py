@@ -265,7 +265,7 @@ class Connection(asyncio.Protocol):
     def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         head = exchange.head
         if head.keep_alive and not head.old:
-            data = b"%b%d\r\n\r\n%b" % (self._site.top(status, content_type, headers), len(body), body)
+            data = b"".join((self._site.top(status, content_type, headers), b"%d\r\n\r\n" % len(body), body))
         else:
             data = self._top(head, status, content_type, (*headers, ("content-length", str(len(body))))) + body
         if head.method == "HEAD":
@@ -319,7 +319,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, exchange: Exchange, data: bytes) -> None:
         """A piece of a streamed answer."""
-        self._put(exchange, data if exchange.head.old else b"%x\r\n%b\r\n" % (len(data), data))
+        self._put(exchange, data if exchange.head.old else b"".join((b"%x\r\n" % len(data), data, b"\r\n")))
 
     def end(self, exchange: Exchange) -> None:
         """The last piece of a streamed answer."""

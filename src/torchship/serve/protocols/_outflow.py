@@ -72,7 +72,7 @@ class Outflow:
             self._window -= size
             if size:
                 top = h2.TOP.pack(size >> 16, size & 0xFFFF, h2.DATA, 0, stream.number)
-                self._transport.write(b"%b%b%b%b" % (head, top, data, tail))
+                self._transport.write(b"".join((head, top, data, tail)))
             else:
                 self._transport.write(head + tail)
             return True
