@@ -336,6 +336,19 @@ def test_rest_over_http2(server: Running) -> None:
         assert peer.status(5)["grpc-status"] == "0"
 
 
+def test_headers_are_forwarded_and_deadlines_kept() -> None:
+    async def listen(service: FakeService) -> Any:
+        return await grpc.listen(service, port=0, front=rest.Front(service, forward="x-.*"))
+
+    with running(listen) as found, Peer(found) as peer:
+        blob = echo()
+        data = h2.frame(h2.DATA, h2.END_STREAM, 1, b"\0" + len(blob).to_bytes(4, "big") + blob)
+        peer.send(peer.headers(1, INFER, ("x-user", "u"), ("grpc-timeout", "1500m")) + data)
+        assert peer.status(1)["grpc-status"] == "0"
+        assert found.service.seen[-1].headers == {"x-user": "u"}
+        assert found.service.seen[-1].deadline == 1.5
+
+
 def test_slow_peers_are_dropped() -> None:
     async def main() -> None:
         listener = await grpc.listen(FakeService(), port=0, limits=Limits(head_seconds=0.0, idle_seconds=0.0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
+from torchship.serve.protocols._exchange import Head
 from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._served import Served
 from torchship.serve.protocols._settings import LogSettings, Tracing
@@ -19,3 +21,9 @@ class Front:
     tracing: Tracing = field(default_factory=Tracing)
     logs: LogSettings = field(default_factory=LogSettings)
     forward: str = ""
+
+    def forwarded(self, head: Head) -> dict[str, str]:
+        """The headers of a request that travel with it."""
+        if not self.forward:
+            return {}
+        return {name: value for name, value in head.headers.items() if re.fullmatch(self.forward, name)}

@@ -324,8 +324,8 @@ class Connection2(asyncio.Protocol):
         """All is sent: the stream is closed, whatever the peer still wanted to say."""
         if not stream.ended:
             self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
+            stream.hold(self._site, 0)
         self._streams.pop(stream.number, None)
-        stream.hold(self._site, 0)
         self._since = self._site.now
         if self._retiring and not self._streams:
             self._hang_up(h2.NO_ERROR, "")

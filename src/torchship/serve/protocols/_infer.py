@@ -37,7 +37,7 @@ class Inference:
         self._service = front.service
         self._regions = front.regions
         self._tracing = front.tracing
-        self._forward = re.compile(front.forward) if front.forward else None
+        self._front = front
 
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when its future is done."""
@@ -77,10 +77,8 @@ class Inference:
             raise BadInput(f"{_LENGTH} is {length[:40]!r}, expected a number")
         kind = headers.get("content-type", "")
         plain = kind.startswith(("image/", _OCTETS)) if length is None else int(length) == 0
-        forward = self._forward
-        told = {name: value for name, value in headers.items() if forward.fullmatch(name)} if forward else {}
         number = None if length is None else int(length)
-        return _About(head.places["model"], head.places.get("version", ""), number, plain, told)
+        return _About(head.places["model"], head.places.get("version", ""), number, plain, self._front.forwarded(head))
 
     def _answer(self, exchange: Exchange, request: Request, future: asyncio.Future[Response]) -> None:
         """The callback of one inference."""

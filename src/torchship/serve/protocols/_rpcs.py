@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
@@ -63,6 +64,7 @@ class Inference:
     """ModelInfer."""
 
     def __init__(self, front: Front, codec: InferCodec) -> None:
+        self._front = front
         self._service = front.service
         self._codec = codec
         self._tracing = front.tracing
@@ -73,23 +75,25 @@ class Inference:
         timeout = call.head.timeout
         if timeout and (not request.deadline or timeout < request.deadline):
             request.deadline = timeout
+        if self._front.forward:
+            request.headers = self._front.forwarded(call.head)
         call.job = future = self._service.submit(request)
-
-        def answered(future: asyncio.Future[Response]) -> None:
-            if call.gone:
-                return
-            try:
-                response = future.result()
-                response.id = response.id or request.id
-                call.reply(self._codec.encode(response, request))
-            except asyncio.CancelledError:
-                call.finish(1, "the request was cancelled")
-            except Exception as fault:
-                call.fail(fault)
-
-        future.add_done_callback(answered)
+        future.add_done_callback(partial(self._answer, call, request))
         if self._tracing.active and (started := self._tracing.sample(request)):
             future.add_done_callback(lambda done: self._tracing.record(request, start=started))
+
+    def _answer(self, call: Call, request: Request, future: asyncio.Future[Response]) -> None:
+        if call.gone:
+            return
+        try:
+            response = future.result()
+            if not response.id:
+                response.id = request.id
+            call.reply(self._codec.encode(response, request))
+        except asyncio.CancelledError:
+            call.finish(1, "the request was cancelled")
+        except Exception as fault:
+            call.fail(fault)
 
 
 class _Plain:

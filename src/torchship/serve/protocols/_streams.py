@@ -21,6 +21,7 @@ class StreamInference:
     those of a model that streams (decoupled) are sent as they come, told apart by their id."""
 
     def __init__(self, front: Front, codec: InferCodec) -> None:
+        self._front = front
         self._service = front.service
         self._codec = codec
         self._answer = message("inference.ModelStreamInferResponse")
@@ -34,6 +35,8 @@ class StreamInference:
             async for body in call.messages():
                 try:
                     request = self._codec.decode(body, 5)
+                    if self._front.forward:
+                        request.headers = self._front.forwarded(call.head)
                     free = self._decoupled(request, decoupled)
                 except TorchshipError as fault:
                     self._fail(call, "", fault)
