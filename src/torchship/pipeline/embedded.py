@@ -16,7 +16,7 @@ FILE = "pipeline.json"
 INSIDE = "artifact:"
 _MAX_FILE = 2**20
 _PLAIN_ROOMS = ("torchship.stages.images:", "torchship.stages.labels:", "torchship.stages.boxes:",
-                "torchship.stages.text:")  # fmt: skip
+                "torchship.stages.text:", "torchship.stages.audio:")  # fmt: skip
 
 
 def read(artifact: Artifact, *, trust: bool = False) -> PipelineConfig:
