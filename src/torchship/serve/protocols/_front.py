@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from torchship.errors import BadConfig
 from torchship.serve.protocols._exchange import Head
 from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._served import Served
@@ -21,6 +22,13 @@ class Front:
     tracing: Tracing = field(default_factory=Tracing)
     logs: LogSettings = field(default_factory=LogSettings)
     forward: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises BadConfig for what is no regular expression."""
+        try:
+            re.compile(self.forward)
+        except re.error as fault:
+            raise BadConfig(f"forward_headers: {fault}", hint="a regular expression, as in x-.*|traceparent") from None
 
     def forwarded(self, head: Head) -> dict[str, str]:
         """The headers of a request that travel with it."""
