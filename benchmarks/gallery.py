@@ -1,8 +1,9 @@
-"""Search in galleries of 10^5 and 10^6 random 512-d vectors: `python -m benchmarks.gallery [SIZE ...]`.
+"""Search in galleries of 10^5 and 10^6 random 512-d vectors: `python -m benchmarks.gallery [SIZE ...] [--keep=DIR]`.
 
 Queries are noisy copies of enrolled vectors (cosine 0.6, as two pictures of one face have; 0.4 is a hard pair), and
 random vectors, which nobody asks for but which are the hardest case: their nearest neighbour is hardly nearer than
-the rest. Recall@1 is counted against a comparison with every row. Needs 3 GB of disk and of memory for 10^6.
+the rest. Recall@1 is counted against a comparison with every row. Needs 3 GB of disk
+and of memory for 10^6. `--keep` leaves the galleries in DIR, and takes them from there.
 """
 
 from __future__ import annotations
@@ -75,9 +76,6 @@ def timed(
 
 def restart(argument: str) -> dict[str, float]:
     """In a fresh process: seconds until the first answer, and resident memory in MB afterwards."""
-    import psutil
-
-    before = psutil.Process().memory_info().rss
     began = time.perf_counter()
     gallery = opened(Path(argument))
     opening = time.perf_counter() - began
@@ -85,8 +83,9 @@ def restart(argument: str) -> dict[str, float]:
     first = time.perf_counter() - began
     for query in vectors(10**6, 50):
         gallery.nearest(query[None])
-    info = psutil.Process().memory_full_info()
-    return {"open": opening, "first": first, "rss": (info.rss - before) / 1e6, "private": info.uss / 1e6}
+    fields = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    anonymous, resident = (int(fields[name].split()[0]) / 1e3 for name in ("Anonymous", "Rss"))
+    return {"open": opening, "first": first, "rss": resident, "anonymous": anonymous}
 
 
 def enrol_while_searching(gallery: Gallery, queries: NDArray[np.float32]) -> tuple[float, float, NDArray[np.float64]]:
@@ -119,18 +118,19 @@ def measure(root: Path, size: int) -> tuple[float, float]:
     """Everything for one size; p50 and recall of the queries at cosine 0.6."""
     print(f"\n{size:,} vectors of {WIDTH} numbers")
     gallery = opened(root)
-    seconds = fill(gallery, size)
-    print(f"  enrolled {BATCH} at a time: {size / seconds:,.0f} vectors/s, {seconds:.0f} s with all snapshots")
-    began = time.perf_counter()
-    gallery.compact()
-    print(f"  compaction: {time.perf_counter() - began:.1f} s")
+    if not gallery.count()[1]:
+        seconds = fill(gallery, size)
+        print(f"  enrolled {BATCH} at a time: {size / seconds:,.0f} vectors/s, {seconds:.0f} s with all snapshots")
+        began = time.perf_counter()
+        gallery.compact()
+        print(f"  compaction: {time.perf_counter() - began:.1f} s", flush=True)
     disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     found = run("benchmarks.gallery:restart", argument=str(root), timeout=600)
     if found.fault:
         raise SystemExit(found.fault)
     at = found.value
     print(f"  restart: open {at['open']:.2f} s, first answer {at['first']:.2f} s; disk {disk / 1e6:,.0f} MB")
-    print(f"  memory: {at['private']:,.0f} MB private, {at['rss']:,.0f} MB resident with mapped vectors that were read")
+    print(f"  memory: {at['anonymous']:,.0f} MB of its own, {at['rss']:,.0f} MB with the mapped vectors that were read")
     result = (0.0, 0.0)
     print(f"  {'queries':28} {'effort':>6} {'p50 ms':>8} {'p99 ms':>8} {'recall@1':>9}")
     for kind, queries in (
@@ -146,8 +146,8 @@ def measure(root: Path, size: int) -> tuple[float, float]:
             print(f"  {kind:28} {effort:6} {p50:8.2f} {p99:8.2f} {recall:9.3f}", flush=True)
             if kind.endswith("0.6"):
                 result = (float(p50), recall)
-    began = time.perf_counter()
     batch = copies(size, 0.6)[:64]
+    began = time.perf_counter()
     gallery.nearest(batch)
     print(f"  a batch of 64: {(time.perf_counter() - began) / 64 * 1e3:.2f} ms a query")
     alone, together, times = enrol_while_searching(gallery, copies(size, 0.6))
@@ -160,15 +160,18 @@ def measure(root: Path, size: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    sizes = [int(float(word)) for word in sys.argv[1:]] or [100_000, 1_000_000]
+    words = [word for word in sys.argv[1:] if not word.startswith("--keep=")]
+    keep = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--keep=")]
+    sizes = [int(float(word)) for word in words] or [100_000, 1_000_000]
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     p50 = recall = 0.0
     for size in sizes:
-        root = Path(tempfile.mkdtemp(prefix="torchship-gallery-"))
+        root = Path(keep[0]) / str(size) if keep else Path(tempfile.mkdtemp(prefix="torchship-gallery-"))
         try:
             p50, recall = measure(root, size)
         finally:
-            shutil.rmtree(root, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(root, ignore_errors=True)
     print(f"vectors={sizes[-1]} p50_ms={p50:.3f} recall={recall:.4f}")
 
 

@@ -156,15 +156,14 @@ class Writer:
             os.fsync(file.fileno())
         self._files["vectors.f16"] = FileMark(size, crc)
         state = State(old.width, vectors=_mapped(self._folder / "vectors.f16", len(kept), old.width))
+        numbers = np.fromiter(old.people.after(-1), np.int64)
+        people = state.people
+        people.ids = [old.people.ids[number] for number in numbers]
+        people.number = {person: number for number, person in enumerate(people.ids)}
+        people.restore_groups(list(old.people.group_sets), old.people.set_numbers()[numbers])
         names = np.full(len(old.people.ids) + 1, -1, np.int32)
-        for number in old.people.after(-1):
-            person = old.people.ids[number]
-            names[number] = new = state.people.meet(person)
-            groups = old.people.groups(number)
-            if groups:
-                state.people.join(new, groups)
-            if number in old.people.about:
-                state.people.about[new] = old.people.about[number]
+        names[numbers] = np.arange(len(numbers))
+        people.about = {int(names[number]): about for number, about in old.people.about.items()}
         state.owner.append(names[old.owner.take(kept)])
         state.serial.append(old.serial.take(kept))
         state.quality.append(old.quality.take(kept))
