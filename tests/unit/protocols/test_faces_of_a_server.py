@@ -17,7 +17,7 @@ import pytest
 
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
-from torchship.errors import BadInput, StageFailed, Unsupported
+from torchship.errors import BadConfig, BadInput, StageFailed, Unsupported
 from torchship.serve.protocols import rest
 from torchship.serve.protocols._docs import examples
 from torchship.serve.protocols._regions import SharedMemory
@@ -74,6 +74,15 @@ def test_examples_of_large_tensors() -> None:
 def test_a_host_that_is_no_host(client: httpx.Client) -> None:
     text = client.get("/docs", headers={"Host": "x;rm"}).text
     assert "x;rm" not in text
+
+
+def test_names_of_all_models(client: httpx.Client) -> None:
+    assert client.get("/v2/models").json() == {"models": ["add_sub", "echo", "picture", "text"]}
+
+
+def test_a_pattern_that_is_none() -> None:
+    with pytest.raises(BadConfig, match="forward_headers"):
+        Front(FakeService(), forward="(")
 
 
 def test_openapi(client: httpx.Client) -> None:

@@ -78,6 +78,7 @@ def protocol_routes(front: Front) -> list[Route]:
             "Statistics of all models.",
         ),
     ]
+    routes.append(Route("GET", "/v2/models", lambda exchange: _models(exchange, service), about="Names of all models."))
     for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
             Route("POST", f"{base}/infer", inference, "infer", "One inference: JSON, binary tensors, or a picture."),
@@ -94,6 +95,10 @@ def protocol_routes(front: Front) -> list[Route]:
             ),
         ]
     return routes
+
+
+def _models(exchange: Exchange, service: Served) -> None:
+    exchange.answer_json({"models": sorted({entry["name"] for entry in service.repository_index()})})
 
 
 def _which(exchange: Exchange) -> tuple[str, str]:
