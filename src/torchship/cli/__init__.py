@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 130 interrupted.
 
 from __future__ import annotations
 
+import difflib
 import os
 import pkgutil
 import sys
@@ -44,6 +45,14 @@ class _Commands(click.Group):
         command = import_module(f"torchship.cli.{name}").command
         assert isinstance(command, click.Command)  # noqa: S101  # the contract of this folder
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and (near := difflib.get_close_matches(args[0], names, 1)):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -175,5 +175,6 @@ def _await_model(port: int, server: Any, log: Any) -> str:
                 return found
             time.sleep(0.1)
     log.seek(0)
-    words = log.read().decode(errors="replace").strip().splitlines()
-    raise Unavailable(f"the server did not start: {words[-1] if words else 'no words'}", hint="try torchship serve")
+    words = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    said = [line.partition(": ")[2] for line in words if line.startswith(("error: ", "hint: "))] or words[-1:]
+    raise Unavailable(f"the server did not start: {said[0] if said else 'no words'}", hint="; ".join(said[1:]))

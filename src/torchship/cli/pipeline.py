@@ -60,7 +60,8 @@ def check(*, target: str, root: str | None, as_json: bool) -> None:
         }
         click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
         return
-    click.echo(f"{plan.name}: {len(plan.nodes)} stages fit together")
+    stages = "1 stage fits" if len(plan.nodes) == 1 else f"{len(plan.nodes)} stages fit together"
+    click.echo(f"{plan.name}: {stages}")
     click.echo(f"  {plan.signature}")
     for parameter in plan.parameters:
         ends = [("from", parameter.low), ("to", parameter.high)]
