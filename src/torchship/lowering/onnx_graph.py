@@ -56,12 +56,47 @@ def _write_exported(model: Model, path: Path) -> None:
             str(path),
             dynamo=True,
             dynamic_shapes=model.dynamic_shapes(),
-            input_names=[spec.name for spec in model.signature.inputs],
-            output_names=[spec.name for spec in model.signature.outputs],
+            input_names=list(_plain_names(model)[: len(model.signature.inputs)]),
+            output_names=list(_plain_names(model)[len(model.signature.inputs) :]),
             external_data=_size(model) > _PROTOBUF_LIMIT,
             opset_version=OPSET,
             verbose=False,
         )
+    _give_names(path, model)
+
+
+def _plain_names(model: Model) -> tuple[str, ...]:
+    """Names that no operator's output has, for inputs and then outputs."""
+    return tuple(f"torchship_{i}" for i in range(len(model.signature.inputs) + len(model.signature.outputs)))
+
+
+def _give_names(path: Path, model: Model) -> None:
+    """Name inputs and outputs as the signature does.
+
+    The exporter does not see that a value in the middle may have such a name already (`embedding`, `add`): that one
+    gets another.
+    """
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False)
+    specs = (*model.signature.inputs, *model.signature.outputs)
+    names = dict(zip(_plain_names(model), (spec.name for spec in specs), strict=True))
+    taken = {name for node in graph.graph.node for name in node.output} | {v.name for v in graph.graph.initializer}
+    clashes = taken.intersection(names.values()).difference(names)
+    _rename(graph.graph, {**names, **{name: f"{name}_torchship_inner" for name in clashes}})
+    onnx.save(graph, str(path))
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    """Rename values throughout a graph and the graphs inside its nodes."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _rename(inner, names)
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = names.get(value.name, value.name)
 
 
 def _write_traced(model: Model, path: Path) -> None:
