@@ -115,19 +115,49 @@ def declaration(body: Any, options: Mapping[str, Any] = {}) -> tuple[Signature, 
     return signature, max_batch
 
 
+def called(body: Any) -> Callable[..., Any]:
+    """The function that runs when a declared function, or an instance of a declared class, is called.
+
+    Raises BadConfig for a class whose instances cannot be called.
+    """
+    if not isinstance(body, type):
+        return cast("Callable[..., Any]", body)
+    for owner in body.__mro__:
+        if "__call__" in vars(owner):
+            return cast("Callable[..., Any]", vars(owner)["__call__"])
+    raise BadConfig(f"{body.__qualname__} has no __call__", hint="write what the stage does as __call__(self, tensors)")
+
+
 def declared_parameters(body: Callable[..., Any]) -> tuple[Parameter, ...]:
     """The values that a request may set: the keyword-only parameters of a function. Raises BadConfig."""
     found = []
-    for name, parameter in inspect.signature(body, eval_str=True).parameters.items():
+    for name, parameter in inspect.signature(body).parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
             continue
         if not isinstance(parameter.default, str | int | float | bool):
             raise BadConfig(f"stage parameter {name!r} needs a default that is a string, number or boolean")
-        metas = [meta for meta in getattr(parameter.annotation, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+        annotation = _evaluated(parameter.annotation, body, name)
+        metas = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
         meta = metas[0] if metas else msgspec.Meta()
         low, high = (None if bound is None else float(bound) for bound in (meta.ge, meta.le))
         found.append(Parameter(name, parameter.default, low, high, meta.description or ""))
     return tuple(found)
+
+
+def _evaluated(annotation: Any, body: Callable[..., Any], name: str) -> Any:
+    """The annotation of a parameter that is a string because of `from __future__ import annotations`.
+
+    Only these are evaluated: those of tensors may name what only type checkers import.
+    """
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, getattr(inspect.unwrap(body), "__globals__", {}))  # noqa: S307  # it is the code's own
+    except Exception as fault:
+        raise BadConfig(
+            f"stage parameter {name!r}: its annotation {annotation!r} cannot be read: {fault}",
+            hint="import what it names outside of `if TYPE_CHECKING`",
+        ) from None
 
 
 class FunctionStage:
@@ -137,7 +167,7 @@ class FunctionStage:
         """Raises BadConfig when `body` is not declared with `@stage` or does not take its options."""
         self.signature, self.max_batch = declaration(body, options)
         self._body: Callable[..., Any] = body(**options) if isinstance(body, type) else body
-        call = vars(body)["__call__"] if inspect.isclass(body) else body
+        call = called(body)
         self.parameters = declared_parameters(call)
         self.streams = inspect.isgeneratorfunction(call)
 

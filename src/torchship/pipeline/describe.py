@@ -12,7 +12,7 @@ from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
 from torchship.pipeline import embedded
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.stage import Parameter, declaration, declared_parameters
+from torchship.stage import Parameter, called, declaration, declared_parameters
 from torchship.stages.remote import Remote, read_options
 from torchship.tensors import Free, Signature
 
@@ -56,12 +56,15 @@ def load_body(target: str) -> Any:
         raise BadConfig(f"{target!r}: no module named {fault.name!r}", hint="is it on PYTHONPATH?") from None
     except AttributeError as fault:
         raise BadConfig(f"{target!r}: {fault}") from None
+    except Exception as fault:  # whatever a module does when it is imported
+        words = " ".join(str(fault).split())[:300]
+        raise BadConfig(f"{target!r} cannot be imported: {type(fault).__name__}: {words}") from fault
 
 
 def _of_python(config: StageConfig) -> Description:
     body = load_body(config.run)
     signature, max_batch = declaration(body, config.options)
-    call = vars(body)["__call__"] if inspect.isclass(body) else body
+    call = called(body)
     takes_labels = inspect.isclass(body) and "labels" in inspect.signature(body).parameters
     return Description(
         signature,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.unit.pipeline.test_plan import DOUBLE, PARSE, SCORE, made
-from torchship.errors import BadInput, StageFailed
-from torchship.pipeline import Composed
-from torchship.pipeline.config import StageConfig
+from torchship.errors import BadConfig, BadInput, StageFailed
+from torchship.pipeline import Composed, PipelineConfig, StageConfig, plan
 from torchship.pipeline.opening import open_stage
 from torchship.stage import Stage
 
@@ -101,3 +101,27 @@ def test_a_fault_in_a_branch_names_its_stage_and_leaves_all_well() -> None:
         with pytest.raises(StageFailed, match="stage 'raises' raised ZeroDivisionError"):
             composed(text("1,2,3"))
     composed.close()
+
+
+def test_a_class_that_cannot_be_made_and_a_module_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_stage.py").write_text("1 / 0\n")
+    (tmp_path / "fussy_stage.py").write_text(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nfrom torchship import stage\n"
+        "if TYPE_CHECKING:\n    from numpy.typing import NDArray\n"
+        "@stage('x:FP32[1] -> y:FP32[1]')\nclass Fussy:\n    def __init__(self): raise OSError('no such camera')\n"
+        "    def __call__(self, x: NDArray): return x\n"
+        "@stage('x:FP32[1] -> y:FP32[1]')\nclass Silent: pass\n"
+        "@stage('x:FP32[1] -> y:FP32[1]')\ndef hidden(x: NDArray, *, n: NDArray = 1): return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BadConfig, match=r"'broken_stage:x' cannot be imported: ZeroDivisionError"):
+        plan(PipelineConfig("p", (StageConfig(run="broken_stage:x"),)))
+    found = plan(PipelineConfig("p", (StageConfig(run="fussy_stage:Fussy"),)))
+    with pytest.raises(StageFailed, match="fussy_stage:Fussy cannot be made: OSError: no such camera"):
+        Composed(found)
+    with pytest.raises(BadConfig, match="parameter 'n': its annotation 'NDArray' cannot be read"):
+        plan(PipelineConfig("p", (StageConfig(run="fussy_stage:hidden"),)))
+    with pytest.raises(BadConfig, match="Silent has no __call__"):
+        plan(PipelineConfig("p", (StageConfig(run="fussy_stage:Silent"),)))
