@@ -14,7 +14,7 @@ from torchship.lowering import program
 from torchship.lowering.needs import missing
 from torchship.lowering.torch_stage import TorchStage, blank, prepare
 from torchship.model import Model, to_torch
-from torchship.recipe import Options, Recipe, Step
+from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
@@ -46,10 +46,7 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     if place.has_bf16(hardware):
         wishes.append({"precision": "bf16"})
     wishes.append({"precision": "fp32"})
-    recipes = [Recipe("inductor", wish) for wish in wishes]
-    if model.calibration and not missing("torchao") and {"avx512_vnni", "avx_vnni"} & set(hardware.features):
-        recipes.append(Recipe("inductor", {}, (Step("unshare"), Step("quantize", {"scheme": "static"}))))
-    return recipes
+    return [Recipe("inductor", wish) for wish in wishes]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:

@@ -73,3 +73,26 @@ def put(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
         owner[int(name)] = module
     else:
         setattr(owner, name, module)
+
+
+def fold_batch_norms(model: Model, wiring: Wiring) -> None:
+    """Fold every batch norm into the convolution or linear layer that feeds it alone; the model's module is changed."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+    for norm in wiring.nodes:
+        before = norm.args[0] if wiring.kind(norm) == "batch_norm" else None
+        if not isinstance(before, torch.fx.Node) or wiring.only_user(before) is not norm:
+            continue
+        layer_path, norm_path = wiring.owner(before), wiring.owner(norm, tensors=(3, 1))
+        if not layer_path or not norm_path:
+            continue
+        layer: Any = model.module.get_submodule(layer_path)
+        batch_norm: Any = model.module.get_submodule(norm_path)
+        if type(layer) is torch.nn.Linear:
+            fused: Any = fuse_linear_bn_eval(layer, batch_norm)
+        elif type(layer) in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d):
+            fused = fuse_conv_bn_eval(layer, batch_norm)
+        else:
+            continue
+        put(model.module, layer_path, fused)
+        put(model.module, norm_path, torch.nn.Identity())

@@ -23,7 +23,7 @@ _SMALLEST = 1e-8
 
 
 def apply(model: Model, *, options: Options) -> Model:
-    """`rounds` (20) of equalization over all pairs. Batch norms must be folded first: put `fuse` before.
+    """`rounds` (20) of equalization over all pairs; batch norms are folded first, for they would undo it.
 
     Raises BuildFailed when the model cannot be exported, BadConfig for a wrong option.
     """
@@ -35,6 +35,7 @@ def apply(model: Model, *, options: Options) -> Model:
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise BadConfig(f"equalize: rounds is {rounds!r}, expected a number of 1 or more")
     changed = surgery.copied(model)
+    surgery.fold_batch_norms(changed, surgery.Wiring(changed))
     pairs = _pairs(surgery.Wiring(changed))
     with torch.no_grad():
         for _ in range(rounds):

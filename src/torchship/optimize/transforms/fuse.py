@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torchship.hardware import Hardware
 from torchship.model import Model
@@ -21,35 +21,10 @@ def apply(model: Model, *, options: Options) -> Model:
 
     changed = surgery.copied(model)
     wiring = surgery.Wiring(changed)
-    _fold(changed, wiring)
+    surgery.fold_batch_norms(changed, wiring)
     if options.get("in_place", True):
         _overwrite(changed, wiring)
     return changed
-
-
-def _fold(model: Model, wiring: Wiring) -> None:
-    import torch
-    from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-
-    from torchship.lowering import surgery
-
-    for norm in wiring.nodes:
-        before = norm.args[0] if wiring.kind(norm) == "batch_norm" else None
-        if not isinstance(before, torch.fx.Node) or wiring.only_user(before) is not norm:
-            continue
-        layer_path, norm_path = wiring.owner(before), wiring.owner(norm, tensors=(3, 1))
-        if not layer_path or not norm_path:
-            continue
-        layer: Any = model.module.get_submodule(layer_path)
-        batch_norm: Any = model.module.get_submodule(norm_path)
-        if type(layer) is torch.nn.Linear:
-            fused: Any = fuse_linear_bn_eval(layer, batch_norm)
-        elif type(layer) in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d):
-            fused = fuse_conv_bn_eval(layer, batch_norm)
-        else:
-            continue
-        surgery.put(model.module, layer_path, fused)
-        surgery.put(model.module, norm_path, torch.nn.Identity())
 
 
 def _overwrite(model: Model, wiring: Wiring) -> None:
