@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -15,11 +17,11 @@ import msgspec
 import pytest
 
 from tests.house.documents import DOCUMENTS, ROOT, anchors, blocks, commands, links, prose, tables
-from torchship import errors, plugins
+from torchship import errors, plugins, stages
 from torchship.cli import app
 from torchship.pipeline.config import StageConfig
 from torchship.serve import config as servers
-from torchship.stage import declaration, declared_parameters
+from torchship.stage import declared_parameters
 from torchship.stages.remote import Options
 from torchship.wire.status import status_of
 
@@ -202,14 +204,27 @@ def test_the_guards_limits_are_told() -> None:
         assert tuple(map(float, rows[words])) == limits
 
 
-def test_ready_made_stages_are_told_with_their_options() -> None:
-    for name, (_, options, values) in tables(DOCS / "pipelines.md", "## Ready-made stages").items():
-        module, _, attribute = name.partition(":")
-        body = getattr(importlib.import_module(module), attribute)
-        assert body.torchship_stage or declaration(body)
-        call = vars(body)["__call__"] if isinstance(body, type) else body
-        known = {parameter.name for parameter in declared_parameters(call)}
-        assert set(re.findall(r"(\w+)`?(?:,|$)", values)) - {"those", "of", "Nms"} <= known, name
-        if isinstance(body, type):
-            named = set(re.findall(r"`(\w+)`", f"`{options}`")) - {"imagenet", "Nms"}
-            assert named <= set(body.__init__.__annotations__), name  # type: ignore[misc]
+def ready_made() -> dict[str, Any]:
+    """Every declared function or class in the plain modules of ready-made stages."""
+    found = {}
+    for place in pkgutil.iter_modules(stages.__path__):
+        module = importlib.import_module(f"torchship.stages.{place.name}")
+        for name, body in vars(module).items():
+            if not place.ispkg and hasattr(body, "torchship_stage") and name == body.__name__:
+                found[f"{module.__name__}:{name}"] = body
+    return found
+
+
+def test_ready_made_stages_are_told_with_their_options_and_parameters() -> None:
+    told = tables(DOCS / "pipelines.md", "## Ready-made stages")
+    bodies = ready_made()
+    assert told.keys() == bodies.keys()
+    for name, (_, options, values) in told.items():
+        body = bodies[name]
+        made = isinstance(body, type)
+        known = {parameter.name for parameter in declared_parameters(vars(body)["__call__"] if made else body)}
+        taken = set(inspect.signature(body).parameters) if made else set()
+        if "those of `Nms" not in values:
+            assert set(re.findall(r"\w+", values)) == known, name
+            named = set(re.findall(r"`(\w+)`", f"`{options}`")) - {"imagenet"}
+            assert named == taken, name

@@ -26,7 +26,7 @@ _ABOUT = {
     "doctor": "Say what this machine can run, and why a model does not export.",
     "bench": "Load a server or an artifact and report throughput and latency.",
     "compare": "Compare two artifacts.",
-    "pipeline": "Check and draw a pipeline.",
+    "pipeline": "Check, draw and publish pipelines.",
     "faces": "Enrol, identify and verify faces.",
 }
 
