@@ -45,7 +45,8 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the guard found: agreement with the fp32 reference, and the user's metric where there is one.
 
     `error` is the largest relative L2 error over the outputs, `cosine` the smallest cosine similarity,
-    `top1` the share of rows with the reference's arg-max (None where no output is a classifier's).
+    `top1` the share of rows with the reference's arg-max (None where no output is a classifier's), `clear_top1` the
+    same among the `clear_rows` rows that the reference decides clearly.
     `metric` and `reference_metric` are the user's own.
     """
 
@@ -56,6 +57,8 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metric: float | None = None
     reference_metric: float | None = None
     reason: str = ""
+    clear_top1: float | None = None
+    clear_rows: int = 0
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

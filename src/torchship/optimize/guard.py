@@ -1,7 +1,8 @@
 """The Guard: compares a candidate's outputs with the eager fp32 reference and refuses what drifts too far.
 
 Default limits by the precision of the recipe (relative L2 error of the worst output, its cosine similarity, share of
-rows with the reference's arg-max where an output looks like a classifier's, [rows, classes]):
+rows with the reference's arg-max, among those that the reference decides clearly, where an output looks like a
+classifier's, [rows, classes]):
 
 | precision                  | error | cosine | top-1 |
 |----------------------------|-------|--------|-------|
@@ -27,6 +28,7 @@ from torchship.recipe import Recipe
 from torchship.tensors import FLOATS, Array, Signature, Tensors
 
 HOPELESS = 1e9  # the error of an output that cannot be compared; JSON has no infinity
+_TIE = 0.2  # in standard deviations of a row's scores
 _EXACT, _HALF, _INT8 = (2e-3, 0.9999, 0.99), (0.08, 0.995, 0.95), (0.30, 0.955, 0.90)
 _HALF_WORDS = ("fp16", "bf16", "tf32", "half", "f16")
 _INT8_WORDS = ("int8", "int4", "fp8", "quant", "prune", "uint8")
@@ -77,6 +79,8 @@ class Agreement:
     product: float = 0.0
     hits: int = 0
     rows: int = 0
+    clear_hits: int = 0
+    clear_rows: int = 0
 
     def add(self, reference: Array, candidate: Array, *, classifier: bool) -> None:
         """Take one batch in."""
@@ -88,8 +92,12 @@ class Agreement:
         self.candidate += float(np.square(b).sum())
         self.product += float(a @ b)
         if classifier:
-            self.hits += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
-            self.rows += reference.shape[0]
+            same = reference.argmax(-1) == candidate.argmax(-1)
+            clear = clearly_decided(reference)
+            self.hits += int(same.sum())
+            self.rows += len(same)
+            self.clear_hits += int((same & clear).sum())
+            self.clear_rows += int(clear.sum())
 
     @property
     def error(self) -> float:
@@ -103,6 +111,18 @@ class Agreement:
         """Cosine similarity; 1 for two zero vectors."""
         scale = math.sqrt(self.reference * self.candidate)
         return self.product / scale if scale > 0 else float(self.difference == 0)
+
+
+def clearly_decided(scores: Array) -> Array:
+    """Which rows of class scores have a best class that leads the second by 0.2 standard deviations of the row.
+
+    The others are ties: whoever swaps two classes there has not got worse.
+    """
+    wide = scores.astype(np.float64)
+    first_two = np.partition(wide, -2, axis=-1)[:, -2:]
+    with np.errstate(invalid="ignore"):
+        clear: Array = first_two[:, 1] - first_two[:, 0] > _TIE * wide.std(axis=-1)
+    return clear
 
 
 def is_classifier(reference: Array, *, signature: Signature, output: int) -> bool:
@@ -132,12 +152,14 @@ def agreement(reference: Iterable[Tensors], candidate: Iterable[Tensors], *, sig
             if fault or b is None:
                 return Verdict(passed=False, error=HOPELESS, cosine=0.0, reason=fault)
             sums[index].add(a, b, classifier=is_classifier(a, signature=signature, output=index))
-    rows = sum(part.rows for part in sums)
+    rows, clear = sum(part.rows for part in sums), sum(part.clear_rows for part in sums)
     return Verdict(
         passed=True,
         error=min(max((part.error for part in sums), default=0.0), HOPELESS),
         cosine=min((part.cosine for part in sums), default=1.0),
         top1=sum(part.hits for part in sums) / rows if rows else None,
+        clear_top1=sum(part.clear_hits for part in sums) / clear if clear else None,
+        clear_rows=clear,
     )
 
 
@@ -159,8 +181,8 @@ def _finite(array: Array) -> Array:
     return np.isfinite(array) if array.dtype.kind not in "biu" else np.ones(array.shape, bool)
 
 
-def judge(found: Verdict, *, guard: Guard, recipe: Recipe, rows: int) -> Verdict:
-    """The verdict on a measured agreement. `rows` is what it was measured on: one odd row is always forgiven for top-1.
+def judge(found: Verdict, *, guard: Guard, recipe: Recipe) -> Verdict:
+    """The verdict on a measured agreement; one odd row is always forgiven for top-1.
 
     Pure: the same numbers and limits give the same verdict.
     """
@@ -173,10 +195,11 @@ def judge(found: Verdict, *, guard: Guard, recipe: Recipe, rows: int) -> Verdict
         reasons.append(f"output error {found.error:.3g} is above {error:g}")
     if found.cosine < cosine and not (by_metric and guard.cosine is None):
         reasons.append(f"cosine {found.cosine:.4f} is below {cosine:g}")
-    if found.top1 is not None and not (by_metric and guard.top1 is None):
-        missed = round((1 - found.top1) * rows)
-        if missed > max(1, (1 - top1) * rows):
-            reasons.append(f"top-1 agreement {found.top1:.3f} is below {top1:g}")
+    if found.clear_top1 is not None and not (by_metric and guard.top1 is None):
+        missed = round((1 - found.clear_top1) * found.clear_rows)
+        if missed > max(1, (1 - top1) * found.clear_rows):
+            where = f"on the {found.clear_rows} rows that the reference decides clearly"
+            reasons.append(f"top-1 agreement {found.clear_top1:.3f} {where} is below {top1:g}")
     return msgspec.structs.replace(found, passed=not reasons, reason="; ".join(reasons))
 
 

@@ -196,7 +196,6 @@ def _proven(recipe: Recipe, key: str, folder: Path, course: Course, *, left: flo
         recipe=recipe,
         guard=course.guard,
         effort=course.effort,
-        rows=course.rows,
         answers=str(course.cache.root / "builds" / f"{folder.name}.answers"),
         device=course.device,
         threads=course.threads,
@@ -218,7 +217,7 @@ def _judged_again(trial: Trial, course: Course) -> Trial:
     if trial.verdict is None or trial.status == "failed" or trial.verdict.error >= HOPELESS:
         return trial
     raw = msgspec.structs.replace(trial.verdict, passed=True, reason="")
-    verdict = judge(raw, guard=course.guard, recipe=trial.recipe, rows=course.rows)
+    verdict = judge(raw, guard=course.guard, recipe=trial.recipe)
     return _status(msgspec.structs.replace(trial, verdict=verdict))
 
 

@@ -70,7 +70,6 @@ class ProofTask(msgspec.Struct, frozen=True):
     recipe: Recipe
     guard: Guard
     effort: Effort
-    rows: int
     answers: str
     device: str = "cpu"
     threads: int = 0
@@ -150,7 +149,7 @@ def prove_here(argument: Any) -> Any:
         (stage(tensorfile.load(path)) for path in _numbered(task.reference, "in")),
         signature=artifact.manifest.signature,
     )
-    found = judge(found, guard=task.guard, recipe=task.recipe, rows=task.rows) if not task.evaluate else found
+    found = judge(found, guard=task.guard, recipe=task.recipe) if not task.evaluate else found
     Path(task.answers).write_bytes(tensorfile.encode(stage(example)))
     if found.passed:
         if not _far_behind(points, task):
@@ -195,4 +194,4 @@ def _metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
     if not math.isfinite(metric):
         raise BadInput(f"the evaluate function returned {metric}", hint="it must return a finite number")
     measured = msgspec.structs.replace(found, metric=metric, reference_metric=task.reference_metric)
-    return judge(measured, guard=task.guard, recipe=task.recipe, rows=task.rows)
+    return judge(measured, guard=task.guard, recipe=task.recipe)
