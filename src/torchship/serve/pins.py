@@ -14,14 +14,14 @@ class Pins:
 
     def __init__(self) -> None:
         self._of: dict[str, Worker] = {}
-        self._queues: dict[Worker, deque[Visit]] = {}
+        self.queues: dict[Worker, deque[Visit]] = {}
 
     def __iter__(self) -> Iterator[Visit]:
-        for queue in self._queues.values():
+        for queue in self.queues.values():
             yield from queue
 
     def __bool__(self) -> bool:
-        return any(self._queues.values())
+        return any(self.queues.values())
 
     def put(self, visit: Visit, *, workers: Sequence[Worker]) -> bool:
         """Queue a visit for its worker; a new sequence gets the one with the fewest. False when there is none."""
@@ -32,12 +32,12 @@ class Pins:
             held = Counter(self._of.values())
             worker = min(workers, key=lambda one: (one.state != "ready", held[one]))
             self._of[visit.sequence] = worker
-        self._queues.setdefault(worker, deque()).append(visit)
+        self.queues.setdefault(worker, deque()).append(visit)
         return True
 
     def take(self) -> Iterator[tuple[Worker, Visit]]:
         """Visits whose workers have room now, one at a time."""
-        for worker, queue in self._queues.items():
+        for worker, queue in self.queues.items():
             while queue and worker.room:
                 visit = queue.popleft()
                 if not visit.job.done:
@@ -52,4 +52,4 @@ class Pins:
         names = [name for name, one in self._of.items() if one is worker]
         for name in names:
             del self._of[name]
-        return names, list(self._queues.pop(worker, ()))
+        return names, list(self.queues.pop(worker, ()))

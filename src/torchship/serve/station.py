@@ -121,10 +121,11 @@ class Station:
         queue = self.queue
         now = time.monotonic()
         sent = False
-        for pinned, visit in self.pins.take():
-            self._send(pinned, [visit], now)
-        while queue.rows > 0 or len(queue):
-            if self._blocked():
+        if self.pins.queues:
+            for pinned, visit in self.pins.take():
+                self._send(pinned, [visit], now)
+        while queue.rows:
+            if self.after and self._blocked():
                 break
             worker, at = self._choose(now)
             at = max(at, queue.ready_at())
@@ -165,6 +166,8 @@ class Station:
 
     def _take(self, now: float) -> list[Visit]:
         queue = self.queue
+        if len(self.workers) == 1 and self.signature.batched:
+            return queue.take(now)
         if self.signature.batched:
             idle = sum(1 for worker in self.workers if worker.room and not worker.flights)
             limit = -(-queue.rows // idle) if idle > 1 else 0
@@ -204,7 +207,8 @@ class Station:
 
     def gave(self, worker: Worker, flight: Flight, gave: Gave, memory: memoryview) -> None:
         """Hand the answers to the visits of a batch, and look for the next one."""
-        self.pump_soon()
+        if self.queue.rows or self.pins.queues:
+            self.pump_soon()
         try:
             self._gave(flight, gave, memory)
         except Exception as fault:  # whatever is wrong with an answer: nobody may wait for it forever
