@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import psutil
-import pytest
 from click.testing import CliRunner
 
 from tests.unit.artifact.made import colour
@@ -30,5 +29,5 @@ def test_an_artifact_is_served_and_measured(tmp_path: Path) -> None:
 def test_what_cannot_be_served_says_why(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, ["none", "--store", str(tmp_path), "--seconds", "0.1"])
     assert isinstance(done.exception, Unavailable)
-    with pytest.raises(Unavailable, match="the server did not start: .*none"):
-        raise done.exception
+    assert str(done.exception).startswith("the server did not start: ")
+    assert "none" in str(done.exception)

@@ -62,7 +62,11 @@ def _real() -> Iterator[Doors]:
             "grpc": {"port": 0},
             "control": {"repository": True, "shared_memory": True},
             "model": [
-                {"name": name, "run": f"tests.journeys.oip_stages:{stage}", "sequence_idle": 5.0 * (name == "sum")}
+                {
+                    "name": name,
+                    "run": f"tests.journeys.oip_stages:{stage}",
+                    **({"sequence_idle": 5.0} if name == "sum" else {}),
+                }
                 for name, stage in models.items()
             ],
         }
