@@ -275,8 +275,22 @@ def _publish(facts: Facts, store: Store, *, labels: Sequence[str], work: Path) -
         folders.write(folder / "examples" / "outputs.safetensors", answers.read_bytes())
     Report(facts).save(folder / "report")
     package.amend(folder, name=facts.name, timing=winner.timing, verdict=winner.verdict, labels=tuple(labels))
+    spare = portable([facts.trials[index] for index in facts.choice.ranking])
+    if spare is not None:
+        package.add_fallback(folder, other=spare.artifact)
     number = store.publish(folder, name=facts.name)
     return open_artifact(store.resolve(f"{facts.name}@{number}"), verify=False), number
+
+
+def portable(ranking: Sequence[Trial]) -> Trial | None:
+    """The best trial that opens on any machine, where the winner (the first) is native code."""
+    if not _is_native(ranking[0]):
+        return None
+    return next((trial for trial in ranking[1:] if not _is_native(trial)), None)
+
+
+def _is_native(trial: Trial) -> bool:
+    return bool(plugins.load("backends", name=trial.recipe.backend).KIND == "native")
 
 
 def _published(name: str, store: Store, winner: Trial, labels: Sequence[str]) -> tuple[Artifact, int] | None:
