@@ -336,6 +336,24 @@ def test_rest_over_http2(server: Running) -> None:
         assert peer.status(5)["grpc-status"] == "0"
 
 
+def test_a_stream_waits_for_its_window(server: Running) -> None:
+    """A model that could give a million answers gives only so many to a caller that takes none."""
+    ask = message("inference.ModelInferRequest")(model_name="text")
+    ask.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a" * 1000)
+    ask.parameters["count"].int64_param = 1_000_000
+    blob = ask.SerializeToString()
+    with Peer(server, settings=((4, 500),)) as peer:
+        peer.send(peer.call(1, "/inference.GRPCInferenceService/ModelStreamInfer", blob))
+        assert len(peer.until(h2.DATA, 1)[1]) == 500
+        peer.send(h2.frame(h2.PING, 0, 0, bytes(8)))
+        peer.until(h2.PING)
+        peer.send(h2.window_update(1, 2000))
+        got = 0
+        while got < 2000:
+            got += len(peer.until(h2.DATA, 1)[1])
+        assert got == 2000
+
+
 def test_headers_are_forwarded_and_deadlines_kept() -> None:
     async def listen(service: FakeService) -> Any:
         return await grpc.listen(service, port=0, front=rest.Front(service, forward="x-.*"))

@@ -64,6 +64,6 @@ class Answers:
         """The end of a streamed answer of REST."""
         self._link.put(exchange.stream, b"", b"", h2.frame(h2.DATA, h2.END_STREAM, exchange.stream.number))
 
-    async def drained(self) -> None:
+    async def drained(self, exchange: Exchange) -> None:
         """Wait until the peer has taken most of what was written."""
-        await self._link.drained()
+        await self._link.drained(exchange.stream)

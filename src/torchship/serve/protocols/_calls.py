@@ -51,7 +51,7 @@ class _Link(Protocol):
 
     def give(self, stream: Any) -> None: ...
 
-    async def drained(self) -> None: ...
+    async def drained(self, stream: Any) -> None: ...
 
 
 class Call:
@@ -197,7 +197,7 @@ class Call:
 
     async def drained(self) -> None:
         """Wait until the client has taken most of what was written."""
-        await self._link.drained()
+        await self._link.drained(self._stream)
 
     def finish(self, code: int = _OK, message: str = "") -> None:
         """End the call with a status."""

@@ -72,7 +72,7 @@ class Sink(Protocol):
         """The end of a streamed answer."""
         ...
 
-    async def drained(self) -> None:
+    async def drained(self, exchange: Exchange) -> None:
         """Wait until the peer has taken what was written."""
         ...
 
@@ -132,6 +132,10 @@ class Exchange:
         """End a streamed answer."""
         if not self.gone:
             self.sink.end(self)
+
+    async def drained(self) -> None:
+        """Wait until the caller has taken most of what was written."""
+        await self.sink.drained(self)
 
     def leave(self) -> None:
         """The caller went away: stop what was begun for it."""

@@ -51,7 +51,7 @@ class _Generation:
             if not exchange.started:
                 exchange.begin(content_type="text/event-stream", headers=(("cache-control", "no-cache"),))
             exchange.write(event)
-            await exchange.sink.drained()
+            await exchange.drained()
         if not exchange.started:
             exchange.begin(content_type="text/event-stream", headers=(("cache-control", "no-cache"),))
         exchange.end()

@@ -29,7 +29,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused", "_pending",
-        "_refused", "_since", "_site", "_waiter", "_writable", "transport",
+        "_refused", "_room", "_since", "_site", "_writable", "transport",
     )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
@@ -46,7 +46,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._refused = False
         self._writable = True
-        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
         self._since = site.now
         self.transport: asyncio.Transport
 
@@ -89,8 +89,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The peer has caught up."""
         self._writable = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._room.set()
         self._release()
 
     def data_received(self, data: bytes) -> None:
@@ -339,11 +338,11 @@ class Connection(asyncio.Protocol):
         else:
             exchange.ready = (exchange.ready or b"") + data
 
-    async def drained(self) -> None:
+    async def drained(self, exchange: Exchange) -> None:
         """Wait until the peer has taken most of what was written."""
-        if not self._writable:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+        while not self._writable:
+            self._room.clear()
+            await self._room.wait()
 
     # -- pace -----------------------------------------------------------------------------------------------------
 

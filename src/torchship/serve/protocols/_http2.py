@@ -18,6 +18,7 @@ from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
 
 _WINDOW = 1 << 24
+_AHEAD = 16  # pieces of a streamed answer that may wait for a window
 _LINGER = 2.0  # seconds that a peer with a fault may go on sending
 
 
@@ -38,7 +39,7 @@ class Connection2(asyncio.Protocol):
         self._retiring = False
         self._writable = True
         self._since = site.now
-        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
         self._answers = Answers(self, site)
         self._out: Outflow
         self.transport: asyncio.Transport
@@ -77,17 +78,15 @@ class Connection2(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The peer has caught up."""
         self._writable = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._room.set()
         if not self._closing and not self.transport.is_closing():
             self.transport.resume_reading()
 
-    async def drained(self) -> None:
-        """Wait until the peer has taken most of what was written."""
-        if not self._writable:
-            if self._waiter is None or self._waiter.done():
-                self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+    async def drained(self, stream: Stream) -> None:
+        """Wait until the peer has taken most of what was written, and its windows let some of the rest through."""
+        while not self._writable or (stream.waiting is not None and len(stream.waiting) > _AHEAD):
+            self._room.clear()
+            await self._room.wait()
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the peer."""
@@ -204,9 +203,8 @@ class Connection2(asyncio.Protocol):
         if stream.size > self._site.limits.body + 5:
             self._too_large(stream)
             return
-        partner = stream.partner
-        if partner is not None and stream.head.rpc is not None and stream.head.rpc.client_streams:
-            partner.feed()
+        if stream.partner is not None and stream.head.rpc is not None and stream.head.rpc.client_streams:
+            stream.partner.feed()
         elif not ended:
             self.give(stream)
         if ended:
@@ -244,11 +242,11 @@ class Connection2(asyncio.Protocol):
             stream.taken = 0
 
     def _too_large(self, stream: Stream) -> None:
-        limit = self._site.limits.body
+        text = f"there are more than {self._site.limits.body} bytes"
         if stream.head.rpc is not None:
-            stream.partner.finish(8, f"the message is larger than {limit} bytes")
+            stream.partner.finish(8, text)
         else:
-            self._answers.begin_exchange(stream, HttpFault(413, f"the body is larger than {limit} bytes"))
+            self._answers.begin_exchange(stream, HttpFault(413, text))
 
     def _ended(self, stream: Stream) -> None:
         """The peer has said all."""
@@ -257,9 +255,9 @@ class Connection2(asyncio.Protocol):
         head = stream.head
         if head.length >= 0 and head.length != stream.size:
             raise StreamFault(stream.number, h2.PROTOCOL_ERROR)
-        if head.rpc is not None:
+        if head.rpc is not None and stream.partner is not None:
             stream.partner.complete()
-        elif stream.partner is None:
+        elif stream.number in self._streams and stream.partner is None:
             self._answers.begin_exchange(stream)
 
     def _on_window(self, flags: int, number: int, payload: bytes) -> None:
@@ -319,6 +317,7 @@ class Connection2(asyncio.Protocol):
     def _pump(self) -> None:
         for stream in self._out.pump(self._site.now):
             self._finished(stream)
+        self._room.set()
 
     def _finished(self, stream: Stream) -> None:
         """All is sent: the stream is closed, whatever the peer still wanted to say."""
@@ -326,6 +325,7 @@ class Connection2(asyncio.Protocol):
             self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
             stream.hold(self._site, 0)
         self._streams.pop(stream.number, None)
+        stream.partner = None  # it knows the stream: no circles for the garbage collector
         self._since = self._site.now
         if self._retiring and not self._streams:
             self._hang_up(h2.NO_ERROR, "")
@@ -344,6 +344,7 @@ class Connection2(asyncio.Protocol):
         self._out.forget(stream)
         if stream.partner is not None:
             stream.partner.leave()
+            stream.partner = None
         if self._retiring and not self._streams and not self._closing:
             self._hang_up(h2.NO_ERROR, "")
 
