@@ -118,7 +118,7 @@ def test_graph_breaks_carry_the_users_lines() -> None:
         ("Random", "unstable output", "bad"),
         ("SideEffect", "side effect in Python", "warn"),
         ("DataIf", "data-dependent if", "warn"),
-        ("Odd", "train mode", "bad"),
+        ("Odd", "train mode", "warn"),
         ("Odd", "shared module", "warn"),
         ("Odd", "loose tensor", "warn"),
         ("Odd", "non-contiguous weights", "info"),
