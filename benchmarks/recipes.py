@@ -129,7 +129,7 @@ def _refused(contestant: Contestant) -> str:
     from torchship.recipe import Recipe
 
     found = Verdict(passed=True, **contestant.agreement)
-    return judge(found, guard=Guard(), recipe=Recipe(contestant.name), rows=32).reason
+    return judge(found, guard=Guard(), recipe=Recipe(contestant.name)).reason
 
 
 def _drop_hopeless(entered: list[Contestant], batch: int, rows: list[tuple[str, str]]) -> list[Contestant]:
