@@ -146,9 +146,7 @@ class Connection2(asyncio.Protocol):
             self._site.route(head)
             self._fields.remember(block, head)
         self._last = number
-        if self._retiring:
-            raise StreamFault(number, h2.REFUSED_STREAM)
-        if len(self._streams) >= self._site.limits.streams:
+        if self._retiring or len(self._streams) >= self._site.limits.streams:
             self._pace.count(h2.HEADERS, self._site.now)
             raise StreamFault(number, h2.REFUSED_STREAM)
         stream = Stream(number, head, self._out.initial)
