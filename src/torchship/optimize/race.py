@@ -144,7 +144,9 @@ def attempt(recipe: Recipe, *, course: Course, left: float, done: Sequence[Trial
     else:
         found = _proven(recipe, proof_key, folder, course, left=left - build_s, done=done)
         found = msgspec.structs.replace(found, build_s=build_s, seconds=time.monotonic() - started)
-    if not found.failure.startswith(_PASSING):
+    if found.failure.startswith("did not finish") and left < course.limits.timeout:
+        found = msgspec.structs.replace(found, status="skipped", failure="the budget ended while it ran")
+    elif not found.failure.startswith(_PASSING):
         course.cache.keep_trial(proof_key, found)
     return found
 
