@@ -76,6 +76,15 @@ def test_a_document_that_lies_is_found(tmp_path: Path) -> None:
     assert "no parameter ['top_j']" in found
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_files_of_the_examples_are_accepted(path: Path) -> None:
+    from torchship.optimize.targets import recipes_at
+
+    assert recipes_at(str(path)) if path.name == "recipes.toml" else servers.read(path).model
+
+
 @pytest.mark.parametrize(("document", "line"), LINES, ids=[f"{name}: {line[:50]}" for name, line in LINES])
 def test_a_command_exists_with_its_options(document: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     understood(line, monkeypatch)

@@ -70,6 +70,7 @@ def places_in(text: str) -> list[Place]:
 
 
 def place_at(file: str, line: int, function: str) -> Place:
+    """The place with its line of code, its file named from the current folder where it lies below."""
     path = Path(file)
     shown = str(path.resolve()) if path.exists() else file
     return Place(shown, line, function, linecache.getline(shown, line).strip())
