@@ -70,7 +70,7 @@ def places_in(text: str) -> list[Place]:
 
 
 def place_at(file: str, line: int, function: str) -> Place:
-    """The place with its line of code, its file named from the current folder where it lies below."""
+    """The place with its line of code; an existing file is named by its whole path."""
     path = Path(file)
     shown = str(path.resolve()) if path.exists() else file
     return Place(shown, line, function, linecache.getline(shown, line).strip())
