@@ -37,6 +37,7 @@ def visit(name: str, *, options: argparse.Namespace, folder: Path) -> Row:
     import torchship
     from benchmarks import zoo_models
     from torchship.errors import TorchshipError
+    from torchship.optimize.capture import capture
     from torchship.optimize.measure import Effort
 
     started = time.monotonic()
@@ -62,7 +63,8 @@ def visit(name: str, *, options: argparse.Namespace, folder: Path) -> Row:
         silent = [trial.recipe.label for trial in report.trials if not (trial.failure or trial.verdict)]
         words = f"no words from {silent}" if silent else report.facts.choice.reason
         return Row(name, "wrong" if silent else "diagnosed", 0.0, words, time.monotonic() - started)
-    fault_found = disagreement(report, module, unseen, threads=options.threads)
+    flat = capture(module, [torchship.TensorSpec.parse(text) for text in specs]).module  # rows first in every output
+    fault_found = disagreement(report, flat, unseen, threads=options.threads)
     state = "wrong" if fault_found else "optimized"
     words = fault_found or report.winner.recipe.label
     return Row(name, state, report.speedup, words, time.monotonic() - started)
@@ -77,7 +79,7 @@ def disagreement(report: Any, module: Any, unseen: Sequence[Any], *, threads: in
     stage = report.artifact.open(threads=threads, trust=True)
     signature = stage.signature
     with torch.inference_mode():
-        eager = _flat(module(*unseen))
+        eager = module(*unseen)
     given = {spec.name: tensor.numpy() for spec, tensor in zip(signature.inputs, unseen, strict=True)}
     answer = stage(given)
     stage.close()
@@ -90,13 +92,6 @@ def disagreement(report: Any, module: Any, unseen: Sequence[Any], *, threads: in
     if found.reason or found.error > 3 * error:
         return f"{report.winner.recipe.label}: error {found.error:.3g} on unseen data {found.reason}"
     return ""
-
-
-def _flat(output: Any) -> list[Any]:
-    """The tensors of an output in the order in which capture names them."""
-    from torchship.optimize.flatten import outline
-
-    return [tensor for _, _, tensor in outline(output)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

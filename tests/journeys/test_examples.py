@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from examples.detector import boxes, scenes
 from examples.detector.model import BACKBONES, Detector, csp
 from examples.text import sentences
 from examples.text.model import minilm
-from msgspec.structs import replace
 
 from torchship import plugins
 from torchship.optimize import search
@@ -39,10 +38,6 @@ def _packed(module: torch.nn.Module, inputs: list[str], recipe: Recipe, place: P
     return stage
 
 
-def _size(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.iterdir())
-
-
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_gives_boxes_of_one_shape(name: str) -> None:
     with torch.inference_mode():
@@ -53,16 +48,15 @@ def test_every_backbone_gives_boxes_of_one_shape(name: str) -> None:
 
 def test_the_detector_is_packed_with_a_precision_for_each_part(tmp_path: Path) -> None:
     recipe = recipes_at("examples/detector/recipes.toml")[0]
-    everywhere = replace(recipe, options={"precision": "int8"})
     data = [batch for batch, _ in zip(scenes.calibration(), range(3), strict=False)]
     inputs = ["image:FP32[-1,3,160,160]"]
     module = csp()
     stage = _packed(module, inputs, recipe, tmp_path / "mixed", data)
-    _packed(module, inputs, everywhere, tmp_path / "int8", data).close()
     assert scenes.f1(stage, pictures=30) > 0.9  # the weights in the folder are trained
     head = sum(tensor.nbytes for tensor in module.head.parameters())
-    saved = _size(tmp_path / "mixed") - _size(tmp_path / "int8")
-    assert saved == pytest.approx(head * 3 / 4, rel=0.25)  # the head keeps four bytes a weight, the rest has one
+    rest = sum(tensor.nbytes for tensor in (*module.backbone.parameters(), *module.neck.parameters()))
+    size = (tmp_path / "mixed" / "model.bin").stat().st_size
+    assert head + rest / 4 == pytest.approx(size, rel=0.15)  # four bytes a weight in the head, one in the rest
     stage.close()
 
 
@@ -100,9 +94,10 @@ def test_the_rewrites_of_the_cascade_answer_alike() -> None:
             assert all(torch.allclose(first, other, atol=1e-6) for other in others)
 
 
-def test_a_branch_is_served_by_the_backends_that_run_python(tmp_path: Path) -> None:
+def test_a_branch_is_kept_by_what_wins(tmp_path: Path) -> None:
+    module = branching.cascade()
     report = search.optimize(
-        branching.cascade(),
+        module,
         [TensorSpec.parse("x:FP32[-1,32]")],
         recipes=[Recipe("onnxruntime", {"precision": "fp32"})],
         store=tmp_path / "store",
@@ -113,13 +108,12 @@ def test_a_branch_is_served_by_the_backends_that_run_python(tmp_path: Path) -> N
     assert report.artifact is not None
     signature: Signature = report.artifact.manifest.signature
     assert not signature.batched  # the branch looks at the whole batch
-    failed = {trial.recipe.backend: trial.failure for trial in report.trials if trial.status == "failed"}
-    assert "onnxruntime" in failed
-    assert failed["onnxruntime"]
+    assert all(trial.status == "ok" or trial.failure for trial in report.trials)
     stage = report.artifact.open(threads=1, trust=True)
-    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
-    answer: Mapping[str, Any] = stage({"x": rows.numpy()})
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
-        expected = branching.cascade()(rows).numpy()
-    assert np.allclose(answer[signature.outputs[0].name], expected, atol=1e-5)
+        sure = rows[module.small(rows).softmax(1).amax(1) > 0.9]
+        for batch in (sure, rows):  # the two ways through the cascade
+            answer = stage({"x": batch.numpy()})[signature.outputs[0].name]
+            assert np.allclose(answer, module(batch).numpy(), atol=1e-4)
     stage.close()
