@@ -41,7 +41,7 @@ class LayerNoise(msgspec.Struct, frozen=True):
         return self.layer_db if self.output_db is None else self.output_db
 
 
-def sensitivity(model: Model, *, rows: int = 16, seconds: float = 60.0) -> list[LayerNoise]:
+def sensitivity(model: Model, *, rows: int = 8, seconds: float = 60.0) -> list[LayerNoise]:
     """The modules that hold convolutions and matrix products, worst first, on at most `rows` rows of calibration data.
 
     Every module's own noise is measured in one pass; then, worst first and for at most `seconds`, its effect on the
@@ -64,7 +64,7 @@ def sensitivity(model: Model, *, rows: int = 16, seconds: float = 60.0) -> list[
         ranked = []
         for path in sorted(own, key=own.__getitem__):
             late = time.monotonic() > deadline
-            at_output = None if late else _at_output(graph, inputs, set(by_path[path]), wanted)
+            at_output = None if late else _at_output(graph, local.env, set(by_path[path]), wanted)
             ranked.append(LayerNoise(path, own[path], at_output))
     return sorted(ranked, key=lambda layer: (layer.output_db is None, layer.db))
 
@@ -93,7 +93,7 @@ class _LocalNoise(Interpreter):
     """Runs in float; at each layer also computes what int8 would have answered to the same inputs."""
 
     def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph)
+        super().__init__(graph, garbage_collect_values=False)  # later passes start from what this one computed
         self.found: dict[Node, float] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -118,10 +118,14 @@ class _OneQuantized(Interpreter):
         return _quantized_call(n, args, kwargs)
 
 
-def _at_output(
-    graph: GraphModule, inputs: Sequence[torch.Tensor], chosen: set[Node], wanted: Sequence[torch.Tensor]
-) -> float:
-    found = _flat(_OneQuantized(graph, chosen).run(*inputs))
+def _at_output(graph: GraphModule, floats: dict[Node, Any], chosen: set[Node], wanted: Sequence[torch.Tensor]) -> float:
+    """What the outputs lose when only `chosen` is quantized; everything before it is taken from the float pass."""
+    before: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node in chosen:
+            break
+        before[node] = floats[node]
+    found = _flat(_OneQuantized(graph, chosen).run(initial_env=before))
     return min((noise_db(w, f) for w, f in zip(wanted, found, strict=True)), default=_CLEAN)
 
 
