@@ -39,11 +39,12 @@ def visit(name: str, *, options: argparse.Namespace, folder: Path) -> Row:
     from torchship.errors import TorchshipError
     from torchship.optimize.capture import capture
     from torchship.optimize.measure import Effort
+    from torchship.optimize.search import optimize
 
     started = time.monotonic()
     try:
         module, specs, unseen = zoo_models.subject(name)
-        report = torchship.optimize(
+        report = optimize(
             module,
             [torchship.TensorSpec.parse(text) for text in specs],
             calibration=zoo_models.calibration(name),
