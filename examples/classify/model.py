@@ -33,8 +33,7 @@ def labels() -> list[str]:
 
 
 def photos() -> list[Path]:
-    """Real photos that come with scikit-image, scikit-learn and matplotlib."""
-    import matplotlib
+    """Real photos that come with scikit-image and scikit-learn."""
     import skimage.data
     import sklearn.datasets
 
@@ -45,7 +44,6 @@ def photos() -> list[Path]:
         *(skimage_folder / name for name in names.split()),
         sklearn_folder / "china.jpg",
         sklearn_folder / "flower.jpg",
-        Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg",
     ]
 
 
