@@ -41,7 +41,7 @@ def optimize() -> None:
         "--input", "image:FP32[-1,3,224,224]",
         "--data", "examples.classify.model:calibration",
         "--labels", "examples.classify.model:labels",
-        "--backends", "onnxruntime,openvino,inductor",
+        "--backends", "onnxruntime,openvino",
         "--name", NAME,
         "--store", str(STORE.relative_to(ROOT)),
         "--report", str(REPORT.relative_to(ROOT)),

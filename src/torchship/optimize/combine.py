@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torchship import plugins
 from torchship.hardware import Hardware
+from torchship.lowering.needs import missing
 from torchship.lowering.program import PROGRAM
 from torchship.model import Model
 from torchship.optimize.trial import Trial
@@ -25,12 +26,19 @@ def combined(model: Model, *, hardware: Hardware, among: Sequence[str]) -> list[
     found: list[tuple[int, Recipe]] = []
     for backend in among:
         for rank, name in enumerate(_TAKES.get(backend, ())):
+            if reason_against(name):
+                continue
             steps: list[tuple[Step, ...]] = [(Step(name, options),) for options in _proposals(name, model, hardware)]
             if name == "quantize" and backend == "inductor" and model.calibration:
                 # a module called twice, as torchvision's ReLUs are, stops the quantizer
                 steps.insert(0, (Step("unshare"), Step(name, _STATIC)))
             found += [(2 + rank, Recipe(backend, {}, step)) for step in steps]
     return found
+
+
+def reason_against(transform: str) -> str:
+    """Why a transform cannot be applied here; empty when it can."""
+    return missing("torchao") if transform == "quantize" else ""
 
 
 def equalized(recipe: Recipe, *, model: Model, hardware: Hardware) -> Recipe | None:

@@ -95,6 +95,8 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
         ranked += [(rank, place, recipe) for rank, recipe in enumerate(found)]
         more = combine.combined(model, hardware=hardware, among=[name])
         ranked += [(rank, place, recipe) for rank, recipe in more]
+    if reason := combine.reason_against("quantize"):
+        reasons["torch's own int8"] = reason
     ranked.sort(key=lambda item: item[:2])
     eager = Recipe("eager")
     others = [recipe for _, _, recipe in ranked if recipe != eager]
