@@ -44,7 +44,11 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_behind(tmp_path: Path) -> 
         watch.wait(0.1)
     watch.wait(0.5)
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    try:
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
     assert child.returncode == 0, err
     told = json.loads(out)
     statuses = {trial["recipe"]["backend"]: trial["status"] for trial in told["report"]["trials"]}
