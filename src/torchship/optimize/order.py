@@ -14,7 +14,8 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
 
     The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not; among
     those, each backend's first proposal, in the given order, then the proposals of the backend whose best valid
-    trial was best for the goal. A backend that only failed so far comes last. Pure.
+    trial was best for the goal; one that was only refused so far counts as that good too. A backend that only failed
+    comes last. Pure.
     """
     if not done:
         return 0
@@ -28,6 +29,11 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
         if is_valid(trial) and trial.timing is not None:
             group = _group(trial.recipe)
             best[group] = min(best[group], cost(trial.timing, goal=goal))
+    promising = min(best.values(), default=0.0)
+    for trial in done:
+        if trial.status == "refused":  # one recipe drifted; the same engine at another precision may still win
+            group = _group(trial.recipe)
+            best[group] = min(best[group], promising)
     return min(places, key=lambda place: (best[_group(waiting[place])], place))
 
 

@@ -60,3 +60,10 @@ def test_what_runs_on_an_accelerator_comes_first() -> None:
     assert next_up(waiting, done, goal="latency") == 1
     assert next_up([waiting[0]], done, goal="latency") == 0
     assert next_up([Recipe("eager"), *waiting], [], goal="latency") == 0
+
+
+def test_a_backend_that_was_only_refused_is_tried_again_before_slower_ones() -> None:
+    done = [trial("slow", p50=9), trial("fast", p50=3), trial("drifts", p50=1, status="refused", passed=False)]
+    waiting = [Recipe("drifts"), Recipe("slow"), Recipe("fast")]
+    assert next_up(waiting, done, goal="latency") == 0
+    assert next_up(waiting[1:], done, goal="latency") == 1
