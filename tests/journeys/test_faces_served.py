@@ -19,7 +19,7 @@ from tests import face_kit
 JPEG = {"content-type": "image/jpeg"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # one for each test: another test kills workers
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, psutil.Process]]:
     folder = tmp_path_factory.mktemp("served")
     log = folder / "log"
