@@ -26,6 +26,7 @@ def test_the_models_agree_with_onnxruntime() -> None:
 import numpy as np, onnxruntime, torch
 from torchship.migrate.faces import Detector, Embedder
 from torchship.stages.faces import weights
+from torchship.stages.faces.embedders import embedder
 random = np.random.default_rng(0)
 x = random.integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
 with torch.inference_mode():
@@ -38,7 +39,7 @@ for name, value in zip(("loc", "face", "landmarks"), theirs, strict=True):
     assert np.allclose(ours[name].numpy(), value, atol=1e-4), name
 x = random.integers(0, 256, (3, 112, 112, 3), dtype=np.uint8)
 with torch.inference_mode():
-    ours = Embedder(weights.fetch("fr_feature")).eval()(torch.from_numpy(x))["embedding"].numpy()
+    ours = Embedder(embedder()).eval()(torch.from_numpy(x))["embedding"].numpy()
 session = onnxruntime.InferenceSession(weights.fetch("fr_feature"))
 for row in range(3):
     given = ((x[row : row + 1, ..., ::-1].astype(np.float32) - 127) / 128).transpose(0, 3, 1, 2)

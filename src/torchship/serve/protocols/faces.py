@@ -20,7 +20,7 @@ from torchship.serve.protocols._routes import Route
 from torchship.serve.protocols._served import Served
 from torchship.stage import Value
 from torchship.stages.faces import enrolment, recipes
-from torchship.stages.faces.embedders import embedder
+from torchship.stages.faces.embedders import Embedder, embedder
 from torchship.stages.faces.quality import Gate
 from torchship.stages.gallery.gallery import Enrolment, Gallery
 from torchship.tensors import Tensors
@@ -30,17 +30,27 @@ _MOST_PICTURES = 32
 
 
 def configuration(
-    *, gallery: str, store: str = "", http_host: str = "127.0.0.1", http_port: int = 8000, copies: int = 1
+    *,
+    gallery: str,
+    store: str = "",
+    http_host: str = "127.0.0.1",
+    http_port: int = 8000,
+    copies: int = 1,
+    model: str = "",
 ) -> dict[str, Any]:
     """A whole server for faces, as plain data: the same that a TOML file holds.
 
+    `model` names the embedder; without it the gallery's own, or the default for a new one.
+
     One pipeline answers every request: its stages are processes, and three pipelines would hold each model three times.
     """
+    chosen = embedder(model, gallery=gallery)
+    options = {"gallery": gallery, "model": chosen.name}
     return {
         "http": {"host": http_host, "port": http_port},
         "store": {"root": store},
-        "model": [recipes.identify(gallery, copies=copies)],
-        "mount": [{"run": "torchship.serve.protocols.faces:mount", "options": {"gallery": gallery}}],
+        "model": [recipes.identify(gallery, model=chosen, copies=copies)],
+        "mount": [{"run": "torchship.serve.protocols.faces:mount", "options": options}],
     }
 
 
@@ -51,14 +61,16 @@ def mount(
     detect: str = "faces",
     embed: str = "faces",
     identify: str = "faces",
+    model: str = "",
     keep_faces: bool = True,
     gate: dict[str, float] = {},
 ) -> list[Route]:
     """The routes. `detect`, `embed` and `identify` name the served pipelines, `gate` limits enrolment,
-    `keep_faces` keeps a cut-out of every enrolled face, so that the gallery can move to another embedder."""
-    model = embedder()
-    book = Gallery(gallery, model=model.space, width=model.width)
-    pictures = _Pictures(service, detect=detect, embed=embed, identify=identify)
+    `keep_faces` keeps a cut-out of every enrolled face, so that the gallery can move to another embedder.
+    `model` names the embedder of the pipelines; without it the gallery's own, or the default for a new one."""
+    chosen = embedder(model, gallery=gallery)
+    book = Gallery(gallery, model=chosen.space, width=chosen.width)
+    pictures = _Pictures(service, chosen, detect=detect, embed=embed, identify=identify)
     people = _People(pictures, book, keep_faces=keep_faces, gate=msgspec.convert(gate, Gate))
     return [
         Route("POST", "/v1/faces/detect", pictures.detect, "infer"),
@@ -79,8 +91,8 @@ def mount(
 class _Pictures:
     """What is done with pictures, by way of the served pipelines."""
 
-    def __init__(self, service: Served, *, detect: str, embed: str, identify: str) -> None:
-        self._service = service
+    def __init__(self, service: Served, model: Embedder, *, detect: str, embed: str, identify: str) -> None:
+        self._service, self._model = service, model
         self._detect, self._embed, self._identify = detect, embed, identify
 
     async def detect(self, exchange: Exchange) -> None:
@@ -94,7 +106,7 @@ class _Pictures:
         faces = _faces(found)
         for face, vector in zip(faces, found["embedding"], strict=True):
             face["embedding"] = [round(float(value), 6) for value in vector]
-        exchange.answer_json({"faces": faces, "model": embedder().space})
+        exchange.answer_json({"faces": faces, "model": self._model.space})
 
     async def verify(self, exchange: Exchange) -> None:
         """Two pictures: whether their largest faces are one person's."""
@@ -103,7 +115,7 @@ class _Pictures:
         if len(pair) != 2:
             raise BadInput(f"verify takes two pictures, here are {len(pair)}", hint="name them first and second")
         values = _parameters(exchange)
-        threshold = float(values.pop("threshold", embedder().threshold))
+        threshold = float(values.pop("threshold", self._model.threshold))
         both = await asyncio.gather(*(self.embedded(picture, values) for picture in pair))
         rows = [enrolment.largest(found, what=what) for found, what in zip(both, ("first", "second"), strict=True)]
         first, second = (found["embedding"][row] for found, row in zip(both, rows, strict=True))

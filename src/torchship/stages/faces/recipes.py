@@ -7,7 +7,6 @@ from typing import Any
 from torchship.stages.faces.embedders import Embedder, embedder
 
 DETECTOR = "face-detector"
-EMBEDDER = "face-embedder"
 DETECT_OUTPUTS = ("box", "score", "points")
 FACE_OUTPUTS = (*DETECT_OUTPUTS, "quality", "embedding")
 MATCH_OUTPUTS = (*FACE_OUTPUTS, "person", "known", "similarity", "nearest", "answer")
@@ -27,13 +26,14 @@ def detect(*, detector: str = DETECTOR, copies: int = 1, name: str = "face-detec
 
 
 def embed(
-    *, detector: str = DETECTOR, embedding: str = EMBEDDER, copies: int = 1, name: str = "face-embed"
+    *, detector: str = DETECTOR, model: Embedder | None = None, copies: int = 1, name: str = "face-embed"
 ) -> dict[str, Any]:
-    """Picture in, faces out with their `quality` and `embedding`."""
+    """Picture in, faces out with their `quality` and `embedding` by `model`."""
+    model = model or embedder()
     stages = [
         *detect(detector=detector, copies=copies)["stages"],
-        {"run": "torchship.stages.faces:Align"},
-        {"artifact": embedding, "name": "embed", "threads": 1, "copies": copies},
+        {"run": "torchship.stages.faces:Align", "options": {"side": model.side, "template": model.template}},
+        {"artifact": model.artifact, "name": "embed", "threads": 1, "copies": copies},
     ]
     return {"name": name, "stages": stages, "outputs": list(FACE_OUTPUTS)}
 
@@ -42,7 +42,6 @@ def identify(
     gallery: str,
     *,
     detector: str = DETECTOR,
-    embedding: str = EMBEDDER,
     model: Embedder | None = None,
     copies: int = 1,
     name: str = "faces",
@@ -50,7 +49,7 @@ def identify(
     """Picture in, faces out with the `person` that each is, if any; `answer` is the same as JSON."""
     model = model or embedder()
     stages = [
-        *embed(detector=detector, embedding=embedding, copies=copies)["stages"],
+        *embed(detector=detector, model=model, copies=copies)["stages"],
         {
             "run": "torchship.stages.gallery:Match",
             "options": {"gallery": gallery, "model": model.space, "width": model.width},

@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Meta
 from PIL import Image
 
+from torchship.errors import BadConfig
 from torchship.stage import stage
 from torchship.stages.faces import geometry, quality
 from torchship.stages.images import element
@@ -93,13 +94,18 @@ class Find:
     "-> chip:UINT8[0..,112,112,3], quality:FP32[0..,4]"
 )
 class Align:
-    """Each face upright in a small square `chip`, and its `quality`: size in pixels, sharpness, yaw, pitch."""
+    """Each face upright in a small square `chip`, and its `quality`: size in pixels, sharpness, yaw, pitch.
 
-    def __init__(self, *, side: int = CHIP) -> None:
-        self._side = side
+    `template` says where the embedder wants the face: `arcface` or `dlib`. Quality is always measured on the first.
+    """
+
+    def __init__(self, *, side: int = CHIP, template: str = "arcface") -> None:
+        if template not in geometry.TEMPLATES:
+            raise BadConfig(f"template is {template!r}", hint=f"use one of {', '.join(geometry.TEMPLATES)}")
+        self._side, self._template = side, template
 
     @classmethod
-    def declare(cls, *, side: int = CHIP) -> str:
+    def declare(cls, *, side: int = CHIP, **_: object) -> str:
         """The signature for these options."""
         return (
             "pixels:UINT8[1,-1,-1,3], frame:FP32[1,4], box:FP32[0..,4], points:FP32[0..,5,2] "
@@ -111,8 +117,10 @@ class Align:
         chips = np.empty((len(points), self._side, self._side, 3), np.uint8)
         measured = np.empty((len(points), 4), np.float32)
         for row, five in enumerate(points):
-            chips[row] = geometry.chip(pixels[0], five * shrink, side=self._side)
-            measured[row] = quality.measure(chips[row], five, box[row])
+            seen = chips[row] = geometry.chip(pixels[0], five * shrink, side=self._side, template=self._template)
+            if (self._side, self._template) != (CHIP, "arcface"):
+                seen = geometry.chip(pixels[0], five * shrink, side=CHIP)
+            measured[row] = quality.measure(seen, five, box[row])
         return chips, measured
 
 

