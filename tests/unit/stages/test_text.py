@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples.text.model import weights_folder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from torchship.errors import BadConfig, BadInput, NotFound
@@ -47,6 +48,37 @@ def test_tokens(file: str) -> None:
     assert ids.tolist() == [[2, 4, 4, 3]]
     assert Tokenize(tokenizer=file, multiple=1)(texts("héllo".encode()))[0].tolist() == [[2, 1, 3]]
     assert "tokens:1..16" in Tokenize.declare(max_length=10)
+
+
+# Between [CLS] and [SEP], by the plain-Python BertTokenizer of transformers 4.44.2 with MiniLM's vocabulary.
+REFERENCE = {
+    "": [],
+    " \t\r\n": [],
+    "Héllo Wörld ÀÉÎÕÜ": [7592, 2088, 29347, 3695, 2226],
+    "e\u0301 combining \u0327c": [1041, 11566, 1039],
+    "中文字符测试": [1746, 1861, 100, 100, 100, 100],
+    "ひら 한국어": [1673, 30211, 1469, 30006, 30021, 29991, 30014, 30020, 29999, 30008],
+    "😀 👩\u200d👩\u200d👧 🇩🇪": [100, 100, 100],
+    "a" * 101: [100],
+    "zero\u200bwidth\u200djoin\ufeffbom": [5717, 9148, 11927, 2232, 5558, 2378, 5092, 2213],
+    "soft\u00adhyphen null\x00byte \ufffd": [3730, 10536, 8458, 2368, 19701, 3762, 2618],
+    "[CLS] [sep] [MASK]": [101, 1031, 19802, 1033, 103],
+    "\u0130stanbul \u0131I \u1e9eß Σς": [9960, 1104, 2072, 1096, 19310, 1173, 19579],
+    "\ufb01ne Ⅷ ½ ™ \uff21\uff22\uff23\uff11": [1984, 2638, 100, 1092, 1580, 100],
+    "العربية": [1270, 23673, 29830, 17149, 29816, 14498, 19433],
+    "don't $1,000.50 C++": [2123, 1005, 1056, 1002, 1015, 1010, 2199, 1012, 2753, 1039, 1009, 1009],
+    "##ing": [1001, 1001, 13749],
+    "a\u2028b\u00a0c\u3000d": [1037, 1038, 1039, 1040],
+    "a " * 5000: [1037] * 254,
+}  # fmt: skip
+
+
+def test_minilms_tokens_are_those_of_the_reference() -> None:
+    stage = Tokenize(tokenizer=str(weights_folder() / "tokenizer.json"))
+    ids, mask, _ = stage(texts(*(text.encode() for text in REFERENCE)))
+    for row, wanted in enumerate(REFERENCE.values()):
+        assert ids[row, : mask[row].sum()].tolist() == [101, *wanted, 102], list(REFERENCE)[row][:20]
+        assert not ids[row, mask[row].sum() :].any()
 
 
 @pytest.mark.parametrize(
