@@ -6,6 +6,7 @@ TorchshipError
 ├── NotFound          no such model, version, artifact, stage or file
 ├── Unsupported       a valid wish that this part cannot fulfil
 ├── Denied            the caller may not do this
+│   └── Unauthenticated   nobody knows who the caller is
 ├── Busy              the line is full: try again after `retry_after` seconds
 ├── Expired           the deadline passed before an answer was ready
 ├── Cancelled         the caller went away, or the line was closed
@@ -59,6 +60,10 @@ class Denied(TorchshipError):
     """The caller may not do this."""
 
 
+class Unauthenticated(Denied):
+    """Nobody knows who the caller is."""
+
+
 class Busy(TorchshipError):
     """The line is full."""
 
@@ -76,7 +81,11 @@ class Cancelled(TorchshipError):
 
 
 class Unavailable(TorchshipError):
-    """Nothing is there to do the work."""
+    """Nothing is there to do the work. `retry_after`: it may be there in so many seconds, where that is known."""
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
 
 
 class StageFailed(TorchshipError):

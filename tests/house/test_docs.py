@@ -46,7 +46,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "### Stages": StageConfig,
 }
 GRPC = {1: "CANCELLED", 3: "INVALID_ARGUMENT", 4: "DEADLINE_EXCEEDED", 5: "NOT_FOUND", 7: "PERMISSION_DENIED",
-        12: "UNIMPLEMENTED", 13: "INTERNAL", 14: "UNAVAILABLE"}  # fmt: skip
+        12: "UNIMPLEMENTED", 13: "INTERNAL", 14: "UNAVAILABLE", 16: "UNAUTHENTICATED"}  # fmt: skip
 
 
 def followed(world: Path, *names: str) -> str:

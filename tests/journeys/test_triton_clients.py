@@ -119,7 +119,7 @@ def test_health_and_metadata(kit: tuple[Any, Any]) -> None:
     assert client.is_server_ready()
     assert client.is_model_ready("add_sub", "1")
     extra = {} if module is tritonclient.http else {"as_json": True}
-    assert client.get_server_metadata(**extra)["name"] == "torchship"
+    assert client.get_server_metadata(**extra)["name"] == "triton"
     model = client.get_model_metadata("add_sub", **extra)
     assert [one["name"] for one in model["inputs"]] == ["INPUT0", "INPUT1"]
     config = client.get_model_config("add_sub", **extra)

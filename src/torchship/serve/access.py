@@ -8,7 +8,7 @@ import ipaddress
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 
-from torchship.errors import BadConfig, Denied
+from torchship.errors import BadConfig, Denied, Unauthenticated
 from torchship.serve.config import ServerConfig, Token
 
 Admit = Callable[[str, Mapping[str, str]], None]
@@ -27,7 +27,9 @@ def hash_of(token: str) -> str:
 
 
 def gate(tokens: Sequence[Token]) -> Admit | None:
-    """A check of scope and headers for the protocols; None when there are no tokens. It raises Denied.
+    """A check of scope and headers for the protocols; None when there are no tokens.
+
+    It raises Unauthenticated without a valid token, Denied for one that lacks the scope.
 
     Health and metadata (no scope) are open to everybody who can connect.
     """
@@ -56,9 +58,10 @@ def gate(tokens: Sequence[Token]) -> Admit | None:
                 if len(seen) >= _REMEMBERED:
                     seen.clear()
                 seen[header] = scopes
+        if not scopes:
+            raise Unauthenticated("a valid token is needed", hint="send Authorization: Bearer TOKEN")
         if scope not in scopes:
-            lacks = f"this token does not allow {scope!r}" if scopes else "a valid token is needed"
-            raise Denied(lacks, hint="send Authorization: Bearer TOKEN")
+            raise Denied(f"this token does not allow {scope!r}", hint="give it the scope in the configuration")
 
     return admit
 

@@ -15,6 +15,7 @@ from torchship.errors import NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.serve.config import ModelConfig
 from torchship.serve.line import Line
 from torchship.serve.versions import Wanted, lay_out, wanted
+from torchship.stages.labels import read_labels
 
 _log = logging.getLogger("torchship.serve")
 _KEPT = 8  # versions that are gone and still listed in the index
@@ -45,9 +46,13 @@ class Split:
 
 @dataclass(slots=True)
 class Entry:
-    """One model: its configuration and its versions; `current` is what a request without a version gets."""
+    """One model: its configuration and its versions; `current` is what a request without a version gets.
+
+    `given` is the configuration of the server's file, which a caller who loads the model may have changed since.
+    """
 
     config: ModelConfig
+    given: ModelConfig
     versions: dict[str, Version] = field(default_factory=dict)
     current: Line | None = None
     current_version: str = ""
@@ -67,7 +72,7 @@ class Catalog:
 
     def expect(self, config: ModelConfig) -> None:
         """A model that should be served, though it is not there yet: the server is not ready before it is."""
-        self.entries.setdefault(config.name, Entry(config))
+        self.entries.setdefault(config.name, Entry(config, config))
 
     async def load(self, config: ModelConfig, *, fresh: bool = True) -> None:
         """Open the wanted versions in fresh processes, warm them, switch over, and drain what is not wanted any more.
@@ -106,7 +111,8 @@ class Catalog:
         if before is None or before.line is None:
             entry.versions[name] = made
         try:
-            plan = await asyncio.to_thread(lay_out, version, self.store, target=config.latency_target)
+            names = await asyncio.to_thread(read_labels, config.labels)
+            plan = await asyncio.to_thread(lay_out, version, self.store, target=config.latency_target, labels=names)
             made.line = await Line(plan, store=self.store, limits=config.limits()).open()
         except Exception as fault:
             ours = isinstance(fault, TorchshipError)
@@ -116,7 +122,8 @@ class Catalog:
                 before.reason = f"reload failed: {error.line}"
             if entry.current is None:
                 entry.reason = error.line
-            _log.error("model %s version %s: %s", config.name, name, error.line, exc_info=None if ours else fault)
+            if entry.current is not None or not ours:  # else whoever starts the server is told
+                _log.error("model %s version %s: %s", config.name, name, error.line, exc_info=None if ours else fault)
             raise error from None
         made.state = "READY"
         return made

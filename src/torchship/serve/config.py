@@ -110,8 +110,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """`[[model]]`: exactly one of `stages`, `artifact` and `run`. Times in seconds; 0 copies: what the stages say.
 
     `nice` lets other models go first where they share cores, `cpus` pins the workers to some, and a worker that
-    takes more than `memory` bytes is replaced; `latency_target` bounds
-    the batch by what was measured when the artifact was made.
+    takes more than `memory` bytes is replaced; `latency_target` bounds the batch by what was measured when the
+    artifact was made. `labels` name the classes for callers who ask for classes: a list, a file, or `imagenet`.
     """
 
     name: Name
@@ -136,10 +136,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     nan: NanPolicy = "allow"
     versions: Versions = Versions()
     sequence_idle: Seconds = 60.0
+    priority: Count = 2
     latency_target: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     memory: Annotated[int, msgspec.Meta(ge=0)] = 0
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
     cpus: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    labels: str | tuple[str, ...] = ()
 
     def pipeline(self) -> PipelineConfig:
         """The model as a pipeline: `artifact` and `run` are a single stage."""
@@ -168,6 +170,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             run_timeout=self.run_timeout,
             open_timeout=self.open_timeout,
             sequence_idle=self.sequence_idle,
+            priority=self.priority,
             memory=self.memory,
             nice=self.nice,
             cpus=self.cpus,
@@ -176,8 +179,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file."""
+    """The whole file. `name` is what callers are told: clients made for Triton insist on `triton`."""
 
+    name: str = "triton"
     http: Http = Http()
     grpc: Grpc | None = None
     tls: Tls | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchship.pipeline.planning import Plan
 from torchship.serve.line import Line
+from torchship.stage import Parameter
 from torchship.tensors import TensorSpec
 
 _TYPES = {"BYTES": "TYPE_STRING"}
@@ -24,13 +25,18 @@ def metadata(plan: Plan, *, name: str, versions: Sequence[str]) -> dict[str, Any
         "parameters": {
             parameter.name: {
                 "default": parameter.default,
-                **({"minimum": parameter.low} if parameter.low is not None else {}),
-                **({"maximum": parameter.high} if parameter.high is not None else {}),
+                **_bounds(parameter),
                 **({"description": parameter.about} if parameter.about else {}),
             }
             for parameter in plan.parameters
         },
     }
+
+
+def _bounds(parameter: Parameter) -> dict[str, float]:
+    whole = isinstance(parameter.default, int)
+    found = {"minimum": parameter.low, "maximum": parameter.high}
+    return {name: int(bound) if whole else bound for name, bound in found.items() if bound is not None}
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -46,19 +52,33 @@ def configuration(line: Line, *, name: str) -> dict[str, Any]:
         dims = spec.wire_shape[1:] if batched else spec.wire_shape
         return {"name": spec.name, "data_type": _TYPES.get(spec.dtype, f"TYPE_{spec.dtype}"), "dims": dims}
 
+    scheduler: dict[str, Any] = {"dynamic_batching": {"max_queue_delay_microseconds": int(line.limits.max_wait * 1e6)}}
+    if any(leg.sequential for leg in line.legs):
+        scheduler = {"sequence_batching": {"max_sequence_idle_microseconds": int(line.limits.sequence_idle * 1e6)}}
     return {
         "name": name,
         "platform": "torchship",
         "backend": "torchship",
         "max_batch_size": plan.max_batch if batched else 0,
-        "input": [tensor(spec) for spec in plan.signature.inputs],
+        "input": [tensor(spec) | _format(spec, batched) for spec in plan.signature.inputs],
         "output": [tensor(spec) for spec in plan.signature.outputs],
-        "dynamic_batching": {"max_queue_delay_microseconds": int(line.limits.max_wait * 1e6)},
+        **scheduler,
         "instance_group": [
             {"name": leg.station.name, "kind": "KIND_CPU", "count": leg.station.crew.copies} for leg in line.legs
         ],
         "model_transaction_policy": {"decoupled": plan.streams},
     }
+
+
+def _format(spec: TensorSpec, batched: bool) -> dict[str, str]:
+    """Where the channels of a picture are: clients that prepare pictures ask for it."""
+    dims = spec.shape[1:] if batched else spec.shape
+    if len(dims) != 3 or spec.dtype == "BYTES":
+        return {}
+    channels = (1, 3)
+    return (
+        {"format": "FORMAT_NCHW"} if dims[0] in channels else {"format": "FORMAT_NHWC"} if dims[2] in channels else {}
+    )
 
 
 def statistics(line: Line, *, name: str, version: str) -> dict[str, Any]:

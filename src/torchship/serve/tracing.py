@@ -50,8 +50,8 @@ class Traces:
             return parent[-1:] in "13579bdf"  # the last bit of the flags: sampled
         return random.random() < self._sample  # noqa: S311  # no secret
 
-    def record(self, job: Job, request: Request, version: str) -> None:
-        """The span of an answered request, and one beneath it for each station that it was at."""
+    def record(self, job: Job, request: Request, version: str) -> str:
+        """The span of an answered request, and one beneath it for each station that it was at; its traceparent."""
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -78,6 +78,8 @@ class Traces:
         if job.fault is not None:
             top.set_status(trace.Status(trace.StatusCode.ERROR, str(job.fault)))
         top.end(end_time=self._time(time.monotonic()))
+        mine = top.get_span_context()
+        return f"00-{mine.trace_id:032x}-{mine.span_id:016x}-{mine.trace_flags:02x}"
 
     def _time(self, moment: float) -> int:
         """A moment of the monotonic clock in nanoseconds since 1970."""

@@ -64,15 +64,16 @@ def _files(pipeline: PipelineConfig, store: Store) -> tuple[str, ...]:
     return tuple(str(store.resolve(stage.artifact).resolve()) for stage in pipeline.stages if stage.artifact)
 
 
-def lay_out(version: Wanted, store: Store, *, target: float = 0.0) -> Plan:
+def lay_out(version: Wanted, store: Store, *, target: float = 0.0, labels: Sequence[str] = ()) -> Plan:
     """The plan of a version. It pins artifacts to folders, those of a published pipeline's own stages too, so that a
     worker that is replaced opens the same files again.
 
     Where nothing else is said, a model's largest batch comes from its measured curve; `target` is a latency in seconds.
+    `labels` name its classes, instead of those of the artifact.
     """
     made = plan(version.pipeline, store, describing=describe_apart)
     nodes = tuple(_batched(node, target) if node.config.artifact else node for node in made.nodes)
-    return replace(made, nodes=nodes)
+    return replace(made, nodes=nodes, labels=tuple(labels) or made.labels)
 
 
 def _batched(node: Node, target: float) -> Node:

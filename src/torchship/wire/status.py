@@ -15,12 +15,13 @@ class Status(NamedTuple):
 
 
 # gRPC codes: 1 CANCELLED, 3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, 5 NOT_FOUND, 7 PERMISSION_DENIED,
-# 12 UNIMPLEMENTED, 13 INTERNAL, 14 UNAVAILABLE.
+# 12 UNIMPLEMENTED, 13 INTERNAL, 14 UNAVAILABLE, 16 UNAUTHENTICATED.
 _TABLE: dict[type[BaseException], Status] = {
     errors.BadInput: Status(400, 3),
     errors.BadConfig: Status(400, 3),
     errors.NotFound: Status(404, 5),
     errors.Unsupported: Status(501, 12),
+    errors.Unauthenticated: Status(401, 16),
     errors.Denied: Status(403, 7),
     errors.Busy: Status(503, 14),
     errors.Expired: Status(503, 4),
@@ -54,12 +55,21 @@ def error_of(status: Status, message: str, *, retry_after: float = 0.0) -> error
     """The error that a client raises for an answer with this status: the way back through the table."""
     if status.http == 503 and retry_after > 0:
         return errors.Busy(message, retry_after=retry_after)
-    preferred = {503: errors.Unavailable, 400: errors.BadInput, 401: errors.Denied, 500: errors.StageFailed}
-    by_code = {4: errors.Expired, 1: errors.Cancelled, 16: errors.Denied}
+    by_status: dict[int, type[errors.TorchshipError]] = {
+        400: errors.BadInput,
+        401: errors.Unauthenticated,
+        500: errors.StageFailed,
+        503: errors.Unavailable,
+    }
+    by_code: dict[int, type[errors.TorchshipError]] = {
+        1: errors.Cancelled,
+        4: errors.Expired,
+        16: errors.Unauthenticated,
+    }
     if status.grpc in by_code:
         return by_code[status.grpc](message)
-    if status.http in preferred:
-        return preferred[status.http](message)
+    if status.http in by_status:
+        return by_status[status.http](message)
     for kind, row in _TABLE.items():
         if status.http == row.http and issubclass(kind, errors.TorchshipError):
             return kind(message)

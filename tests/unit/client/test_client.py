@@ -106,7 +106,7 @@ def test_many_at_a_time_and_from_many_threads(client: Client) -> None:
 
 
 def test_metadata_and_control(client: Client, doors: Doors, request: pytest.FixtureRequest) -> None:
-    assert client.metadata()["name"] == "torchship"
+    assert client.metadata()["name"] == "triton"
     assert client.metadata("echo")["inputs"][0] == {"name": "x", "datatype": "FP32", "shape": [-1, 16]}
     assert client.statistics("echo")["model_stats"][0]["name"] == "echo"
     with pytest.raises(Denied, match="token"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchship.serve.protocols._coding import decompress
+from torchship.serve.protocols._coding import COMPRESS_FROM, decompress, offer, pack
 from torchship.serve.protocols._exchange import Exchange, Headers, HttpFault
 from torchship.serve.protocols._outflow import Stream
 from torchship.serve.protocols._site import Site
@@ -37,6 +37,19 @@ class Answers:
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """A whole answer of REST."""
+        if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
+            coding, told = offer(exchange.head.headers)
+            if coding:
+
+                def packed(data: bytes) -> None:
+                    if not exchange.gone:
+                        self._send(exchange, status, data, content_type, (*headers, *told))
+
+                pack(body, coding=coding, then=packed)
+                return
+        self._send(exchange, status, body, content_type, headers)
+
+    def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         stream: Stream = exchange.stream
         top = self._top(status, content_type, (*headers, ("content-length", str(len(body)))))
         if exchange.head.method == "HEAD" or not body:

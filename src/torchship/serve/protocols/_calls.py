@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
@@ -173,9 +174,13 @@ class Call:
 
     # -- what goes ------------------------------------------------------------------------------------------------
 
-    def reply(self, data: bytes) -> None:
-        """Send the one answer, and that all is well."""
+    def reply(self, data: bytes, *, trace: str = "") -> None:
+        """Send the one answer, and that all is well; `trace` goes into the trailers as `traceparent`."""
         if self._over or self.gone:
+            return
+        if trace:
+            self.write(data)
+            self.finish(extra=h2.literal(b"traceparent", trace.encode()))
             return
         self._over = True
         number = self._stream.number
@@ -199,14 +204,15 @@ class Call:
         """Wait until the client has taken most of what was written."""
         await self._link.drained(self._stream)
 
-    def finish(self, code: int = _OK, message: str = "") -> None:
-        """End the call with a status."""
+    def finish(self, code: int = _OK, message: str = "", *, extra: bytes = b"") -> None:
+        """End the call with a status; `extra` are encoded trailers."""
         if self._over or self.gone:
             return
         self._over = True
         fields = h2.literal(b"grpc-status", str(code).encode())
         if message:
             fields += h2.literal(b"grpc-message", _percent(message))
+        fields += extra
         if not self._begun:
             fields = _TOP + fields
         self._link.put(
@@ -219,7 +225,9 @@ class Call:
 
     def fail(self, error: BaseException) -> None:
         """End the call with the status of an error."""
-        self.finish(status_of(error).grpc, text_of(error))
+        wait = getattr(error, "retry_after", 0.0)
+        pushback = h2.literal(b"grpc-retry-pushback-ms", b"%d" % math.ceil(wait * 1e3)) if wait else b""
+        self.finish(status_of(error).grpc, text_of(error), extra=pushback)
 
     def leave(self) -> None:
         """The caller went away: stop what was begun for it."""

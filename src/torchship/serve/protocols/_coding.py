@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
+from collections.abc import Callable, Mapping
 
-from torchship.serve.protocols._exchange import HttpFault
+from torchship.serve.protocols._exchange import Headers, HttpFault
 from torchship.wire.raw import Buffer
 
 CODINGS = ("gzip", "deflate")
+COMPRESS_FROM = 1024  # bytes
+OFF_LOOP_FROM = 1 << 16  # (de)compressing more than this would hold up everybody else
 
 
 def decompress(data: Buffer, *, coding: str, limit: int) -> bytes:
@@ -56,3 +60,18 @@ def acceptable(header: str) -> str:
             continue
     named = [(wishes[name], -place, name) for place, name in enumerate(CODINGS) if wishes.get(name, 0) > 0]
     return max(named)[2] if named else ""
+
+
+def offer(headers: Mapping[str, str]) -> tuple[str, Headers]:
+    """The coding for an answer to a request with these headers ("" for none), and the headers that tell it."""
+    coding = acceptable(headers.get("accept-encoding", ""))
+    return coding, (("content-encoding", coding), ("vary", "accept-encoding")) if coding else ()
+
+
+def pack(body: bytes, *, coding: str, then: Callable[[bytes], None]) -> None:
+    """Call `then` with the compressed body: at once, or for a large one when a thread has done it."""
+    if len(body) < OFF_LOOP_FROM:
+        then(compress(body, coding=coding))
+        return
+    work = asyncio.get_running_loop().run_in_executor(None, lambda: compress(body, coding=coding))
+    work.add_done_callback(lambda done: then(done.result()))

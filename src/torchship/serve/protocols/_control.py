@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from torchship.errors import BadInput, Unsupported
+from torchship.errors import BadInput, NotFound, Unsupported
 from torchship.serve.protocols._exchange import Exchange
 from torchship.serve.protocols._front import Front
 from torchship.serve.protocols._regions import SharedMemory
@@ -25,7 +25,7 @@ class _Place(msgspec.Struct):
 def control_routes(front: Front) -> list[Route]:
     """The paths, which a token with the scope manage may use."""
     repository, memory, settings = _Repository(front), _Memory(front), _Settings(front)
-    shared = "/v2/systemsharedmemory"
+    shared, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
     routes = [
         Route("POST", "/v2/repository/index", repository.index, "manage"),
         Route("POST", "/v2/repository/models/{model}/load", repository.load, "manage"),
@@ -35,9 +35,11 @@ def control_routes(front: Front) -> list[Route]:
         Route("POST", f"{shared}/region/{{region}}/register", memory.register, "manage"),
         Route("POST", f"{shared}/region/{{region}}/unregister", memory.unregister, "manage"),
         Route("POST", f"{shared}/unregister", memory.unregister, "manage"),
-        Route("GET", "/v2/cudasharedmemory/status", lambda exchange: exchange.answer_json([]), "manage"),
-        Route("POST", "/v2/cudasharedmemory/region/{region}/register", _no_cuda, "manage"),
-        Route("POST", "/v2/cudasharedmemory/unregister", lambda exchange: exchange.answer_json(_NOTHING), "manage"),
+        Route("GET", f"{cuda}/status", lambda exchange: exchange.answer_json([]), "manage"),
+        Route("GET", f"{cuda}/region/{{region}}/status", _no_region, "manage"),
+        Route("POST", f"{cuda}/region/{{region}}/register", _no_cuda, "manage"),
+        Route("POST", f"{cuda}/region/{{region}}/unregister", _nothing, "manage"),
+        Route("POST", f"{cuda}/unregister", _nothing, "manage"),
     ]
     for method in ("GET", "POST"):
         routes += [
@@ -87,35 +89,43 @@ def _parameters(exchange: Exchange) -> dict[str, Any]:
 
 
 class _Memory:
-    """The system shared memory extension; off unless the server's configuration enables it."""
+    """The system shared memory extension; where the configuration does not enable it, nothing can be registered."""
 
     def __init__(self, front: Front) -> None:
-        self._regions = front.regions
-
-    def _on(self) -> SharedMemory:
-        if self._regions is None:
-            raise Unsupported("shared memory is off", hint="the server's configuration can enable it")
-        return self._regions
+        self._regions = front.regions or SharedMemory()
+        self._on = front.regions is not None
 
     def status(self, exchange: Exchange) -> None:
-        exchange.answer_json(self._on().status(exchange.head.places.get("region", "")))
+        exchange.answer_json(self._regions.status(exchange.head.places.get("region", "")))
 
     def register(self, exchange: Exchange) -> None:
         try:
             place = msgspec.json.decode(exchange.body, type=_Place)
         except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
             raise BadInput(f"request body: {fault}") from None
+        if not self._on:
+            raise Unsupported("shared memory is off", hint="set shared_memory = true in [control]")
         name = exchange.head.places["region"]
-        self._on().register(name, key=place.key, offset=place.offset, size=place.byte_size)
+        self._regions.register(name, key=place.key, offset=place.offset, size=place.byte_size)
         exchange.answer_json(_NOTHING)
 
     def unregister(self, exchange: Exchange) -> None:
-        self._on().unregister(exchange.head.places.get("region", ""))
+        self._regions.unregister(exchange.head.places.get("region", ""))
         exchange.answer_json(_NOTHING)
 
 
 def _no_cuda(exchange: Exchange) -> None:
-    raise Unsupported("CUDA shared memory is not offered", hint="use system shared memory or binary tensors")
+    name = exchange.head.places["region"]
+    text = f"failed to register CUDA shared memory region '{name}': this server does not take CUDA memory"
+    raise Unsupported(text, hint="use system shared memory or binary tensors")
+
+
+def _no_region(exchange: Exchange) -> None:
+    raise NotFound(f"Unable to find cuda shared memory region: '{exchange.head.places['region']}'")
+
+
+def _nothing(exchange: Exchange) -> None:
+    exchange.answer_json(_NOTHING)
 
 
 class _Settings:

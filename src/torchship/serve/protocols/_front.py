@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torchship.errors import BadConfig
@@ -10,6 +11,7 @@ from torchship.serve.protocols._exchange import Head
 from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._served import Served
 from torchship.serve.protocols._settings import LogSettings, Tracing
+from torchship.wire.messages import Request
 
 
 @dataclass(slots=True)
@@ -35,3 +37,12 @@ class Front:
         if not self.forward:
             return {}
         return {name: value for name, value in head.headers.items() if re.fullmatch(self.forward, name)}
+
+    @staticmethod
+    def attach(request: Request, headers: Mapping[str, str]) -> None:
+        """Let headers travel with a request; a stage sees them as parameters, `x-tenant` as `x_tenant`."""
+        request.headers = dict(headers)
+        request.parameters = {
+            **{name.replace("-", "_"): value for name, value in headers.items()},
+            **request.parameters,
+        }

@@ -23,7 +23,7 @@ from torchship.wire.oip_json import apply_parameters
 
 def generate_routes(front: Front) -> list[Route]:
     """`generate` answers once; `generate_stream` sends each answer as an event."""
-    generation = _Generation(front.service)
+    generation = _Generation(front)
     return [
         Route("POST", f"{base}/{verb}", endpoint, "infer")
         for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
@@ -32,8 +32,9 @@ def generate_routes(front: Front) -> list[Route]:
 
 
 class _Generation:
-    def __init__(self, service: Served) -> None:
-        self._service = service
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._service: Served = front.service
 
     async def once(self, exchange: Exchange) -> None:
         """The one answer of a model. Raises BadInput when it gives several."""
@@ -72,6 +73,8 @@ class _Generation:
             if not isinstance(value, str | int | float | bool):
                 raise BadInput(f"parameter {name!r} is {type(value).__name__}, expected a string, number or boolean")
         apply_parameters(request, parameters)
+        if self._front.forward:
+            self._front.attach(request, self._front.forwarded(exchange.head))
         return request
 
 

@@ -12,16 +12,14 @@ from typing import cast
 
 from torchship.errors import TorchshipError
 from torchship.serve.protocols._chunks import Chunks
-from torchship.serve.protocols._coding import acceptable, compress, decompress
+from torchship.serve.protocols._coding import COMPRESS_FROM, OFF_LOOP_FROM, decompress, offer, pack
 from torchship.serve.protocols._exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.protocols._http2 import Connection2
 from torchship.serve.protocols._site import Site
 from torchship.wire.raw import Buffer
 
-_COMPRESS_FROM = 1024
 _COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it
 _LINGER = 2.0  # seconds that a refused peer may go on sending
-_OFF_LOOP_FROM = 1 << 16  # (de)compressing more than this would hold up everybody else
 
 
 class Connection(asyncio.Protocol):
@@ -207,7 +205,7 @@ class Connection(asyncio.Protocol):
     def _unpack(self, exchange: Exchange) -> None:
         """Decompress the body first; a large one beside the event loop."""
         coding, limit = exchange.head.encoding, self._site.limits.body
-        if len(exchange.body) < _OFF_LOOP_FROM:
+        if len(exchange.body) < OFF_LOOP_FROM:
             exchange.body = decompress(exchange.body, coding=coding, limit=limit)
             exchange.head.endpoint(exchange)
             return
@@ -243,22 +241,16 @@ class Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """Write a whole answer, or keep it until those before it are written."""
-        head = exchange.head
-        if len(body) >= _COMPRESS_FROM and "accept-encoding" in head.headers:
-            coding = acceptable(head.headers["accept-encoding"])
-            if coding and len(body) >= _OFF_LOOP_FROM:
-                headers = (*headers, ("content-encoding", coding), ("vary", "accept-encoding"))
-                loop = asyncio.get_running_loop()
-                packing = loop.run_in_executor(None, lambda: compress(body, coding=coding))
-                packing.add_done_callback(
-                    lambda done: (
-                        None if exchange.gone else self._send(exchange, status, done.result(), content_type, headers)
-                    )
-                )
-                return
+        if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
+            coding, told = offer(exchange.head.headers)
             if coding:
-                body = compress(body, coding=coding)
-                headers = (*headers, ("content-encoding", coding), ("vary", "accept-encoding"))
+
+                def packed(data: bytes) -> None:
+                    if not exchange.gone:
+                        self._send(exchange, status, data, content_type, (*headers, *told))
+
+                pack(body, coding=coding, then=packed)
+                return
         self._send(exchange, status, body, content_type, headers)
 
     def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:

@@ -36,7 +36,7 @@ class StreamInference:
                 try:
                     request = self._codec.decode(body, 5)
                     if self._front.forward:
-                        request.headers = self._front.forwarded(call.head)
+                        self._front.attach(request, self._front.forwarded(call.head))
                     free = self._decoupled(request, decoupled)
                 except TorchshipError as fault:
                     self._fail(call, "", fault)
