@@ -1,6 +1,6 @@
 """Pictures a second through the served face pipeline, against the same stages run straight in one process.
 
-`python -m benchmarks.faces [SECONDS]`. Three figures from one run, on as many cores as there are:
+`python -m benchmarks.faces`. Three figures from one run, on as many cores as there are:
 the stages one after another in this process (straight, one thread a model); the sum of the stages, which is what the
 cores could do if they were always busy; and the served pipeline at concurrency 16 over HTTP. Then 23 faces from 8
 pictures, to show that rows of several requests meet in one batch of the embedder.
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import numpy as np
 from tests import face_kit
@@ -92,8 +92,10 @@ async def served(gallery: str, pictures: list[bytes], seconds: float) -> tuple[f
     return rate, np.array(times), batches
 
 
-def main() -> None:
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 15.0
+@click.command(help=__doc__)
+@click.option("--seconds", default=15.0, show_default=True, help="How long each of the three measurements takes.")
+def main(*, seconds: float) -> None:
+    """Print the table and the line for machines."""
     pictures = [face_kit.picture(name) for name in ("obama", "obama2", "obama3", "biden")]
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; JPEGs of {[len(p) // 1000 for p in pictures]} kB")
     with tempfile.TemporaryDirectory(prefix="torchship-faces-") as scratch:

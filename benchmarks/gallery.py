@@ -1,4 +1,4 @@
-"""Search in galleries of 10^5 and 10^6 random 512-d vectors: `python -m benchmarks.gallery [SIZE ...] [--keep=DIR]`.
+"""Search in galleries of 10^5 and 10^6 random 512-d vectors: `python -m benchmarks.gallery`.
 
 Queries are noisy copies of enrolled vectors (cosine 0.6, as two pictures of one face have; 0.4 is a hard pair), and
 random vectors, which nobody asks for but which are the hardest case: their nearest neighbour is hardly nearer than
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -159,20 +159,23 @@ def measure(root: Path, size: int) -> tuple[float, float]:
     return result
 
 
-def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("--keep=")]
-    keep = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--keep=")]
-    sizes = [int(float(word)) for word in words] or [100_000, 1_000_000]
+@click.command(help=f"{__doc__}")
+@click.argument("sizes", nargs=-1, metavar="[SIZE]...", type=float)
+@click.option(
+    "--keep", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Leave the galleries there."
+)
+def main(*, sizes: tuple[float, ...], keep: Path | None) -> None:
+    """Measure each size; the line for machines is of the last."""
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    p50 = recall = 0.0
-    for size in sizes:
-        root = Path(keep[0]) / str(size) if keep else Path(tempfile.mkdtemp(prefix="torchship-gallery-"))
+    p50 = recall = size = 0.0
+    for size in sizes or (1e5, 1e6):
+        root = keep / str(int(size)) if keep else Path(tempfile.mkdtemp(prefix="torchship-gallery-"))
         try:
-            p50, recall = measure(root, size)
+            p50, recall = measure(root, int(size))
         finally:
             if not keep:
                 shutil.rmtree(root, ignore_errors=True)
-    print(f"vectors={sizes[-1]} p50_ms={p50:.3f} recall={recall:.4f}")
+    print(f"vectors={int(size)} p50_ms={p50:.3f} recall={recall:.4f}")
 
 
 if __name__ == "__main__":

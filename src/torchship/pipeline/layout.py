@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -42,6 +42,19 @@ class Node:
     streams: bool = False
 
 
+@dataclass(frozen=True)
+class _Site:
+    """A stage on its way to its place: what it is, the tensors it takes, and the parameters of what is around it."""
+
+    stage: StageConfig
+    described: Description
+    slots: tuple[Slot, ...]
+    name: str
+    path: str
+    pipeline: Mapping[str, Value]
+    over: Mapping[str, Value]
+
+
 @dataclass
 class Layout:
     """What is laid out so far. `describing` finds what a stage takes and gives."""
@@ -75,10 +88,12 @@ class Layout:
                 bench.put(request(config, described.signature, where))
             name = prefix + _name(stage, [node.name.removeprefix(prefix) for node in self.nodes], path)
             slots = connect(described.signature, stage.inputs, bench, where=path)
+            site = _Site(stage, described, slots, name, path, config.parameters, over)
             if described.pipeline is not None:
-                made = self._inside(stage, described, slots, config=config, name=name, path=path, over=over)
+                alone = len(config.stages) == 1
+                made = self._inside(site, described.pipeline, prefix=prefix if alone else f"{name}.")
             else:
-                made = self._place(stage, described, slots, config=config, name=name, path=path, over=over)
+                made = self._place(site)
             bench.put(_renamed(made, stage, path), stage=name)
             self.labels = described.labels or self.labels
         return bench, outputs(config, bench, where)
@@ -96,66 +111,43 @@ class Layout:
             return stage
         return msgspec.structs.replace(stage, artifact=str(self.store.resolve(stage.artifact).absolute()))
 
-    def _inside(
-        self,
-        stage: StageConfig,
-        described: Description,
-        slots: tuple[Slot, ...],
-        *,
-        config: PipelineConfig,
-        name: str,
-        path: str,
-        over: Mapping[str, Value],
-    ) -> tuple[Slot, ...]:
+    def _inside(self, site: _Site, inner: PipelineConfig, *, prefix: str) -> tuple[Slot, ...]:
         """The outputs of a published pipeline, whose stages take the place of this one."""
-        inner = described.pipeline
-        assert inner is not None  # noqa: S101  # the caller looked
-        specs = described.signature.inputs
+        stage = site.stage
         given = tuple(
-            Slot(slot.key, msgspec.structs.replace(slot.spec, name=spec.name), slot.node, slot.maybe_empty)
-            for slot, spec in zip(slots, specs, strict=True)
+            replace(slot, spec=msgspec.structs.replace(slot.spec, name=spec.name))
+            for slot, spec in zip(site.slots, site.described.signature.inputs, strict=True)
         )
-        inner = msgspec.structs.replace(inner, stages=tuple(_as_asked(part, stage) for part in inner.stages))
-        alone = len(config.stages) == 1
         before = len(self.nodes)
         _, made = self.lay(
-            inner,
-            where=f"{path}.pipeline",
-            prefix="" if alone else f"{name}.",
+            msgspec.structs.replace(inner, stages=tuple(_as_asked(part, stage) for part in inner.stages)),
+            where=f"{site.path}.pipeline",
+            prefix=prefix,
             given=given,
-            over={**config.parameters, **stage.parameters, **over},
+            over={**site.pipeline, **stage.parameters, **site.over},
         )
         known = {parameter.name for node in self.nodes[before:] for parameter in node.parameters}
-        _refuse_unknown(stage.parameters, known, path)
+        _refuse_unknown(stage.parameters, known, site.path)
         return made
 
-    def _place(
-        self,
-        stage: StageConfig,
-        described: Description,
-        slots: tuple[Slot, ...],
-        *,
-        config: PipelineConfig,
-        name: str,
-        path: str,
-        over: Mapping[str, Value],
-    ) -> tuple[Slot, ...]:
+    def _place(self, site: _Site) -> tuple[Slot, ...]:
         """The outputs of one stage, after its node has been added."""
+        stage, described, slots = site.stage, site.described, site.slots
         signature = described.signature
         empty = signature.batched and any(slot.maybe_empty for slot in slots)
         index = len(self.nodes)
         gives = tuple(
-            Slot(f"{name}.{spec.name}", spec, index, empty or (not signature.batched and _may_be_empty(spec)))
+            Slot(f"{site.name}.{spec.name}", spec, index, empty or (not signature.batched and _may_be_empty(spec)))
             for spec in signature.outputs
         )
         node = Node(
             index=index,
-            name=name,
+            name=site.name,
             config=self._pinned(_with_labels(stage, described, self.labels)),
             signature=signature,
             max_batch=described.max_batch,
             parameters=described.parameters,
-            defaults=_defaults(config.parameters, stage.parameters, over, described.parameters, path=path),
+            defaults=_defaults(site),
             takes=tuple(slot.key for slot in slots),
             gives=tuple(slot.key for slot in gives),
             after=tuple(sorted({slot.node for slot in slots if slot.node >= 0})),
@@ -180,12 +172,7 @@ def _renamed(made: tuple[Slot, ...], stage: StageConfig, path: str) -> tuple[Slo
     if unknown:
         raise BadConfig(f"{path}.outputs: the stage has no output {sorted(unknown)}")
     return tuple(
-        Slot(
-            slot.key,
-            msgspec.structs.replace(slot.spec, name=stage.outputs.get(slot.spec.name, slot.spec.name)),
-            slot.node,
-            slot.maybe_empty,
-        )
+        replace(slot, spec=msgspec.structs.replace(slot.spec, name=stage.outputs.get(slot.spec.name, slot.spec.name)))
         for slot in made
     )
 
@@ -229,21 +216,15 @@ def _name(stage: StageConfig, names: list[str], path: str) -> str:
     return next(name for name in (plain, *(f"{plain}_{i}" for i in range(2, len(names) + 4))) if name not in taken)
 
 
-def _defaults(
-    pipeline: Mapping[str, Value],
-    stage: Mapping[str, Value],
-    over: Mapping[str, Value],
-    parameters: tuple[Parameter, ...],
-    *,
-    path: str,
-) -> dict[str, Value]:
-    known = {parameter.name: parameter for parameter in parameters}
-    _refuse_unknown(stage, set(known), path)
-    given = {name: value for name, value in {**pipeline, **stage, **over}.items() if name in known}
+def _defaults(site: _Site) -> dict[str, Value]:
+    """The pipeline's values for the parameters of a stage, checked."""
+    known = {parameter.name: parameter for parameter in site.described.parameters}
+    _refuse_unknown(site.stage.parameters, set(known), site.path)
+    given = {**site.pipeline, **site.stage.parameters, **site.over}
     try:
-        return {name: known[name].check(value) for name, value in given.items()}
+        return {name: known[name].check(value) for name, value in given.items() if name in known}
     except BadInput as fault:
-        raise BadConfig(f"{path}.parameters: {fault}", hint=fault.hint) from None
+        raise BadConfig(f"{site.path}.parameters: {fault}", hint=fault.hint) from None
 
 
 def _refuse_unknown(given: Mapping[str, Value], known: set[str], path: str) -> None:

@@ -17,7 +17,7 @@ from torchship.artifact.package import pack
 from torchship.errors import BadConfig
 from torchship.pipeline.config import StageConfig
 from torchship.pipeline.embedded import FILE, INSIDE
-from torchship.pipeline.planning import Node, Plan
+from torchship.pipeline.planning import Plan
 from torchship.recipe import Recipe
 from torchship.tensors import Tensors
 
@@ -35,10 +35,12 @@ def pack_pipeline(
     if any(root.iterdir()):
         raise BadConfig(f"{root} is not empty", hint="give a new folder")
     found = store or Store()
-    if len(plan.nodes) != len(plan.config.stages):
-        raise BadConfig("a pipeline that holds another published one cannot be published", hint="list its stages")
-    stages = tuple(_taken(stage, node, root, found) for stage, node in zip(plan.config.stages, plan.nodes, strict=True))
-    config = msgspec.structs.replace(plan.config, stages=stages)
+    names = _names(plan)
+    stages = [
+        _taken(stage, name, f"{index}_{name}", root=root, store=found)
+        for index, (stage, name) in enumerate(zip(plan.config.stages, names, strict=True))
+    ]
+    config = msgspec.structs.replace(plan.config, stages=tuple(stages))
     data = msgspec.json.format(msgspec.json.encode(config), indent=1)
     folders.write(root / FILE, data)
     return pack(
@@ -60,13 +62,18 @@ def pack_pipeline(
     )
 
 
-def _taken(stage: StageConfig, node: Node, root: Path, store: Store) -> StageConfig:
-    """The stage with its model or files copied below `root`."""
-    place = f"{node.index}_{node.name}"
+def _names(plan: Plan) -> list[str]:
+    """The name of each stage as other stages know it. The stages of a published pipeline inside are `name.inner`."""
+    names = list(dict.fromkeys(node.name.partition(".")[0] for node in plan.nodes))
+    return names if len(plan.config.stages) > 1 else [plan.config.stages[0].name or names[0]]
+
+
+def _taken(stage: StageConfig, name: str, place: str, *, root: Path, store: Store) -> StageConfig:
+    """The stage with its model, its pipeline or its files copied below `root`."""
     if stage.artifact:
         source = open_artifact(store.resolve(stage.artifact))
         shutil.copytree(source.path, root / "models" / place)
-        return msgspec.structs.replace(stage, artifact=f"{INSIDE}models/{place}", name=node.name)
+        return msgspec.structs.replace(stage, artifact=f"{INSIDE}models/{place}", name=name)
     options = dict(stage.options)
     for option, value in options.items():
         if isinstance(value, str) and "/" in value and Path(value).is_file():

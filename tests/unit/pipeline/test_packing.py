@@ -91,6 +91,28 @@ def test_it_can_be_a_stage_of_another_pipeline(store: Store, tmp_path: Path) -> 
         plan(PipelineConfig("x", (StageConfig(artifact=str(tmp_path / "p"), parameters={"nope": 1}),)), store)
 
 
+def test_it_can_be_published_as_part_of_another(store: Store, tmp_path: Path) -> None:
+    packed(store, tmp_path / "p")
+    store.publish(tmp_path / "p", name="what")
+    stages = (
+        StageConfig(artifact="what", outputs={"labels": "names"}, parameters={"top_k": 1}),
+        StageConfig(run="torchship.stages.images:Decode", inputs={"image": "image"}),
+    )
+    outer = plan(PipelineConfig("both", stages, outputs=("names", "size", "what.scores")), store)
+    pack_pipeline(outer, tmp_path / "q", store=store)
+    pack_pipeline(plan_target(tmp_path / "q"), tmp_path / "r")  # and once more, alone
+    shutil.rmtree(store.root)
+    for folder in ("q", "r"):
+        found = torchship.open(tmp_path / folder)
+        answer = found({"image": RED})
+        assert answer["names"].tolist() == [[b"red"]]
+        assert answer["scores"].shape == (1, 1)
+        assert answer["size"].tolist() == [[10, 20]]
+        found.close()
+    names = [node.name for node in plan_target(tmp_path / "r").nodes]
+    assert names == [node.name for node in outer.nodes] == ["what.classify", "what.colour", "what.topk", "decode"]
+
+
 def change(root: Path, **stage: Any) -> None:
     """Change the first stage as an attacker would, with all hashes right."""
     import msgspec
@@ -129,6 +151,13 @@ def test_no_path_leads_out(store: Store, tmp_path: Path) -> None:
         plan_target(tmp_path / "p", trust=True)
 
 
+def test_no_pipeline_holds_itself(store: Store, tmp_path: Path) -> None:
+    packed(store, tmp_path / "p")
+    change(tmp_path / "p", run="", options={}, artifact="artifact:.")
+    with pytest.raises((UnsafeArtifact, CorruptArtifact)):
+        plan_target(tmp_path / "p", trust=True)
+
+
 def test_foreign_python_stages_need_trust(tmp_path: Path) -> None:
     stages = (StageConfig(run=f"{BODIES}:double"),)
     pack_pipeline(plan(PipelineConfig("twice", stages)), tmp_path / "p")
@@ -156,6 +185,15 @@ def test_native_models_stay_native(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UnsafeArtifact):
         torchship.open(str(tmp_path / "p"))
     torchship.open(str(tmp_path / "p"), trust=True, threads=1).close()
+    path = tmp_path / "p" / "pipeline.json"  # that it trusts itself is no reason to trust it
+    text = path.read_text().replace('"threads": 1', '"threads": 1, "trust": true')
+    assert '"trust"' in text
+    path.unlink()
+    edit(tmp_path / "p", lambda m: m.update(files=[f for f in m["files"] if f["path"] != "pipeline.json"]))
+    path.write_text(text)
+    amend(tmp_path / "p")
+    with pytest.raises(UnsafeArtifact):
+        torchship.open(str(tmp_path / "p"))
 
 
 def test_only_into_an_empty_folder(store: Store, tmp_path: Path) -> None:
