@@ -15,6 +15,7 @@ _EXAMPLES = """
 \b
 Examples:
   torchship optimize torchvision.models:resnet18 --input "image:FP32[-1,3,224,224]"
+  torchship optimize train.py:build --weights best.pth --input "image:FP32[-1,3,224,224]"
   torchship optimize mypkg.model:build --input "ids:INT64[-1,seq:1..512]" --input "mask:INT64[-1,seq:1..512]" \\
       --data mypkg.data:batches --evaluate mypkg.data:accuracy --max-drop 0.003
   torchship optimize mypkg.model:net --input "image:FP32[-1,3,224,224]" --data photos/ --goal throughput --budget 5m
@@ -27,6 +28,7 @@ Examples:
 @click.option("--input", "inputs", multiple=True, metavar="SPEC",
               help='An input as "name:DTYPE[axes]"; -1 frees an axis, seq:1..512 names and bounds it. Repeat for more. '
                    "May be left out when --data gives real inputs.")  # fmt: skip
+@click.option("--weights", metavar="FILE", help="A checkpoint to load into the module: .pth, .pt or .safetensors.")
 @click.option("--data", metavar="MODULE:FUNCTION|FOLDER",
               help="Real inputs to calibrate and judge on: a function that yields batches, or pictures.")  # fmt: skip
 @click.option(
@@ -66,9 +68,9 @@ Examples:
 def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool, **given: Any) -> None:
     """Search the best valid way to run a model on this machine, and publish it.
 
-    TARGET is module:attribute, an nn.Module or a function or class that returns one. Every backend's proposals are
-    built, packed, re-opened in a fresh process, compared with eager fp32 and measured; the best valid one is
-    published to the store. Ctrl-C ends the search and keeps what is done.
+    TARGET is module:attribute or file.py:attribute, an nn.Module or a function or class that returns one. Every
+    backend's proposals are built, packed, re-opened in a fresh process, compared with eager fp32 and measured; the
+    best valid one is published to the store. Ctrl-C ends the search and keeps what is done.
     """
     from torchship.optimize import search
     from torchship.optimize.targets import read_wish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 from torchship import process
 from torchship.errors import BadConfig, NotFound
+from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
 from torchship.tensors import Array, TensorSpec
 
@@ -39,6 +41,7 @@ class CommandWish:
 def read_wish(
     target: str,
     *,
+    weights: str | None,
     inputs: Sequence[str],
     data: str | None,
     evaluate: str | None,
@@ -55,6 +58,8 @@ def read_wish(
 ) -> CommandWish:
     """Raises BadConfig or NotFound naming the argument that is wrong."""
     module = module_at(target)
+    if weights is not None:
+        load_weights(module, Path(weights))
     specs = [TensorSpec.parse(text) for text in inputs]
     calibration = None if data is None else list(data_at(data, specs=specs))
     options = {
@@ -73,6 +78,7 @@ def read_wish(
         "source": target,
     }
     words = ["torchship", "optimize", target, *(w for text in inputs for w in ("--input", text))]
+    words += ["--weights", weights] if weights else []
     words += ["--data", data] if data else []
     words += ["--evaluate", evaluate] if evaluate else []
     words += ["--finetune", finetune] if finetune else []
@@ -88,9 +94,17 @@ def _first_inputs(calibration: list[Any] | None) -> Any:
 
 
 def found_at(target: str, *, what: str) -> Any:
-    """The object that `module:attribute` names."""
-    if ":" not in target:
-        raise BadConfig(f"{what}: {target!r} is not module:attribute", hint="write it as mypackage.module:name")
+    """The object that `module:attribute` or `folder/file.py:attribute` names."""
+    module, colon, attribute = target.rpartition(":")
+    if not colon:
+        raise BadConfig(
+            f"{what}: {target!r} is not module:attribute", hint="write it as mypackage.module:name or file.py:name"
+        )
+    if module.endswith(".py"):
+        if not Path(module).is_file():
+            raise NotFound(f"{what}: no file {module}")
+        sys.path.insert(0, str(Path(module).parent.resolve()))
+        target = f"{Path(module).stem}:{attribute}"
     try:
         return process.resolve(target)
     except (ImportError, AttributeError) as fault:
