@@ -30,6 +30,7 @@ from torchship.client.address import parse
 from torchship.client.load import Outcome, closed_loop
 from torchship.client.measuring import Target
 from torchship.serve.protocols import rest
+from torchship.serve.protocols._served import Answer
 from torchship.tensors import Signature
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec
@@ -49,10 +50,18 @@ class Echo:
         self._loop = asyncio.get_running_loop()
 
     def submit(self, request: Request) -> asyncio.Future[Response]:
-        ECHO.check(request.inputs)
         future: asyncio.Future[Response] = self._loop.create_future()
-        future.set_result(Response("echo", "1", {"y": request.inputs["x"]}, request.id))
+        future.set_result(self._answer(request))
         return future
+
+    def start(self, request: Request, answer: Answer, whom: Any) -> asyncio.Future[Response] | None:
+        answer(whom, request, self._answer(request))
+        return None
+
+    @staticmethod
+    def _answer(request: Request) -> Response:
+        ECHO.check(request.inputs)
+        return Response("echo", "1", {"y": request.inputs["x"]}, request.id)
 
 
 async def serve_ours(port: int) -> None:

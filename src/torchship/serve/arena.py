@@ -199,6 +199,13 @@ def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> Block:
     return Block(shape, offset, view.nbytes)
 
 
+def write_raw(raws: Sequence[bytes], *, memory: memoryview, offset: int, shape: tuple[int, ...]) -> Block:
+    """The same for rows that are bytes already; `shape` is that of the block that they make."""
+    data = b"".join(raws)
+    memory[offset : offset + len(data)] = data
+    return Block(shape, offset, len(data))
+
+
 def read(block: Block, *, dtype: np.dtype[np.generic], memory: memoryview) -> Array:
     """The tensor of a block: a view of the memory, or an array of `bytes` objects. Raises StageFailed when cut off."""
     if block.offset < 0 or block.offset + block.size > len(memory):

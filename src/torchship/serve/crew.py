@@ -9,10 +9,12 @@ import socket
 import subprocess
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from torchship import process
 from torchship.errors import StageFailed, TorchshipError, Unavailable
@@ -36,7 +38,9 @@ from torchship.serve.signals import (
     send,
 )
 from torchship.serve.worker import Post
+from torchship.tensors import Array, numpy_dtype
 
+_RAW = {tuple}
 _LINES = 20
 _LINE = 2000
 
@@ -44,7 +48,8 @@ _LINE = 2000
 class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
     """How to make one worker of a station. Sizes are bytes a slot, times are seconds.
 
-    `fits`: every batch that the station makes fits into a slot, so that nothing needs to be measured.
+    `fits`: every batch that the station makes fits into a slot, so that nothing needs to be measured; then `inputs`
+    are the datatype and the shape of a row of each input.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
     signature: str
     batched: bool
     fits: bool = False
+    inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
     depth: int = 2
     input_size: int = 2**20
     output_size: int = 2**20
@@ -65,8 +71,7 @@ class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
     open_timeout: float = 120.0
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
+class Flight(msgspec.Struct, eq=False):
     """A batch that a worker holds."""
 
     number: int
@@ -200,8 +205,8 @@ class Worker:
         except TorchshipError:
             self.arena.release(slot)
             raise
-        except OSError as fault:  # it died a moment ago: its end is on the way and takes the flight with it
-            self._reason = self._reason or str(fault)
+        except OSError:  # it died a moment ago: its end is on the way and takes the flight with it
+            pass
         finally:
             if region:
                 region.close()
@@ -215,14 +220,28 @@ class Worker:
         groups = [visits] if self.blueprint.batched else [[visit] for visit in visits]
         calls = []
         for group in groups:
+            rows = [visit.rows for visit in group]
+            columns = zip(*[visit.arrays for visit in group], strict=True)
+            kinds = {type(visit.arrays) for visit in group}
             blocks: list[Block] = []
-            for arrays in zip(*[visit.arrays for visit in group], strict=True):
-                block = arena.write(arrays, memory=memory, offset=at)
+            for index, column in enumerate(columns):
+                if kinds == _RAW:
+                    shape = (sum(rows), *self.blueprint.inputs[index][1])
+                    block = arena.write_raw(column, memory=memory, offset=at, shape=shape)
+                else:
+                    arrays = column if tuple not in kinds else self._arrays(column, index)
+                    block = arena.write(arrays, memory=memory, offset=at)
                 blocks.append(block)
                 at = arena.aligned(at + block.size)
             head = group[0]
-            calls.append(Call([visit.rows for visit in group], blocks, head.values, head.part is not None))
+            calls.append(Call(rows, blocks, head.values, head.part is not None))
         return calls, region
+
+    def _arrays(self, column: Sequence[Any], index: int) -> list[Array]:
+        """Rows of which some are bytes, as arrays."""
+        dtype, axes = self.blueprint.inputs[index]
+        kind = numpy_dtype(dtype)
+        return [np.frombuffer(one, kind).reshape(-1, *axes) if type(one) is bytes else one for one in column]
 
     def _measure(self, visits: list[Visit]) -> int:
         """Bytes that a batch needs, each tensor beginning where it may."""

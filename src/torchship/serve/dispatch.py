@@ -8,9 +8,10 @@ A lower priority number goes first; within one, the longest waiting lane goes fi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
+
+import msgspec
 
 from torchship.errors import Busy, Expired, TorchshipError
 from torchship.stage import Value
@@ -19,12 +20,11 @@ from torchship.tensors import Array, Tensors
 FOREVER = float("inf")
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """One request on its way through a line, with its own clock (seconds, monotonic).
 
     `tensors` holds everything known so far, at the end the outputs; `reply` is called once, with `fault` set when
-    there is no answer. `gone` tells whether the caller still waits; `waiting` and `left` count the stations ahead.
+    there is no answer. `gone` tells whether the caller has left; `waiting` and `left` count the stations ahead.
     """
 
     tensors: Tensors
@@ -43,6 +43,11 @@ class Job:
     left: int = 1
     part: Callable[[dict[str, Array]], None] | None = None
     spans: list[Span] | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """The caller has left: the job is dropped at the next sweep."""
+        self.cancelled = True
 
     def expired(self) -> Expired:
         """The error for a job whose deadline has passed."""
@@ -51,8 +56,7 @@ class Job:
         )
 
 
-@dataclass(slots=True, frozen=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """When a job was queued at a station, sent to a worker, run, and collected; seconds, monotonic."""
 
     station: str
@@ -64,17 +68,17 @@ class Span:
     rows: int
 
 
-@dataclass(slots=True, eq=False)
-class Visit:
+class Visit(msgspec.Struct, eq=False):
     """A job's call at one station: the tensors that it brings, in the order of the stage's inputs.
 
+    Tensors that came in as bytes and are still bytes are given as a tuple of them.
     `key` is equal for visits that may share a batch. `alone` is set after a crash: a suspect runs by itself.
     `finish` takes the outputs; a stream has its answers taken one by one by `part`, and `finish` ends it.
     A visit of a `sequence` goes to the worker that holds the sequence's state.
     """
 
     job: Job
-    arrays: list[Array]
+    arrays: Sequence[Any]
     rows: int
     finish: Callable[[Visit, list[Array]], None]
     values: dict[str, Value]
@@ -212,3 +216,9 @@ class Door:
         self.jobs -= 1
         self.rows -= job.rows
         self.size -= job.size
+
+    def leave_together(self, jobs: int, rows: int, size: int) -> None:
+        """Count several jobs out."""
+        self.jobs -= jobs
+        self.rows -= rows
+        self.size -= size

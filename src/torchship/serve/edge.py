@@ -12,6 +12,7 @@ from torchship.serve.arena import size_of
 from torchship.serve.dispatch import Job
 from torchship.stage import Parameter, Value
 from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
+from torchship.wire.rows import Packed
 
 
 class Edge:
@@ -45,11 +46,17 @@ class Edge:
         Raises BadInput naming the fault.
         """
         tensors = job.tensors
+        form = tensors.form if type(tensors) is Packed else None
+        if form is not None and form.passed is self:
+            job.rows, job.size = form.rows, form.size
+            return
         if self._simple and len(tensors) == len(self._plain):
             rows = self._quick(tensors)
             if rows:
                 job.rows = rows
                 job.size = rows * self._row_size
+                if form is not None:
+                    form.passed, form.rows, form.size = self, job.rows, job.size
                 return
         for name, array in tensors.items():
             if array.dtype.hasobject:

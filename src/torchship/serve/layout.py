@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from torchship.artifact import Store
 from torchship.errors import TorchshipError
 from torchship.pipeline.planning import Node, Plan
 from torchship.serve.arena import size_of_rows
 from torchship.serve.crew import Blueprint
-from torchship.serve.dispatch import Visit
+from torchship.serve.dispatch import Job, Visit
 from torchship.serve.station import Crew, Station
 from torchship.serve.worker import Kit
 from torchship.stage import Value, select
 from torchship.tensors import Array, NanPolicy
+from torchship.wire.rows import Packed
 
 _SLOT_LIMIT = 2**28  # bytes; a bigger batch travels in memory of its own
 _SLOT_FREE = 2**20  # bytes of a slot for each tensor whose size is not known
@@ -34,6 +36,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     run_timeout: float = 60.0
     open_timeout: float = 120.0
     sequence_idle: float = 60.0
+    priority: int = 2
     memory: int = 0
     nice: int = 0
     cpus: tuple[int, ...] = ()
@@ -60,14 +63,28 @@ class Leg:
     drops: tuple[str, ...] = ()
     followers: list[int] = field(default_factory=list)
 
+    def packs(self, tensors: Packed, job: Job) -> bool:
+        """Whether the bytes that came in can be written as they are: they are in order, and nothing is unusual."""
+        known = tensors.form.names == self.takes and not self.special and not job.parameters
+        return known and self.station.fits and job.rows <= self.most
+
 
 @dataclass(slots=True, eq=False)
 class Gather:
     """A visit that was cut into chunks, because it has more rows than a batch."""
 
     leg: Leg
-    parts: list[list[Array] | None]
+    parts: list[list[Array]]
     left: int
+    finish: Callable[[Visit, list[Array]], None]
+
+    def add(self, visit: Visit, outputs: list[Array]) -> None:
+        """One chunk is back; `visit.leg` is its number."""
+        self.parts[visit.leg] = outputs
+        self.left -= 1
+        if not self.left:
+            visit.leg = self.leg
+            self.finish(visit, [np.concatenate(parts) for parts in zip(*self.parts, strict=True)])
 
 
 def lay(node: Node, *, store: Store, limits: Limits, fail: Callable[[Visit, TorchshipError], None]) -> Leg:
@@ -83,13 +100,15 @@ def lay(node: Node, *, store: Store, limits: Limits, fail: Callable[[Visit, Torc
         if not all(isinstance(axis, int) for axis in spec.shape[1:])
     )
     kinds = {spec.dtype for spec in signature.inputs}
+    fits = signature.batched and not loose and sizes[0] < _SLOT_LIMIT and "BYTES" not in kinds
     blueprint = Blueprint(
         name=node.name,
         opener="torchship.serve.worker:open_configured",
         stage=Kit(config, str(store.root)),
         signature=str(signature),
         batched=signature.batched,
-        fits=signature.batched and not loose and sizes[0] < _SLOT_LIMIT and "BYTES" not in kinds,
+        fits=fits,
+        inputs=tuple([(spec.dtype, tuple(spec.wire_shape[1:])) for spec in signature.inputs]) if fits else (),
         depth=limits.depth,
         input_size=sizes[0],
         output_size=sizes[1],

@@ -11,10 +11,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import numpy as np
-
 from torchship.artifact import Store
-from torchship.errors import BadInput, Cancelled, Expired, StageFailed, TorchshipError, Unavailable, Unsupported
+from torchship.errors import BadInput, Busy, Cancelled, Expired, StageFailed, TorchshipError, Unavailable, Unsupported
 from torchship.pipeline import rows as pipeline_rows
 from torchship.pipeline.composed import take
 from torchship.pipeline.planning import Plan
@@ -25,6 +23,7 @@ from torchship.serve.metrics import LineMeter
 from torchship.serve.sequences import Sequences
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
+from torchship.wire.rows import Batch, Outline, Packed, Share
 
 _SWEEP = 0.01  # seconds between two looks at deadlines and hangs
 
@@ -43,6 +42,7 @@ class Line:
         self.state = "opening"
         self.legs: list[Leg] = []
         self._only: Leg | None = None
+        self._outline = Outline(())
         self._sequences: Sequences | None = None
         self._store = store or Store()
         self._inputs = [(spec.name, key) for spec, key in zip(plan.signature.inputs, plan.inputs, strict=True)]
@@ -64,6 +64,9 @@ class Line:
                 leg.station.before.append(self.legs[index].station)
         self._only = shorten(self.plan, self.legs)
         self._sequences = self._sequential()
+        if self._only is not None and self._only.batched and not self.streams and self._sequences is None:
+            self._outline = Outline(self._only.gives)
+            self._only.station.land = self._land
         opening = [asyncio.ensure_future(leg.station.open()) for leg in self.legs]
         try:
             await asyncio.gather(*opening)
@@ -118,6 +121,7 @@ class Line:
         """The answer to come. `deadline` counts from now, in seconds. Raises BadInput, Busy, Unavailable at once."""
         future: asyncio.Future[Tensors] = self._loop.create_future()
         values = self.edge.values(parameters) if parameters else {}
+        priority = priority or self.limits.priority
         self.start(Job(tensors, _settle, values, time.monotonic(), priority, future, future.cancelled), deadline)
         return future
 
@@ -128,8 +132,10 @@ class Line:
                 raise Unavailable(f"model {self.plan.name!r} is {self.state}", hint="try again, or another version")
             self.edge.admit(job)
             self.door.enter(job)
-        except TorchshipError:
+        except TorchshipError as fault:
             self.meter.lost("REJECTED", 0.0)
+            if isinstance(fault, Busy):
+                fault.retry_after = self.meter.seconds_for(self.door.rows, job.arrived)
             raise
         limits = self.limits
         job.deadline = job.arrived + (min(deadline, limits.max_timeout) if deadline > 0 else limits.timeout)
@@ -162,6 +168,9 @@ class Line:
 
     def _enter(self, job: Job, leg: Leg, tensors: Tensors, now: float) -> None:
         """A job comes to a station."""
+        if type(tensors) is Packed and leg.packs(tensors, job):
+            leg.station.put(Visit(job, tensors.raws, job.rows, self._arrive, leg.defaults, None, leg), now)
+            return
         arrays = [tensors[key] for key in leg.takes]
         count = len(arrays[0]) if leg.batched else 1
         visit = Visit(job, arrays, count, self._arrive, leg.defaults, None, leg)
@@ -198,19 +207,11 @@ class Line:
     def _cut(self, visit: Visit, most: int, now: float) -> None:
         """More rows than a batch: they go as several visits and are joined again."""
         cuts = range(0, visit.rows, most)
-        gather = Gather(visit.leg, [None] * len(cuts), len(cuts))
+        gather = Gather(visit.leg, [[]] * len(cuts), len(cuts), self._arrive)
         for index, at in enumerate(cuts):
             arrays = [array[at : at + most] for array in visit.arrays]
-            part = Visit(visit.job, arrays, len(arrays[0]), self._gathered, visit.values, visit.key, (gather, index))
+            part = Visit(visit.job, arrays, len(arrays[0]), gather.add, visit.values, visit.key, index)
             visit.leg.station.put(part, now)
-
-    def _gathered(self, visit: Visit, outputs: list[Array]) -> None:
-        gather, index = visit.leg
-        gather.parts[index] = outputs
-        gather.left -= 1
-        if not gather.left:
-            visit.leg = gather.leg
-            self._arrive(visit, [np.concatenate(parts) for parts in zip(*gather.parts, strict=True)])
 
     def _arrive(self, visit: Visit, outputs: list[Array]) -> None:
         """A station has answered: on to the stations that waited for it, or home."""
@@ -238,6 +239,26 @@ class Line:
             if not self.plan.streams:
                 job.tensors = {name: tensors[key] for name, key in self._outputs}
             self._home(job)
+
+    def _land(self, visits: list[Visit], rows: list[int], arrays: list[Array]) -> None:
+        """A batch is back on a line of one station: each job goes home with its share."""
+        batch, leg, now = Batch(self._outline, arrays), self._only, time.monotonic()
+        jobs: list[Job] = []
+        end = size = 0
+        for visit, count in zip(visits, rows, strict=True):
+            start, end, job = end, end + count, visit.job
+            if visit.leg is not leg:
+                visit.finish(visit, [array[start:end] for array in arrays])
+            elif not job.done:
+                job.done, job.tensors = True, Share(batch, start, end)
+                size += job.size
+                jobs.append(job)
+        self.door.leave_together(len(jobs), sum([job.rows for job in jobs]), size)
+        self.meter.succeeded_together([job.rows for job in jobs], [now - job.arrived for job in jobs])
+        if not self.door.jobs:
+            self._empty.set()
+        for job in jobs:
+            job.reply(job)
 
     def _part(self, visit: Visit, outputs: list[Array]) -> None:
         """One answer of a stream."""
@@ -303,17 +324,19 @@ class Line:
                 continue
             if job.deadline <= now:
                 self._fail(job, job.expired())
-            elif job.gone is not None and job.gone():
+            elif job.cancelled or (job.gone is not None and job.gone()):
                 self.cancel(job)
         busy = self.door.jobs or any(not leg.station.idle for leg in self.legs)
         self._sweeper = self._loop.call_later(_SWEEP, self._sweep) if busy else None
 
     def _ping(self) -> None:
         self._pings += 1
+        now = time.monotonic()
+        self.meter.mark(now)
         if self._sequences is not None:
-            self._sequences.sweep(time.monotonic())
+            self._sequences.sweep(now)
         for leg in self.legs:
-            leg.station.ping(time.monotonic(), self._pings)
+            leg.station.ping(now, self._pings)
         self._pinger = self._loop.call_later(1.0, self._ping)
 
     async def stream(
@@ -321,7 +344,8 @@ class Line:
     ) -> AsyncIterator[Tensors]:
         """All answers to one request. Raises as `submit` does, and what the stage raises between two answers."""
         answers: asyncio.Queue[Any] = asyncio.Queue()
-        job = Job(tensors, answers.put_nowait, self.edge.values(parameters), time.monotonic(), priority)
+        values = self.edge.values(parameters)
+        job = Job(tensors, answers.put_nowait, values, time.monotonic(), priority or self.limits.priority)
         job.part = answers.put_nowait
         self.start(job, deadline)
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
 
 BUCKETS_MS = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0)
+_BUCKETS = [bound / 1e3 for bound in BUCKETS_MS]
 
 
 @dataclass(slots=True)
@@ -63,6 +65,17 @@ class LineMeter:
     last: float = 0.0
     failures: dict[str, int] = field(default_factory=dict)
     histogram: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_MS) + 1))
+    _marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=5))
+
+    def mark(self, now: float) -> None:
+        """Remember how far it is: once a second, for `seconds_for`."""
+        self._marks.append((now, self.rows))
+
+    def seconds_for(self, rows: int, now: float) -> float:
+        """How long so many rows will take, at the rate of the last five seconds; 1 where nothing is known."""
+        since, before = self._marks[0] if self._marks else (now, self.rows)
+        done = self.rows - before
+        return min(60.0, rows * (now - since) / done) if done else max(1.0, now - since)
 
     @property
     def failed(self) -> int:
@@ -75,6 +88,15 @@ class LineMeter:
         self.rows += rows
         self.seconds += seconds
         self.histogram[bisect_left(BUCKETS_MS, seconds * 1e3)] += 1
+
+    def succeeded_together(self, rows: list[int], seconds: list[float]) -> None:
+        """Count the answered requests of one batch."""
+        self.success += len(rows)
+        self.rows += sum(rows)
+        self.seconds += sum(seconds)
+        histogram = self.histogram
+        for duration in seconds:
+            histogram[bisect_left(_BUCKETS, duration)] += 1
 
     def lost(self, reason: str, seconds: float) -> None:
         """Count one request without an answer; reason is REJECTED, CANCELED, BACKEND or OTHER."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, TypeAlias
 
 import torchship
 from torchship.errors import BadInput, StageFailed, TorchshipError, Unsupported
@@ -14,30 +14,39 @@ from torchship.serve import describe, prometheus
 from torchship.serve.catalog import Catalog
 from torchship.serve.dispatch import Job
 from torchship.serve.line import Line
+from torchship.serve.overrides import check_parameters, overridden
 from torchship.serve.tracing import Traces
 from torchship.stage import Value
 from torchship.wire.messages import Request, Response
 
 _log = logging.getLogger("torchship.serve")
+Answer: TypeAlias = Callable[[Any, Request, Response | Exception], None]
+_LAST = 1 << 31  # the priority of what nobody waits for
 _EXTENSIONS = [
     "binary_tensor_data",
     "classification",
     "generate",
+    "logging",
     "model_configuration",
     "model_repository",
+    "model_repository(unload_dependents)",
     "parameters",
     "schedule_policy",
     "sequence",
     "statistics",
     "system_shared_memory",
+    "trace",
 ]
 
 
 class Service:
     """Models by name, behind requests and responses."""
 
-    def __init__(self, catalog: Catalog, *, control: bool = False, traces: Traces | None = None) -> None:
-        """`control`: callers may load and unload models."""
+    def __init__(
+        self, catalog: Catalog, *, name: str = "triton", control: bool = False, traces: Traces | None = None
+    ) -> None:
+        """`name` is what callers are told; `control`: they may load and unload models."""
+        self._name = name
         self._traces = traces
         self.catalog = catalog
         self.draining = False
@@ -57,21 +66,26 @@ class Service:
 
     def submit(self, request: Request) -> asyncio.Future[Response]:
         """Begin one inference. It may raise at once: NotFound, BadInput, Busy, Unavailable, Unsupported."""
+        future: asyncio.Future[Response] = self._loop.create_future()
+        self.start(request, _settle, future).gone = future.cancelled
+        return future
+
+    def start(self, request: Request, answer: Answer, whom: Any) -> Job:
+        """The same without a future: `answer(whom, request, response or error)` is called once, perhaps at once."""
         line, version = self.catalog.line(request.model, request.version)
         if line.streams:
             line.refuse_stream()
         if request.outputs:
             _check_outputs(line, request)
-        future: asyncio.Future[Response] = self._loop.create_future()
         values = line.edge.values(request.parameters) if request.parameters else {}
-        context = (future, request, version, self._traces)
-        job = Job(request.inputs, _reply, values, time.monotonic(), request.priority, context, future.cancelled)
+        context = (answer, whom, request, version, self._traces)
+        job = Job(request.inputs, _reply, values, time.monotonic(), request.priority or line.limits.priority, context)
         if self._traces is not None and self._traces.wanted(request):
             job.spans = []
         line.start(job, request.deadline)
         if not request.version and (shadow := self.catalog.entries[request.model].shadow) is not None:
             _follow(shadow, request, values)
-        return future
+        return job
 
     async def stream(self, request: Request) -> AsyncIterator[Response]:
         """All answers of a model that streams, or the one answer of one that does not."""
@@ -85,7 +99,7 @@ class Service:
 
     def server_metadata(self) -> dict[str, Any]:
         """`name`, `version`, `extensions`."""
-        return {"name": "torchship", "version": torchship.__version__, "extensions": _EXTENSIONS}
+        return {"name": self._name, "version": torchship.__version__, "extensions": _EXTENSIONS}
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether this model answers now. Raises NotFound."""
@@ -132,11 +146,25 @@ class Service:
         ]
 
     async def repository_load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Open (or reload) a model and wait for it. Raises Unsupported where model control is off."""
+        """Open (or reload) a model and wait for it; the parameter `config` changes how it runs until the next load.
+
+        Raises Unsupported where model control is off, and what the model raises that does not open.
+        """
         self._check_control()
-        if parameters:
-            raise Unsupported("load takes no parameters here", hint="publish a new version into the store")
-        await self.catalog.load(self.catalog.entry(name).config)
+        try:
+            config = self.catalog.entry(name).given
+            check_parameters(parameters)
+            if "config" in parameters:
+                config = overridden(config, parameters["config"], told=self._told(name))
+            await self.catalog.load(config)
+        except TorchshipError as fault:
+            fault.args = (f"failed to load '{name}': {fault}",)  # the words that Triton's clients look for
+            raise
+
+    def _told(self, name: str) -> dict[str, Any]:
+        """A model's configuration as callers see it; nothing for a model that is not there."""
+        current = self.catalog.entry(name).current
+        return describe.configuration(current, name=name) if current else {}
 
     async def repository_unload(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Drain and close a model. Raises Unsupported where model control is off."""
@@ -151,7 +179,7 @@ class Service:
 def _follow(shadow: Line, request: Request, values: dict[str, Value]) -> None:
     """Let a shadow version answer the same request; nobody waits for it, and its faults are only counted."""
     try:
-        shadow.start(Job(request.inputs, _ignore, dict(values), time.monotonic(), 9), request.deadline)
+        shadow.start(Job(request.inputs, _ignore, dict(values), time.monotonic(), _LAST), request.deadline)
     except TorchshipError:
         pass
 
@@ -161,20 +189,28 @@ def _ignore(job: Job) -> None:
 
 
 def _reply(job: Job) -> None:
-    """Put the end of a job into the caller's future."""
-    future, request, version, traces = job.context
-    if job.spans is not None:
-        traces.record(job, request, version)
-    if future.done():
-        return
+    """Tell the caller how a job has ended."""
+    answer, whom, request, version, traces = job.context
+    job.context = None  # it knows the caller, who may know the job
+    trace = traces.record(job, request, version) if job.spans is not None else ""
     if job.fault is not None:
         if isinstance(job.fault, StageFailed):
             facts = {"model": request.model, "version": version, "request": request.id}
             _log.warning("model %s: request %s: %s", request.model, request.id or "-", job.fault, extra=facts)
-        future.set_exception(job.fault)
+        answer(whom, request, job.fault)
         return
     outputs = _wanted(job.tensors, request) if request.outputs else job.tensors
-    future.set_result(Response(request.model, version, outputs, request.id))
+    answer(whom, request, Response(request.model, version, outputs, request.id, {}, trace))
+
+
+def _settle(future: asyncio.Future[Response], request: Request, end: Response | Exception) -> None:
+    """Put the end of a job into the caller's future."""
+    if future.done():
+        return
+    if isinstance(end, Response):
+        future.set_result(end)
+    else:
+        future.set_exception(end)
 
 
 def _check_outputs(line: Line, request: Request) -> None:
@@ -185,6 +221,8 @@ def _check_outputs(line: Line, request: Request) -> None:
                 f"unexpected inference output '{wanted.name}' for model '{request.model}'",
                 hint=f"its outputs are {', '.join(known)}",
             )
+        if wanted.classification:
+            wanted.labels = line.plan.labels
 
 
 def _wanted(tensors: Mapping[str, Any], request: Request) -> Mapping[str, Any]:

@@ -54,6 +54,7 @@ class Station:
         self.signature = signature
         self.max_batch = max_batch
         self.crew = crew
+        self.fits = blueprint.fits
         self.queue = Dispatch(max_batch=max_batch if signature.batched else 2**31, max_wait=crew.max_wait)
         self.workers: list[Worker] = []
         self.meter = StationMeter()
@@ -61,6 +62,7 @@ class Station:
         self.after: list[Station] = []
         self.before: list[Station] = []
         self.pins = Pins()
+        self.land: Callable[[list[Visit], list[int], list[Array]], None] = self._deliver
         self.lost: Callable[[list[str]], None] = lambda names: None
         self._blueprint = blueprint
         self._dtypes = [numpy_dtype(spec.dtype) for spec in signature.outputs]
@@ -106,9 +108,7 @@ class Station:
                 self._fail(visit, Unavailable(f"stage {self.name!r} has no worker", hint="try again"))
         else:
             self.queue.put(visit)
-        if not self._pumping:
-            self._pumping = True
-            self._loop.call_soon(self._pump)
+        self.pump_soon()
 
     def pump_soon(self) -> None:
         """Look for work at the end of this turn of the event loop, so that one turn's requests share a batch."""
@@ -226,18 +226,18 @@ class Station:
             for block, dtype in zip(piece.blocks, self._dtypes, strict=True):
                 array = arena.read(block, dtype=dtype, memory=memory)
                 arrays.append(array if dtype.hasobject else array.copy())
-            self._deliver(visits[piece.first : piece.first + len(piece.rows)], piece.rows, arrays, gave.more)
+            part = visits[piece.first : piece.first + len(piece.rows)]
+            if gave.more and part[0].part:
+                part[0].part(part[0], arrays)
+            else:
+                self.land(part, piece.rows, arrays)
         if flight.stream and not gave.more and not gave.faults:
             visits[0].finish(visits[0], [])
 
     @staticmethod
-    def _deliver(visits: list[Visit], rows: list[int], arrays: list[Array], more: bool) -> None:
+    def _deliver(visits: list[Visit], rows: list[int], arrays: list[Array]) -> None:
         if len(visits) == 1:
-            visit = visits[0]
-            if more and visit.part:
-                visit.part(visit, arrays)
-            else:
-                visit.finish(visit, arrays)
+            visits[0].finish(visits[0], arrays)
             return
         at = 0
         for visit, count in zip(visits, rows, strict=True):
@@ -347,7 +347,9 @@ class Station:
     def _break(self, text: str, delay: float) -> None:
         """Too many crashes in a row: fail what waits, and refuse, until a worker opens again."""
         self.broken = Unavailable(
-            f"stage {self.name!r} cannot be kept running: {text}", hint=f"the next attempt is in {delay:.1f} s"
+            f"stage {self.name!r} cannot be kept running: {text}",
+            hint=f"the next attempt is in {delay:.1f} s",
+            retry_after=delay,
         )
         _log.error("station %s: circuit open: %s", self.name, text, extra={"station": self.name})
         for visit in self.queue.clear():

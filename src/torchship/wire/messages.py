@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from torchship.stage import Value
 from torchship.tensors import Tensors
 
 
-@dataclass(slots=True)
-class WantedOutput:
-    """One output that the caller names: `binary` is its encoding, `classification` asks for the top k classes."""
+class WantedOutput(msgspec.Struct):
+    """One output that the caller names: `binary` is its encoding, `classification` asks for the top k classes, which
+    the server gives the names in `labels`."""
 
     name: str
     binary: bool = False
     classification: int = 0
-    parameters: dict[str, Value] = field(default_factory=dict)
+    parameters: dict[str, Value] = {}
+    labels: Sequence[str] = ()
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """One inference request. `deadline` counts from arrival in seconds (0: the model's own); an empty version means
     the current one; an empty `outputs` means all of them, in binary where `binary` says so."""
 
@@ -28,20 +30,20 @@ class Request:
     inputs: Tensors
     version: str = ""
     id: str = ""
-    parameters: dict[str, Value] = field(default_factory=dict)
+    parameters: dict[str, Value] = {}
     outputs: tuple[WantedOutput, ...] = ()
     deadline: float = 0.0
     priority: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = {}
     binary: bool = False
 
 
-@dataclass(slots=True)
-class Response:
-    """One answer to a Request."""
+class Response(msgspec.Struct):
+    """One answer to a Request. `trace` is the W3C traceparent of the span that it was made in, if there is one."""
 
     model: str
     version: str
     outputs: Tensors
     id: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = {}
+    trace: str = ""

@@ -25,6 +25,7 @@ from torchship.wire.oip_json import (
     write_region,
 )
 from torchship.wire.raw import Buffer, datatype_of, decode_raw, element_count, encode_raw, object_array
+from torchship.wire.rows import Form, Packed, Share
 from torchship.wire.schema import message
 
 _CONTENTS = {
@@ -41,6 +42,7 @@ _CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+_SMALL = 1 << 16  # bytes of a request whose tensors are copied out of it rather than viewed
 _RAW_TAG = 0x3A  # raw_input_contents = 7
 _TAGS = frozenset((0x0A, 0x12, 0x1A, 0x22, 0x2A, 0x32))
 
@@ -50,6 +52,7 @@ class _Shape(NamedTuple):
 
     request: Request
     inputs: tuple[_Tensor, ...]
+    form: Form | None  # where all of it is small and needs no look
 
 
 class _Tensor(NamedTuple):
@@ -94,6 +97,11 @@ class InferCodec:
         known = self._asked.get(key)
         if known is None or len(known.inputs) != len(raws):
             return self._decode_slowly(data[start:], key)
+        form, old = known.form, known.request
+        parameters = dict(old.parameters) if old.parameters else {}
+        if form is not None and size <= _SMALL and [last - first for first, last in raws] == form.sizes:
+            packed = Packed(form, tuple([bytes(data[first:last]) for first, last in raws]))
+            return Request(old.model, packed, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
         inputs: dict[str, Array] = {}
         for (name, datatype, shape, dtype, bytes_wanted), (first, last) in zip(known.inputs, raws, strict=True):
             if dtype is not None and last - first == bytes_wanted:
@@ -101,8 +109,6 @@ class InferCodec:
             else:
                 part = memoryview(data)[first:last]
                 inputs[name] = decode_raw(part, name=name, datatype=datatype, shape=shape)
-        old = known.request
-        parameters = dict(old.parameters) if old.parameters else {}
         return Request(old.model, inputs, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
 
     def _decode_slowly(self, data: Buffer, key: bytes = b"") -> Request:
@@ -131,7 +137,7 @@ class InferCodec:
             shapes = tuple(_tensor(item, inputs[item.name]) for item in asked.inputs)
             if len(self._asked) >= 512:
                 self._asked.clear()
-            self._asked[key] = _Shape(request, shapes)
+            self._asked[key] = _Shape(request, shapes, _form(shapes))
             request = Request(
                 request.model, inputs, request.version, request.id, dict(request.parameters), request.outputs,
                 request.deadline, request.priority,
@@ -157,6 +163,9 @@ class InferCodec:
         """The bytes of a ModelInferResponse. Raises BadInput for an output that the model does not have."""
         if request.outputs:
             return self._encode_chosen(response, request)
+        share = response.outputs
+        if type(share) is Share and share.batch.plain and not response.parameters:
+            return self._encode_share(share, response)
         arrays = response.outputs
         key = (
             response.model,
@@ -182,6 +191,25 @@ class InferCodec:
             parts += (b"\x32", _put_varint(len(raw)), raw)
         return b"".join(parts)
 
+    @staticmethod
+    def _encode_share(share: Share, response: Response) -> bytes:
+        """The same for a share of a batch: all but the data is remembered, and the data are cut out of the batch's."""
+        batch, start, end = share.batch, share.start, share.end
+        key = response.model, response.version, end - start
+        tops = batch.outline.recall(key)
+        if tops is None:
+            top = _answer(response, [(name, array, {}) for name, array in share.items()])
+            tops = [b"\x32" + _put_varint(array.nbytes) for array in share.values()]
+            tops[0] = top + tops[0]
+            batch.outline.keep(key, tops)
+        parts: list[bytes] = []
+        for top, (raw, step) in zip(tops, batch.raws, strict=True):
+            parts += (top, raw[start * step : end * step])
+        if response.id:
+            text = response.id.encode()
+            parts += (b"\x1a", _put_varint(len(text)), text)
+        return b"".join(parts)
+
     def _encode_chosen(self, response: Response, request: Request) -> bytes:
         outputs: list[tuple[str, Array, Mapping[str, Any]]] = []
         raws: list[bytes] = []
@@ -199,6 +227,15 @@ class InferCodec:
             rest.raw_output_contents.extend(raws)
         set_parameters(rest.parameters, response.parameters)
         return _answer(response, outputs) + bytes(rest.SerializeToString())
+
+
+def _form(inputs: tuple[_Tensor, ...]) -> Form | None:
+    """The form of a request whose bytes need no look."""
+    dtypes = [tensor.dtype for tensor in inputs if tensor.dtype is not None and tensor.size]
+    if len(dtypes) < len(inputs):
+        return None
+    names, shapes = zip(*[(tensor.name, tensor.shape) for tensor in inputs], strict=True)
+    return Form(names, tuple(dtypes), shapes, [tensor.size for tensor in inputs])
 
 
 def _tensor(item: Any, array: Array) -> _Tensor:

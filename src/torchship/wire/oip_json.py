@@ -14,6 +14,7 @@ from torchship.wire.classification import classify
 from torchship.wire.json_arrays import decode_json_data, encode_json_data
 from torchship.wire.messages import Request, Response, WantedOutput
 from torchship.wire.raw import Buffer, datatype_of, decode_raw, encode_raw, object_array
+from torchship.wire.rows import Share
 
 
 class Regions(Protocol):
@@ -110,6 +111,18 @@ def decode_request(
     if question.outputs:
         request.outputs = tuple(_wanted(item, request.binary) for item in question.outputs)
     return request
+
+
+def reread(body: bytes) -> bytes | None:
+    """The text of the data of the only input of a body of JSON; None where there is not exactly that."""
+    try:
+        question = _QUESTION.decode(body)
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return None
+    (item, *others) = question.inputs or (None,)
+    if others or item is None or isinstance(item.data, msgspec.UnsetType) or item.parameters is not None:
+        return None
+    return bytes(item.data)
 
 
 def _input(item: _Input, rest: memoryview, regions: Regions | None) -> tuple[Array, memoryview]:
@@ -215,23 +228,20 @@ def decode_plain(body: Buffer, *, model: str, version: str, inputs: Sequence[Ten
     )
 
 
-def encode_response(
-    response: Response,
-    request: Request,
-    *,
-    labels: Mapping[str, Sequence[str]] = {},
-    regions: Regions | None = None,
-) -> Body:
+def encode_response(response: Response, request: Request, *, regions: Regions | None = None) -> Body:
     """The body of an answer, with the outputs in the order and encoding that the request asks for.
 
     Raises BadInput when the request names an output that the model does not have.
     """
+    share = response.outputs
+    if type(share) is Share and not request.outputs and not response.parameters and share.batch.plain:
+        return _encode_share(share, response, binary=request.binary)
     outputs: list[_Output] = []
     blobs: list[bytes] = []
     if request.outputs or request.binary:
         wishes = request.outputs or [WantedOutput(name, binary=request.binary) for name in response.outputs]
         for wish in wishes:
-            outputs.append(_output(wish, response, blobs, labels, regions))
+            outputs.append(_output(wish, response, blobs, regions))
     else:
         for name, array in response.outputs.items():
             data = encode_json_data(array)
@@ -243,14 +253,39 @@ def encode_response(
     return Body(b"".join([text, *blobs]), len(text))
 
 
-def _output(
-    wish: WantedOutput,
-    response: Response,
-    blobs: list[bytes],
-    labels: Mapping[str, Sequence[str]],
-    regions: Regions | None,
-) -> _Output:
-    array = chosen_output(wish, response, labels)
+def _encode_share(share: Share, response: Response, *, binary: bool) -> Body:
+    """The same for a share of a batch: the text is remembered but for the data, which are cut out of the batch's."""
+    batch, start, end = share.batch, share.start, share.end
+    key = response.model, response.version, end - start, binary
+    befores, last = batch.outline.recall(key) or _keep(key, share, response)
+    if response.id:
+        last = b'%b,"id":%b}' % (last[:-1], _ANSWER.encode(response.id))
+    if binary:
+        return Body(b"".join([last, *[raw[start * step : end * step] for raw, step in batch.raws]]), len(last))
+    parts: list[bytes] = []
+    for before, rows in zip(befores, batch.texts, strict=True):
+        parts += (before, rows[start] if end - start == 1 else b",".join(rows[start:end]))
+    parts.append(last)
+    return Body(b"".join(parts), None)
+
+
+def _keep(key: tuple[str, str, int, bool], share: Share, response: Response) -> tuple[list[bytes], bytes]:
+    """The text of an answer before each output's data, and after the last."""
+    outputs = []
+    for name, array in share.items():
+        sizes = {"binary_data_size": array.nbytes} if key[-1] else None
+        data: Any = msgspec.UNSET if key[-1] else []
+        outputs.append(_Output(name, datatype_of(array), list(array.shape), sizes, data))
+    *befores, last = _ANSWER.encode(_Answer(response.model, response.version, outputs)).split(b"[]")
+    if not key[-1]:
+        befores = [before + b"[" if index == 0 else b"]" + before + b"[" for index, before in enumerate(befores)]
+        last = b"]" + last
+    share.batch.outline.keep(key, (befores, last))
+    return befores, last
+
+
+def _output(wish: WantedOutput, response: Response, blobs: list[bytes], regions: Regions | None) -> _Output:
+    array = chosen_output(wish, response)
     output = _Output(wish.name, datatype_of(array), list(array.shape))
     if "shared_memory_region" in wish.parameters:
         output.parameters = write_region(regions, wish, encode_raw(array))
@@ -262,14 +297,14 @@ def _output(
     return output
 
 
-def chosen_output(wish: WantedOutput, response: Response, labels: Mapping[str, Sequence[str]] = {}) -> Array:
+def chosen_output(wish: WantedOutput, response: Response) -> Array:
     """The array that answers one wish, turned into classes where asked for."""
     try:
         array = response.outputs[wish.name]
     except KeyError:
         hint = f"the outputs are {', '.join(response.outputs)}"
         raise BadInput(f"model {response.model!r} has no output {wish.name!r}", hint=hint) from None
-    return classify(array, top=wish.classification, labels=labels.get(wish.name, ())) if wish.classification else array
+    return classify(array, top=wish.classification, labels=wish.labels) if wish.classification else array
 
 
 def write_region(regions: Regions | None, wish: WantedOutput, data: bytes) -> dict[str, Any]:

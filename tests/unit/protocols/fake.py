@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from torchship.errors import NotFound, TorchshipError, Unsupported
+from torchship.errors import Cancelled, NotFound, TorchshipError, Unsupported
+from torchship.serve.protocols._served import Answer
 from torchship.tensors import Array, Signature
 from torchship.wire.messages import Request, Response
 
@@ -48,6 +49,16 @@ class FakeService:
             self._finish(future, request)
         return future
 
+    def start(self, request: Request, answer: Answer, whom: Any) -> asyncio.Future[Response]:
+        future = self.submit(request)
+
+        def tell(done: asyncio.Future[Response]) -> None:
+            fault = Cancelled("the caller went away") if done.cancelled() else done.exception()
+            answer(whom, request, done.result() if fault is None else cast(Exception, fault))
+
+        future.add_done_callback(tell)
+        return future
+
     def _count(self, future: asyncio.Future[Response]) -> None:
         self.cancelled += future.cancelled()
 
@@ -69,7 +80,7 @@ class FakeService:
             raise self.fault
 
     def server_metadata(self) -> dict[str, Any]:
-        return {"name": "torchship", "version": "0", "extensions": ["binary_tensor_data"]}
+        return {"name": "triton", "version": "0", "extensions": ["binary_tensor_data"]}
 
     def model_ready(self, name: str, version: str = "") -> bool:
         return name in self.loaded

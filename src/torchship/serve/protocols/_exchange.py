@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
-from torchship.errors import Busy, TorchshipError
+from torchship.errors import Busy, TorchshipError, Unavailable
 from torchship.wire.raw import Buffer
 from torchship.wire.status import status_of, text_of
 
@@ -77,20 +77,21 @@ class Sink(Protocol):
         ...
 
 
-class Exchange:
-    """A request and its answer. An endpoint calls `answer` or `fail` once, or `begin`, `write`..., `end`."""
+class Exchange(msgspec.Struct, eq=False):
+    """A request and its answer. An endpoint calls `answer` or `fail` once, or `begin`, `write`..., `end`.
 
-    __slots__ = ("body", "gone", "head", "job", "ready", "sink", "started", "stream")
+    `job` is a future, task or job that is cancelled when the caller goes away, `stream` is of HTTP/2, `ready` an answer
+    that waits for those before it.
+    """
 
-    def __init__(self, sink: Sink, head: Head, body: Buffer) -> None:
-        self.sink = sink
-        self.head = head
-        self.body = body
-        self.job: Any = None  # a future or task that is cancelled when the caller goes away
-        self.ready: bytes | None = None
-        self.stream: Any = None  # of HTTP/2
-        self.started = False
-        self.gone = False
+    sink: Sink
+    head: Head
+    body: Buffer
+    job: Any = None
+    ready: bytes | None = None
+    stream: Any = None
+    started: bool = False
+    gone: bool = False
 
     def answer(self, body: bytes, *, status: int = 200, content_type: str = JSON, headers: Headers = ()) -> None:
         """Send the whole answer; nothing happens when the caller is gone."""
@@ -113,8 +114,10 @@ class Exchange:
         status = status_of(error).http
         if isinstance(error, HttpFault):
             status, headers = error.status, error.headers
-        elif isinstance(error, Busy):
+        elif isinstance(error, Busy | Unavailable) and error.retry_after:
             headers = (("retry-after", str(max(1, math.ceil(error.retry_after)))),)
+        elif status == HTTPStatus.UNAUTHORIZED:
+            headers = (("www-authenticate", 'Bearer realm="torchship"'),)
         self.sink.send(self, status, msgspec.json.encode({"error": text_of(error)}), JSON, headers)
 
     def begin(self, *, status: int = 200, content_type: str = JSON, headers: Headers = ()) -> None:

@@ -1,23 +1,24 @@
-"""POST .../infer: decode, submit, and answer from the future's callback, so that no request costs a Task."""
+"""POST .../infer: decode, start, and answer from a callback, so that no request costs a Task or a future."""
 
 from __future__ import annotations
 
-import asyncio
 import re
-from functools import partial
 from typing import NamedTuple
 
-from torchship.errors import BadInput, Cancelled
-from torchship.serve.protocols._exchange import JSON, Exchange, Head
+from torchship.errors import BadInput
+from torchship.serve.protocols._exchange import JSON, Exchange, Head, Headers
 from torchship.serve.protocols._front import Front
 from torchship.serve.protocols._served import Served
 from torchship.tensors import Axis, Free, TensorSpec
+from torchship.wire.forms import Forms
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response
+from torchship.wire.raw import Buffer
 
 _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _DIGITS = re.compile(r"[0-9]{1,15}")
+_KNOWN = 256  # models, versions and lengths of the JSON before binary data
 
 
 class _About(NamedTuple):
@@ -28,6 +29,7 @@ class _About(NamedTuple):
     length: int | None
     plain: bool
     headers: dict[str, str]
+    forms: Forms
 
 
 class Inference:
@@ -38,14 +40,13 @@ class Inference:
         self._regions = front.regions
         self._tracing = front.tracing
         self._front = front
+        self._forms: dict[tuple[str, str, int | None], Forms] = {}  # what a head says, but for the size of its body
 
     def __call__(self, exchange: Exchange) -> None:
-        """Begin one inference; its answer is sent when its future is done."""
+        """Begin one inference; its answer is sent when it is there."""
         request = self.decode(exchange)
-        exchange.job = future = self._service.submit(request)
-        future.add_done_callback(partial(self._answer, exchange, request))
-        if self._tracing.active and (start := self._tracing.sample(request)):
-            future.add_done_callback(lambda done: self._tracing.record(request, start=start))
+        answer = self._tracing.around(self._answer, request) if self._tracing.active else self._answer
+        exchange.job = self._service.start(request, answer, exchange)
 
     def decode(self, exchange: Exchange) -> Request:
         """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
@@ -58,15 +59,20 @@ class Inference:
             request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
-            request = decode_request(
-                exchange.body,
-                model=about.model,
-                version=about.version,
-                header_length=about.length,
-                regions=self._regions,
-            )
+            body = exchange.body
+            known = about.forms.read(body) if type(body) is bytes else None
+            request = known if known is not None else self._general(body, about)
         if about.headers:
-            request.headers = dict(about.headers)
+            self._front.attach(request, about.headers)
+        return request
+
+    def _general(self, body: Buffer, about: _About) -> Request:
+        """Any body; what can be recognized the next time is remembered."""
+        request = decode_request(
+            body, model=about.model, version=about.version, header_length=about.length, regions=self._regions
+        )
+        if type(body) is bytes:
+            about.forms.learn(body, request)
         return request
 
     def _read(self, head: Head) -> _About:
@@ -78,27 +84,33 @@ class Inference:
         kind = headers.get("content-type", "")
         plain = kind.startswith(("image/", _OCTETS)) if length is None else int(length) == 0
         number = None if length is None else int(length)
-        return _About(head.places["model"], head.places.get("version", ""), number, plain, self._front.forwarded(head))
+        key = model, version, _ = head.places["model"], head.places.get("version", ""), number
+        if key not in self._forms and len(self._forms) >= _KNOWN:
+            self._forms.clear()
+        forms = self._forms.setdefault(key, Forms(number))
+        return _About(model, version, number, plain, self._front.forwarded(head), forms)
 
-    def _answer(self, exchange: Exchange, request: Request, future: asyncio.Future[Response]) -> None:
+    def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:
         """The callback of one inference."""
+        exchange.job = None
+        if isinstance(end, Exception):
+            exchange.fail(end)
+            return
         try:
-            response = future.result()
-            if not response.id:
-                response.id = request.id
-            send_body(exchange, encode_response(response, request, regions=self._regions))
-        except asyncio.CancelledError:
-            exchange.fail(Cancelled("the request was cancelled"))
+            if not end.id:
+                end.id = request.id
+            send_body(exchange, encode_response(end, request, regions=self._regions), trace=end.trace)
         except Exception as fault:
             exchange.fail(fault)
 
 
-def send_body(exchange: Exchange, body: Body) -> None:
+def send_body(exchange: Exchange, body: Body, *, trace: str = "") -> None:
     """Send an encoded answer with the headers of its kind."""
+    headers: Headers = (("traceparent", trace),) if trace else ()
     if body.header_length is None:
-        exchange.answer(body.data, content_type=JSON)
+        exchange.answer(body.data, content_type=JSON, headers=headers)
     else:
-        headers = (("inference-header-content-length", str(body.header_length)),)
+        headers = (("inference-header-content-length", str(body.header_length)), *headers)
         exchange.answer(body.data, content_type=_OCTETS, headers=headers)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError
 from torchship.errors import BadInput, NotFound, Unsupported
 from torchship.serve.protocols._calls import Call, Rpc
 from torchship.serve.protocols._front import Front
+from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._streams import StreamInference
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec
@@ -46,7 +46,7 @@ def protocol_rpcs(front: Front) -> dict[str, Rpc]:
         "SystemSharedMemoryStatus": (lambda ask: _regions(front, ask.name), "manage"),
         "SystemSharedMemoryRegister": (lambda ask: _register(front, ask), "manage"),
         "SystemSharedMemoryUnregister": (lambda ask: _unregister(front, ask.name), "manage"),
-        "CudaSharedMemoryStatus": (lambda ask: {}, "manage"),
+        "CudaSharedMemoryStatus": (lambda ask: _cuda_region(ask.name), "manage"),
         "CudaSharedMemoryRegister": (_no_cuda, "manage"),
         "CudaSharedMemoryUnregister": (lambda ask: {}, "manage"),
         "TraceSetting": (lambda ask: _trace(front, ask), "manage"),
@@ -70,28 +70,27 @@ class Inference:
         self._tracing = front.tracing
 
     def __call__(self, call: Call, body: Buffer, start: int) -> None:
-        """Begin one inference; its answer is sent when its future is done."""
+        """Begin one inference; its answer is sent when it is there."""
         request = self._codec.decode(body, start)
         timeout = call.head.timeout
         if timeout and (not request.deadline or timeout < request.deadline):
             request.deadline = timeout
         if self._front.forward:
-            request.headers = self._front.forwarded(call.head)
-        call.job = future = self._service.submit(request)
-        future.add_done_callback(partial(self._answer, call, request))
-        if self._tracing.active and (started := self._tracing.sample(request)):
-            future.add_done_callback(lambda done: self._tracing.record(request, start=started))
+            self._front.attach(request, self._front.forwarded(call.head))
+        answer = self._tracing.around(self._answer, request) if self._tracing.active else self._answer
+        call.job = self._service.start(request, answer, call)
 
-    def _answer(self, call: Call, request: Request, future: asyncio.Future[Response]) -> None:
+    def _answer(self, call: Call, request: Request, end: Response | Exception) -> None:
+        call.job = None
         if call.gone:
             return
+        if isinstance(end, Exception):
+            call.fail(end)
+            return
         try:
-            response = future.result()
-            if not response.id:
-                response.id = request.id
-            call.reply(self._codec.encode(response, request))
-        except asyncio.CancelledError:
-            call.finish(1, "the request was cancelled")
+            if not end.id:
+                end.id = request.id
+            call.reply(self._codec.encode(end, request), trace=end.trace)
         except Exception as fault:
             call.fail(fault)
 
@@ -161,26 +160,30 @@ def _plain(parameters: Any) -> dict[str, Any]:
     return found
 
 
-def _memory(front: Front) -> Any:
-    if front.regions is None:
-        raise Unsupported("shared memory is off", hint="the server's configuration can enable it")
-    return front.regions
-
-
 def _regions(front: Front, name: str) -> dict[str, Any]:
-    return {"regions": {one["name"]: one for one in _memory(front).status(name)}}
+    memory = front.regions or SharedMemory()
+    return {"regions": {one["name"]: one for one in memory.status(name)}}
 
 
 def _register(front: Front, ask: Any) -> None:
-    _memory(front).register(ask.name, key=ask.key, offset=ask.offset, size=ask.byte_size)
+    if front.regions is None:
+        raise Unsupported("shared memory is off", hint="set shared_memory = true in [control]")
+    front.regions.register(ask.name, key=ask.key, offset=ask.offset, size=ask.byte_size)
 
 
 def _unregister(front: Front, name: str) -> None:
-    _memory(front).unregister(name)
+    if front.regions is not None:
+        front.regions.unregister(name)
 
 
-def _no_cuda(ask: Any) -> Mapping[str, Any]:
-    raise Unsupported("CUDA shared memory is not offered", hint="use system shared memory or binary tensors")
+def _cuda_region(name: str) -> None:
+    if name:
+        raise NotFound(f"Unable to find cuda shared memory region: '{name}'")
+
+
+def _no_cuda(ask: Any) -> None:
+    text = f"failed to register CUDA shared memory region '{ask.name}': this server does not take CUDA memory"
+    raise Unsupported(text, hint="use system shared memory or binary tensors")
 
 
 def _trace(front: Front, ask: Any) -> dict[str, Any]:

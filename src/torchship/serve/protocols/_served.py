@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 from torchship.wire.messages import Request, Response
+
+Answer: TypeAlias = Callable[[Any, Request, Response | Exception], None]
+
+
+class Begun(Protocol):
+    """An inference that was begun."""
+
+    def cancel(self) -> object:
+        """Nobody waits for it any more."""
+        ...
 
 
 class Served(Protocol):
@@ -27,6 +37,10 @@ class Served(Protocol):
 
     def submit(self, request: Request) -> asyncio.Future[Response]:
         """Begin one inference, without a Task: a synchronous call. It may raise, or the future may fail."""
+        ...
+
+    def start(self, request: Request, answer: Answer, whom: Any) -> Begun:
+        """The same without a future: `answer(whom, request, response or error)` is called once, perhaps at once."""
         ...
 
     def stream(self, request: Request) -> AsyncIterator[Response]:

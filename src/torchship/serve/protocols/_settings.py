@@ -11,7 +11,8 @@ from time import time_ns
 from typing import Any
 
 from torchship.errors import BadInput, Unsupported
-from torchship.wire.messages import Request
+from torchship.serve.protocols._served import Answer
+from torchship.wire.messages import Request, Response
 
 _FILE = re.compile(r"[A-Za-z0-9_][\w.\-]{0,100}", re.ASCII)
 _NUMBER = re.compile(r"-?[0-9]{1,12}")
@@ -79,6 +80,18 @@ class Tracing:
         elif not _NUMBER.fullmatch(items[0]):
             raise BadInput(f"{name} is {items[0][:40]!r}, expected an integer")
         return items
+
+    def around(self, answer: Answer, request: Request) -> Answer:
+        """The way an answer goes, by the trace if this request gets one."""
+        start = self.sample(request)
+        if not start:
+            return answer
+
+        def traced(whom: Any, request: Request, end: Response | Exception) -> None:
+            self.record(request, start=start)
+            answer(whom, request, end)
+
+        return traced
 
     def sample(self, request: Request) -> int:
         """The start in nanoseconds when this request is to be traced, else 0."""

@@ -1,0 +1,130 @@
+"""Rows on their way through a server: bytes that become arrays only where somebody looks at them.
+
+`Packed` is what came in, `Share` is one caller's part of a batch that came back. Both are Tensors like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from torchship.tensors import Array
+
+_KEPT = 512
+
+
+class Form(msgspec.Struct, eq=False):
+    """What a request says beside its data; one for all requests that say the same.
+
+    `sizes` are the bytes of each input.
+    `passed` is whoever has checked these names, dtypes and shapes, `rows` and `size` (bytes) what it measured then.
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[np.dtype[Any], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: list[int]
+    passed: object = None
+    rows: int = 0
+    size: int = 0
+
+
+class Packed(Mapping[str, Array]):
+    """The inputs of a request as their bytes, in the order of the form's names."""
+
+    __slots__ = ("form", "raws")
+
+    def __init__(self, form: Form, raws: tuple[bytes, ...]) -> None:
+        self.form = form
+        self.raws = raws
+
+    def __getitem__(self, name: str) -> Array:
+        form = self.form
+        try:
+            index = form.names.index(name)
+        except ValueError:
+            raise KeyError(name) from None
+        return np.frombuffer(self.raws[index], form.dtypes[index]).reshape(form.shapes[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.form.names)
+
+    def __len__(self) -> int:
+        return len(self.form.names)
+
+
+class Outline(msgspec.Struct, eq=False):
+    """What the answers of a line have in common: the names of the outputs, and what encoders remember about them."""
+
+    names: tuple[str, ...]
+    _told: dict[Any, Any] = {}
+
+    def recall(self, key: Any) -> Any:
+        """What was kept under a key, or None."""
+        return self._told.get(key)
+
+    def keep(self, key: Any, value: Any) -> None:
+        """Keep something to be recalled; all is forgotten when it is too much."""
+        if len(self._told) >= _KEPT:
+            self._told.clear()
+        self._told[key] = value
+
+
+class Batch:
+    """What a stage made of many callers' rows; axis 0 of every array holds them."""
+
+    __slots__ = ("_raws", "_texts", "arrays", "outline")
+
+    def __init__(self, outline: Outline, arrays: list[Array]) -> None:
+        self.outline = outline
+        self.arrays = arrays
+        self._texts: list[list[bytes]] | None = None
+        self._raws: list[tuple[bytes, int]] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are numbers, which can be cut as text and as bytes."""
+        return not any(array.dtype.hasobject for array in self.arrays)
+
+    @property
+    def texts(self) -> list[list[bytes]]:
+        """Each output's rows as JSON, without the brackets around a row; made at once for all callers."""
+        if self._texts is None:
+            self._texts = [
+                msgspec.json.encode(array.reshape(len(array), -1).tolist())[2:-2].split(b"],[") for array in self.arrays
+            ]
+        return self._texts
+
+    @property
+    def raws(self) -> list[tuple[bytes, int]]:
+        """Each output's bytes, and how many of them make a row."""
+        if self._raws is None:
+            self._raws = [(array.tobytes(), array.nbytes // len(array)) for array in self.arrays]
+        return self._raws
+
+
+class Share(Mapping[str, Array]):
+    """One caller's rows of a batch."""
+
+    __slots__ = ("batch", "end", "start")
+
+    def __init__(self, batch: Batch, start: int, end: int) -> None:
+        self.batch = batch
+        self.start = start
+        self.end = end
+
+    def __getitem__(self, name: str) -> Array:
+        try:
+            index = self.batch.outline.names.index(name)
+        except ValueError:
+            raise KeyError(name) from None
+        return self.batch.arrays[index][self.start : self.end]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.batch.outline.names)
+
+    def __len__(self) -> int:
+        return len(self.batch.outline.names)
