@@ -1,6 +1,7 @@
 """What int8 costs in accuracy: two classifiers trained here, judged on all test pictures, and a case made to fail.
 
-    python -m benchmarks.accuracy                                full: trains once for some minutes, then cached
+    python -m benchmarks.accuracy                                trains once for some minutes, then from the cache
+    python -m benchmarks.accuracy --train                        train only; what was broken off goes on
     python -m benchmarks.accuracy --epochs 1 --rows 2000 --test 500 --models resnet --no-hard
 
 The search judges on 5,000 held-back training pictures; the test pictures only report. The hard case calibrates on
@@ -131,12 +132,16 @@ def hard(name: str, *, options: argparse.Namespace, store: Path) -> tuple[int, f
 
 def _prepared(name: str, options: argparse.Namespace) -> tuple[Any, list[Any], tuple[Any, Any], tuple[Any, Any]]:
     """The trained module, calibration batches, what the search judges on, and the test pictures."""
-    module = fashion.trained(name, epochs=options.epochs or _EPOCHS[name], rows=options.rows, say=_say)
+    module = _trained(name, options)
     x, y = fashion.pictures("train")
     held = slice(60000 - fashion.HELD_BACK, 60000 - fashion.HELD_BACK + options.judge)
     test_x, test_y = fashion.pictures("t10k")
     data = [x[start : start + 32] for start in range(0, 512, 32)]
     return module, data, (x[held], y[held]), (test_x[: options.test], test_y[: options.test])
+
+
+def _trained(name: str, options: argparse.Namespace) -> Any:
+    return fashion.trained(name, epochs=options.epochs or _EPOCHS[name], rows=options.rows, say=_say)
 
 
 def _say(text: str) -> None:
@@ -147,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default="resnet,mobilenet_v3", help="resnet, mobilenet_v3 or both")
+    parser.add_argument("--train", action="store_true", help="train only")
     parser.add_argument("--no-hard", action="store_true", help="leave the hard case out")
     parser.add_argument("--epochs", type=int, default=0, help="training epochs [default: 5 and 6]")
     parser.add_argument("--rows", type=int, default=55000, help="training pictures")
@@ -159,6 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     started, pairs = time.monotonic(), []
+    if options.train:
+        for name in options.models.split(","):
+            _trained(name, options)
+        return 0
     with tempfile.TemporaryDirectory(prefix="torchship-accuracy-") as place:
         for name in options.models.split(","):
             pairs.append(f"{name}_drop={easy(name, options=options, store=Path(place) / 'store'):.3f}")

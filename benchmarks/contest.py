@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ class Contestant:
     answer: Any
     log: int
     agreement: dict[str, Any] = field(default_factory=dict)
-    size: int = 0
     build_s: float = 0.0
     rounds: dict[int, list[float]] = field(default_factory=dict)
 
@@ -74,17 +73,6 @@ class Contestant:
             os.close(self.log)
 
 
-@contextlib.contextmanager
-def enter(name: str, *, target: str, argument: dict[str, Any], threads: int, timeout: float) -> Iterator[Contestant]:
-    """Start a contestant, build it, compare its outputs with the reference. Raises Failed."""
-    contestant = start(name, target=target, argument=argument, threads=threads)
-    try:
-        ready(contestant, timeout=timeout)
-        yield contestant
-    finally:
-        contestant.close()
-
-
 def start(name: str, *, target: str, argument: dict[str, Any], threads: int) -> Contestant:
     """Start a contestant's process: `target(argument)` returns a Runner there."""
     read_ask, ask = os.pipe()
@@ -102,7 +90,7 @@ def start(name: str, *, target: str, argument: dict[str, Any], threads: int) -> 
         fds=(read_ask, answer),
         output=log,
         threads=threads,
-        cpus=sorted(os.sched_getaffinity(0))[:threads],
+        cpus=process.first_cpus(threads),
     )
     os.close(read_ask)
     os.close(answer)
@@ -112,7 +100,7 @@ def start(name: str, *, target: str, argument: dict[str, Any], threads: int) -> 
 def ready(contestant: Contestant, *, timeout: float) -> None:
     """Wait until it is built, and note how its outputs agree with the reference. Raises Failed."""
     found = contestant.request(timeout, do="build")
-    contestant.size, contestant.build_s = found["size"], found["seconds"]
+    contestant.build_s = found["seconds"]
     contestant.agreement = found["agreement"]
 
 
@@ -164,7 +152,7 @@ def _checked(runner: Any, spec: dict[str, Any], seconds: float) -> dict[str, Any
     got = np.concatenate([np.array(arrays(runner.call(runner.prepare(batch)))) for batch in batches])
     if not path.exists():
         np.save(path, got)
-    return {"size": runner.size, "seconds": seconds, "agreement": agreement(np.load(path), got)}
+    return {"seconds": seconds, "agreement": agreement(np.load(path), got)}
 
 
 def agreement(reference: Any, got: Any) -> dict[str, float | None]:

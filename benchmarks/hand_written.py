@@ -1,14 +1,16 @@
 """The best recipes that an expert writes by hand, straight against torch, ONNX Runtime and OpenVINO.
 
 Nothing here uses torchship. Each recipe is a function of `Work` that returns a `Runner`; a recipe that cannot be
-built raises, and is a row with that reason.
+built raises, and is a row with that reason. Files that were made once are kept and used again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,24 @@ from benchmarks import subjects
 
 @dataclass(frozen=True)
 class Runner:
-    """`prepare` makes a batch ready outside of the clock; `call` is what is timed; `size` is of the files in bytes."""
+    """`prepare` makes a batch ready outside of the clock; `call` is what is timed."""
 
     call: Callable[[Any], Any]
     prepare: Callable[[Any], Any] = lambda array: array
-    size: int = 0
+
+
+def kept() -> Path:
+    """Where the files lie, by the content of this benchmark and the versions of the tools."""
+    from benchmarks import fashion
+
+    found = hashlib.sha256()
+    for source in (__file__, subjects.__file__):
+        found.update(Path(source).read_bytes())
+    for tool in ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao"):
+        found.update(version(tool).encode())
+    path = fashion.cache() / "recipes" / found.hexdigest()[:16]
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,7 @@ class Work:
         return path
 
 
-def _torch_runner(
-    call: Callable[[Any], Any], *, channels_last: bool = False, dtype: Any = None, size: int = 0
-) -> Runner:
+def _torch_runner(call: Callable[[Any], Any], *, channels_last: bool = False, dtype: Any = None) -> Runner:
     import torch
 
     def prepare(array: Any) -> Any:
@@ -86,7 +99,7 @@ def _torch_runner(
         with torch.inference_mode():
             return call(tensor)
 
-    return Runner(run, prepare, size)
+    return Runner(run, prepare)
 
 
 def eager(work: Work) -> Runner:
@@ -156,12 +169,13 @@ def aoti_frozen(work: Work) -> Runner:
     """AOTInductor with frozen weights."""
     import torch
 
-    path = str(work.folder / f"{work.name}.pt2")
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
-            work.exported(), package_path=path, inductor_configs={"freezing": True}
-        )
-    return _torch_runner(torch._inductor.aoti_load_package(path), size=os.path.getsize(path))
+    path, module = work.folder / f"{work.name}.pt2", work.module()
+    if not path.exists():
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                work.exported(module=module), package_path=str(path), inductor_configs={"freezing": True}
+            )
+    return _torch_runner(torch._inductor.aoti_load_package(str(path)))
 
 
 def _onnxruntime(path: Path, threads: int) -> Runner:
@@ -172,7 +186,7 @@ def _onnxruntime(path: Path, threads: int) -> Runner:
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     (feed,) = session.get_inputs()
-    return Runner(lambda array: session.run(None, {feed.name: array})[0], size=path.stat().st_size)
+    return Runner(lambda array: session.run(None, {feed.name: array})[0])
 
 
 def onnxruntime_fp32(work: Work) -> Runner:
@@ -196,9 +210,10 @@ def onnxruntime_int8(work: Work) -> Runner:
             array = next(self._batches, None)
             return None if array is None else {"x": array}
 
-    folder = work.folder / "onnxruntime_int8"
-    folder.mkdir(exist_ok=True)
-    prepared, out = folder / "prepared.onnx", folder / "int8.onnx"
+    out = work.folder / f"{work.name}.int8.onnx"
+    if out.exists():
+        return _onnxruntime(out, work.threads)
+    prepared = work.folder / f"{work.name}.prepared.onnx"
     quant_pre_process(str(work.onnx()), str(prepared), skip_symbolic_shape=True)
     quantize_static(
         str(prepared),
@@ -216,14 +231,15 @@ def onnxruntime_int8_dynamic(work: Work) -> Runner:
     """Dynamic int8 of the matrix products only: it slows convolutions down."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    out = work.folder / "dynamic.onnx"
-    quantize_dynamic(
-        str(work.onnx()),
-        str(out),
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-    )
+    out = work.folder / f"{work.name}.dynamic.onnx"
+    if not out.exists():
+        quantize_dynamic(
+            str(work.onnx()),
+            str(out),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
     return _onnxruntime(out, work.threads)
 
 
@@ -262,14 +278,13 @@ def _nncf(work: Work, precision: str) -> Runner:
     import nncf
     import openvino
 
-    data = nncf.Dataset([row[None] for array in subjects.calibration(work.name) for row in array])
-    kind = nncf.ModelType.TRANSFORMER if work.name == "encoder" else None
-    model = nncf.quantize(openvino.Core().read_model(str(work.onnx())), data, subset_size=64, model_type=kind)
-    path = work.folder / f"nncf_{precision}.xml"
-    openvino.save_model(model, str(path), compress_to_fp16=False)
-    runner = _openvino(openvino.Core().read_model(str(path)), precision, work)
-    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    return Runner(runner.call, runner.prepare, size)
+    path = work.folder / f"{work.name}.nncf.xml"
+    if not path.exists():
+        data = nncf.Dataset([row[None] for array in subjects.calibration(work.name) for row in array])
+        kind = nncf.ModelType.TRANSFORMER if work.name == "encoder" else None
+        model = nncf.quantize(openvino.Core().read_model(str(work.onnx())), data, subset_size=64, model_type=kind)
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    return _openvino(openvino.Core().read_model(str(path)), precision, work)
 
 
 def openvino_int8(work: Work) -> Runner:
@@ -316,4 +331,5 @@ def arrays(output: Any) -> Any:
 def build(argument: dict[str, Any]) -> Runner:
     """The recipe `argument["recipe"]` for `argument["model"]`, in this process."""
     recipe = next(recipe for recipe in RECIPES if recipe.__name__ == argument["recipe"])
-    return recipe(Work(argument["model"], Path(argument["folder"]), argument["threads"]))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(argument["files"]) / "inductor"))
+    return recipe(Work(argument["model"], Path(argument["files"]), argument["threads"]))

@@ -1,10 +1,12 @@
-"""The artifact that the search chose, against eager and each hand-written best recipe, timed in turns in one run.
+"""The artifacts that the search chose, against eager and each hand-written best recipe, timed in turns in one run.
 
-    python -m benchmarks.recipes                               resnet18 and mobilenet_v3_large, goal latency
-    python -m benchmarks.recipes --models all --goals latency,throughput
+    python -m benchmarks.recipes                               all four models, goals latency and throughput
+    python -m benchmarks.recipes --models resnet18 --goals latency
 
 `worst_vs_recipe` is the best valid hand-written recipe's time over the chosen artifact's, at its worst: 1 is equal,
 bigger is better for us. A recipe is valid when it passes the guard that the search holds its own candidates to.
+The search keeps its trials in the cache, and the recipes their files below `benchmarks/recipes` there: the first run
+takes most of an hour on two cores, the next some minutes.
 """
 
 from __future__ import annotations
@@ -14,16 +16,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import subjects
+from benchmarks import hand_written, subjects
 from benchmarks.contest import Contestant, Failed, race, ratio, ready, start
-from benchmarks.hand_written import Runner, applicable
 
-_SCREEN_SECONDS = 0.5
+_SCREEN_SECONDS = 0.3
 _HOPELESS = 1.5  # recipes this many times slower than the best leave after the first look
 
 
@@ -39,78 +40,129 @@ class Result:
     size_x: float | None
 
 
-def chosen(argument: dict[str, Any]) -> Runner:
+@dataclass
+class Field:
+    """Who races for one model, and who left with which reason."""
+
+    entered: list[Contestant]
+    left: list[tuple[str, str]]
+    batches: Sequence[int]
+
+    def enter(self, fresh: Contestant, *, timeout: float, judged: bool) -> None:
+        """Build, judge and screen a contestant; who cannot win at any batch size leaves again."""
+        try:
+            ready(fresh, timeout=timeout)
+            if judged and (refused := _refused(fresh)):
+                raise Failed(refused)
+            for batch in self.batches:
+                race([fresh], batch=batch, rounds=1, seconds=_SCREEN_SECONDS)
+        except Failed as fault:
+            self.left.append((fresh.name, str(fault)))
+            fresh.close()
+            return
+        self.entered.append(fresh)
+        best = {batch: min(one.median(batch) for one in self.entered) for batch in self.batches}
+        for one in list(self.entered):
+            near = any(one.median(batch) <= best[batch] * _HOPELESS for batch in self.batches)
+            if not near and one.name != "eager" and not one.name.startswith("chosen"):
+                times = ", ".join(f"{one.median(batch):.1f} ms at batch {batch}" for batch in self.batches)
+                self.left.append((one.name, f"{times}: out of the race"))
+                self.entered.remove(one)
+                one.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for contestant in self.entered:
+            contestant.close()
+
+
+def chosen(argument: dict[str, Any]) -> hand_written.Runner:
     """The published artifact, opened as it is served."""
     from torchship.artifact import open_stage
 
     stage = open_stage(Path(argument["artifact"]), threads=argument["threads"], trust=True)
     (given,), (taken, *_) = stage.signature.inputs, stage.signature.outputs
-    files = (path for path in (Path(argument["artifact"]) / "backend").rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
-    return Runner(lambda array: stage({given.name: array})[taken.name], size=size)
+    return hand_written.Runner(lambda array: stage({given.name: array})[taken.name])
 
 
-def search(name: str, goal: str, *, folder: Path, threads: int, budget: float) -> Path:
+def search(name: str, goal: str, *, folder: Path, options: argparse.Namespace) -> Path:
     """Run the search, and say which recipe won. Returns the published artifact's folder."""
     import torchship
+    from torchship.optimize.search import optimize
 
     started = time.monotonic()
-    report = torchship.optimize(
+    report = optimize(
         subjects.module(name),
         [torchship.TensorSpec.parse(subjects.signature(name))],
         calibration=subjects.calibration(name),
         goal=goal,
-        threads=threads,
-        budget=budget,
+        threads=options.threads,
+        budget=options.budget,
         store=folder / "store",
-        name=f"{name}-{goal}".replace("_", "-"),
-        on_trial=lambda trial, done, total: print(f"  trial {done}/{total}: {trial.recipe.label}", flush=True),
+        name=name,
+        on_trial=lambda trial, done, total: print(f"  trial {done}/{total}: {_told(trial)}", flush=True),
     )
     if report.winner is None or report.artifact is None:
         raise SystemExit(f"{name}: the search found no valid recipe")
-    print(f"  search: {report.winner.recipe.label} after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"  goal {goal}: {report.winner.recipe.label} after {time.monotonic() - started:.0f} s", flush=True)
     return Path(report.artifact.path)
 
 
-def contest(name: str, goal: str, *, artifact: Path | None, folder: Path, options: argparse.Namespace) -> Result:
-    """Build all contestants, drop the hopeless, time the rest in turns."""
-    batches = [1] if goal == "latency" else options.batches
-    entered: list[Contestant] = []
-    rows: list[tuple[str, str]] = []
-    argument = {"model": name, "folder": str(folder), "threads": options.threads}
-    entries = [
-        (recipe.__name__, "benchmarks.hand_written:build", {"recipe": recipe.__name__}) for recipe in applicable(name)
+def _told(trial: Any) -> str:
+    from torchship.optimize.report import line
+
+    return line(trial)
+
+
+def contest(name: str, artifacts: Mapping[str, Path], *, folder: Path, options: argparse.Namespace) -> list[Result]:
+    """Build all contestants, drop the hopeless, time the rest in turns; a result for each goal."""
+    goals = options.goals.split(",")
+    sizes = {"latency": [1], "throughput": options.batches}
+    field = Field([], [], sorted({batch for goal in goals for batch in sizes[goal]}))
+    argument = {
+        "model": name,
+        "folder": str(folder),
+        "files": str(hand_written.kept()),
+        "threads": options.threads,
+    }
+    entries: list[tuple[str, str, dict[str, Any]]] = [
+        (recipe.__name__, "benchmarks.hand_written:build", {"recipe": recipe.__name__})
+        for recipe in hand_written.applicable(name)
+        if not options.recipes or recipe.__name__ in ("eager", *options.recipes)
     ]
-    if artifact:
-        entries.insert(1, ("chosen", "benchmarks.recipes:chosen", {"artifact": str(artifact)}))
-    if options.recipes:
-        entries = [entry for entry in entries if entry[0] in ("eager", "chosen", *options.recipes)]
+    picked = _picked(artifacts)
+    entries[1:1] = [
+        (label, "benchmarks.recipes:chosen", {"artifact": str(artifacts[goal])})
+        for goal, label in picked.items()
+        if label == f"chosen {goal}"
+    ]
     try:
         for label, target, extra in entries:
             fresh = start(label, target=target, argument=argument | extra, threads=options.threads)
-            try:
-                ready(fresh, timeout=options.timeout)
-                refused = "" if label in ("eager", "chosen") else _refused(fresh)
-                if refused:
-                    raise Failed(refused)
-                race([fresh], batch=batches[-1], rounds=1, seconds=_SCREEN_SECONDS)
-            except Failed as fault:
-                rows.append((label, str(fault)))
-                fresh.close()
-                continue
-            entered.append(fresh)
-            entered = _drop_hopeless(entered, batches[-1], rows)
-        for batch in batches:
-            race(entered, batch=batch, rounds=options.rounds, seconds=options.seconds)
-        size_x = _size_x(artifact, folder / f"{name}.onnx")
-        return _result(name, goal, entered=entered, rows=rows, batches=batches, size_x=size_x)
+            field.enter(fresh, timeout=options.timeout, judged=target.startswith("benchmarks.hand_written"))
+        for batch in field.batches:
+            race(field.entered, batch=batch, rounds=options.rounds, seconds=options.seconds)
+        _show(field)
+        return [
+            _result(name, goal, field, sizes[goal], picked.get(goal, ""), size_x=_size_x(artifacts.get(goal), name))
+            for goal in goals
+        ]
     finally:
-        for contestant in entered:
-            contestant.close()
+        field.close()
 
 
-def _size_x(artifact: Path | None, onnx: Path) -> float | None:
+def _picked(artifacts: Mapping[str, Path]) -> dict[str, str]:
+    """The contestant of each goal: one where two goals chose the same recipe."""
+    from torchship.artifact import open_artifact
+
+    labels: dict[str, str] = {}
+    keys = {goal: open_artifact(artifact).manifest.recipe.key for goal, artifact in artifacts.items()}
+    return {goal: labels.setdefault(key, f"chosen {goal}") for goal, key in keys.items()}
+
+
+def _size_x(artifact: Path | None, name: str) -> float | None:
     """How many times smaller an int8 artifact's model files are than the fp32 ONNX file; None for other precisions."""
+    onnx = hand_written.kept() / f"{name}.onnx"
     if artifact is None or not onnx.exists():
         return None
     from torchship.artifact import open_artifact
@@ -132,87 +184,65 @@ def _refused(contestant: Contestant) -> str:
     return judge(found, guard=Guard(), recipe=Recipe(contestant.name)).reason
 
 
-def _drop_hopeless(entered: list[Contestant], batch: int, rows: list[tuple[str, str]]) -> list[Contestant]:
-    best = min(contestant.median(batch) for contestant in entered)
-    kept = []
-    for contestant in entered:
-        if contestant.name in ("eager", "chosen") or contestant.median(batch) <= best * _HOPELESS:
-            kept.append(contestant)
-        else:
-            rows.append((contestant.name, f"{contestant.median(batch):.2f} ms at the first look: out of the race"))
-            contestant.close()
-    return kept
+def _show(field: Field) -> None:
+    batches = field.batches
+    print(f"  {'recipe':26}" + "".join(f"{f'b{batch} ms':>10}" for batch in batches) + "   error  cosine  build s")
+    for one in sorted(field.entered, key=lambda one: one.median(batches[0])):
+        times = "".join(f"{one.median(batch):10.2f}" for batch in batches)
+        found = one.agreement
+        print(f"  {one.name:26}{times}{found['error']:8.4f}{found['cosine']:8.4f}{one.build_s:9.1f}")
+    for label, reason in field.left:
+        print(f"  {label:26}  {reason}")
 
 
-def _result(
-    name: str,
-    goal: str,
-    *,
-    entered: Sequence[Contestant],
-    rows: Sequence[tuple[str, str]],
-    batches: Sequence[int],
-    size_x: float | None,
-) -> Result:
-    eager = entered[0]
+def _result(name: str, goal: str, field: Field, batches: Sequence[int], label: str, *, size_x: float | None) -> Result:
+    """Ratios for one goal: within rounds where both are best at the same batch size."""
 
-    def speed(contestant: Contestant) -> float:
-        """Speedup over eager at its best batch: rows per second over rows per second."""
-        best_eager = min(batches, key=lambda batch: eager.median(batch) / batch)
-        best_own = min(batches, key=lambda batch: contestant.median(batch) / batch)
-        if best_eager == best_own:
-            return ratio(eager, contestant, best_own)
-        return (eager.median(best_eager) / best_eager) / (contestant.median(best_own) / best_own)
+    def best_batch(one: Contestant) -> int:
+        return min(batches, key=lambda batch: one.median(batch) / batch)
 
-    print(
-        f"  {'recipe':26}{'x eager':>9}  " + "".join(f"{f'b{b} ms':>10}" for b in batches) + "   error  cosine  build s"
-    )
-    for contestant in sorted(entered, key=speed, reverse=True):
-        found = contestant.agreement
-        times = "".join(f"{contestant.median(batch):10.2f}" for batch in batches)
-        print(
-            f"  {contestant.name:26}{speed(contestant):9.2f}  {times}"
-            f"{found['error']:8.4f}{found['cosine']:8.4f}{contestant.build_s:9.1f}"
-        )
-    for label, reason in rows:
-        print(f"  {label:26}        -  {reason}")
-    recipes = [contestant for contestant in entered if contestant.name not in ("chosen",)]
-    best = max(recipes, key=speed)
-    ours = next((contestant for contestant in entered if contestant.name == "chosen"), best)
-    over = ratio(best, ours, batches[0]) if len(batches) == 1 else speed(ours) / speed(best)
-    return Result(name, goal, speed(ours), over, best.name, size_x)
+    def over(slow: Contestant, fast: Contestant) -> float:
+        theirs, own = best_batch(slow), best_batch(fast)
+        if theirs == own:
+            return ratio(slow, fast, own)
+        return (slow.median(theirs) / theirs) / (fast.median(own) / own)
+
+    eager = field.entered[0]
+    recipes = [one for one in field.entered if not one.name.startswith("chosen")]
+    best = max(recipes, key=lambda one: over(eager, one))
+    ours = next((one for one in field.entered if one.name == label), best)
+    found = Result(name, goal, over(eager, ours), over(best, ours), best.name, size_x)
+    print(f"  goal {goal}: {found.over_eager:.2f}x eager; against {best.name}: {found.over_recipe:.3f}", flush=True)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 when a contest could not be held."""
+    """Returns 0; leaves with a message when a search finds nothing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--models", default="resnet18,mobilenet_v3_large", help=f"names, or all: {','.join(subjects.NAMES)}"
-    )
-    parser.add_argument("--goals", default="latency", help="latency (batch 1), throughput (best of --batches), or both")
+    parser.add_argument("--models", default=",".join(subjects.NAMES), help="encoder, or any classifier of torchvision")
+    parser.add_argument("--goals", default="latency,throughput", help="latency (batch 1), throughput, or both")
     parser.add_argument("--batches", default="1,8", help="batch sizes for throughput")
     parser.add_argument("--recipes", default="", help="only these hand-written recipes")
     parser.add_argument("--no-search", action="store_true", help="time the hand-written recipes alone")
+    parser.add_argument("--no-contest", action="store_true", help="search alone, to fill the cache")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.7, help="a contestant's share of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="a contestant's share of a round")
     parser.add_argument("--timeout", type=float, default=300, help="seconds to build one recipe")
     parser.add_argument("--budget", type=float, default=900, help="seconds for one search")
     options = parser.parse_args(arguments)
     options.batches = [int(part) for part in options.batches.split(",")]
     options.recipes = [part for part in options.recipes.split(",") if part]
-    names = subjects.NAMES if options.models == "all" else options.models.split(",")
     if os.getloadavg()[0] > options.threads / 2:
         print(f"warning: load is {os.getloadavg()[0]:.1f}: torch's threads spin, and suffer most when cores are shared")
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="torchship-recipes-") as place:
-        for name in names:
-            for goal in options.goals.split(","):
-                print(f"{name}, goal {goal}", flush=True)
-                artifact = None
-                if not options.no_search:
-                    artifact = search(name, goal, folder=Path(place), threads=options.threads, budget=options.budget)
-                results.append(contest(name, goal, artifact=artifact, folder=Path(place), options=options))
-                print(f"  chosen against {results[-1].best}: {results[-1].over_recipe:.3f}\n", flush=True)
+        for name in options.models.split(","):
+            print(name, flush=True)
+            goals = [] if options.no_search else options.goals.split(",")
+            artifacts = {goal: search(name, goal, folder=Path(place), options=options) for goal in goals}
+            if not options.no_contest:
+                results += contest(name, artifacts, folder=Path(place), options=options)
     print(_last_line(results))
     return 0
 
@@ -221,7 +251,8 @@ def _last_line(results: Sequence[Result]) -> str:
     pairs = [f"{result.model}_x={result.over_eager:.2f}" for result in results if result.goal == "latency"]
     sizes = [result.size_x for result in results if result.size_x]
     pairs += [f"size_x={min(sizes):.2f}"] if sizes else []
-    return " ".join([*pairs, f"worst_vs_recipe={min(result.over_recipe for result in results):.3f}"])
+    pairs += [f"worst_vs_recipe={min(result.over_recipe for result in results):.3f}"] if results else []
+    return " ".join(pairs)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,11 @@ def run(
         os.close(log)
 
 
+def first_cpus(count: int) -> list[int]:
+    """The first `count` processors that this process may run on, to pin a child to."""
+    return sorted(os.sched_getaffinity(0))[: count or None]
+
+
 def _watch(child: subprocess.Popen[bytes], *, deadline: float, timeout: float, memory: int | None) -> tuple[str, int]:
     peak = 0
     pause = 0.005

@@ -19,7 +19,15 @@ from torchship.tensors import Signature, Tensors
 SLOW = ("aoti", "executorch", "inductor")  # they compile for many seconds: the first and the last proposal do
 BACKENDS = plugins.names("backends")
 HERE = hardware.here()
-TOLERANCE = {"bf16": 0.05, "fp16": 0.01, "f16": 0.01, "int8": 0.15, "dynamic_int8": 0.15}
+TOLERANCE = {
+    "tf32": 2e-3,
+    "bf16": 0.05,
+    "fp16": 0.01,
+    "f16": 0.01,
+    "int8": 0.15,
+    "dynamic_int8": 0.15,
+    "int8_weights": 0.05,
+}
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

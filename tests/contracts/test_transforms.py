@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from tests.contracts.test_backends import HERE, error, expected, picture, sentence, tensors_of
 from torchship import plugins
-from torchship.backends import eager
+from torchship.backends import eager, onnxruntime
 from torchship.errors import BadConfig, BuildFailed
 from torchship.lowering import paths
 from torchship.model import Model
@@ -97,15 +98,19 @@ def test_fuse_leaves_no_batch_norm() -> None:
     assert not [module for module in fused.module.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def test_equalize_brings_the_channels_of_neighbours_to_equal_ranges() -> None:
+def unequal() -> Model:
+    """Neighbouring layers whose channels differ ten thousandfold: what one shrinks, the next one grows."""
     torch.manual_seed(0)
     first, second, third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 10, 1)
-    with torch.no_grad():  # what one layer shrinks the next one grows
+    with torch.no_grad():
         first.weight.mul_(torch.logspace(-2, 2, 8).reshape(8, 1, 1, 1))
         second.weight.mul_(torch.logspace(2, -2, 8).reshape(8, 1, 1, 1))
     plain = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
-    model = picture()
-    model = Model(module=_Pooled(plain).eval(), signature=model.signature, examples=model.examples)
+    return replace(picture(), module=_Pooled(plain).eval())
+
+
+def test_equalize_brings_the_channels_of_neighbours_to_equal_ranges() -> None:
+    model = unequal()
     changed = plugins.load("transforms", name="equalize").apply(model, options={"rounds": 50})
     given = tensors_of("picture", 2)
     assert error(expected(changed, given), expected(model, given)) < 1e-5
@@ -113,6 +118,19 @@ def test_equalize_brings_the_channels_of_neighbours_to_equal_ranges() -> None:
     before = [_spread(m) for m in model.module.modules() if isinstance(m, nn.Conv2d)]
     assert max(before[:2]) > 1000
     assert max(spread[:2]) < 20
+
+
+def test_equalize_mends_int8_with_one_scale_for_a_tensor(tmp_path: Path) -> None:
+    model, given = unequal(), tensors_of("picture", 4)
+    equal = plugins.load("transforms", name="equalize").apply(model, options={"rounds": 50})
+    options: Options = {"precision": "int8", "per_channel": False}
+    errors = []
+    for name, form in (("plain", model), ("equal", equal)):
+        (tmp_path / name).mkdir()
+        onnxruntime.build(form, options=options, out=tmp_path / name)
+        stage = onnxruntime.open(tmp_path / name, signature=model.signature, options=options, threads=1)
+        errors.append(error(stage(given), expected(model, given)))
+    assert errors[1] < errors[0] / 3, errors
 
 
 class _Pooled(nn.Module):

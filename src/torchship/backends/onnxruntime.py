@@ -19,6 +19,7 @@ from torchship.tensors import Signature, Tensors
 KIND = "data"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 FILE = "model.onnx"
+RANGES = ("minmax", "percentile", "mse", "entropy")  # of int8 activations: what a search may try
 _PRECISIONS = ("fp32", "fp16", "int8", "dynamic_int8")
 _PLAIN_PROVIDERS = ("CPUExecutionProvider", "AzureExecutionProvider")
 _HALF_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
@@ -53,7 +54,7 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Write `model.onnx`. Options: precision fp32 | fp16 | int8 (static, calibrated) | dynamic_int8 (matrix products
-    only), and those of `lowering.onnx_int8`. Raises BuildFailed or BadConfig.
+    only), keep and modules for fp16, and those of `lowering.onnx_int8`. Raises BuildFailed or BadConfig.
     """
     from torchship.lowering import onnx_graph, onnx_int8
 
@@ -61,9 +62,10 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     if precision not in _PRECISIONS:
         raise BadConfig(f"onnxruntime: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
     if precision == "fp16":
-        from torchship.lowering import variants
+        from torchship.lowering import paths, variants
 
-        model = variants.in_precision(model, "fp16", mode="cast")
+        keep = paths.rules(options, narrow=("fp16",), key="keep")
+        model = variants.in_precision(model, "fp16", mode="cast", keep=keep)
     onnx_graph.write(model, out / FILE)
     if precision == "int8":
         onnx_int8.quantize(model, out / FILE, options=options)

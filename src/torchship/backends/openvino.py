@@ -25,9 +25,8 @@ from torchship.tensors import Free, Signature, Tensors, numpy_dtype
 KIND = "data"
 PACKAGES = ("openvino", "nncf", "onnx", "onnxscript")
 FILE = "model.xml"
-_PLAIN: Options = {"precision": "f32"}
-_RANGES = ("mean_minmax", "minmax", "percentile", "mse")
-_PRECISIONS = ("f32", "bf16", "f16", "int8")
+RANGES = ("mean_minmax", "minmax", "percentile", "mse")
+_PRECISIONS = ("f32", "bf16", "f16", "int8", "int8_weights")
 
 
 def probe(*, hardware: Hardware) -> str:
@@ -36,8 +35,8 @@ def probe(*, hardware: Hardware) -> str:
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """Half precision on devices beside the processor; int8 where there is data and NNCF; bf16 where the processor has
-    it; f32.
+    """Half precision on devices beside the processor; int8 where there is data and NNCF, and bf16 where the processor
+    has it, both together and alone; f32; weights in int8, which makes the file small and needs no data.
     """
     import openvino as ov
 
@@ -45,17 +44,22 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     for device in ov.Core().available_devices:
         if not device.startswith("CPU"):
             wishes.append({"device": device, "precision": "f16"})
+    half = bool({"avx512_bf16", "amx_bf16"} & set(hardware.features))
     if model.calibration and not missing("nncf"):
         wishes.append({"precision": "int8"})
-    if {"avx512_bf16", "amx_bf16"} & set(hardware.features):
-        wishes.append({"precision": "bf16"})
-    return [Recipe("openvino", wish) for wish in (*wishes, _PLAIN)]
+        wishes += [{"precision": "int8", "rest": "bf16"}] if half else []
+    wishes += [{"precision": "bf16"}] if half else []
+    wishes.append({"precision": "f32"})
+    if not missing("nncf"):
+        wishes.append({"precision": "int8_weights"})
+    return [Recipe("openvino", wish) for wish in wishes]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Write `model.xml` and `model.bin`. Options: precision f32 | bf16 | f16 | int8; for int8 range (mean_minmax |
+    """Write `model.xml` and `model.bin`. Options: precision f32 | bf16 | f16 | int8 (calibrated) | int8_weights (the
+    weights alone); for both rest (f32 | bf16: what else is computed in); for int8 range (mean_minmax |
     minmax | percentile | mse), bias_correction (the slow, exact one instead of the fast), preset (performance |
-    mixed), transformer, exclude and modules (see `lowering.onnx_int8`).
+    mixed), transformer (true where there is attention), exclude and modules (see `lowering.onnx_int8`).
 
     Raises BuildFailed or BadConfig.
     """
@@ -69,8 +73,9 @@ def build(model: Model, *, options: Options, out: Path) -> None:
         onnx_graph.write(model, onnx)
         try:
             graph = ov.Core().read_model(str(onnx))
-            if precision == "int8":
-                graph = _int8(graph, onnx, model, options)
+            if precision.startswith("int8"):
+                quantize = _int8 if precision == "int8" else _int8_weights
+                graph = quantize(graph, onnx, model, options)
             ov.save_model(graph, str(out / FILE), compress_to_fp16=precision == "f16")
         except (BuildFailed, BadConfig):
             raise
@@ -82,28 +87,53 @@ def _precision(options: Options) -> str:
     precision = str(options.get("precision", "f32"))
     if precision not in _PRECISIONS:
         raise BadConfig(f"openvino: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
+    if options.get("rest", "f32") not in ("f32", "bf16"):
+        raise BadConfig(f"openvino: rest {options['rest']!r} is unknown", hint="use f32 or bf16")
     return precision
 
 
 def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
-    absent = missing("nncf", pip="torchship[openvino]")
-    if absent:
-        raise BuildFailed(f"openvino int8: {absent}")
-    import nncf
-
+    nncf = _nncf()
     batches = [_feed(batch, model.signature) for batch in model.calibration or model.examples]
     advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=_ranges(model, options))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with _silent():
         return nncf.quantize(
             graph,
             nncf.Dataset(batches),
             subset_size=len(batches),
             preset=nncf.QuantizationPreset(str(options.get("preset", "performance"))),
             fast_bias_correction=options.get("bias_correction") is not True,
-            model_type=nncf.ModelType.TRANSFORMER if options.get("transformer") else None,
+            model_type=nncf.ModelType.TRANSFORMER if options.get("transformer", _attends(graph)) else None,
             ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, options), validate=False),
             advanced_parameters=advanced,
         )
+
+
+def _int8_weights(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
+    nncf = _nncf()
+    with _silent():
+        return nncf.compress_weights(
+            graph,
+            mode=nncf.CompressWeightsMode.INT8_ASYM,
+            ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, options), validate=False),
+        )
+
+
+def _nncf() -> Any:
+    absent = missing("nncf", pip="torchship[openvino]")
+    if absent:
+        raise BuildFailed(f"openvino int8: {absent}")
+    import nncf
+
+    return nncf
+
+
+def _attends(graph: Any) -> bool:
+    """Whether a softmax weighs the rows of a matrix, as attention does: NNCF knows a scheme for that."""
+    kinds = {operation.get_type_name() for operation in graph.get_ops()}
+    softmaxes = (operation for operation in graph.get_ops() if operation.get_type_name() == "Softmax")
+    users = (user.get_node() for softmax in softmaxes for user in softmax.output(0).get_target_inputs())
+    return "ScaledDotProductAttention" in kinds or any(user.get_type_name() == "MatMul" for user in users)
 
 
 def _ranges(model: Model, options: Options) -> Any:
@@ -112,7 +142,7 @@ def _ranges(model: Model, options: Options) -> Any:
 
     lengths_vary = any(isinstance(axis, Free) for spec in model.signature.inputs for axis in spec.shape[1:])
     word = str(options.get("range") or ("minmax" if lengths_vary else "mean_minmax"))
-    known = dict(zip(_RANGES, (Ranges.MEAN_MINMAX, Ranges.MINMAX, Ranges.MEAN_QUANTILE, Ranges.HISTOGRAM), strict=True))
+    known = dict(zip(RANGES, (Ranges.MEAN_MINMAX, Ranges.MINMAX, Ranges.MEAN_QUANTILE, Ranges.HISTOGRAM), strict=True))
     if word not in known:
         raise BadConfig(f"openvino: range {word!r} is unknown", hint=f"use one of {', '.join(known)}")
     return known[word]
@@ -147,7 +177,8 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     }:
         raise Unavailable(f"openvino sees no device {target}", hint=f"it sees {', '.join(core.available_devices)}")
     # openvino silently computes in bf16 on processors that have it, so the precision is never left open
-    hint = {"bf16": "bf16", "f16": "f16"}.get(_precision(options), "f32")
+    precision = _precision(options)
+    hint = str(options.get("rest", "f32")) if precision.startswith("int8") else precision
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if target == "CPU":
         settings |= {"INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0))}
@@ -181,6 +212,13 @@ class _OpenvinoStage:
     def close(self) -> None:
         """Free the compiled model."""
         self._request = None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """NNCF draws bars on both streams."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager

@@ -143,6 +143,8 @@ def _tell(report: Report, report_dir: str | None, store: str | None) -> None:
         return
     console.print(f"\nwinner: {report.winner.recipe.label}", style="bold green", highlight=False)
     console.print(f"why:    {facts.choice.reason}", highlight=False, markup=False)
+    for note in report.winner.notes:
+        console.print(f"note:   {note}", highlight=False, markup=False)
     if report.artifact is not None:
         where = report.artifact.path
         console.print(

@@ -24,18 +24,16 @@ def shaped(model: Model, options: Options) -> Model:
     """The model as the options want it.
 
     `precision` fp32 | tf32 | bf16 | fp16; `mode` autocast (the default on the processor) or cast (the default
-    elsewhere); `channels_last`; `keep` (path patterns that stay in fp32). Raises BadConfig.
+    elsewhere); `channels_last`; `keep` and `modules` (what stays in fp32, see `paths.rules`). Raises BadConfig.
     """
-    from torchship.lowering import variants
+    from torchship.lowering import paths, variants
 
     precision = str(options.get("precision", "fp32"))
     if precision not in PRECISIONS:
         raise BadConfig(f"precision {precision!r} is unknown here", hint=f"use one of {', '.join(PRECISIONS)}")
     if options.get("channels_last"):
         model = variants.channels_last(model)
-    keep = options.get("keep") or []
-    if not isinstance(keep, list):
-        raise BadConfig(f"keep is {keep!r}, expected a list of path patterns")
+    keep = paths.rules(options, narrow=(precision,), key="keep")
     target = kind(of(options))
     mode = str(options.get("mode") or ("autocast" if target == "cpu" else "cast"))
     narrow = "fp32" if precision == "tf32" else precision

@@ -22,15 +22,15 @@ from torchship.recipe import Options
 
 HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _OPS = {"heavy": HEAVY, "light": (*HEAVY, "Add", "MaxPool", "GlobalAveragePool", "ReduceMean"), "all": ()}
-_FLOAT_WORDS = ("fp32", "f32", "float")
 
 
 def quantize(model: Model, path: Path, *, options: Options, signed: bool = False) -> None:
     """Replace the fp32 file at `path` by its static int8 form, calibrated on the model's data.
 
     Options: range (minmax | percentile | mse | entropy), percentile (99.99), bias_correction (true | false),
-    exclude (path patterns of modules kept in float), modules ({"pattern": "fp32"}), ops (heavy | light | all: which
-    kinds of nodes), per_channel (true | false: one scale for each output channel of a weight, or one for all of it).
+    exclude (path patterns of modules kept in float), modules ({"pattern": "fp32" | "int8"}, see `paths.rules`),
+    ops (heavy | light | all: which kinds of nodes), per_channel (true | false: one scale for each output channel of a
+    weight, or one for all of it).
     `signed`: symmetric signed activations and float biases, as TensorRT wants.
     Raises BuildFailed with the quantizer's reason, BadConfig for a wrong option.
     """
@@ -96,18 +96,16 @@ def _kinds(options: Options) -> list[str]:
 
 def excluded(graph: Any, options: Options) -> list[str]:
     """Names of the nodes that belong to modules which `exclude` or `modules` keep in float."""
-    exclude, modules = options.get("exclude") or [], options.get("modules") or {}
-    if not isinstance(exclude, list) or not isinstance(modules, dict):
-        raise BadConfig("exclude wants a list of path patterns, modules a table of pattern = setting")
-    patterns = [*exclude, *(pattern for pattern, setting in modules.items() if setting in _FLOAT_WORDS)]
-    if not patterns:
+    rules = paths.rules(options, narrow=("int8",))
+    if not rules.patterns:
         return []
     origin = onnx_graph.module_paths(graph)
     found = []
     for node in graph.graph.node:
         # a folded batch norm gives its own path to the convolution, whose weight still tells its name
         places = [origin.get(node.name, ""), *(name.rpartition(".")[0] for name in node.input[1:2])]
-        if any(place and paths.matches(place, patterns) for place in places) or paths.matches(node.name, patterns):
+        known = [place for place in places if paths.user_path(place)] or [node.name]
+        if any(map(rules.spares, known)) or (node.name, True) in rules.patterns:
             found.append(node.name)
     return found
 

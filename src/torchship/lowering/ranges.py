@@ -101,7 +101,8 @@ def rounding_error(values: Floats, low: float, high: float) -> float:
 
 
 def _by_entropy(values: Floats, low: float, high: float) -> tuple[float, float]:
-    counts, edges = np.histogram(values, bins=_BINS, range=(low, high))
+    # zeros are exact at any scale, and a ReLU makes so many that they would outweigh everything else
+    counts, edges = np.histogram(values[values != 0], bins=_BINS, range=(low, high))
     middles = (edges[:-1] + edges[1:]) / 2
     spans = [(low * s, high * s) for s in _SHRINK]
     return min(spans, key=lambda span: _divergence(counts.astype(np.float64), middles, span))

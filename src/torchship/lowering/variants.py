@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from torchship.errors import BadConfig
-from torchship.lowering import paths
+from torchship.lowering.paths import Rules
 from torchship.model import Model, to_torch
 from torchship.tensors import numpy_dtype
 
+_NOTHING = Rules(())
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -107,10 +108,10 @@ class _KeepFloat(torch.nn.Module):
         return answer if back is None else _each(answer, lambda tensor: _to(tensor, back))
 
 
-def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu", keep: Iterable[str] = ()) -> Model:
+def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu", keep: Rules = _NOTHING) -> Model:
     """`model` in fp16 or bf16: `autocast` lets each operator choose, `cast` narrows weights and tensors throughout.
 
-    Submodules whose path fits a pattern of `keep` stay in fp32. Raises BadConfig for an unknown word.
+    Submodules that `keep` spares stay in fp32. Raises BadConfig for an unknown word.
     """
     if precision not in DTYPES or mode not in ("autocast", "cast"):
         raise BadConfig(
@@ -120,7 +121,6 @@ def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu"
         return model
     dtype = DTYPES[precision]
     flat = copy.deepcopy(model.module)
-    keep = list(keep)
     outputs = [to_torch_dtype(spec.dtype) for spec in model.signature.outputs]
     count = len(model.signature.inputs)
     if mode == "cast":
@@ -137,11 +137,17 @@ def channels_last(model: Model) -> Model:
     return replace(model, module=_ChannelsLast(flat, inputs=len(model.signature.inputs)).eval())
 
 
-def keep_float(flat: torch.nn.Module, patterns: Sequence[str], *, device: str, back: torch.dtype | None) -> None:
-    """Put every topmost submodule of `flat` that fits a pattern into float32, in place."""
-    found = [path for path, _ in flat.named_modules() if path and patterns and paths.matches(path, patterns)]
-    top = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
-    for path in top:
+def keep_float(flat: torch.nn.Module, rules: Rules, *, device: str, back: torch.dtype | None) -> None:
+    """Put every topmost submodule of `flat` that is spared, with all inside it, into float32, in place."""
+    narrow = [path for path, _ in flat.named_modules() if path and not rules.spares(path)]
+    whole = [
+        path
+        for path, _ in flat.named_modules()
+        if rules.spares(path) and not any(other.startswith(f"{path}.") for other in narrow)
+    ]
+    for path in whole:
+        if any(path.startswith(f"{other}.") for other in whole):
+            continue
         parent, _, name = path.rpartition(".")
         owner = flat.get_submodule(parent)
         kept = _KeepFloat(owner.get_submodule(name).float(), device=device, back=back)

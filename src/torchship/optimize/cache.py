@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import os
@@ -154,12 +155,29 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 @once
-def own_code() -> str:
-    """A hash of the code that builds and measures, so that another torchship trusts no old results."""
+def own_code(plugin_names: tuple[str, ...]) -> str:
+    """A hash of the code that builds with these backends and transforms, and measures: another torchship trusts no old
+    results, and a change in one backend leaves the results of the others.
+    """
     import torchship
 
     top = Path(torchship.__file__).parent
-    places = ("backends", "lowering", "optimize/transforms")
-    paths = [path for place in places for path in sorted((top / place).glob("**/*.py"))]
-    paths += [top / "optimize" / f"{name}.py" for name in ("trial", "measure", "capture", "flatten")]
-    return digest(*(path.read_bytes() for path in paths))
+    measuring = [top / "optimize" / f"{name}.py" for name in ("trial", "measure", "capture", "flatten")]
+    rooms = (top / "backends", top / "optimize" / "transforms")
+    plugins = [room / f"{name}.py" for room in rooms for name in plugin_names]
+    found = set[Path]()
+    for path in (*measuring, *plugins):
+        _follow(path, found, top)
+    return digest(*(path.read_bytes() for path in sorted(found)))
+
+
+def _follow(path: Path, found: set[Path], top: Path) -> None:
+    """Add `path`, and what it imports of `lowering`."""
+    if path in found or not path.is_file():
+        return
+    found.add(path)
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchship.lowering"):
+            inside = [*(node.module or "").split(".")[2:3], *(alias.name for alias in node.names)]
+            for name in inside:
+                _follow(top / "lowering" / f"{name}.py", found, top)

@@ -69,6 +69,12 @@ def best_rate(trial: Trial) -> float:
     return max((point.rows_per_s for point in trial.timing.curve), default=0.0) if trial.timing else 0.0
 
 
+def left_in_float(recipe: Recipe) -> list[str]:
+    """The layers that a recipe leaves out of int8: told to the backend, or to torch's own quantizer."""
+    places = (recipe.options, *(step.options for step in recipe.transforms))
+    return [path for options in places if isinstance(listed := options.get("exclude"), list) for path in listed]
+
+
 def outside_of(facts: Facts, trial: Trial) -> str:
     """Which constraint a valid trial breaks, in words; empty when none."""
     return next((why for index, why in facts.choice.outside.items() if facts.trials[index] is trial), "")

@@ -17,6 +17,7 @@ from torchship.optimize.facts import (
     cells,
     eager_of,
     has_won,
+    left_in_float,
     megabytes,
     ms_text,
     ordered,
@@ -171,8 +172,7 @@ def _curves(facts: Facts, measured: Sequence[Trial], *, rate: bool) -> str:
 def _sensitivity(facts: Facts) -> str:
     if not facts.sensitivity:
         return ""
-    spared = [trial.recipe.options.get("exclude") for trial in facts.trials if trial.status == "ok"]
-    kept = {path for paths in spared if isinstance(paths, list) for path in paths}
+    kept = {path for trial in facts.trials if trial.status == "ok" for path in left_in_float(trial.recipe)}
     worst = sorted(facts.sensitivity, key=lambda item: item[1])[:24]
     svg = plots.bars([(name, value, name in kept) for name, value in worst], unit="dB")
     words = "Signal to quantization noise of single layers, the most sensitive first; marked: kept in floating point."

@@ -22,9 +22,9 @@ from torchship.optimize.cache import Cache, digest
 from torchship.optimize.choose import Goal, is_valid
 from torchship.optimize.guard import HOPELESS, Guard, judge
 from torchship.optimize.measure import Effort
-from torchship.optimize.order import next_up
+from torchship.optimize.order import hopeless, next_up
 from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial
-from torchship.recipe import Recipe
+from torchship.recipe import Options, Recipe
 
 OnTrial = Callable[[Trial, int, int], None]
 _EARLY = ("onnxruntime", "openvino", "tensorrt")  # they build in seconds, and win most often
@@ -49,6 +49,7 @@ class Course:
     device: str
     rows: int
     judged_hash: str
+    doubts: tuple[str, ...] = ()
     tuned: bool = False
     metric_hash: str = ""
     reference_metric: float | None = None
@@ -104,11 +105,17 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
 
 
 def run(
-    recipes: Sequence[Recipe], *, course: Course, goal: Goal, deadline: float, on_trial: OnTrial | None = None
+    recipes: Sequence[Recipe],
+    *,
+    course: Course,
+    goal: Goal,
+    deadline: float,
+    prune: bool = False,
+    on_trial: OnTrial | None = None,
 ) -> tuple[list[Trial], bool]:
     """Trials of `recipes`, best first, and whether the user interrupted; what the budget did not reach is skipped.
 
-    The first recipe (plain eager) runs whatever the budget.
+    The first recipe (plain eager) runs whatever the budget. `prune` skips what cannot win any more.
     """
     waiting, done = list(recipes), list[Trial]()
     interrupted = False
@@ -117,6 +124,8 @@ def run(
         left = deadline - time.monotonic()
         if interrupted or (left <= 0 and done):
             found = Trial(recipe, "skipped", failure="interrupted" if interrupted else "the budget was used up")
+        elif prune and (why := hopeless(recipe, done, goal=goal)):
+            found = Trial(recipe, "skipped", failure=why)
         else:
             try:
                 found = attempt(recipe, course=course, left=left if done else max(left, 60.0), done=done)
@@ -155,11 +164,15 @@ def attempt(recipe: Recipe, *, course: Course, left: float, done: Sequence[Trial
 
 def _keys(recipe: Recipe, course: Course) -> tuple[str, str]:
     packages = caching.versions([*_packages(recipe), "torch", "numpy"])
-    built = digest(
-        course.model_hash, recipe.key, packages, caching.own_code(), course.hardware.fingerprint, course.name
-    )
+    # a backend may hand parts of the model to another that its options name
+    code = caching.own_code((recipe.backend, *_words(recipe.options), *(step.transform for step in recipe.transforms)))
+    built = digest(course.model_hash, recipe.key, packages, code, course.hardware.fingerprint)
     proof = digest(built, course.judged_hash, course.metric_hash, course.effort, course.threads, course.device)
     return built, proof
+
+
+def _words(options: Options) -> list[str]:
+    return sorted(value for value in options.values() if isinstance(value, str) and value.isidentifier())
 
 
 def _packages(recipe: Recipe) -> Sequence[str]:

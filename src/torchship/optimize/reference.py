@@ -20,6 +20,7 @@ _KEPT_BYTES = 512 * 2**20
 
 
 class EagerStage:
+_FAINT = 1e-6
     """A Model's own module as a Stage in this process."""
 
     def __init__(self, model: Model) -> None:
@@ -99,6 +100,16 @@ def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> lis
         answer = stage(batch)
         outputs.append(answer)
         kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))
+def doubts(outputs: Sequence[Tensors]) -> tuple[str, ...]:
+    """What is odd about the reference's own answers, in words for the report."""
+    peaks = [np.abs(a).max() for answers in outputs for a in answers.values() if a.dtype.kind == "f" and a.size]
+    if not peaks or max(peaks) > _FAINT:
+        return ()
+    return (
+        f"all answers of the model itself are below {_FAINT:g}: its weights look untrained, int8 may not hold them",
+    )
+
+
         (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
         (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))
     return outputs

@@ -9,14 +9,15 @@ from typing import Any
 
 import msgspec
 
-from torchship import process
+from torchship import plugins, process
 from torchship.artifact import folder as folders
 from torchship.optimize import combine, race
 from torchship.optimize.choose import Goal, cost, is_valid
+from torchship.optimize.facts import left_in_float
 from torchship.optimize.guard import precision_of
 from torchship.optimize.race import Course
 from torchship.optimize.trial import Trial
-from torchship.recipe import Recipe
+from torchship.recipe import Recipe, Step
 
 _MOST_CANDIDATES = 3
 _NAMED_LAYERS = 6
@@ -35,33 +36,59 @@ def worth_it(trials: Sequence[Trial], *, goal: Goal) -> list[Trial]:
     found = []
     for trial in trials:
         measured = trial.status == "refused" and trial.timing is not None and trial.timing.curve
-        if (
-            measured
-            and trial.timing
-            and precision_of(trial.recipe) == "int8"
-            and not trial.recipe.options.get("exclude")
-        ):
+        if measured and trial.timing and precision_of(trial.recipe) == "int8" and not left_in_float(trial.recipe):
             price = cost(trial.timing, goal=goal)
             if price < best:
                 found.append((price, trial))
     return [trial for _, trial in sorted(found, key=lambda item: item[0])][:_MOST_CANDIDATES]
 
 
-def run(candidates: Sequence[Trial], layers: Sequence[Layer], *, course: Course, deadline: float) -> Iterator[Trial]:
-    """Further trials of refused candidates: equalized where that applies, then with layers left out of int8.
+def run(
+    candidates: Sequence[Trial], layers: Sequence[Layer], *, tried: Sequence[Trial], course: Course, deadline: float
+) -> Iterator[Trial]:
+    """Further trials of refused candidates: equalized where that applies, then with other ranges, then with layers
+    left out of int8, from the form that drifted least.
 
     For each the worst 1, 2, 4 ... layers go back to float until the guard holds or half of them are float; then the
     fewest that still hold are looked for between the last two steps.
     """
+    keys = {trial.recipe.key for trial in tried}
     for candidate in candidates:
-        changed = combine.equalized(candidate.recipe, model=course.model, hardware=course.hardware)
-        if changed is not None and time.monotonic() < deadline:
-            trial = race.attempt(changed, course=course, left=deadline - time.monotonic())
-            yield trial
-            if trial.status == "ok":
+        forms = [candidate]
+        for recipe in gentler(candidate.recipe, course=course):
+            if recipe.key in keys or time.monotonic() > deadline:
                 continue
-        if layers:
-            yield from _attempts(candidate, layers, course, deadline)
+            keys.add(recipe.key)
+            forms.append(race.attempt(recipe, course=course, left=max(30.0, deadline - time.monotonic())))
+            yield forms[-1]
+            if forms[-1].status == "ok":
+                break
+        else:
+            if layers:
+                yield from _attempts(min(forms, key=_drift), layers, course, deadline)
+
+
+def gentler(recipe: Recipe, *, course: Course) -> list[Recipe]:
+    """Recipes that differ in what may mend int8 without leaving a layer out: equalized, then each other range search
+    of the backend with biases corrected.
+    """
+    equal = combine.equalized(recipe, model=course.model, hardware=course.hardware)
+    ranges: Sequence[str] = getattr(plugins.load("backends", name=recipe.backend), "RANGES", ())
+    others = [word for word in ranges if word != recipe.options.get("range", ranges[0])]
+    searched = [
+        msgspec.structs.replace(recipe, options={**recipe.options, "range": word, "bias_correction": True})
+        for word in others
+        if "bias_correction" not in recipe.options  # it was searched before
+    ]
+    return [*([] if equal is None else [equal]), *searched]
+
+
+def _drift(trial: Trial) -> tuple[float, float]:
+    """How far a trial is from valid: by the user's metric where there is one, else by its outputs' error."""
+    verdict = trial.verdict
+    if verdict is None:
+        return float("inf"), float("inf")
+    return -verdict.metric if verdict.metric is not None else 0.0, verdict.error
 
 
 def _attempts(candidate: Trial, layers: Sequence[Layer], course: Course, deadline: float) -> Iterator[Trial]:
@@ -88,10 +115,20 @@ def _attempts(candidate: Trial, layers: Sequence[Layer], course: Course, deadlin
 
 
 def _attempt(recipe: Recipe, layers: Sequence[Layer], course: Course, deadline: float) -> Trial:
-    options = {**recipe.options, "exclude": [layer.path for layer in layers]}
-    changed = msgspec.structs.replace(recipe, options=options)
+    changed = _without(recipe, [layer.path for layer in layers])
     trial = race.attempt(changed, course=course, left=max(30.0, deadline - time.monotonic()))
     return msgspec.structs.replace(trial, notes=(*trial.notes, describe(layers)))
+
+
+def _without(recipe: Recipe, layers: list[str]) -> Recipe:
+    """The recipe with layers left out of int8, by the step that quantizes: a transform of torch's, or the backend."""
+    steps = tuple(
+        Step(step.transform, {**step.options, "exclude": layers}) if step.transform == "quantize" else step
+        for step in recipe.transforms
+    )
+    if steps != recipe.transforms:
+        return msgspec.structs.replace(recipe, transforms=steps)
+    return msgspec.structs.replace(recipe, options={**recipe.options, "exclude": layers})
 
 
 def describe(layers: Sequence[Layer]) -> str:

@@ -107,7 +107,10 @@ def _race(
     if wish.recipes is not None:
         recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
     deadline = started + wish.budget
-    trials, interrupted = race.run(recipes, course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
+    prune = wish.recipes is None  # what the caller lists is tried
+    trials, interrupted = race.run(
+        recipes, course=course, goal=wish.goal, deadline=deadline, prune=prune, on_trial=on_trial
+    )
     layers: tuple[rescue.Layer, ...] = ()
     among = wish.backends or plugins.names("backends")
     parts = combine.cut(trials[0], source=wish.source, hardware=machine, among=among)
@@ -138,7 +141,7 @@ def _rescue(
     if not candidates or time.monotonic() > deadline:
         return ()
     layers = rescue.ranking(course, seconds=min(120.0, deadline - time.monotonic()))
-    for trial in rescue.run(candidates, layers, course=course, deadline=deadline):
+    for trial in rescue.run(candidates, layers, tried=tuple(trials), course=course, deadline=deadline):
         trials.append(trial)
         if on_trial is not None:
             on_trial(trial, len(trials), len(trials))
@@ -189,7 +192,7 @@ def _facts(course: Course, wish: Wish, trials: Sequence[Trial], left_out: dict[s
         trials=tuple(trials),
         choice=choose(trials, goal=wish.goal, constraints=wish.constraints),
         left_out=left_out,
-        notes=(*getattr(model.module, "notes", ()), *_busy(course.hardware)),
+        notes=(*getattr(model.module, "notes", ()), *course.doubts, *_busy(course.hardware)),
         command=wish.command,
         rows=course.rows,
         reference_metric=course.reference_metric,
@@ -233,6 +236,7 @@ def _prepare(
         rows=rows_judged(outputs, signature=model.signature),
         judged_hash=caching.hash_tensors(batches),
         metric_hash="" if evaluate is None else _source_hash(evaluate),
+        doubts=reference.doubts(outputs),
         reference_metric=None if evaluate is None else _reference_metric(evaluate, eager),
     )
 

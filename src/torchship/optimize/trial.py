@@ -98,13 +98,14 @@ def build(task: BuildTask, *, limits: Limits, threads: int) -> process.Outcome:
 
 
 def prove(task: ProofTask, *, limits: Limits, threads: int) -> process.Outcome:
-    """Open, guard and measure in a fresh child that imports only what serving needs; the value is a Proof."""
+    """Open, guard and measure in a fresh child, pinned, that imports only what serving needs; the value is a Proof."""
     return process.run(
         "torchship.optimize.trial:prove_here",
         argument=msgspec.to_builtins(task),
         timeout=limits.timeout,
         memory=limits.memory,
         threads=threads,
+        cpus=process.first_cpus(threads),
     )
 
 

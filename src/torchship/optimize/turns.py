@@ -79,6 +79,7 @@ def _start(path: Path, batch: int, device: str, threads: int, stack: ExitStack) 
         fds=(hear, say),
         output=subprocess.DEVNULL,
         threads=threads,
+        cpus=process.first_cpus(threads),
     )
     stack.callback(process.stop, child)
     os.close(hear)

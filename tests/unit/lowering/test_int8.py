@@ -39,6 +39,7 @@ def quantized_ops(path: Path) -> list[str]:
         ({}, ["Add", "Conv", "Conv", "Gemm"]),
         ({"exclude": ["head"]}, ["Add", "Conv", "Conv"]),
         ({"modules": {"b*": "fp32"}, "ops": "heavy"}, ["Conv", "Gemm"]),
+        ({"modules": {"*": "fp32", "h*": "int8"}}, ["Gemm"]),
         ({"exclude": ["*"]}, []),
     ],
 )
@@ -59,6 +60,15 @@ def test_openvino_leaves_out_the_same_modules(tmp_path: Path) -> None:
         errors.append(error(stage(given), expected(model, given)))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5
+
+
+def test_of_a_tables_patterns_the_longest_that_fits_decides() -> None:
+    table: Options = {"modules": {"*": "fp32", "backbone.*": "int8", "backbone.stem": "fp32"}, "exclude": ["*.last"]}
+    rules = paths.rules(table, narrow=("int8",))
+    spared = [p for p in ("head", "inner.backbone.mid", "backbone.stem.conv", "backbone.last") if rules.spares(p)]
+    assert spared == ["head", "backbone.stem.conv", "backbone.last"]
+    with pytest.raises(BadConfig, match="'head' is 'int4'"):
+        paths.rules({"modules": {"head": "int4"}}, narrow=("int8",))
 
 
 def test_wrong_options_are_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import msgspec
 
 from tests.unit.optimize.test_choose import trial
 from torchship.optimize.choose import choose
-from torchship.optimize.order import next_up
+from torchship.optimize.order import hopeless, next_up
 from torchship.optimize.rematch import racers
 from torchship.optimize.rescue import Layer, describe, worth_it
 from torchship.optimize.trial import Trial
@@ -26,6 +26,21 @@ def test_then_the_best_backend_goes_on_and_a_failed_one_waits() -> None:
     waiting = [Recipe("broken"), Recipe("slow"), Recipe("fast", INT8), Recipe("fast")]
     assert next_up(waiting, done, goal="latency") == 2
     assert next_up(waiting[:2], done, goal="latency") == 1
+
+
+def test_compilers_wait_for_what_the_best_quick_engine_still_proposes() -> None:
+    waiting = [Recipe("inductor"), Recipe("slow", INT8), Recipe("fast", INT8)]
+    done = [trial("eager", p50=20), trial("slow", p50=9), trial("fast", p50=3)]
+    assert next_up(waiting, done, goal="latency") == 2
+    assert next_up(waiting[:2], done, goal="latency") == 0
+
+
+def test_an_engine_far_behind_is_not_tried_again() -> None:
+    done = [trial("eager", p50=20), trial("slow", p50=9), trial("fast", p50=1)]
+    assert hopeless(Recipe("slow", INT8), done, goal="latency").endswith("9 times worse than the best of all")
+    assert not hopeless(Recipe("fast", INT8), done, goal="latency")
+    assert not hopeless(Recipe("new"), done, goal="latency")
+    assert not hopeless(Recipe("slow", INT8), done, goal="size")
 
 
 def test_only_refused_int8_that_would_win_is_rescued() -> None:

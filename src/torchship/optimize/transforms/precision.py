@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torchship.errors import BadConfig
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.recipe import Options
@@ -10,20 +9,17 @@ from torchship.recipe import Options
 
 def apply(model: Model, *, options: Options) -> Model:
     """`precision` bf16 | fp16, `mode` autocast | cast, `device` (cpu), `keep` (path patterns that stay in fp32), or
-    `modules` ({"head": "fp32"}). Raises BadConfig.
+    `modules` ({"head": "fp32"}, see `paths.rules`). Raises BadConfig.
     """
-    from torchship.lowering import variants
+    from torchship.lowering import paths, variants
 
-    keep, modules = options.get("keep") or [], options.get("modules") or {}
-    if not isinstance(keep, list) or not isinstance(modules, dict):
-        raise BadConfig("precision: keep wants a list of path patterns, modules a table of pattern = setting")
-    keep = [*keep, *(pattern for pattern, setting in modules.items() if setting == "fp32")]
+    precision = str(options.get("precision", "bf16"))
     return variants.in_precision(
         model,
-        str(options.get("precision", "bf16")),
+        precision,
         mode=str(options.get("mode", "autocast")),
         device=str(options.get("device", "cpu")).partition(":")[0],
-        keep=keep,
+        keep=paths.rules(options, narrow=(precision,), key="keep"),
     )
 
 

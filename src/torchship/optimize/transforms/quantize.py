@@ -14,15 +14,17 @@ from torchship.recipe import Options
 if TYPE_CHECKING:
     import torch
 
+    from torchship.lowering.paths import Rules
+
 _SCHEMES = ("dynamic", "weight_only", "static")
-_FLOAT_WORDS = ("fp32", "f32", "float")
 
 
 def apply(model: Model, *, options: Options) -> Model:
     """`scheme`: dynamic (linear layers, activations quantized as they come) | weight_only (linear layers) | static
     (convolutions too, calibrated; for torch.compile on x86). `exclude` and `modules` ({"head": "fp32"}) are path
-    patterns of what stays in float. Raises BadConfig, or BuildFailed with the quantizer's reason.
+    patterns of what stays in float, see `paths.rules`. Raises BadConfig, or BuildFailed with the quantizer's reason.
     """
+    from torchship.lowering import paths
     from torchship.lowering.needs import missing
     from torchship.lowering.program import one_line
 
@@ -31,35 +33,27 @@ def apply(model: Model, *, options: Options) -> Model:
         raise BadConfig(f"quantize: scheme {scheme!r} is unknown", hint=f"use one of {', '.join(_SCHEMES)}")
     if absent := missing("torchao"):
         raise BuildFailed(f"quantize: {absent}")
+    rules = paths.rules(options, narrow=("int8",))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _static(model, _patterns(options)) if scheme == "static" else _linear(model, scheme, options)
+            return _static(model, rules) if scheme == "static" else _linear(model, scheme, rules)
     except (BadConfig, BuildFailed):
         raise
     except Exception as fault:
         raise BuildFailed(f"torchao cannot quantize this model: {one_line(fault)}") from fault
 
 
-def _patterns(options: Options) -> list[str]:
-    exclude, modules = options.get("exclude") or [], options.get("modules") or {}
-    if not isinstance(exclude, list) or not isinstance(modules, dict):
-        raise BadConfig("quantize: exclude wants a list of path patterns, modules a table of pattern = setting")
-    return [*exclude, *(pattern for pattern, setting in modules.items() if setting in _FLOAT_WORDS)]
-
-
-def _linear(model: Model, scheme: Any, options: Options) -> Model:
+def _linear(model: Model, scheme: Any, rules: Rules) -> Model:
     import torch
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     from torchao.utils import unwrap_tensor_subclass
 
-    from torchship.lowering import paths, surgery
-
-    patterns = _patterns(options)
+    from torchship.lowering import surgery
 
     def wanted(module: torch.nn.Module, path: str) -> bool:
         # attention reads the weight of its own output layer directly, past any quantization
-        return type(module) is torch.nn.Linear and not paths.matches(path, patterns)
+        return type(module) is torch.nn.Linear and not rules.spares(path)
 
     changed = surgery.copied(model)
     for module in changed.module.modules():
@@ -70,7 +64,7 @@ def _linear(model: Model, scheme: Any, options: Options) -> Model:
     return replace(changed, module=unwrap_tensor_subclass(changed.module))
 
 
-def _static(model: Model, patterns: list[str]) -> Model:
+def _static(model: Model, rules: Rules) -> Model:
     import torch
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -79,11 +73,11 @@ def _static(model: Model, patterns: list[str]) -> Model:
         get_default_x86_inductor_quantization_config,
     )
 
-    from torchship.lowering import paths, program
+    from torchship.lowering import program
 
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     for path, _ in model.module.named_modules():
-        if path and paths.matches(path, patterns):
+        if path and rules.spares(path):
             quantizer.set_module_name_qconfig(path, None)
     prepared = prepare_pt2e(program.export(model).module(check_guards=False), quantizer)
     with torch.no_grad():
