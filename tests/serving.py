@@ -82,6 +82,22 @@ class Hog:
         return np.array([os.getpid()])
 
 
+@stage("x:FP32[-1] -> y:FP32[-1]", batched=True, max_batch=8)
+class Card:
+    """Adds one. 666 loses the device, which then fails whatever comes; 500 takes a while, so that a batch forms."""
+
+    def __init__(self) -> None:
+        self._lost = False
+
+    def __call__(self, x: Array) -> Array:
+        if (x == 500).any():
+            time.sleep(0.3)
+        self._lost = self._lost or bool((x == 666).any())
+        if self._lost:
+            raise RuntimeError("CUDA error: device-side assert triggered\nFor debugging consider ...")
+        return x + 1
+
+
 @stage("n:INT32[1] -> i:INT32[1]")
 def count(n: Array) -> Iterator[Array]:
     for number in range(int(n[0])):

@@ -117,7 +117,8 @@ def describe(fault: BaseException, *, job: int = 0) -> Fault:
     """An exception as data: errors of our own keep their kind, all others become StageFailed."""
     if isinstance(fault, TorchshipError):
         return Fault(job, type(fault).__name__, str(fault)[:2000], fault.hint[:2000])
-    text = " ".join(str(fault).split())[:2000]
+    whole = str(fault)
+    text = whole.partition("\n")[0] if "CUDA error" in whole else " ".join(whole.split())[:2000]  # the rest is advice
     return Fault(job, _FOREIGN, f"raised {type(fault).__name__}: {text}" if text else f"raised {type(fault).__name__}")
 
 

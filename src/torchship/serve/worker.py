@@ -80,10 +80,8 @@ def main(argument: Any) -> None:
         send(sock, encode(Refused(describe(fault))))
         return
     send(sock, encode(Opened(str(stage.signature), time.monotonic() - began, _resident())))
-    try:
-        Bench(stage, arena=memory, sock=sock, private=post.private).work()
-    finally:
-        stage.close()
+    Bench(stage, arena=memory, sock=sock, private=post.private).work()
+    stage.close()
 
 
 def _warm(stage: Stage) -> None:
@@ -114,12 +112,12 @@ class Bench:
         self._outputs = [spec.name for spec in signature.outputs]
         self._text = {spec.name for spec in signature.outputs if spec.dtype == "BYTES"}
         self._batched = signature.batched
-        self._doomed = False
+        self._lost = ""
 
     def work(self) -> None:
-        """Take, run, pass on, until the host stops us or is gone, or the device is lost."""
+        """Take, run, pass on, until the host stops us or is gone. Raises SystemExit when the device is lost."""
         inbox = Inbox(self._sock)
-        while not self._doomed:
+        while not self._lost:
             try:
                 message, fd = inbox.next()
             except (ConnectionError, InterruptedError):
@@ -133,6 +131,7 @@ class Bench:
                 send(self._sock, encode(Pong(order.number, _resident())))
             elif isinstance(order, Stop):
                 return
+        raise SystemExit(self._lost)
 
     def _take(self, take: Take, fd: int) -> None:
         region = self._arena.region if fd < 0 else Region.take(fd)
@@ -152,6 +151,7 @@ class Bench:
         self, calls: Sequence[Call], region: Region
     ) -> tuple[list[tuple[int, list[int], list[Array]]], list[Fault]]:
         """The answers as (first job, rows of each job, outputs), and the faults."""
+        company = sum(len(call.rows) for call in calls) > 1
         answers: list[tuple[int, list[int], list[Array]]] = []
         faults: list[Fault] = []
         first = 0
@@ -160,6 +160,7 @@ class Bench:
             try:
                 answers.append((first, *self._call(tensors, call.values, call.rows)))
             except Exception as fault:
+                self._check_device(fault, company=company)
                 if len(call.rows) == 1:
                     self._blame(fault)
                     faults.append(describe(fault, job=first))
@@ -184,14 +185,24 @@ class Bench:
             try:
                 answers.append((first + index, *self._call(own, call.values, [rows])))
             except Exception as fault:
+                self._check_device(fault, company=True)
                 self._blame(fault)
                 faults.append(describe(fault, job=first + index))
 
+    def _check_device(self, fault: Exception, *, company: bool) -> None:
+        """After a CUDA error nothing works in this process any more: it ends. In company it ends without an answer, so
+        that the host runs each of these jobs by itself in a fresh process and only the guilty one fails."""
+        if "CUDA error" not in str(fault):
+            return
+        self._lost = f"this process ends after a {str(fault).splitlines()[0]}"
+        if company:
+            self._blame(fault)
+            raise SystemExit(self._lost)
+
     def _blame(self, fault: Exception) -> None:
-        """The log gets the traceback of what is no fault of the caller. After a CUDA error nothing works any more."""
+        """The log gets the traceback of what is no fault of the caller."""
         if isinstance(fault, TorchshipError):
             return
-        self._doomed = self._doomed or "CUDA error" in str(fault)
         import traceback
 
         traceback.print_exception(fault)
@@ -224,6 +235,7 @@ class Bench:
                 outputs = self._checked(answer)
                 self._pass(take, [(0, call.rows, outputs)], [], began=began, ended=time.monotonic_ns(), more=True)
         except Exception as fault:
+            self._check_device(fault, company=False)
             self._blame(fault)
             self._pass(take, [], [describe(fault)], began=began, ended=time.monotonic_ns())
             return

@@ -59,9 +59,13 @@ def test_out_of_memory_computes_a_batch_that_fits() -> None:
     assert any("8.00 GiB instead of 16.00 GiB" in line for line in mend)
 
 
+def test_out_of_cuda_memory_is_not_taken_for_a_killed_process() -> None:
+    assert [ailment.name for ailment in explain("torch.OutOfMemoryError: " + _OUT_OF_MEMORY)] == ["CUDA out of memory"]
+
+
 def test_out_of_memory_without_a_batch_size_gives_a_share() -> None:
     text = _OUT_OF_MEMORY.replace("batch_size=64", "")
-    assert explain(text)[0].mend[0].startswith("a batch 77% as large")
+    assert explain(text)[0].mend[0].startswith("a batch at most 77% as large")
 
 
 def test_idle_pieces_are_told_apart_from_a_full_card() -> None:

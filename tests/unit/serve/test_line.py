@@ -278,6 +278,23 @@ def test_a_worker_that_takes_too_much_memory_or_loses_its_device_is_replaced() -
     run(work)
 
 
+def test_a_row_that_loses_the_device_fails_alone() -> None:
+    async def ask(line: Line, value: float) -> float:
+        return float((await line.submit({"x": np.array([value], np.float32)}))["y"][0])
+
+    async def work() -> None:
+        async with Opened({"run": "Card"}) as line:
+            answers = await asyncio.gather(
+                *(ask(line, value) for value in (500, 1, 2, 666, 3, 4)), return_exceptions=True
+            )
+            assert answers[:3] + answers[4:] == [501, 2, 3, 4, 5]
+            assert isinstance(answers[3], StageFailed)
+            assert str(answers[3]).endswith("CUDA error: device-side assert triggered")
+            assert await ask(line, 9) == 10
+
+    run(work)
+
+
 def test_metrics_are_readable_and_tell_what_happened() -> None:
     async def work() -> None:
         async with Opened({"run": "double"}, {"run": "sums"}) as line:

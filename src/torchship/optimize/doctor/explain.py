@@ -57,9 +57,8 @@ def _cuda_memory(text: str) -> list[str]:
         batch = re.search(r"batch(?:[ _-]size)?\s*[=:]\s*(\d+)", text, re.I)
         if share < 1:
             fits = max(1, int(int(batch[1]) * share * 0.9)) if batch else None
-            proposal = (
-                f"batch size {fits} instead of {batch[1]}" if batch and fits else f"a batch {share * 0.9:.0%} as large"
-            )
+            smaller = f"a batch at most {share * 0.9:.0%} as large"
+            proposal = f"batch size {fits} instead of {batch[1]}" if batch and fits else smaller
             mend.append(f"{proposal}: {_gib(used + wanted)} were needed, {_gib(room)} are there")
     if idle and wanted and idle > wanted:
         mend.append(f"{_gib(idle)} lie idle in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
@@ -148,7 +147,7 @@ AILMENTS = (
     ),
     Ailment(
         "killed for memory",
-        r"\bKilled\b|oom-kill|Out of memory: Kill|exit(?:ed with)? code 137|signal 9|SIGKILL|MemoryError|"
+        r"\bKilled\b|oom-kill|Out of memory: Kill|exit(?:ed with)? code 137|signal 9|SIGKILL|\bMemoryError|"
         r"Cannot allocate memory|DefaultCPUAllocator",
         "the process took more memory than it may have, and was ended",
         (
