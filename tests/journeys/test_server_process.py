@@ -42,7 +42,7 @@ class Running:
         self.url = ""
         for line in self.child.stderr:
             self.lines.append(line)
-            if found := re.search(r"(http://127\.0\.0\.1:\d+)/", line):
+            if found := re.search(r"(https?://127\.0\.0\.1:\d+)/", line):
                 self.url = found[1]
                 break
 

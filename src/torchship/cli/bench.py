@@ -41,6 +41,9 @@ at random moments whatever the server does, and a latency counts from the moment
 @click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows of a request.")
 @click.option("--free-axis", default=1, show_default=True, type=click.IntRange(1), help="Length of other free axes.")
 @click.option("--token", default="", envvar="TORCHSHIP_TOKEN", help="Access token.  [env: TORCHSHIP_TOKEN]")
+@click.option("--authority", default="", metavar="PEM", help="Whose certificates to believe, for https and grpcs.")
+@click.option("--certificate", default="", metavar="PEM", help="The caller's own, where the server asks for one.")
+@click.option("--key", default="", metavar="PEM", help="Its private key.")
 @click.option("--store", default="", metavar="DIR", help="Where artifacts are found by name.")
 @click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a plot.")
@@ -66,13 +69,16 @@ def command(*, target: str, store: str, as_json: bool, html: Path | None, **opti
 async def _measure(url: str, *, quiet: bool, **options: Any) -> list[Row]:
     from torchship.client import measuring
     from torchship.client.address import parse
+    from torchship.client.tls import caller_context
     from torchship.errors import BadConfig
 
     address = parse(url)
     if not address.model:
         raise BadConfig(f"{url} names no model", hint="as in http://127.0.0.1:8000/resnet18")
     encoding = "grpc" if address.grpc else options["encoding"]
-    target = measuring.Target(address, address.model, encoding, options["token"])
+    papers = {name: options[name] for name in ("authority", "certificate", "key")}
+    tls = caller_context(**papers) if address.secure else None
+    target = measuring.Target(address, address.model, encoding, options["token"], tls)
     file = options["file"].read_bytes() if options["file"] else None
     tensors = await measuring.example(target, rows=options["rows"], file=file, free=options["free_axis"])
     rows: list[Row] = []

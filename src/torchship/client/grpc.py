@@ -201,13 +201,13 @@ class _Connection(asyncio.Protocol):
                 call.done.exception()  # looked at: a call that was given up warns nobody
         call.fresh.set()
         if not self.open and not self.calls and self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
     def close(self) -> None:
         """Hang up."""
         self.open = False
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()  # TLS would go on to say good-bye after its loop has ended
 
 
 def _failure(fields: Mapping[str, str]) -> TorchshipError | None:

@@ -78,7 +78,7 @@ class HttpLink:
                 if kept:
                     self._idle.append((reader, writer))
                 else:
-                    writer.close()
+                    writer.transport.abort()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(
@@ -89,12 +89,8 @@ class HttpLink:
         """Hang up."""
         idle, self._idle = self._idle, []
         for _, writer in idle:
-            writer.close()
-        for _, writer in idle:
-            try:
-                await writer.wait_closed()
-            except (OSError, ssl.SSLError):
-                pass
+            writer.transport.abort()  # TLS would go on to say good-bye after its loop has ended
+        await asyncio.sleep(0)
 
 
 def _head(top: bytes) -> tuple[int, dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -140,12 +141,13 @@ class HttpLane(asyncio.Protocol):
             self._transport.abort()
 
 
-def http_lanes(host: str, *, port: int) -> Connect:
+def http_lanes(host: str, *, port: int, tls: ssl.SSLContext | None = None) -> Connect:
     """Opens HTTP/1.1 lanes to an address."""
 
     async def connect(landed: Landed) -> Lane:
         try:
-            _, lane = await asyncio.get_running_loop().create_connection(lambda: HttpLane(landed), host, port)
+            loop = asyncio.get_running_loop()
+            _, lane = await loop.create_connection(lambda: HttpLane(landed), host, port, ssl=tls)
         except OSError as fault:
             raise Unavailable(f"cannot connect to {host}:{port}: {fault.strerror}", hint="is it serving?") from None
         return lane

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import struct
 from typing import cast
 
@@ -177,7 +178,12 @@ class GrpcLane(asyncio.Protocol):
 
 
 def grpc_lanes(
-    host: str, *, port: int, path: str = "/inference.GRPCInferenceService/ModelInfer", token: str = ""
+    host: str,
+    *,
+    port: int,
+    path: str = "/inference.GRPCInferenceService/ModelInfer",
+    token: str = "",
+    tls: ssl.SSLContext | None = None,
 ) -> Connect:
     """Opens gRPC lanes to an address."""
 
@@ -185,7 +191,7 @@ def grpc_lanes(
         loop = asyncio.get_running_loop()
         try:
             _, lane = await loop.create_connection(
-                lambda: GrpcLane(landed, path=path, authority=f"{host}:{port}", token=token), host, port
+                lambda: GrpcLane(landed, path=path, authority=f"{host}:{port}", token=token), host, port, ssl=tls
             )
         except OSError as fault:
             raise Unavailable(f"cannot connect to {host}:{port}: {fault.strerror}", hint="is it serving?") from None

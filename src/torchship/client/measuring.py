@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torchship.client.address import Address
 from torchship.client.asynchronous import AsyncClient
 from torchship.client.load import Connect, Outcome, Shot, closed_loop, http_lanes, http_request, open_loop
 from torchship.client.load_grpc import grpc_lanes
-from torchship.errors import BadConfig, BadInput
+from torchship.client.tls import caller_context
+from torchship.errors import BadInput
 from torchship.tensors import Array, Tensors, numpy_dtype
 from torchship.wire.asking import encode_grpc, encode_http
 from torchship.wire.json_arrays import encode_json_data
@@ -45,6 +47,7 @@ class Target:
     model: str
     encoding: str = "binary"
     token: str = ""
+    tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
@@ -52,12 +55,16 @@ class Target:
         return f"{self.address.scheme}://{self.address.host}:{self.address.port}"
 
     def connect(self) -> Connect:
-        """Opens lanes to it. Raises BadConfig where it speaks TLS, which the raw lanes do not."""
-        if self.address.secure:
-            raise BadConfig("bench speaks no TLS", hint="measure behind it, or through a local port")
+        """Opens lanes to it."""
+        host, port = self.address.host, self.address.port
+        tls = (self.tls or caller_context()) if self.address.secure else None
         if self.encoding == "grpc":
-            return grpc_lanes(self.address.host, port=self.address.port, token=self.token)
-        return http_lanes(self.address.host, port=self.address.port)
+            if tls is not None:
+                tls.set_alpn_protocols(["h2"])
+            return grpc_lanes(host, port=port, token=self.token, tls=tls)
+        if tls is not None:
+            tls.set_alpn_protocols(["http/1.1"])
+        return http_lanes(host, port=port, tls=tls)
 
     def shot(self, tensors: Tensors) -> Shot:
         """The bytes of one request."""
@@ -92,7 +99,7 @@ async def example(target: Target, *, rows: int = 1, file: bytes | None = None, f
     `rows` is the length of axis 0 where that is free, `free` that of the other free axes.
     Raises BadInput where a BYTES input has no file, and whatever the server says.
     """
-    async with AsyncClient(target.url, token=target.token) as client:
+    async with AsyncClient(target.url, token=target.token, tls=target.tls) as client:
         metadata = await client.metadata(target.model)
         random = np.random.default_rng(0)
         tensors = {}

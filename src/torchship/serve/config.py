@@ -22,7 +22,8 @@ _LOOPBACK = "127.0.0.1"
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[tls]`: PEM files; `clients` holds the authorities whose client certificates are asked for (mTLS)."""
+    """`[tls]`: PEM files, relative to the file; `clients` holds the authorities whose client certificates are asked for
+    (mTLS)."""
 
     certificate: str
     key: str
@@ -224,7 +225,7 @@ def check(config: ServerConfig) -> None:
 
 
 def read(path: Path | str) -> ServerConfig:
-    """The configuration in a TOML file; a relative store is found from the file. Raises NotFound, BadConfig."""
+    """The configuration in a TOML file; store and certificates are found from the file. Raises NotFound, BadConfig."""
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text())
@@ -236,9 +237,13 @@ def read(path: Path | str) -> ServerConfig:
         config = convert(data)
     except BadConfig as fault:
         raise BadConfig(f"{path}: {fault}", hint=fault.hint) from None
-    root = config.store.root
-    if root and not Path(root).expanduser().is_absolute():
-        root = str((path.parent / root).resolve())
-    elif root:
-        root = str(Path(root).expanduser())
-    return msgspec.structs.replace(config, store=StorePlace(root, config.store.watch))
+    change, near = msgspec.structs.replace, path.parent
+    tls = config.tls
+    if tls is not None:
+        tls = Tls(_beside(near, tls.certificate), _beside(near, tls.key), _beside(near, tls.clients))
+    return change(config, store=change(config.store, root=_beside(near, config.store.root)), tls=tls)
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A path in the file, found from the file; empty stays empty."""
+    return str((folder / Path(name).expanduser()).resolve()) if name else ""

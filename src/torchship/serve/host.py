@@ -8,19 +8,19 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 import uvloop
 
 from torchship.artifact import Store, open_artifact
-from torchship.errors import BadConfig
+from torchship.errors import BadConfig, TorchshipError
 from torchship.process import resolve
 from torchship.serve import config as configs
 from torchship.serve import logs
 from torchship.serve.access import check_places, gate
 from torchship.serve.catalog import Catalog
-from torchship.serve.config import Grpc, Mount, ServerConfig
+from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.protocols import grpc, rest
 from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._settings import Tracing
@@ -39,7 +39,7 @@ class Server:
         self.config = config
         self.catalog = Catalog(store=Store(config.store.root or None))
         self._traces = Traces(config.trace) if config.trace else None
-        self.service = Service(self.catalog, control=config.control.repository, traces=self._traces)
+        self.service = Service(self.catalog, name=config.name, control=config.control.repository, traces=self._traces)
         self.http: rest.Listener | None = None
         self.grpc: rest.Listener | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -53,13 +53,20 @@ class Server:
             self.catalog.expect(model)
         try:
             await self._listen()
-            await asyncio.gather(*(self.catalog.load(model) for model in self.config.model))
+            await asyncio.gather(*(self._load(model) for model in self.config.model))
         except BaseException:
             await self.close(patience=0.0)
             raise
         if self.config.store.watch:
             self._watch = asyncio.ensure_future(self.catalog.watch(self.config.store.watch))
         return self
+
+    async def _load(self, model: ModelConfig) -> None:
+        try:
+            await self.catalog.load(model)
+        except TorchshipError as fault:
+            fault.args = (f"model {model.name!r}: {fault}",)
+            raise
 
     async def _listen(self) -> None:
         config, control = self.config, self.config.control
@@ -113,21 +120,32 @@ def _mounted(mount: Mount, service: Service) -> list[rest.Route]:
     return found
 
 
-def configure(
-    *targets: str,
-    http_host: str = "",
-    http_port: int | None = None,
-    grpc_port: int | None = None,
-    store: str = "",
-    log_level: str = "",
-    log_format: str = "",
-    trust: bool = False,
-) -> ServerConfig:
+class Options(TypedDict, total=False):
+    """What a command line may say beside its targets; it wins over the file.
+
+    `trust` allows native code in the artifacts that are named; a file says so itself.
+    """
+
+    http_host: str
+    http_port: int
+    grpc_port: int
+    store: str
+    log_level: str
+    log_format: str
+    trust: bool
+
+
+def configure(*targets: str, **options: Unpack[Options]) -> ServerConfig:
     """The configuration for command line targets: one TOML file, or artifacts (names in the store, or folders).
 
-    `trust` allows native code in those artifacts; a file says so itself. Raises BadConfig, NotFound.
+    Raises BadConfig, NotFound.
     """
+    if unknown := options.keys() - Options.__annotations__.keys():
+        raise BadConfig(
+            f"no option {', '.join(sorted(unknown))}", hint=f"there is {', '.join(Options.__annotations__)}"
+        )
     files = [target for target in targets if target.endswith(".toml")]
+    trust = options.get("trust", False)
     if not targets or (files and len(targets) > 1):
         raise BadConfig("give one configuration file, or artifacts", hint="torchship serve serve.toml")
     if files and trust:
@@ -137,13 +155,17 @@ def configure(
     else:
         models = [{"name": _name(target), "artifact": target, "trust": trust} for target in targets]
         config = configs.convert({"model": models})
-    change = msgspec.structs.replace
-    http = change(config.http, host=http_host or config.http.host)
-    http = change(http, port=config.http.port if http_port is None else http_port)
-    log = change(config.log, level=log_level or config.log.level, format=log_format or config.log.format)
-    place = change(config.store, root=str(Path(store).resolve()) if store else config.store.root)
-    rpc = config.grpc if grpc_port is None else Grpc(grpc_port, config.grpc.host if config.grpc else "")
-    return change(config, http=http, grpc=rpc, store=place, log=log)
+    change, http, rpc, log = msgspec.structs.replace, config.http, config.grpc, config.log
+    if (port := options.get("grpc_port")) is not None:
+        rpc = Grpc(port, rpc.host if rpc else "")
+    root = str(Path(options["store"]).resolve()) if options.get("store") else config.store.root
+    return change(
+        config,
+        http=change(http, host=options.get("http_host") or http.host, port=options.get("http_port", http.port)),
+        grpc=rpc,
+        store=change(config.store, root=root),
+        log=change(log, level=options.get("log_level") or log.level, format=options.get("log_format") or log.format),
+    )
 
 
 def _name(target: str) -> str:
@@ -153,31 +175,12 @@ def _name(target: str) -> str:
     return target.partition("@")[0]
 
 
-def serve(
-    *targets: str,
-    http_host: str = "",
-    http_port: int | None = None,
-    grpc_port: int | None = None,
-    store: str = "",
-    log_level: str = "",
-    log_format: str = "",
-    trust: bool = False,
-) -> int:
+def serve(*targets: str, **options: Unpack[Options]) -> int:
     """Serve a TOML configuration or artifacts until a signal says stop; the exit code.
 
     Raises BadConfig, NotFound, Unavailable (a port in use), and what a model raises that does not open.
     """
-    config = configure(
-        *targets,
-        http_host=http_host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        store=store,
-        log_level=log_level,
-        log_format=log_format,
-        trust=trust,
-    )
-    return run(config)
+    return run(configure(*targets, **options))
 
 
 def run(config: ServerConfig) -> int:
@@ -235,5 +238,8 @@ def _settle_memory() -> None:
 
 
 def _announce(server: Server) -> None:
+    if server.grpc and server.config.grpc:
+        host = server.config.grpc.host or server.config.http.host
+        _log.info("gRPC at %s:%d, and at %s", host, server.grpc.port, server.url)
     for entry in server.catalog.entries.values():
         _log.info("serving %s at %s/v2/models/%s", entry.config.name, server.url, entry.config.name)

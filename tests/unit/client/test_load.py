@@ -20,6 +20,7 @@ from torchship.client.load import Outcome, Shot, closed_loop, http_lanes, http_r
 from torchship.client.load_grpc import grpc_lanes
 from torchship.client.measuring import Row, Target, example, meets
 from torchship.client.plot import render
+from torchship.client.tls import caller_context
 from torchship.errors import BadConfig, BadInput, NotFound, StageFailed, Unavailable
 from torchship.serve.protocols import rest
 
@@ -110,8 +111,8 @@ def test_examples_that_cannot_be(server: Running) -> None:
     with pytest.raises(NotFound, match="unknown model"):
         asyncio.run(example(target(server, model="none")))
     assert asyncio.run(example(target(server, model="picture"), file=b"x"))["image"].tolist() == [b"x"]
-    with pytest.raises(BadConfig, match="no TLS"):
-        Target(parse("https://h"), "m").connect()
+    with pytest.raises(BadConfig, match="cannot use none"):
+        caller_context(authority="none.pem")
 
 
 def test_what_meets_a_target() -> None:
