@@ -17,10 +17,10 @@ from torchship.tensors import Tensors
 JUDGED_ROWS = 256
 _HELD_BACK = 0.25
 _KEPT_BYTES = 512 * 2**20
+_FAINT = 1e-6
 
 
 class EagerStage:
-_FAINT = 1e-6
     """A Model's own module as a Stage in this process."""
 
     def __init__(self, model: Model) -> None:
@@ -86,6 +86,16 @@ def _random(model: Model) -> list[Tensors]:
     return [{s.name: np.asarray(to_numpy(t)) for s, t in zip(shaped, tensors, strict=True)}]
 
 
+def doubts(outputs: Sequence[Tensors]) -> tuple[str, ...]:
+    """What is odd about the reference's own answers, in words for the report."""
+    peaks = [np.abs(a).max() for answers in outputs for a in answers.values() if a.dtype.kind == "f" and a.size]
+    if not peaks or max(peaks) > _FAINT:
+        return ()
+    return (
+        f"all answers of the model itself are below {_FAINT:g}: its weights look untrained, int8 may not hold them",
+    )
+
+
 def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> list[Tensors]:
     """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs.
 
@@ -100,16 +110,6 @@ def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> lis
         answer = stage(batch)
         outputs.append(answer)
         kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))
-def doubts(outputs: Sequence[Tensors]) -> tuple[str, ...]:
-    """What is odd about the reference's own answers, in words for the report."""
-    peaks = [np.abs(a).max() for answers in outputs for a in answers.values() if a.dtype.kind == "f" and a.size]
-    if not peaks or max(peaks) > _FAINT:
-        return ()
-    return (
-        f"all answers of the model itself are below {_FAINT:g}: its weights look untrained, int8 may not hold them",
-    )
-
-
         (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
         (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))
     return outputs

@@ -234,9 +234,9 @@ def _prepare(
         threads=wish.threads,
         device=wish.device,
         rows=rows_judged(outputs, signature=model.signature),
+        doubts=reference.doubts(outputs),
         judged_hash=caching.hash_tensors(batches),
         metric_hash="" if evaluate is None else _source_hash(evaluate),
-        doubts=reference.doubts(outputs),
         reference_metric=None if evaluate is None else _reference_metric(evaluate, eager),
     )
 
