@@ -46,7 +46,8 @@ def optimize() -> None:
         "--store", str(STORE.relative_to(ROOT)),
         "--report", str(REPORT.relative_to(ROOT)),
     )  # fmt: skip
-    subprocess.run(words, check=True, cwd=ROOT)
+    if code := subprocess.run(words, cwd=ROOT).returncode:
+        sys.exit(code)  # it has said why
 
 
 def free_port() -> int:
