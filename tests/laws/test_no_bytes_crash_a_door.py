@@ -236,7 +236,7 @@ def test_what_our_openapi_description_promises(server: Running) -> None:
     def ask(case: Any) -> None:
         answer = case.call(base_url=base)
         statuses.add(answer.status_code)
-        assert answer.status_code < 500 or answer.status_code in (501, 503), (case.as_curl_command(), answer.text)
+        assert answer.status_code < 500 or answer.status_code == 503, (case.as_curl_command(), answer.text)
 
     ask()
     assert {200, 400} <= statuses

@@ -15,7 +15,7 @@ from torchship.client.address import parse
 from torchship.client.grpc import GrpcLink
 from torchship.client.http import HttpLink
 from torchship.client.retry import Budget
-from torchship.errors import BadInput, Expired, TorchshipError, Unsupported
+from torchship.errors import BadInput, Expired, TorchshipError
 from torchship.stage import Value
 from torchship.tensors import Array, Tensors
 from torchship.wire.messages import Request, Response, WantedOutput
@@ -96,13 +96,19 @@ class AsyncClient:
     async def stream(
         self, model: str, inputs: Tensors | Array, *, version: str = "", parameters: Mapping[str, Value] = {}
     ) -> AsyncIterator[dict[str, Array]]:
-        """Every answer of a model that streams; over gRPC only. Raises Unsupported over HTTP."""
-        if isinstance(self._link, HttpLink):
-            raise Unsupported("tensors are streamed over gRPC", hint="use a grpc:// URL, or POST .../generate_stream")
+        """Every answer of a model that streams.
+
+        Over HTTP they come as JSON without shapes: Unsupported is raised for tensors with two lengths that are free.
+        """
         named = inputs if isinstance(inputs, Mapping) else await self._named(model, version, inputs)
         request = Request(model, {name: np.asarray(array) for name, array in named.items()}, version)
         request.parameters = dict(parameters)
-        async for response in self._link.stream(request):
+        link = self._link
+        if isinstance(link, HttpLink):
+            answers = link.stream(request, await self.metadata(model, version))
+        else:
+            answers = link.stream(request)
+        async for response in answers:
             yield dict(response.outputs)
 
     async def _named(self, model: str, version: str, array: Array) -> Tensors:

@@ -51,7 +51,7 @@ class Client:
     def stream(
         self, model: str, inputs: Tensors | Array, *, version: str = "", parameters: Mapping[str, Value] = {}
     ) -> Iterator[dict[str, Array]]:
-        """Every answer of a model that streams; over gRPC only."""
+        """Every answer of a model that streams; see AsyncClient.stream."""
         answers = self._client.stream(model, inputs, version=version, parameters=parameters)
         try:
             while True:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import msgspec
 
 from torchship.client.address import Address
+from torchship.client.events import decode_event, encode_generate
 from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.wire.asking import decode_http, encode_http
 from torchship.wire.messages import Request, Response
@@ -38,6 +39,32 @@ class HttpLink:
         length = found.get("inference-header-content-length")
         return decode_http(answer, header_length=int(length) if length else None)
 
+    async def stream(self, request: Request, about: Mapping[str, Any]) -> AsyncIterator[Response]:
+        """Every answer of a model that streams, by server-sent events; `about` is the model's metadata."""
+        version = f"/versions/{request.version}" if request.version else ""
+        body = encode_generate(request, inputs=about["inputs"])
+        head = f"POST /v2/models/{request.model}{version}/generate_stream HTTP/1.1\r\n{self._lines}"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        async with self._room:
+            try:
+                reader, writer = await self._connect()
+                try:
+                    writer.write(head.encode() + body)
+                    status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
+                    if status >= 300:
+                        raise _error(status, await _body(reader, headers), headers)
+                    async for line in _lines(_pieces(reader)):
+                        if line.startswith(b"data:"):
+                            yield decode_event(line[5:], outputs=about["outputs"])
+                finally:
+                    writer.transport.abort()
+            except (OSError, EOFError, asyncio.LimitOverrunError) as fault:
+                raise self._silent(fault) from None
+
+    def _silent(self, fault: Exception) -> Unavailable:
+        where = f"{self._address.host}:{self._address.port}"
+        return Unavailable(f"no answer from {where}: {fault}", hint="is it serving?")
+
     async def plain(self, method: str, path: str, value: Any = None) -> Any:
         """A call with JSON in and out; an empty answer is None."""
         body = b"" if value is None else msgspec.json.encode(value)
@@ -51,8 +78,7 @@ class HttpLink:
             try:
                 status, found, answer = await self._exchange(text + body)
             except (OSError, EOFError, asyncio.LimitOverrunError) as fault:
-                where = f"{self._address.host}:{self._address.port}"
-                raise Unavailable(f"no answer from {where}: {fault}", hint="is it serving?") from None
+                raise self._silent(fault) from None
         if status >= 300:
             raise _error(status, answer, found)
         return answer, found
@@ -108,13 +134,27 @@ def _head(top: bytes) -> tuple[int, dict[str, str]]:
 
 async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        parts = []
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            parts.append(await reader.readexactly(size))
-            await reader.readexactly(2)
-        await reader.readuntil(b"\r\n")
-        return b"".join(parts)
+        return b"".join([piece async for piece in _pieces(reader)])
     return await reader.readexactly(int(headers.get("content-length", "0")))
+
+
+async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The chunks of a body."""
+    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+    await reader.readuntil(b"\r\n")
+
+
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a text that comes in pieces."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
 
 
 def _error(status: int, body: bytes, headers: Mapping[str, str]) -> TorchshipError:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from torchship.serve.line import Line
+from torchship.serve.machine import gauges
 from torchship.serve.metrics import BUCKETS_MS, LineMeter
 from torchship.serve.station import Station
 
@@ -118,6 +121,10 @@ def render(lines: Mapping[tuple[str, str], Line]) -> str:
     text += [f"# HELP {name} From arrival to the answer", f"# TYPE {name} histogram"]
     for (model, version), line in lines.items():
         text += _histogram(name, (("model", model), ("version", version)), line.meter)
+    for name, found in groupby(sorted(gauges()), key=attrgetter("name")):
+        for place, gauge in enumerate(found):
+            text += [f"# HELP {name} {gauge.about}", f"# TYPE {name} gauge"] * (not place)
+            text.append(f"{name}{{{gauge.labels}}} {gauge.value}" if gauge.labels else f"{name} {gauge.value}")
     return "\n".join(text) + "\n"
 
 

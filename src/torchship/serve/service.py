@@ -90,6 +90,9 @@ class Service:
     async def stream(self, request: Request) -> AsyncIterator[Response]:
         """All answers of a model that streams, or the one answer of one that does not."""
         line, version = self.catalog.line(request.model, request.version)
+        if not line.streams:
+            yield await self.submit(request)
+            return
         _check_outputs(line, request)
         answers = line.stream(
             request.inputs, parameters=request.parameters, deadline=request.deadline, priority=request.priority

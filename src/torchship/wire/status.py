@@ -20,7 +20,7 @@ _TABLE: dict[type[BaseException], Status] = {
     errors.BadInput: Status(400, 3),
     errors.BadConfig: Status(400, 3),
     errors.NotFound: Status(404, 5),
-    errors.Unsupported: Status(501, 12),
+    errors.Unsupported: Status(400, 12),
     errors.Unauthenticated: Status(401, 16),
     errors.Denied: Status(403, 7),
     errors.Busy: Status(503, 14),

@@ -142,15 +142,18 @@ def test_errors_come_back_as_they_were(client: Client, doors: Doors) -> None:
 
 def test_streams(doors: Doors) -> None:
     words = {"text_input": np.array([b"abc"], object)}
-    with Client(doors.urls["grpc"]) as client:
-        answers = list(client.stream("text", words, parameters={"count": 3}))
-        assert [answer["text_output"][0] for answer in answers] == [b"ABC"] * 3
-        first = next(iter(client.stream("text", words, parameters={"count": 1000})))
-        assert first["text_output"][0] == b"ABC"
-        with pytest.raises(StageFailed, match="unknown model"):
-            list(client.stream("none", words))
-    with Client(doors.urls["http"]) as client, pytest.raises(Unsupported, match="over gRPC"):
-        next(client.stream("text", words))
+    for url in doors.urls.values():
+        with Client(url) as client:
+            answers = list(client.stream("text", words, parameters={"count": 3}))
+            assert [answer["text_output"].tolist() for answer in answers] == [[b"ABC"]] * 3
+            first = next(iter(client.stream("text", words, parameters={"count": 1000})))
+            assert first["text_output"][0] == b"ABC"
+            with pytest.raises((StageFailed, NotFound), match="unknown model"):
+                list(client.stream("none", words))
+            (sums,) = client.stream("echo", ROW)
+            assert (sums["y"] == ROW).all()
+    with Client(doors.urls["http"]) as client, pytest.raises(Unsupported, match="to a stream"):
+        next(client.stream("echo", np.zeros((2, 2, 8), np.float32)))
 
 
 def test_asyncio(doors: Doors) -> None:

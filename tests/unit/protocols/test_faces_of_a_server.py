@@ -142,9 +142,9 @@ def test_shared_memory_is_off_by_default(client: httpx.Client) -> None:
     assert client.get("/v2/systemsharedmemory/status").json() == []
     assert client.post("/v2/systemsharedmemory/unregister").status_code == 200
     body = {"key": "/a", "byte_size": 4}
-    assert client.post("/v2/systemsharedmemory/region/a/register", json=body).status_code == 501
+    assert client.post("/v2/systemsharedmemory/region/a/register", json=body).status_code == 400
     assert client.get("/v2/cudasharedmemory/status").json() == []
-    assert client.post("/v2/cudasharedmemory/region/a/register", json={}).status_code == 501
+    assert client.post("/v2/cudasharedmemory/region/a/register", json={}).status_code == 400
     assert client.post("/v2/cudasharedmemory/region/a/unregister").status_code == 200
     assert client.get("/v2/cudasharedmemory/region/a/status").status_code == 404
 

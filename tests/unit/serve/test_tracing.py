@@ -26,26 +26,29 @@ def test_spans_of_a_pipeline(tmp_path: Path) -> None:
     traces = Traces(TraceConfig(sample=0.0), exporter=exporter)
     stages = (StageConfig(run=f"{HERE}:double"), StageConfig(run=f"{HERE}:sums"))
 
-    async def work() -> None:
+    async def work() -> list[str]:
         catalog = Catalog(store=Store(tmp_path))
         try:
             async with asyncio.timeout(60):
                 await catalog.load(ModelConfig(name="m", stages=stages))
                 service = Service(catalog, traces=traces)
                 row = np.ones((1, 4), np.float32)
+                told = []
                 for flags in ("01", "00"):
                     headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-{flags}"}
-                    await service.submit(Request("m", {"x": row}, id="r1", headers=headers))
+                    told.append((await service.submit(Request("m", {"x": row}, id="r1", headers=headers))).trace)
                 await service.submit(Request("m", {"x": row}))
+                return told
         finally:
             await catalog.close()
 
-    uvloop.run(work())
+    told = uvloop.run(work())
     traces.close()
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert sorted(spans) == ["infer m", "stage double", "stage sums"]
     top = spans["infer m"]
     assert f"{top.context.trace_id:032x}" == TRACE
+    assert told == [f"00-{TRACE}-{top.context.span_id:016x}-01", ""]
     assert top.attributes is not None
     assert top.attributes["request.id"] == "r1"
     for name in ("stage double", "stage sums"):
