@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from typing import Any
@@ -11,6 +12,8 @@ import msgspec
 
 from torchship.serve.config import Logs
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a caller's id must not look like a line of the log
+_LONGEST = 4000
 _FIELDS = ("model", "version", "station", "pid", "request", "trace")
 
 
@@ -22,7 +25,7 @@ class _Json:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": record.getMessage()[:_LONGEST],
         }
         line |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
         if record.exc_info:
@@ -37,7 +40,7 @@ class _Text:
         place = getattr(record, "station", "")
         place = f"[{place} {record.pid}] " if place and hasattr(record, "pid") else ""
         text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {place}"
-        text += record.getMessage()
+        text += _CONTROL.sub(lambda found: repr(found[0])[1:-1], record.getMessage()[:_LONGEST])
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
         return text
