@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from torchship.errors import BadInput
 from torchship.stage import stage
 from torchship.tensors import Array
 
@@ -66,7 +67,14 @@ def dyna_sequence(
     number: Array, *, sequence_id: str = "", sequence_start: bool = False, sequence_end: bool = False
 ) -> Array:
     """The same, and the id of the sequence added at its end."""
-    return number + int(sequence_start) + (int(sequence_id) if sequence_end else 0)
+    return number + int(sequence_start) + (as_number(sequence_id) if sequence_end else 0)
+
+
+def as_number(sequence_id: str) -> int:
+    """An id of digits. Raises BadInput for any other: the caller is told, and nothing is taken for a fault of ours."""
+    if not (sequence_id.isascii() and sequence_id.isdigit() and int(sequence_id) < 2**31):
+        raise BadInput(f"sequence_id is {sequence_id[:40]!r}, expected a number below 2**31")
+    return int(sequence_id)
 
 
 @stage("INPUT:INT32[-1,1] -> OUTPUT:INT32[-1,1]", batched=True, max_batch=1)
@@ -79,17 +87,19 @@ class Accumulator:
     def __call__(
         self, number: Array, *, sequence_id: str = "", sequence_start: bool = False, sequence_end: bool = False
     ) -> Array:
-        total = number if sequence_start else self._sums[sequence_id] + number
+        total = number + (0 if sequence_start else self._sums.get(sequence_id, 0))
         self._sums[sequence_id] = total
         if sequence_end:
             del self._sums[sequence_id]
-            return total + np.int32(sequence_id)
+            return total + as_number(sequence_id)
         return total
 
 
 @stage("IN:INT32[-1], DELAY:UINT32[-1], WAIT:UINT32[1] -> OUT:INT32[1], IDX:UINT32[1]")
 def repeat(numbers: Array, delays: Array, wait: Array) -> Iterator[tuple[Array, Array]]:
     """One answer for each number, after its delay in milliseconds."""
+    if len(numbers) != len(delays):
+        raise BadInput(f"IN has {len(numbers)} elements, DELAY {len(delays)}")
     for index, (number, delay) in enumerate(zip(numbers, delays, strict=True)):
-        time.sleep(int(delay) / 1e3)
+        time.sleep(min(int(delay) / 1e3, 10.0))
         yield np.array([number]), np.array([index], np.uint32)

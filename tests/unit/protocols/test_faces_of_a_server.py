@@ -52,7 +52,7 @@ def test_every_example_of_the_docs_works(server: Running, client: httpx.Client, 
     for name in sorted(server.service.loaded):
         model = server.service.model_metadata(name)
         assert name in client.get("/docs").text
-        for command in examples(model, host=f"127.0.0.1:{server.port}"):
+        for command in examples(model, base=f"http://127.0.0.1:{server.port}"):
             done = subprocess.run(
                 ["bash", "-c", command.replace("curl", "curl -sS -f", 1)],
                 cwd=tmp_path, capture_output=True, timeout=30, check=True,
@@ -64,9 +64,9 @@ def test_every_example_of_the_docs_works(server: Running, client: httpx.Client, 
 
 def test_examples_of_large_tensors() -> None:
     one = {"name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3, 224, 224]}]}
-    assert "head -c 602112" in examples(one, host="h")[0]
+    assert "head -c 602112" in examples(one, base="http://h")[0]
     two = {"name": "m", "inputs": [*one["inputs"], {"name": "t", "datatype": "BYTES", "shape": [1]}]}
-    script = shlex.split(examples(two, host="h")[0])[:3]
+    script = shlex.split(examples(two, base="http://h")[0])[:3]
     body = json.loads(subprocess.run(script, capture_output=True, timeout=30, check=True).stdout)
     assert [len(item["data"]) for item in body["inputs"]] == [150528, 1]
 

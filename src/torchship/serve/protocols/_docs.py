@@ -47,15 +47,17 @@ def render(front: Front, routes: list[Route], *, host: str) -> str:
     """The page as HTML."""
     about = front.service.server_metadata()
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(about['name'])}</title>",
+        "<!doctype html><html lang=en><meta charset=utf-8><title>torchship</title>",
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
-        f"<h1>{escape(about['name'])} {escape(about['version'])}</h1>",
+        f"<h1>torchship {escape(about['version'])}</h1>",
         "<p>Open Inference Protocol v2 with the extensions ",
         f"{', '.join(f'<code>{escape(name)}</code>' for name in about.get('extensions', ()))}. ",
         "Machine-readable: <a href=/openapi.json>/openapi.json</a>, <a href=/metrics>/metrics</a>.</p>",
     ]
     found = models(front.service)
-    parts += [_model(model, host=host) for model in found] or ["<p>No model is ready yet.</p>"]
+    parts += [_model(model, curl=_curl(front), base=f"{front.scheme}://{host}") for model in found] or [
+        "<p>No model is ready yet.</p>"
+    ]
     parts.append("<h2>All paths</h2><table>")
     for route in sorted(routes, key=lambda route: route.pattern):
         cells = (route.method, route.pattern, route.scope, route.about)
@@ -64,7 +66,12 @@ def render(front: Front, routes: list[Route], *, host: str) -> str:
     return "".join(parts)
 
 
-def _model(model: dict[str, Any], *, host: str) -> str:
+def _curl(front: Front) -> str:
+    """The beginning of each command."""
+    return "curl -H 'Authorization: Bearer TOKEN'" if front.guarded else "curl"
+
+
+def _model(model: dict[str, Any], *, curl: str, base: str) -> str:
     rows = [
         f"<tr><td>{side}</td><td><code>{escape(item['name'])}</code></td><td>{escape(item['datatype'])}</td>"
         f"<td>{escape(str(item['shape']))}</td></tr>"
@@ -77,28 +84,31 @@ def _model(model: dict[str, Any], *, host: str) -> str:
             f"<tr><td>parameter</td><td><code>{escape(name)}</code></td><td>{escape(known)}</td>"
             f"<td>{escape(str(facts.get('description', '')))}</td></tr>"
         )
-    commands = "\n\n".join(escape(command) for command in examples(model, host=host))
+    commands = "\n\n".join(escape(command) for command in examples(model, curl=curl, base=base))
     return f"<h2>{escape(model['name'])}</h2><table>{''.join(rows)}</table><pre>{commands}</pre>"
 
 
-def examples(model: dict[str, Any], *, host: str) -> list[str]:
-    """Commands that ask the model, to be pasted into a terminal."""
-    url = f"http://{host}/v2/models/{model['name']}/infer"
+def examples(model: dict[str, Any], *, curl: str = "curl", base: str) -> list[str]:
+    """Commands that ask the model, to be pasted into a terminal. `base` is the server's URL."""
+    url = f"{base}/v2/models/{model['name']}/infer"
     body = example_body(model)
     inputs = model["inputs"]
+    if model.get("streams"):
+        fields = {item["name"]: item["data"] for item in (body or {"inputs": []})["inputs"]}
+        return [f"{curl} -N -d '{json.dumps(fields)}' {url.removesuffix('infer')}generate_stream"]
     commands = []
     if len(inputs) == 1 and inputs[0]["datatype"] == "BYTES" and _PICTURE.search(inputs[0]["name"]):
-        commands.append(f"curl --data-binary @picture.jpg -H 'Content-Type: image/jpeg' {url}")
+        commands.append(f"{curl} --data-binary @picture.jpg -H 'Content-Type: image/jpeg' {url}")
     if body is not None:
         text = json.dumps(body, separators=(",", ":")).replace("'", "\\u0027")
-        commands.append(f"curl -H 'Content-Type: application/json' -d '{text}' {url}")
+        commands.append(f"{curl} -H 'Content-Type: application/json' -d '{text}' {url}")
     elif len(inputs) == 1:
         size = math.prod(max(axis, 1) for axis in inputs[0]["shape"]) * _item_size(inputs[0]["datatype"])
         commands.append(
-            f"head -c {size} /dev/zero | curl --data-binary @- -H 'Content-Type: application/octet-stream' {url}"
+            f"head -c {size} /dev/zero | {curl} --data-binary @- -H 'Content-Type: application/octet-stream' {url}"
         )
     else:
-        commands.append(_script(inputs, url))
+        commands.append(_script(inputs, url, curl))
     return commands
 
 
@@ -106,7 +116,7 @@ def _item_size(datatype: str) -> int:
     return next((size for bits, size in _SIZES.items() if datatype.endswith(bits)), 1)
 
 
-def _script(inputs: list[dict[str, Any]], url: str) -> str:
+def _script(inputs: list[dict[str, Any]], url: str, curl: str) -> str:
     """Large tensors for several inputs: made by Python, sent by curl."""
     shapes = [(item["name"], item["datatype"], [max(axis, 1) for axis in item["shape"]]) for item in inputs]
     made = (
@@ -114,4 +124,4 @@ def _script(inputs: list[dict[str, Any]], url: str) -> str:
         "'data':['' if d=='BYTES' else 0]*math.prod(s)} for n,d,s in "
         f"{shapes!r}]}}))"
     )
-    return f"python3 -c \"{made}\" | curl -H 'Content-Type: application/json' -d @- {url}"
+    return f"python3 -c \"{made}\" | {curl} -H 'Content-Type: application/json' -d @- {url}"

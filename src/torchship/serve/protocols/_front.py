@@ -17,13 +17,15 @@ from torchship.wire.messages import Request
 @dataclass(slots=True)
 class Front:
     """One for a server; every listener gets the same. `forward` is a regular expression: headers whose whole name
-    matches travel with a request."""
+    matches travel with a request. `scheme` and `guarded` (a token is asked for) are told in the examples of /docs."""
 
     service: Served
     regions: SharedMemory | None = None
     tracing: Tracing = field(default_factory=Tracing)
     logs: LogSettings = field(default_factory=LogSettings)
     forward: str = ""
+    scheme: str = "http"
+    guarded: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadConfig for what is no regular expression."""

@@ -16,11 +16,12 @@ _SMALL = 64  # elements of a tensor that are written out in an example
 _OBJECT = {"type": "object"}
 _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 _FAULTS = {
-    "400": "The request is wrong; `error` says what and where.",
+    "400": "The request is wrong, or this server does not do that; `error` says what and where.",
+    "401": "A valid token is needed.",
+    "403": "The token does not allow this.",
     "404": "There is no such model or version.",
     "413": "The body is too large.",
     "415": "The body has a coding that is not understood.",
-    "501": "This server does not do that.",
     "503": "Not now: the line is full, late, or not ready.",
 }
 
@@ -36,11 +37,12 @@ def _answer(exchange: Exchange, front: Front, routes: list[Route]) -> None:
 
 
 def models(service: Served) -> list[dict[str, Any]]:
-    """The metadata of every model that can be asked now, by name."""
+    """The metadata of every model that can be asked now, by name, and whether it `streams`."""
     found = []
     for name in sorted({entry["name"] for entry in service.repository_index(ready=True)}):
         try:
-            found.append(service.model_metadata(name))
+            policy = service.model_config(name).get("model_transaction_policy", {})
+            found.append(service.model_metadata(name) | {"streams": bool(policy.get("decoupled"))})
         except TorchshipError:
             continue  # it went away between the two questions
     return found
@@ -53,14 +55,14 @@ def describe(service: Served, routes: Iterable[Route]) -> dict[str, Any]:
         for path, method, operation in _model_paths(model):
             paths.setdefault(path, {})[method] = operation
     for route in routes:
-        if "{model}" in route.pattern or "/v2/cudasharedmemory" in route.pattern:
-            continue
+        if route.pattern.startswith("/v2/models/{model}") and not route.pattern.endswith("/setting"):
+            continue  # told for each model
         paths.setdefault(route.pattern, {})[route.method.lower()] = _other(route)
     about = service.server_metadata()
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": about["name"],
+            "title": "torchship",
             "version": about["version"],
             "description": "Open Inference Protocol v2 with Triton's extensions.",
         },
@@ -75,13 +77,15 @@ def _model_paths(model: dict[str, Any]) -> Iterable[tuple[str, str, dict[str, An
     yield f"{base}/ready", "get", _operation("Whether it answers now.", model)
     yield f"{base}/config", "get", _operation("Its configuration.", model)
     yield f"{base}/stats", "get", _operation("How often and how long it ran.", model)
+    yield f"{base}/generate_stream", "post", _generate(model, "Every answer as a server-sent event.")
+    if model.get("streams"):
+        return
+    yield f"{base}/generate", "post", _generate(model, "One inference with plain JSON.")
     for path in (f"{base}/infer", *(f"{base}/versions/{version}/infer" for version in model.get("versions", ()))):
         infer = _operation("One inference.", model)
         infer["requestBody"] = {"required": True, "content": _bodies(model)}
         infer["responses"]["200"]["content"]["application/json"]["schema"] = _answer_schema(model)
         yield path, "post", infer
-    yield f"{base}/generate", "post", _generate(model, "One inference with plain JSON.")
-    yield f"{base}/generate_stream", "post", _generate(model, "Every answer as a server-sent event.")
 
 
 def _operation(summary: str, model: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -212,4 +216,7 @@ def example_body(model: dict[str, Any]) -> dict[str, Any] | None:
             return None
         value: Any = {"string": "text", "boolean": True, "number": 0.5, "integer": 1}[_json_type(item["datatype"])]
         inputs.append({"name": item["name"], "datatype": item["datatype"], "shape": shape, "data": [value] * count})
-    return {"inputs": inputs}
+    known = model.get("parameters", {})
+    alone = {"sequence_id": "1", "sequence_start": True, "sequence_end": True}  # a sequence of one request
+    parameters = {name: value for name, value in alone.items() if name in known and "sequence_id" in known}
+    return {"inputs": inputs} | ({"parameters": parameters} if parameters else {})
