@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from torchship.errors import BadInput
 from torchship.serve.dispatch import Job
 
+_LONGEST = 256  # characters of a name
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -60,6 +62,8 @@ class Sequences:
         return True
 
     def _check(self, name: str, start: bool) -> None:
+        if len(name) > _LONGEST:
+            raise BadInput(f"sequence_id has {len(name)} characters", hint=f"it may have {_LONGEST}")
         if not start:
             raise BadInput(
                 f"sequence {name!r} was not started, or was idle for more than {self._idle:g} s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchship.serve.protocols._coding import COMPRESS_FROM, decompress, offer, pack
+from torchship.serve.protocols._coding import COMPRESS_FROM, enter, offer, pack
 from torchship.serve.protocols._exchange import Exchange, Headers, HttpFault
 from torchship.serve.protocols._outflow import Stream
 from torchship.serve.protocols._site import Site
@@ -30,8 +30,9 @@ class Answers:
             if self._site.admit is not None:
                 self._site.admit(head.scope, head.headers)
             if head.encoding and stream.body:
-                exchange.body = decompress(stream.body, coding=head.encoding, limit=self._site.limits.body)
-            head.endpoint(exchange)
+                enter(exchange, limit=self._site.limits.body)
+            else:
+                head.endpoint(exchange)
         except Exception as error:
             exchange.fail(error)
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
 from torchship.errors import TorchshipError
-from torchship.serve.protocols._coding import decompress
+from torchship.serve.protocols._coding import decompress, unpack
 from torchship.serve.protocols._exchange import Head, HttpFault
 from torchship.wire import frames as h2
 from torchship.wire.raw import Buffer
@@ -125,11 +125,29 @@ class Call:
             return
         try:
             if body[0]:
-                body = self._plain(body)
-            self.head.rpc.unary(self, body, 5)
-        except HttpFault as fault:
-            self.finish(_EXHAUSTED if fault.status == 413 else _INVALID, str(fault))
+                self._unpack(body)
+            else:
+                self.head.rpc.unary(self, body, 5)
         except Exception as fault:
+            self._refuse(fault)
+
+    def _unpack(self, body: Buffer) -> None:
+        """Decompress the one message, then run the call. Raises HttpFault."""
+
+        def then(data: bytes) -> None:
+            self.job = None
+            if not self.gone:
+                self.head.rpc.unary(self, bytes(5) + data, 5)
+
+        coding, limit = self._coding(body), self._link._site.limits.body
+        work = unpack(memoryview(body)[5:], coding=coding, limit=limit, then=then, fail=self._refuse)
+        if work is not None:
+            self.job = work
+
+    def _refuse(self, fault: Exception) -> None:
+        if isinstance(fault, HttpFault):
+            self.finish(_EXHAUSTED if fault.status == 413 else _INVALID, str(fault))
+        else:
             self.fail(fault)
 
     def _admitted(self) -> bool:
@@ -148,11 +166,15 @@ class Call:
         """A message with its prefix, unpacked where it was compressed. Raises HttpFault."""
         if not message[0]:
             return message
+        limit = self._link._site.limits.body
+        return bytes(5) + decompress(memoryview(message)[5:], coding=self._coding(message), limit=limit)
+
+    def _coding(self, message: Buffer) -> str:
+        """How a compressed message was packed. Raises HttpFault."""
         coding = self.head.headers.get("grpc-encoding", "identity")
         if message[0] != 1 or coding == "identity":
             raise HttpFault(400, "the message says it is compressed, the call does not")
-        limit = self._link._site.limits.body
-        return bytes(5) + decompress(memoryview(message)[5:], coding=coding, limit=limit)
+        return coding
 
     async def messages(self) -> AsyncIterator[Buffer]:
         """The messages of the client, each behind a prefix of five bytes, until it has said all."""

@@ -6,12 +6,13 @@ import asyncio
 import zlib
 from collections.abc import Callable, Mapping
 
-from torchship.serve.protocols._exchange import Headers, HttpFault
+from torchship.serve.protocols._exchange import Exchange, Headers, HttpFault
 from torchship.wire.raw import Buffer
 
 CODINGS = ("gzip", "deflate")
 COMPRESS_FROM = 1024  # bytes
-OFF_LOOP_FROM = 1 << 16  # (de)compressing more than this would hold up everybody else
+OFF_LOOP_FROM = 1 << 16  # compressing more than this would hold up everybody else
+INFLATE_OFF_LOOP_FROM = 1 << 12  # so would unpacking this, which may become a thousand times as large
 
 
 def decompress(data: Buffer, *, coding: str, limit: int) -> bytes:
@@ -75,3 +76,42 @@ def pack(body: bytes, *, coding: str, then: Callable[[bytes], None]) -> None:
         return
     work = asyncio.get_running_loop().run_in_executor(None, lambda: compress(body, coding=coding))
     work.add_done_callback(lambda done: then(done.result()))
+
+
+def unpack(
+    data: Buffer, *, coding: str, limit: int, then: Callable[[bytes], object], fail: Callable[[Exception], object]
+) -> asyncio.Future[bytes] | None:
+    """Call `then` with the plain body, or `fail`: at once, or for a large one when a thread has done it.
+
+    What waits for the thread is returned and may be cancelled: then neither is called.
+    """
+    if len(data) < INFLATE_OFF_LOOP_FROM:
+        try:
+            then(decompress(data, coding=coding, limit=limit))
+        except Exception as fault:
+            fail(fault)
+        return None
+
+    def unpacked(done: asyncio.Future[bytes]) -> None:
+        try:
+            if not done.cancelled():
+                then(done.result())
+        except Exception as fault:
+            fail(fault)
+
+    work = asyncio.get_running_loop().run_in_executor(None, lambda: decompress(data, coding=coding, limit=limit))
+    work.add_done_callback(unpacked)
+    return work
+
+
+def enter(exchange: Exchange, *, limit: int) -> None:
+    """Decompress the body of a request, then hand it to its endpoint."""
+
+    def then(data: bytes) -> None:
+        exchange.body, exchange.job = data, None
+        if not exchange.gone:
+            exchange.head.endpoint(exchange)
+
+    work = unpack(exchange.body, coding=exchange.head.encoding, limit=limit, then=then, fail=exchange.fail)
+    if work is not None:
+        exchange.job = work

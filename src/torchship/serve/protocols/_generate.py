@@ -39,9 +39,13 @@ class _Generation:
     async def once(self, exchange: Exchange) -> None:
         """The one answer of a model. Raises BadInput when it gives several."""
         request = self._request(exchange)
-        answers = [answer async for answer in self._service.stream(request)]
+        answers = []
+        async for answer in self._service.stream(request):
+            answers.append(answer)
+            if len(answers) > 1:
+                break
         if len(answers) != 1:
-            raise BadInput(f"the model gave {len(answers)} answers", hint="use generate_stream")
+            raise BadInput(f"the model gave {'several' if answers else 'no'} answers", hint="use generate_stream")
         exchange.answer_json(_plain(answers[0], request))
 
     async def stream(self, exchange: Exchange) -> None:

@@ -24,6 +24,7 @@ _TRACE = {
     "log_frequency": ["0"],
 }
 Settings = dict[str, list[str]]
+_KNOWN = 1024
 
 
 class Tracing:
@@ -98,6 +99,8 @@ class Tracing:
         found = {**self._all, **self._models.get(request.model, {})}
         if found["trace_level"] == ["OFF"]:
             return 0
+        if len(self._seen) > _KNOWN:  # by names that nobody has checked yet
+            self._seen.clear()
         seen = self._seen[request.model] = self._seen.get(request.model, 0) + 1
         count = int(found["trace_count"][0])
         if seen % max(1, int(found["trace_rate"][0])) or 0 <= count <= self._written.get(request.model, 0):
