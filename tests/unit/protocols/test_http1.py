@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
-from torchship.errors import Busy, Denied, Expired, StageFailed, Unavailable
+from torchship.errors import Busy, Expired, StageFailed, Unauthenticated, Unavailable
 from torchship.serve.protocols import rest
 from torchship.serve.protocols.rest import Limits, Route
 
@@ -370,12 +370,14 @@ def test_a_port_in_use(server: Running) -> None:
 def test_admission() -> None:
     def admit(scope: str, headers: Any) -> None:
         if scope == "infer" and headers.get("authorization") != "Bearer t":
-            raise Denied("no token")
+            raise Unauthenticated("no token")
 
     async def listen(service: FakeService) -> rest.Listener:
         return await rest.listen(service, port=0, admit=admit)
 
     with running(listen) as found:
-        assert status(talk(found, post(ASK))) == 403
+        refused = talk(found, post(ASK))
+        assert status(refused) == 401
+        assert b"www-authenticate: Bearer" in refused
         assert status(talk(found, post(ASK, "Authorization: Bearer t"))) == 200
         assert status(talk(found, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")) == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,7 @@ from torchship.serve.protocols._site import Limits
 from torchship.wire import frames as h2
 from torchship.wire.schema import message
 
+PACKED = [("accept-encoding", "br, gzip"), ("content-encoding", "gzip")]
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -334,6 +336,11 @@ def test_rest_over_http2(server: Running) -> None:
         assert peer.status(3)[":status"] == "400"
         peer.send(peer.call(5))
         assert peer.status(5)["grpc-status"] == "0"
+        body = b'{"inputs":[{"name":"x","shape":[99,16],"datatype":"FP32","data":[%b]}]}' % b",".join([b"1"] * 1584)
+        peer.send(h2.frame(h2.HEADERS, h2.END_HEADERS, 7, peer.encoder.encode([*post, *PACKED])))
+        peer.send(h2.frame(h2.DATA, h2.END_STREAM, 7, gzip.compress(body)))
+        told = peer.status(7)
+        assert (told[":status"], told["content-encoding"], told["vary"]) == ("200", "gzip", "accept-encoding")
 
 
 def test_a_stream_waits_for_its_window(server: Running) -> None:
@@ -364,6 +371,7 @@ def test_headers_are_forwarded_and_deadlines_kept() -> None:
         peer.send(peer.headers(1, INFER, ("x-user", "u"), ("grpc-timeout", "1500m")) + data)
         assert peer.status(1)["grpc-status"] == "0"
         assert found.service.seen[-1].headers == {"x-user": "u"}
+        assert found.service.seen[-1].parameters == {"x_user": "u"}
         assert found.service.seen[-1].deadline == 1.5
 
 
