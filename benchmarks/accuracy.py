@@ -109,20 +109,18 @@ def hard(name: str, *, options: argparse.Namespace, store: Path) -> tuple[int, f
 
     module, _, judged, test = _prepared(name, options)
     noise = np.random.default_rng(0).standard_normal((128, 1, 28, 28)).astype(np.float32)
+    plain = Recipe("onnxruntime", {"precision": "int8", "per_channel": False, "range": "minmax"})
     print(f"{name}: the hard case, calibrated on noise with one scale a tensor", flush=True)
     report = search(
         module,
         f"{name}-hard".replace("_", "-"),
         calibration=[noise[start : start + 32] for start in range(0, 128, 32)],
         evaluate=lambda stage: top1(stage, *judged),
-        recipes=[Recipe("onnxruntime", {"precision": "int8", "per_channel": False, "range": "minmax"})],
+        recipes=[plain],
         store=store,
         options=options,
     )
-    plain = [
-        trial for trial in report.trials if "int8" in trial.recipe.label and not trial.recipe.options.get("exclude")
-    ]
-    refused = int(bool(plain) and all(trial.status == "refused" for trial in plain))
+    refused = int(next(trial for trial in report.trials if trial.recipe == plain).status == "refused")
     left_out = report.winner.recipe.options.get("exclude") if report.winner else None
     if not left_out:
         raise SystemExit(f"{name}: no candidate with layers left out was valid: {report.facts.choice.reason}")

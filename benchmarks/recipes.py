@@ -61,6 +61,7 @@ class Field:
             fresh.close()
             return
         self.entered.append(fresh)
+        print(f"  {fresh.name}: built in {fresh.build_s:.0f} s", flush=True)
         best = {batch: min(one.median(batch) for one in self.entered) for batch in self.batches}
         for one in list(self.entered):
             near = any(one.median(batch) <= best[batch] * _HOPELESS for batch in self.batches)
