@@ -38,7 +38,7 @@ def docs_routes(front: Front, routes: Iterable[Route]) -> list[Route]:
         exchange.answer(text.encode(), content_type="text/html; charset=utf-8", headers=(policy,))
 
     def lead(exchange: Exchange) -> None:
-        exchange.answer(b"", status=302, content_type="text/plain", headers=(("location", "/docs"),))
+        exchange.answer(b"see /docs\n", status=302, content_type="text/plain", headers=(("location", "/docs"),))
 
     return [Route("GET", "/docs", page, about="This page."), Route("GET", "/", lead, about="Leads to /docs.")]
 

@@ -12,7 +12,7 @@ from torchship.serve.protocols._fields import Fields, WrongHead, check_trailers,
 from torchship.serve.protocols._outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.protocols._pace import Pace
 from torchship.serve.protocols._reader import FRAME, Reader
-from torchship.serve.protocols._rules import Unfinished, check, header_block, unpad
+from torchship.serve.protocols._rules import Late, Unfinished, check, header_block, unpad
 from torchship.serve.protocols._site import Site
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
@@ -30,6 +30,7 @@ class Connection2(asyncio.Protocol):
         self._reader = Reader()
         self._fields = Fields(limit=site.limits.head)
         self._streams: dict[int, Stream] = {}
+        self._late = Late()
         self._last = 0
         self._block: Unfinished | None = None  # a header block of which CONTINUATION is still to come
         self._left = _WINDOW
@@ -167,8 +168,9 @@ class Connection2(asyncio.Protocol):
         self._fields.forget(block)
         stream = self._streams.get(number)
         if stream is None:
+            self._late.check(number)
             self._pace.count(h2.RST_STREAM, self._site.now)
-            return  # of a stream that we have closed; its frames may still be on their way
+            return
         if stream.ended:
             raise StreamFault(number, h2.STREAM_CLOSED)
         try:
@@ -222,6 +224,7 @@ class Connection2(asyncio.Protocol):
         if stream is None:
             if number > self._last or not number:
                 raise ConnectionFault(h2.PROTOCOL_ERROR, "DATA before HEADERS")
+            self._late.check(number)
             self._pace.count(h2.DATA, self._site.now)
             return None
         if stream.ended:
@@ -289,15 +292,11 @@ class Connection2(asyncio.Protocol):
     def _on_reset(self, flags: int, number: int, payload: bytes) -> None:
         if number > self._last:
             raise ConnectionFault(h2.PROTOCOL_ERROR, "RST_STREAM of an idle stream")
-        stream = self._streams.get(number)
-        if stream is not None:
+        if (stream := self._streams.get(number)) is not None:
             self._drop(stream)
 
     def _on_priority(self, flags: int, number: int, payload: bytes) -> None:
-        """Priorities are read for their faults only: every stream is as urgent as the next."""
-
-    def _on_goaway(self, flags: int, number: int, payload: bytes) -> None:
-        self.retire()
+        """Priorities are read for their faults only: every stream is as urgent as the next. So are pushes."""
 
     def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
         """Send ready header frames `head`, then `data` in DATA frames, then the ready frames `tail`.
@@ -320,6 +319,7 @@ class Connection2(asyncio.Protocol):
     def _finished(self, stream: Stream) -> None:
         """All is sent: the stream is closed, whatever the peer still wanted to say."""
         if not stream.ended:
+            self._late.add(stream.number)
             self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
             stream.hold(self._site, 0)
         self._streams.pop(stream.number, None)
@@ -329,9 +329,9 @@ class Connection2(asyncio.Protocol):
             self._hang_up(h2.NO_ERROR, "")
 
     def _reset(self, number: int, code: int) -> None:
-        stream = self._streams.get(number)
-        if stream is not None:
+        if (stream := self._streams.get(number)) is not None:
             self._drop(stream)
+        self._late.add(number)
         self._pace.count(h2.RST_STREAM, self._site.now)
         self.transport.write(h2.reset(number, code))
 
@@ -391,9 +391,9 @@ _CONTROL = {
     h2.PRIORITY: Connection2._on_priority,
     h2.RST_STREAM: Connection2._on_reset,
     h2.SETTINGS: Connection2._on_settings,
-    h2.PUSH_PROMISE: Connection2._on_goaway,  # refused before it gets here
+    h2.PUSH_PROMISE: Connection2._on_priority,
     h2.PING: Connection2._on_ping,
-    h2.GOAWAY: Connection2._on_goaway,
+    h2.GOAWAY: lambda link, flags, number, payload: link.retire(),
     h2.WINDOW_UPDATE: Connection2._on_window,
     h2.CONTINUATION: Connection2._on_continuation,
 }

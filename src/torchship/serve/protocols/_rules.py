@@ -65,3 +65,23 @@ class Unfinished:
         self._left -= 1
         if len(self.data) > self._limit or self._left < 0:
             raise ConnectionFault(h2.ENHANCE_YOUR_CALM, "the header block is too large")
+
+
+class Late:
+    """Streams that we have closed while the peer may not have known: what it sends on them is no fault."""
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, None] = {}
+
+    def add(self, number: int) -> None:
+        """One more; the last thousand are known."""
+        self._numbers[number] = None
+        if len(self._numbers) > 1000:
+            del self._numbers[next(iter(self._numbers))]
+
+    def check(self, number: int) -> None:
+        """Raises ConnectionFault for a frame on any other stream that is over (RFC 9113 section 5.1)."""
+        if number not in self._numbers:
+            raise ConnectionFault(h2.STREAM_CLOSED, "a frame after the end of its stream")
