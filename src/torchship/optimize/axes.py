@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 
 from torchship.errors import CaptureFailed
+from torchship.optimize import decisions, rows
+from torchship.optimize.places import Place
+from torchship.optimize.rows import Call, Rows, Run, Shape
 from torchship.tensors import Axis, Free
 
-Shape: TypeAlias = tuple[Axis, ...]
-Call: TypeAlias = Sequence[torch.Tensor]
-Run: TypeAlias = Callable[[Call], tuple[torch.Tensor, ...]]
-_OURS = re.compile(r"n\d+")
+Probes: TypeAlias = list[tuple[Call, list[tuple[int, ...]]]]
+UNSTEADY = "two runs on the same input differ: forward draws random numbers, or remembers earlier calls"
+_OURS = re.compile(r"n\d+|rows")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Study:
     """What was found: shapes with free axes, whether axis 0 holds rows, the outputs of the first example.
 
     `moves` tells for each output which of its axes holds the rows; one that is not 0 is to be moved to the front.
+    `steady`: two runs on the same input agree.
     """
 
     inputs: tuple[Shape, ...]
@@ -30,6 +34,7 @@ class Study:
     output_shapes: tuple[Shape, ...]
     batched: bool
     moves: tuple[int, ...] = ()
+    steady: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -65,71 +70,89 @@ def input_shapes(
 
 
 def study(
-    run: Run, calls: Sequence[Call], shapes: Sequence[Shape], *, names: Sequence[str], batched: bool | None
+    run: Run,
+    calls: Sequence[Call],
+    shapes: Sequence[Shape],
+    *,
+    names: Sequence[str],
+    batched: bool | None,
+    decided: Sequence[Place] = (),
 ) -> Study:
     """Try other batch sizes and lengths, and see which axes of the outputs follow.
 
-    Raises CaptureFailed when `batched` is asked for and not to be had.
+    Where values decide in the user's own code (`decided`), a trial on a few rows proves nothing: rows are then only
+    taken for independent when `batched` vouches for it. Raises CaptureFailed when `batched` is not to be had.
     """
-    notes: list[str] = []
     outputs = run(calls[0])
-    moves: tuple[int, ...] = ()
-    rows = batched is not False and _may_hold_rows(calls, shapes)
-    if rows:
-        moves = _moves(run, calls[0], outputs)
-        run = moved(run, moves)
+    steady = all(map(rows.close, outputs, run(calls[0])))
+    found = _rows(run, calls, names=names, batched=batched, decided=decided) if steady else Rows(False, False, UNSTEADY)
+    if batched and not found.alone:
+        raise CaptureFailed(f"axis 0 is no batch axis: {found.reason}")
+    notes = [found.reason] if found.reason else []
+    alone = found.alone and batched is not False
+    if alone and any(found.moves):
+        run = rows.moved(run, found.moves)
         outputs = run(calls[0])
-        rows = _rows_kept(run, calls[0], notes)
-    if batched and not rows:
-        raise CaptureFailed("axis 0 is no batch axis: " + "; ".join(notes or ["inputs differ in their rows"]))
-    if rows:
+        notes += [
+            f"output {i}: its batch axis {axis} was moved to the front" for i, axis in enumerate(found.moves) if axis
+        ]
+    if alone:
         shapes = [((axis if isinstance(axis := shape[0], Free) else Free()), *shape[1:]) for shape in shapes]
-        notes += [f"output {i}: its batch axis {axis} was moved to the front" for i, axis in enumerate(moves) if axis]
-    elif any(moves):
-        run, moves = moved(run, _back(moves)), ()
-        outputs = run(calls[0])
-    shapes = _named(shapes, rows=rows)
-    symbols = _symbols(shapes, rows=rows)
-    probes = [(call, [tuple(out.shape) for out in run(call)]) for call in calls]
+    elif found.follow and not any(found.moves) and batched is None:
+        shapes = [_following(shape) for shape in shapes]
+    shapes = _named(shapes, rows=alone)
+    symbols = _symbols(shapes, rows=alone)
+    probes = _probes(run, calls, shapes, symbols, other=bool(decided))
+    first = shapes[0][0] if alone else None
+    ends = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
+    moves = found.moves if alone else ()
+    return Study(tuple(_unnamed(shapes, ends)), outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes)
+
+
+def _rows(
+    run: Run, calls: Sequence[Call], *, names: Sequence[str], batched: bool | None, decided: Sequence[Place]
+) -> Rows:
+    """What trying says about the rows, and what forward's own decisions say against it, unless the caller vouches."""
+    if batched is False:
+        return Rows(False, False)
+    found = rows.look(run, calls[0], names=names)
+    uneven = next((i for i, call in enumerate(calls) if len({t.shape[0] for t in call if t.dim()}) > 1), None)
+    if uneven is not None and found.follow:
+        return Rows(False, False, f"not batched: the inputs of example {uneven} differ in the length of axis 0")
+    own = decisions.own(decided)
+    if not own:
+        return found
+    where = "; ".join(f"{place}: {place.code}" for place in own[:3])
+    if not found.alone:
+        return replace(found, reason=f"{found.reason} (values decide in forward: {where})")
+    if batched:
+        return replace(found, reason=f"batched as told, though values decide in forward: {where}")
+    reason = f"not batched: values decide in forward, so rows could change one another: {where} (batched=True vouches)"
+    return replace(found, alone=False, reason=reason)
+
+
+def _following(shape: Shape) -> Shape:
+    """Any number of rows, but those of one call belong together."""
+    axis = shape[0]
+    return (Free(axis.min, axis.max, "rows") if isinstance(axis, Free) else Free(name="rows"), *shape[1:])
+
+
+def _probes(
+    run: Run,
+    calls: Sequence[Call],
+    shapes: Sequence[Shape],
+    symbols: Mapping[str, Sequence[tuple[int, int]]],
+    *,
+    other: bool,
+) -> Probes:
+    """The outputs' shapes for each example, for another length of each free axis, and for `other` values."""
+    found = [(call, [tuple(out.shape) for out in run(call)]) for call in calls]
     for places in symbols.values():
-        probes += _probe(run, calls[0], places, shapes)
-    first = shapes[0][0] if rows else None
-    found = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
-    return Study(tuple(_unnamed(shapes, found)), outputs, tuple(_unnamed(found, shapes)), rows, moves, notes)
-
-
-def moved(run: Run, moves: Sequence[int]) -> Run:
-    """`run` with one axis of each output moved to the front (a negative number moves the front there)."""
-
-    def changed(call: Call) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            out.movedim(axis, 0) if axis > 0 else out.movedim(0, -axis) if axis < 0 else out
-            for out, axis in zip(run(call), moves, strict=True)
-        )
-
-    return changed if any(moves) else run
-
-
-def _back(moves: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-axis for axis in moves)
-
-
-def _moves(run: Run, call: Call, outputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """The axis of each output that follows the number of rows, where it is one and not the first; else 0.
-
-    The hidden state of a recurrent net is [layers, rows, width].
-    """
-    before = call[0].shape[0]
-    after = before + 3
-    try:
-        others = run([_resized(tensor, {0: after}) for tensor in call])
-    except Exception:  # whoever takes no other number of rows has no batch axis; that is told later
-        return tuple(0 for _ in outputs)
-    found = []
-    for old, new in zip(outputs, others, strict=True):
-        axes = [i for i in range(min(old.dim(), new.dim())) if (old.shape[i], new.shape[i]) == (before, after)]
-        found.append(axes[0] if axes else 0)
-    return tuple(found)
+        found += _probe(run, calls[0], places, shapes)
+    for call in rows.other_values(calls[0]) if other else ():
+        with contextlib.suppress(Exception):  # a module may refuse values that it was not made for
+            found.append((call, [tuple(out.shape) for out in run(call)]))
+    return found
 
 
 def _named(shapes: Sequence[Shape], *, rows: bool) -> list[Shape]:
@@ -157,64 +180,6 @@ def _unnamed(shapes: Sequence[Shape], others: Sequence[Shape]) -> list[Shape]:
     return [tuple(plain(axis) for axis in shape) for shape in shapes]
 
 
-def _may_hold_rows(calls: Sequence[Call], shapes: Sequence[Shape]) -> bool:
-    """Every input has an axis 0, equally long in each example, that no specification fixes."""
-    if any(not shape for shape in shapes):
-        return False
-    return all(len({tensor.shape[0] for tensor in call}) == 1 for call in calls)
-
-
-def _rows_kept(run: Run, call: Call, notes: list[str]) -> bool:
-    """Whether three rows give three rows, and each row alone gives the same as among others."""
-    three = [_resized(tensor, {0: 3}) for tensor in call]
-    try:
-        joined = run(three)
-    except Exception as fault:
-        notes.append(f"axis 0 is fixed: three rows fail ({type(fault).__name__}: {str(fault).splitlines()[0][:200]})")
-        return False
-    for index, whole in enumerate(joined):
-        if whole.dim() == 0 or whole.shape[0] != 3:
-            notes.append(f"not batched: output {index} has shape {list(whole.shape)} for three rows")
-            return False
-    # a row of the other sign leads astray whoever decides by all rows what to do with each
-    for rows in (three, [_flipped(tensor) for tensor in three]):
-        mixed = _mixes(run, rows)
-        if mixed:
-            notes.append(mixed)
-            return False
-    return True
-
-
-def _mixes(run: Run, three: Call) -> str:
-    """Which output of a row depends on the other rows; empty when none does, or when the module refuses the rows."""
-    try:
-        joined = run(three)
-        parts = [run([tensor[i : i + 1] for tensor in three]) for i in (0, 2)]
-    except Exception:
-        return ""
-    for index, whole in enumerate(joined):
-        for row, part in zip((0, 2), parts, strict=True):
-            if not _close(part[index], whole[row : row + 1]):
-                return f"not batched: output {index} of a row depends on the other rows"
-    return ""
-
-
-def _flipped(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.cat([tensor[:1], tensor[1:2] * 0.5, -3 * tensor[2:]])
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return bool((a == b).float().mean() > 0.99) if a.numel() else True
-    a, b = a.double(), b.double()
-    seen = torch.isfinite(a) & torch.isfinite(b)
-    return bool((a[seen] - b[seen]).norm() <= 1e-2 * b[seen].norm() + 1e-6)
-
-
 def _symbols(shapes: Sequence[Shape], *, rows: bool) -> dict[str, list[tuple[int, int]]]:
     """The free axes but the rows: places by their name, an unnamed one by itself."""
     found: dict[str, list[tuple[int, int]]] = {}
@@ -225,9 +190,7 @@ def _symbols(shapes: Sequence[Shape], *, rows: bool) -> dict[str, list[tuple[int
     return found
 
 
-def _probe(
-    run: Run, call: Call, places: Sequence[tuple[int, int]], shapes: Sequence[Shape]
-) -> list[tuple[Call, list[tuple[int, ...]]]]:
+def _probe(run: Run, call: Call, places: Sequence[tuple[int, int]], shapes: Sequence[Shape]) -> Probes:
     """Run with other lengths of one free axis; a length that the module refuses is no evidence."""
     first, position = places[0]
     now = call[first].shape[position]
@@ -236,7 +199,7 @@ def _probe(
     for wanted in (now + 1, now * 2, now - 1, now + 32, now // 2):
         if wanted < max(axis.min, 1) or wanted == now or (axis.max is not None and wanted > axis.max):
             continue
-        other = [_resized(t, {p: wanted for j, p in places if j == i}) for i, t in enumerate(call)]
+        other = [rows.resized(t, {p: wanted for j, p in places if j == i}) for i, t in enumerate(call)]
         try:
             return [(other, [tuple(out.shape) for out in run(other)])]
         except Exception:  # noqa: S112  # strides and windows allow only some lengths
@@ -244,17 +207,10 @@ def _probe(
     return []
 
 
-def _resized(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    for position, length in lengths.items():
-        index = torch.arange(length, device=tensor.device) % tensor.shape[position]
-        tensor = tensor.index_select(position, index)
-    return tensor
-
-
 def _output_shape(
     index: int,
     rank: int,
-    probes: Sequence[tuple[Call, list[tuple[int, ...]]]],
+    probes: Probes,
     *,
     symbols: Mapping[str, Sequence[tuple[int, int]]],
     rows: Axis | None,

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from torchship.errors import BadInput, CaptureFailed
-from torchship.model import Model, to_numpy
-from torchship.optimize import axes
+from torchship.model import Model, to_numpy, to_torch
+from torchship.optimize import axes, decisions
 from torchship.optimize.flatten import Flat, Frame, outline, take_apart
-from torchship.optimize.samples import as_call, flatten_samples, random_inputs, resize, vocabulary_of
+from torchship.optimize.samples import as_call, flatten_samples, random_inputs, vocabulary_of
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
 CALIBRATION_ROWS = 512
@@ -40,19 +40,24 @@ def capture(
 
     Raises CaptureFailed when the module cannot run on the examples, naming its own error.
     """
-    frozen = _freeze(module)
+    frozen = _freeze(_unwrapped(module))
     specs, examples = _examples(frozen, example_inputs)
     frame, first = take_apart(frozen, *examples[0])
     names = [spec.name for spec in specs] if specs else [name for name, _ in first]
-    calls = [[tensor for _, tensor in take_apart(frozen, *call)[1]] for call in examples]
+    # copies, for forward may write into what it is given
+    calls = [[tensor.detach().cpu().clone() for _, tensor in take_apart(frozen, *call)[1]] for call in examples]
     if len({len(call) for call in calls}) > 1:
         raise CaptureFailed(f"the examples differ in their number of tensors: {[len(call) for call in calls]}")
+    kept = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+    flat = _flat(frozen, frame, names, calls[0])
+    notes = _restored(frozen, kept)
+    decided = decisions.decisions(flat.run, calls[0])
     with torch.inference_mode():
-        flat = _flat(frozen, frame, names, calls[0])
         shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
         if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
             batched = False  # the caller fixed axis 0
-        study = axes.study(flat.run, calls, shapes, names=names, batched=batched)
+        study = axes.study(flat.run, calls, shapes, names=names, batched=batched, decided=decided)
+    _restored(frozen, kept)
     inputs = tuple(TensorSpec(n, _dtype(n, t), s) for n, t, s in zip(names, calls[0], study.inputs, strict=True))
     outputs = tuple(
         TensorSpec(n, _dtype(n, t), s)
@@ -61,23 +66,58 @@ def capture(
     signature = Signature(inputs, outputs, study.batched)
     arrays = [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in calls]
     model = Model(
-        module=flat, signature=signature, examples=_two_rows(arrays, signature), name=name or type(module).__name__
+        module=flat, signature=signature, examples=_longer(flat, arrays, signature), name=name or type(module).__name__
     )
-    flat.notes, flat.moves = study.notes, study.moves
+    flat.notes, flat.moves, flat.steady = [*study.notes, *notes], study.moves, study.steady
+    flat.decided = tuple(decided)
     if calibration is None:
         return model
     return replace(model, calibration=flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS))
 
 
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    inner = module._modules.get("_orig_mod")
+    if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        inner = module.module
+    return module if inner is None else _unwrapped(inner)
+
+
 def _freeze(module: torch.nn.Module) -> torch.nn.Module:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise CaptureFailed(
+                f"{name} has no shape yet", hint="call the module once, so that lazy layers get weights"
+            )
+        if tensor.is_meta:
+            raise CaptureFailed(
+                f"{name} is on the meta device: it has a shape, but no values",
+                hint="module.to_empty(device='cpu'), then load_state_dict",
+            )
     try:
         frozen = copy.deepcopy(module)
     except Exception as fault:
         raise CaptureFailed(
             f"{type(module).__name__} cannot be copied: {type(fault).__name__}: {fault}",
-            hint="it holds something that is no weight: an open file, a lock, a tensor that still needs its gradient",
+            hint="it holds something that is no weight: an open file, a lock, or a computed tensor (the old "
+            "torch.nn.utils.weight_norm: remove_weight_norm, or its successor in torch.nn.utils.parametrizations)",
         ) from fault
     return frozen.cpu().eval().requires_grad_(False)
+
+
+def _restored(module: torch.nn.Module, kept: Mapping[str, torch.Tensor]) -> list[str]:
+    """Give the buffers back what they held before forward changed them; a note on those that it changed."""
+    changed = []
+    for path, before in kept.items():
+        owner, _, name = path.rpartition(".")
+        buffers = module.get_submodule(owner)._buffers
+        now = buffers[name]
+        if now is None or not torch.equal(now.nan_to_num(), before.nan_to_num()):
+            changed.append(path)
+        buffers[name] = before.clone()
+    if not changed:
+        return []
+    return [f"forward changes buffers ({', '.join(changed[:4])}): what they gather while serving is not kept"]
 
 
 def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], list[Any]]:
@@ -107,9 +147,11 @@ def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequ
 
 
 def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
-    args, kwargs = frame.fill(tensors)
+    given = [tensor.clone() for tensor in tensors]
+    args, kwargs = frame.fill(given)
     try:
-        leaves = outline(module(*args, **kwargs))
+        with torch.no_grad():
+            leaves = outline(module(*args, **kwargs))
     except Exception as fault:
         shapes = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True))
         raise CaptureFailed(
@@ -120,6 +162,12 @@ def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: 
         raise CaptureFailed(f"{type(module).__name__} returns no tensor", hint="return tensors, or containers of them")
     flat: Any = Flat(module, frame=frame, names=names, paths=[path for _, path, _ in leaves])
     flat.output_names = [name for name, _, _ in leaves]
+    versions = zip(given, tensors, strict=True)
+    flat.written = tuple(
+        i
+        for i, (now, was) in enumerate(versions)
+        if now._version or not torch.equal(now.nan_to_num(), was.nan_to_num())
+    )
     return flat.eval()
 
 
@@ -133,12 +181,21 @@ def _dtype(name: str, tensor: torch.Tensor) -> str:
         ) from fault
 
 
-def _two_rows(examples: Sequence[Tensors], signature: Signature) -> list[Tensors]:
-    """The examples, the first with two rows or more: exporters specialise on a batch of one."""
-    first = examples[0]
-    if signature.batched and next(iter(first.values())).shape[0] < 2 and _may_grow(signature.inputs[0].shape[0]):
-        return [resize(first, rows=2), *examples]
-    return list(examples)
+def _longer(flat: Flat, examples: Sequence[Tensors], signature: Signature) -> list[Tensors]:
+    """The examples, the first with free axes of two or more where that may be: exporters specialise on one."""
+    longer = dict(examples[0])
+    for spec in signature.inputs:
+        for position, axis in enumerate(spec.shape):
+            if _may_grow(axis) and longer[spec.name].shape[position] == 1:
+                longer[spec.name] = longer[spec.name].repeat(2, axis=position)
+    if all(longer[name].shape == array.shape for name, array in examples[0].items()):
+        return list(examples)
+    try:
+        with torch.no_grad():
+            flat.run([to_torch(array) for array in longer.values()])
+    except Exception:  # some lengths are refused; then the example stays as it is
+        return list(examples)
+    return [longer, *examples]
 
 
 def _may_grow(axis: Axis) -> bool:

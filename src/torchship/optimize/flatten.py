@@ -47,11 +47,15 @@ class Flat(torch.nn.Module):
         self.frame = frame
         self.paths = tuple(paths)
         self.moves: tuple[int, ...] = ()  # for each output the axis that is to come first
+        self.steady = True  # whether two runs on the same input agree
+        self.written: tuple[int, ...] = ()  # inputs that forward writes into: it gets copies of them
         # exporters read names and number of the inputs from the arguments of forward
         self.forward = MethodType(_forward(names), self)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Rebuild the call, make it, and take the outputs apart."""
+        if self.written:
+            tensors = [tensor.clone() if i in self.written else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.frame.fill(tensors)
         output = self.inner(*args, **kwargs)
         found = tuple(follow(output, path) for path in self.paths)

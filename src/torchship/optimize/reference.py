@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from torchship.artifact import tensorfile
+from torchship.errors import CaptureFailed
 from torchship.model import Model, to_numpy
+from torchship.optimize.axes import UNSTEADY
 from torchship.optimize.samples import random_inputs, resize, rows_of, vocabulary_of
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Tensors
@@ -38,6 +41,17 @@ class EagerStage:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def refuse_unsteady(model: Model) -> None:
+    """Raise CaptureFailed where the module answers the same input differently: there is nothing to compare with."""
+    module: Any = model.module
+    if module.steady:
+        return
+    raise CaptureFailed(
+        f"{model.name}: {UNSTEADY}. No guard can compare answers with that",
+        hint="torchship doctor names the part; pass noise and state in as inputs, or give your own metric",
+    )
 
 
 def split_calibration(samples: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:

@@ -8,10 +8,12 @@ from typing import TypeAlias
 
 import msgspec
 
-from torchship.optimize.doctor import edits
+from torchship.errors import BuildFailed
+from torchship.optimize.doctor import edits, failure
 from torchship.optimize.doctor.constructs import CONSTRUCTS, Construct, recognise
-from torchship.optimize.doctor.failure import Failure, Place, is_installed
+from torchship.optimize.doctor.failure import Failure
 from torchship.optimize.doctor.routes import Break
+from torchship.optimize.places import Place, is_installed
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -30,15 +32,24 @@ Suspects: TypeAlias = Sequence[tuple[str, Place]]
 _FREEZES = (".item()", "data-dependent if", "numpy inside the model", "size written into the code", "random numbers")
 
 
-def diagnose(failure: Failure, *, suspects: Suspects = ()) -> Diagnosis:
+def diagnose(fault: Failure, *, suspects: Suspects = ()) -> Diagnosis:
     """The diagnosis of a failed route; `suspects` help out where the error names no line, or nothing that is known."""
-    found = _diagnosis(failure.text, failure.places, said=first_words(failure.text))
+    found = _diagnosis(fault.text, fault.places, said=first_words(fault.text))
     if found.place is None and found.construct != "unknown":
         place = next((place for name, place in suspects if name == found.construct), None)
-        return _diagnosis(failure.text, (place,), said=found.said) if place else found
+        return _diagnosis(fault.text, (place,), said=found.said) if place else found
     if found.construct == "unknown" and suspects:
         return suspected(suspects, said=found.said) or found
     return found
+
+
+def in_plain_words(fault: BuildFailed) -> BuildFailed:
+    """The same refusal with the user's line and the construct, where its causes name them; else as it was."""
+    found = diagnose(failure.of(fault))
+    if found.construct == "unknown" or found.place is None:
+        return fault
+    where = f"{found.place}: {found.place.code}" if found.place.code else f"{found.place}"
+    return BuildFailed(f"{found.construct} ({where}): {found.words}", hint=found.edit)
 
 
 def suspected(suspects: Suspects, *, said: str = "") -> Diagnosis | None:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import linecache
 import re
-import sysconfig
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
+
+from torchship.optimize.places import Place, is_installed, is_users, place_at
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FILE = re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+)(?:, in (?P<function>[^\n,]+))?')
 _CAUSED = re.compile(r"\(?(?P<file>[\w./\-]+\.py):(?P<line>\d+) in (?P<function>\w+)")
 _LONGEST = 6000
-
-
-class Place(msgspec.Struct, frozen=True):
-    """A line of someone's code."""
-
-    file: str
-    line: int
-    function: str = ""
-    code: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -67,28 +54,3 @@ def places_in(text: str) -> list[Place]:
         found.append((hit.start(), place_at(hit["file"], int(hit["line"]), (hit["function"] or "").strip())))
     found += [(hit.start(), place_at(hit["file"], int(hit["line"]), hit["function"])) for hit in _CAUSED.finditer(text)]
     return [place for _, place in sorted(found, key=lambda pair: pair[0])]
-
-
-def place_at(file: str, line: int, function: str) -> Place:
-    """The place with its line of code; an existing file is named by its whole path."""
-    path = Path(file)
-    shown = str(path.resolve()) if path.exists() else file
-    return Place(shown, line, function, linecache.getline(shown, line).strip())
-
-
-def is_users(file: str) -> bool:
-    """Whether a file belongs neither to torch and its tools, nor to torchship, nor to Python itself."""
-    if file.startswith("<") or not file.endswith(".py") or not Path(file).exists():
-        return False
-    path = str(Path(file).absolute())
-    stdlib = sysconfig.get_path("stdlib")
-    if path.startswith(stdlib) and "-packages" not in path:
-        return False
-    tools = ("torch", "onnx", "onnxscript", "torch_onnx", "numpy", "torchao", "functorch")
-    packages = any(f"-packages/{name}/" in path for name in tools)
-    return not packages and not path.startswith(str(Path(__file__).parents[2]))
-
-
-def is_installed(file: str) -> bool:
-    """Whether a file lies in an installed package, so that its user is not the one to edit it."""
-    return "site-packages" in file or "dist-packages" in file

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from torchship.optimize.axes import UNSTEADY
 from torchship.optimize.doctor import failure, suspects
-from torchship.optimize.doctor.failure import Place
 from torchship.optimize.doctor.patient import Patient, call, worst_error
+from torchship.optimize.places import Place, is_installed
 
 _HUGE = 16 * 2**20
 _MODES = ("Dropout", "BatchNorm", "InstanceNorm")
@@ -35,7 +36,7 @@ def examine(patient: Patient) -> list[Finding]:
         *_formats(patient.module),
         *_constants(patient.module),
         *_runs(patient),
-        *_suspects(patient.module),
+        *_suspects(patient),
     ]
     return sorted(found, key=lambda finding: ("bad", "warn", "info").index(finding.level))
 
@@ -152,8 +153,7 @@ def _runs(patient: Patient) -> Iterator[Finding]:
         yield Finding("NaN or infinity", "bad", "the output for the example input holds NaN or infinity")
     yield from _writes(patient)
     yield from _memory_order(patient, first)
-    notes: Sequence[str] = getattr(module, "notes", ())
-    yield from (Finding("axes", "warn" if "fixed" in note else "info", note) for note in notes)
+    yield from _noted(module)
     try:
         call(module, patient.unseen())
     except Exception as fault:
@@ -186,13 +186,20 @@ def _unstable_part(patient: Patient) -> str:
 
 
 def _writes(patient: Patient) -> Iterator[Finding]:
-    tensors = [tensor.clone() for tensor in patient.tensors()]
-    with torch.no_grad():
-        patient.model.module(*tensors)
-    for spec, before, after in zip(patient.model.signature.inputs, patient.tensors(), tensors, strict=True):
-        if not torch.equal(before.nan_to_num(), after.nan_to_num()):
-            words = f"forward changes its input {spec.name!r} in place: the caller's data is overwritten"
-            yield Finding("writes into its input", "bad", words, f"begin with {spec.name} = {spec.name}.clone()")
+    written: Sequence[int] = getattr(patient.model.module, "written", ())
+    for index in written:
+        name = patient.model.signature.inputs[index].name
+        words = f"forward changes its input {name!r} in place: elsewhere the caller's data is overwritten"
+        yield Finding("writes into its input", "warn", words, f"begin with {name} = {name}.clone()")
+
+
+def _noted(module: Any) -> Iterator[Finding]:
+    """What capture found out."""
+    for note in getattr(module, "notes", ()):
+        if note.startswith("forward changes buffers"):
+            yield Finding("changed buffers", "warn", note, "return the new state, and pass it in with the next call")
+        elif note != UNSTEADY:  # that is found here, with the part that it comes from
+            yield Finding("axes", "warn" if "fixed" in note else "info", note)
 
 
 def _memory_order(patient: Patient, first: Sequence[torch.Tensor]) -> Iterator[Finding]:
@@ -231,8 +238,15 @@ _SUSPECT_WORDS = {
 }
 
 
-def _suspects(module: torch.nn.Module) -> Iterator[Finding]:
+def _suspects(patient: Patient) -> Iterator[Finding]:
+    """What the source shows, and where values decided while forward ran that the source does not show."""
     serious = ("side effect in Python", "dropout that eval() cannot switch off", "data-dependent if", ".item()")
-    for construct, place in dict.fromkeys(suspects.scan(module)):
+    seen = list(dict.fromkeys(suspects.scan(patient.module)))
+    for construct, place in seen:
         level: Literal["info", "warn"] = "warn" if construct in serious else "info"
         yield Finding(construct, level, _SUSPECT_WORDS[construct], "", place)
+    lines = {(place.file, place.line) for _, place in seen}
+    for place in getattr(patient.model.module, "decided", ()):
+        if (place.file, place.line) not in lines:
+            words = "values of a tensor decide here what runs, or how long a result is: a trace freezes that"
+            yield Finding("values decide", "info" if is_installed(place.file) else "warn", words, "", place)

@@ -14,8 +14,9 @@ import msgspec
 import torch
 
 from torchship.optimize.doctor import failure, suspects
-from torchship.optimize.doctor.failure import Failure, Place
+from torchship.optimize.doctor.failure import Failure
 from torchship.optimize.doctor.patient import Patient, admit, call, worst_error
+from torchship.optimize.places import Place, is_installed, is_users, place_at
 
 _TOLERANCE = 2e-3
 
@@ -190,9 +191,9 @@ def _reason(reason: Any) -> str:
 
 
 def _users(stack: Any) -> tuple[Place, ...]:
-    found = [failure.place_at(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
-    kept = [place for place in found if failure.is_users(place.file)]
-    return tuple([place for place in kept if not failure.is_installed(place.file)] or kept)
+    found = [place_at(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
+    kept = [place for place in found if is_users(place.file)]
+    return tuple([place for place in kept if not is_installed(place.file)] or kept)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from torchship.optimize.doctor.failure import Place, is_users, place_at
+from torchship.optimize.places import Place, is_users, place_at
 
 _CHANGING = ("append", "extend", "insert", "update", "add", "pop", "clear", "setdefault", "remove")
 _RANDOM = (

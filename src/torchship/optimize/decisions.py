@@ -1,0 +1,144 @@
+"""Watches one forward for places where values decide: a branch on a tensor, a number taken out, a length by a mask."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchship.optimize.places import Place, is_installed, is_users, place_at
+
+_LEAVES = ("numpy", "tolist", "__array__")  # they read the memory past the dispatcher
+_SHOWN = ("__format__", "__repr__")  # printing decides nothing
+_UNTAGGED = ("aten._pack_padded_sequence", "torchvision.nms")
+
+
+def decisions(run: Callable[[Sequence[torch.Tensor]], object], tensors: Sequence[torch.Tensor]) -> list[Place]:
+    """The lines where `run(tensors)` lets a value that stems from `tensors` decide what runs or how long a result is.
+
+    The innermost line that is not torch's own. A value that only picks between finished results (torch.where) decides
+    nothing, and an assertion neither. What the run raises is swallowed: the lines up to there are the answer.
+    """
+    watch = _Watch()
+    given = [tensor.clone() for tensor in tensors]
+    watch.mark(given)
+    try:
+        with torch.no_grad(), _Leaving(watch), _Deciding(watch):
+            run(given)
+    except Exception:  # noqa: S110  # higher-order operators do not run under a mode; a trial says the rest
+        pass
+    return [place for place in watch.places if not place.code.startswith("assert")]
+
+
+def own(places: Sequence[Place]) -> list[Place]:
+    """Those in the user's own files: packages take short cuts by data that leave the answer as it is."""
+    return [place for place in places if not is_installed(place.file)]
+
+
+class _Watch:
+    """Which storages hold values that stem from the inputs, and where such a value decided."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self.paused = False
+        self._marked: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
+
+    def mark(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These hold such values."""
+        for storage in _storages(tensors):
+            found = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._marked.setdefault(found.cdata, found)
+
+    def holds(self, value: object) -> bool:
+        """Whether a tensor in `value` holds such values."""
+        return any(storage._cdata in self._marked for storage in _storages(_tensors(value)))
+
+    def decided(self) -> None:
+        """Note the line that runs now."""
+        if not self.paused and (place := _place()) is not None and place not in self.places:
+            self.places.append(place)
+
+
+class _Deciding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        answer = func(*args, **(kwargs or {}))
+        if self.watch.holds(given):
+            if _decides(func, args):
+                self.watch.decided()
+            written = [value for value in _tensors(given) if func._schema.is_mutable]
+            self.watch.mark([*_tensors(answer), *written])
+        return answer
+
+
+class _Leaving(TorchFunctionMode):
+    """Sees the calls that never reach an operator."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LEAVES and self.watch.holds(args):
+            self.watch.decided()
+        if func is torch.cond and len(args) >= 3:  # no mode can be active where it compiles its branches
+            if self.watch.holds(args[0]):
+                self.watch.decided()
+            return (args[1] if args[0] else args[2])(*(args[3] if len(args) > 3 else ()))
+        if name not in _SHOWN:
+            return func(*args, **(kwargs or {}))
+        self.watch.paused, before = True, self.watch.paused
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.watch.paused = before
+
+
+def _decides(func: Any, args: Sequence[Any]) -> bool:
+    if torch.Tag.data_dependent_output in func.tags or str(func).startswith(_UNTAGGED):
+        return True
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if str(func).startswith("aten.index."):  # picks by position, or by a mask
+        return any(part is not None and part.dtype in (torch.bool, torch.uint8) for part in args[1])
+    return True
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
+    for tensor in tensors:
+        if tensor.layout == torch.strided and not tensor.is_nested:
+            yield tensor.untyped_storage()
+
+
+def _place() -> Place | None:
+    """The innermost line on the stack that is neither torch's nor ours: the user's, or an installed package's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            return place_at(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        frame = frame.f_back
+    return None

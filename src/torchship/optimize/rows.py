@@ -1,0 +1,149 @@
+"""Finds out whether axis 0 holds rows that a module treats each by itself: by trying, with odd neighbours too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from torchship.tensors import Axis
+
+Shape: TypeAlias = tuple[Axis, ...]
+Call: TypeAlias = Sequence[torch.Tensor]
+Run: TypeAlias = Callable[[Call], tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`follow`: another number of rows runs, and every output has as many. `alone`: and none touches another.
+
+    `moves` tells for each output which of its axes holds the rows; one that is not 0 is to be moved to the front.
+    `reason` says what is against it.
+    """
+
+    follow: bool
+    alone: bool
+    reason: str = ""
+    moves: tuple[int, ...] = ()
+
+
+def look(run: Run, call: Call, *, names: Sequence[str]) -> Rows:
+    """Try another number of rows, some of them alone, and neighbours that are large, turned round or zero."""
+    for name, tensor in zip(names, call, strict=True):
+        if not tensor.dim():
+            return Rows(False, False, f"not batched: input {name!r} has no axis 0")
+    lengths = {tensor.shape[0] for tensor in call}
+    if len(lengths) > 1 or 0 in lengths:
+        return Rows(False, False, f"not batched: the inputs differ in the length of axis 0: {sorted(lengths)}")
+    moves = _moves(run, call)
+    run = moved(run, moves)
+    count = 3 if lengths != {3} else 4
+    several = [resized(tensor, {0: count}) for tensor in call]
+    words = {3: "three", 4: "four"}[count]
+    try:
+        joined = run(several)
+    except Exception as fault:
+        said = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0][:200]}"
+        return Rows(False, False, f"axis 0 is fixed: {words} rows fail ({said})")
+    for index, whole in enumerate(joined):
+        if whole.dim() == 0 or whole.shape[0] != count:
+            return Rows(False, False, f"not batched: output {index} has shape {list(whole.shape)} for {words} rows")
+    reason = _mixes(run, several)
+    return Rows(True, not reason, reason, moves)
+
+
+def moved(run: Run, moves: Sequence[int]) -> Run:
+    """`run` with one axis of each output moved to the front."""
+
+    def changed(call: Call) -> tuple[torch.Tensor, ...]:
+        return tuple(out.movedim(axis, 0) for out, axis in zip(run(call), moves, strict=True))
+
+    return changed if any(moves) else run
+
+
+def _moves(run: Run, call: Call) -> tuple[int, ...]:
+    """The axis of each output that follows the number of rows, where it is one and not the first; else 0.
+
+    The hidden state of a recurrent net is [layers, rows, width].
+    """
+    outputs = run(call)
+    before = call[0].shape[0]
+    after = before + 3
+    try:
+        others = run([resized(tensor, {0: after}) for tensor in call])
+    except Exception:  # whoever takes no other number of rows has no batch axis; that is told later
+        return tuple(0 for _ in outputs)
+    found = []
+    for old, new in zip(outputs, others, strict=True):
+        axes = [i for i in range(min(old.dim(), new.dim())) if (old.shape[i], new.shape[i]) == (before, after)]
+        found.append(axes[0] if axes else 0)
+    return tuple(found)
+
+
+def _mixes(run: Run, several: Call) -> str:
+    """Which output of a row depends on the other rows; empty when none does, or when the module refuses the rows."""
+    # a row of the other sign leads astray whoever decides by all rows what to do with each
+    for rows in (several, [_flipped(tensor) for tensor in several]):
+        try:
+            alone = {i: run([tensor[i : i + 1] for tensor in rows]) for i in (0, 2)}
+            together = [run(list(rows))]
+            together += [run(neighbours) for neighbours in _odd(rows)] if rows is several else []
+        except Exception:  # noqa: S112  # a module may refuse values that it was not made for
+            continue
+        for index, whole in ((index, whole) for joined in together for index, whole in enumerate(joined)):
+            if any(
+                whole.shape[:1] != rows[0].shape[:1] or not close(part[index], whole[i : i + 1])
+                for i, part in alone.items()
+            ):
+                return f"not batched: output {index} of a row depends on the other rows"
+    return ""
+
+
+def _odd(rows: Call) -> Iterator[list[torch.Tensor]]:
+    """The rows with something rare in the middle: large, large with the other sign, zero."""
+    for factor in (100.0, -100.0, 0.0):
+        yield [torch.cat([t[:1], _rare(t, factor), t[2:]]) for t in rows]
+
+
+def _rare(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor[1:2] * factor
+    if not tensor.numel():
+        return tensor[1:2]
+    # a number beyond those that the example shows may lie outside of a table
+    value = tensor.max() if factor > 0 else tensor.min() if factor < 0 else torch.zeros_like(tensor.min())
+    return torch.full_like(tensor[1:2], value.item())
+
+
+def _flipped(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.cat([tensor[:1], tensor[1:2] * 0.5, -3 * tensor[2:]])
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal but for rounding, where both are finite."""
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return bool((a == b).float().mean() > 0.99) if a.numel() else True
+    a, b = a.double(), b.double()
+    seen = torch.isfinite(a) & torch.isfinite(b)
+    return bool((a[seen] - b[seen]).norm() <= 1e-2 * b[seen].norm() + 1e-6)
+
+
+def resized(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
+    """The tensor with other lengths of some axes, repeated from the start."""
+    for position, length in lengths.items():
+        index = torch.arange(length, device=tensor.device) % tensor.shape[position]
+        tensor = tensor.index_select(position, index)
+    return tensor
+
+
+def other_values(call: Call) -> Iterator[list[torch.Tensor]]:
+    """Calls of the same shapes with other values: turned round, small, zero, from back to front."""
+    for factor in (-2.0, 0.01, 0.0):
+        yield [tensor * factor if tensor.is_floating_point() else tensor for tensor in call]
+    yield [tensor.flip(tuple(range(tensor.dim()))) for tensor in call]
