@@ -41,6 +41,18 @@ class Conditional(Cascade):
         return out
 
 
+class Routed(Cascade):
+    """Row by row, in Python that no exporter reads: only the unsure rows go through the large part."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quick: torch.Tensor = self.small(x)
+        sure = quick.softmax(1).amax(1).tolist()
+        rows = [row for row, score in enumerate(sure) if score <= self.sure]
+        if rows:
+            quick[rows] += self.large(x[rows])
+        return quick
+
+
 def _seeded(kind: type[Cascade]) -> Cascade:
     torch.manual_seed(0)
     module = kind()
@@ -58,6 +70,11 @@ def cascade() -> Cascade:
 def chosen() -> Cascade:
     """Rewritten with torch.where."""
     return _seeded(Chosen)
+
+
+def routed() -> Cascade:
+    """Row by row, with Python lists."""
+    return _seeded(Routed)
 
 
 def conditional() -> Cascade:

@@ -94,6 +94,31 @@ def test_the_rewrites_of_the_cascade_answer_alike() -> None:
             assert all(torch.allclose(first, other, atol=1e-6) for other in others)
 
 
+def test_python_that_no_exporter_reads_runs_its_parts_elsewhere(tmp_path: Path) -> None:
+    report = search.optimize(
+        branching.routed(),
+        torch.randn(8, 32),
+        batched=True,
+        backends=["onnxruntime"],
+        recipes=[Recipe("hybrid", {"parts": "onnxruntime"})],
+        store=tmp_path / "store",
+        cache=tmp_path / "cache",
+        effort=Effort(seconds=0.05, calls=5, max_batch=2),
+        threads=1,
+    )
+    eager, cut = report.trials
+    assert ".tolist()" in eager.failure
+    assert cut.status == "ok", cut.failure
+    assert any("batched as told" in note for note in report.facts.notes)
+    assert report.artifact is not None
+    assert {entry.path for entry in report.artifact.manifest.files} >= {"backend/parts/0/model.onnx"}
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    stage = report.artifact.open(threads=1, trust=True)
+    with torch.inference_mode():
+        assert np.allclose(stage({"x": rows.numpy()})["output"], branching.routed()(rows).numpy(), atol=1e-4)
+    stage.close()
+
+
 def test_a_branch_is_kept_by_what_wins(tmp_path: Path) -> None:
     module = branching.cascade()
     report = search.optimize(

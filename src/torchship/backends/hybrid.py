@@ -1,22 +1,29 @@
-"""The user's own module from its source, with the submodules that export run by another backend.
+"""The user's own module as Python, with the submodules that export run by another backend.
 
-For models that neither `torch.export` nor TorchScript takes: the part that cannot be exported stays Python. The
-artifact holds weights and compiled parts; the code is imported from the package that the recipe names, so that package
-must be installed where the artifact is opened, and the artifact opens only with trust.
+For models that neither `torch.export` nor TorchScript takes. The artifact holds a blueprint (class names and plain
+attributes), weights and compiled parts, never a pickle. The classes are imported by name where it is opened, so their
+package must be installed there; what a script defines itself goes along as source text. It opens only with trust.
 """
 
 from __future__ import annotations
 
-import importlib
+import hashlib
+import inspect
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from torchship import plugins
-from torchship.errors import BuildFailed, CorruptArtifact, NotFound
+from torchship import plugins, process
+from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
+from torchship.lowering import blueprint, excerpt, program
+from torchship.lowering import device as place
+from torchship.lowering.blueprint import Blueprint
+from torchship.lowering.holder import Holder
 from torchship.lowering.needs import missing
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model, to_numpy, to_torch
@@ -31,6 +38,8 @@ KIND = "native"
 PACKAGES = ("torch",)
 PLAN = "hybrid.json"
 WEIGHTS = "weights.safetensors"
+SCRIPT = "script.py"
+_PRECISIONS = ("fp32", "bf16")
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -39,22 +48,30 @@ class Cut(msgspec.Struct, frozen=True):
     path: str
     recipe: Recipe
     signature: Signature
+    holder: Holder
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The content of `hybrid.json`. `args` and `kwargs` hold {"slot": n} where tensor n belongs."""
+    """The content of `hybrid.json`. `args` and `kwargs` hold {"slot": n} where tensor n belongs.
+
+    The module comes out of `drawn`, or is made by the function that `source` names. `digests` are those of the classes'
+    source code.
+    """
 
     source: str
+    drawn: Blueprint | None
+    digests: dict[str, str]
     args: list[Any]
     kwargs: dict[str, Any]
     paths: list[list[tuple[str, str | int]]]
     moves: list[int]
+    written: list[int]
     cuts: list[Cut]
 
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch", pip="torchship[optimize]")
+    return missing("torch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -63,39 +80,94 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Write weights, plan and parts. Options: source (module:attribute that makes the module; required), parts (the
-    backend of the submodules; none: all stays eager), precision (of the parts). Raises BuildFailed.
+    """Write blueprint, weights and parts. Options: parts (the backend of the submodules; none: all stays eager),
+    precision (of the parts; fp32 or bf16, by autocast, where all stays eager), source (module:function that makes the
+    module, for one that cannot be written down). Raises BuildFailed.
     """
-    from safetensors.torch import save_model
-
-    source = str(options.get("source") or "")
     inner: Any = model.module.inner
+    source = str(options.get("source") or "")
+    if not options.get("parts") and options.get("precision", "fp32") not in _PRECISIONS:
+        raise BadConfig(f"hybrid: precision {options['precision']!r} is unknown", hint=f"use {', '.join(_PRECISIONS)}")
+    drawing = None if source else blueprint.draw(inner)
+    tensors = _by_source(source, inner) if drawing is None else drawing.tensors
+    named = {} if drawing is None else drawing.named
+    frame: Any = model.module.frame
+    args, kwargs = [_emptied(value) for value in frame.args], {k: _emptied(v) for k, v in frame.kwargs.items()}
+    cuts = _cut(model, options, out) if options.get("parts") else []
+    own = {name: value for name, value in named.items() if name.startswith("__main__:")}
+    if own:
+        (out / SCRIPT).write_text(_script(own))
+    flat: Any = model.module
+    paths = [list(path) for path in flat.paths]
+    digests = _digests({name: value for name, value in named.items() if name not in own})
+    plan = Plan(
+        source, drawing and drawing.blueprint, digests, args, kwargs, paths, list(flat.moves), list(flat.written), cuts
+    )
+    (out / PLAN).write_bytes(msgspec.json.encode(plan))
+    _save(tensors, out / WEIGHTS)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """As safetensors, which know neither complex numbers nor shared memory."""
+    import torch
+    from safetensors.torch import save_file
+
+    plain = {k: (torch.view_as_real(t) if t.is_complex() else t).contiguous().clone() for k, t in tensors.items()}
+    save_file(plain, str(path), {"complex": " ".join(name for name, t in tensors.items() if t.is_complex())})
+
+
+def _script(named: dict[str, Any]) -> str:
+    """What these classes and functions need of the script that defines them. Raises BuildFailed without its file."""
+    names = [name.partition(":")[2] for name in named]
+    fault = BuildFailed(
+        f"hybrid: {names[0]} is defined in no file", hint="move the classes from the notebook to a module"
+    )
+    for file in dict.fromkeys(file for value in named.values() for file in _files_of(value)):
+        try:
+            return excerpt.excerpt(Path(file).read_text(), names=names, file=file)
+        except OSError:
+            continue
+        except BuildFailed as found:  # decorators bring functions from elsewhere
+            fault = found
+    raise fault
+
+
+def _files_of(value: Any) -> list[str]:
+    """The files that the functions of a class were read from."""
+    members = vars(value).values() if isinstance(value, type) else [value]
+    return [member.__code__.co_filename for member in members if isinstance(member, types.FunctionType)]
+
+
+def _digests(named: dict[str, Any]) -> dict[str, str]:
+    """Short hashes of the source code of the classes and functions that are not torch's own."""
+    found = {}
+    for name, value in named.items():
+        if name.startswith("torch"):  # and torchvision: those come with a version
+            continue
+        try:
+            found[name] = hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
+        except (OSError, TypeError):
+            continue
+    return found
+
+
+def _by_source(source: str, inner: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, by the names that the module of `source` has for them. Raises BuildFailed."""
     twin = _make(source) if ":" in source else None
     if twin is None or list(twin.state_dict()) != list(inner.state_dict()):
         raise BuildFailed(
             f"hybrid: {source!r} does not make this module again",
             hint="name a function that builds it: module:function",
         )
-    frame: Any = model.module.frame
-    args, kwargs = [_emptied(value) for value in frame.args], {k: _emptied(v) for k, v in frame.kwargs.items()}
-    cuts = _cut(model, options, out) if options.get("parts") else []
-    if options.get("parts") and not cuts:
-        raise BuildFailed(f"hybrid: no submodule can be built by {options['parts']}", hint="leave it eager")
-    paths: Any = [list(path) for path in model.module.paths]  # type: ignore[union-attr]
-    plan = Plan(source, args, kwargs, paths, list(model.module.moves), cuts)  # type: ignore[arg-type]
-    (out / PLAN).write_bytes(msgspec.json.encode(plan))
-    save_model(inner, str(out / WEIGHTS))
+    return dict(inner.state_dict())
 
 
 def _make(source: str) -> torch.nn.Module:
     """The module that `module:attribute` is or makes."""
     import torch
 
-    module, _, attribute = source.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for name in attribute.split("."):
-            found = getattr(found, name)
+        found: Any = process.resolve(source)
         found = found if isinstance(found, torch.nn.Module) else found()
     except (ImportError, AttributeError, TypeError) as fault:
         raise NotFound(f"hybrid: {source!r} cannot be imported: {fault}", hint="install the model's package") from fault
@@ -135,36 +207,35 @@ def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
     backend = plugins.load("backends", name=str(options["parts"]))
     wanted: Options = {"precision": options["precision"]} if options.get("precision") else {}
     cuts: list[Cut] = []
+    faults: list[str] = []
 
-    def builds(path: str, part: Model) -> bool:
+    def builds(path: str, part: Model, holder: Holder) -> bool:
         folder = out / "parts" / str(len(cuts))
         folder.mkdir(parents=True)
         try:
             backend.build(part, options=wanted, out=folder)
-        except Exception:  # whatever stops it, its own submodules are tried next
+        except Exception as fault:  # whatever stops it, its own submodules are tried next
+            faults.append(f"{path}: {program.one_line(fault, limit=200)}")
             shutil.rmtree(folder)
             return False
-        cuts.append(Cut(path, Recipe(str(options["parts"]), wanted), part.signature))
+        cuts.append(Cut(path, Recipe(str(options["parts"]), wanted), part.signature, holder))
         return True
 
     cutting.parts(model, builds=builds)
+    if not cuts:
+        words = "; ".join(faults[:2]) or "none has layers in it, takes tensors by position and gives one"
+        raise BuildFailed(f"hybrid: no submodule can be built by {options['parts']} ({words})")
     return cuts
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
-    """Import the source, load the weights, put the parts in their places. Runs the user's code.
+    """Import the classes, put the module together, put the parts in their places. Runs the user's code.
 
-    Raises NotFound when the source is not installed, CorruptArtifact when the weights do not fit it.
+    Raises NotFound when a class is not installed, CorruptArtifact when its code or the weights do not fit.
     """
-    from safetensors.torch import load_model
-
     prepare(device=device, threads=threads)
     plan = msgspec.json.decode((path / PLAN).read_bytes(), type=Plan)
-    module = _make(plan.source).eval().requires_grad_(False)
-    try:
-        load_model(module, str(path / WEIGHTS))
-    except (RuntimeError, OSError) as fault:
-        raise CorruptArtifact(f"the weights do not fit {plan.source}: {str(fault)[:300]}") from fault
+    module = _raised(plan, path).eval().requires_grad_(False)
     for number, cut in enumerate(plan.cuts):
         backend = plugins.load("backends", name=cut.recipe.backend)
         stage = backend.open(
@@ -174,29 +245,98 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             device=device,
             threads=threads,
         )
-        module.set_submodule(cut.path, _as_module(stage))
+        module.set_submodule(cut.path, _as_module(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
-    return TorchStage(_body(module, plan), signature=signature, device=device)
+    half = not plan.cuts and options.get("precision") == "bf16"
+    return TorchStage(_body(module, plan, half=place.kind(device) if half else ""), signature=signature, device=device)
 
 
-def _as_module(stage: Stage) -> torch.nn.Module:
+def _raised(plan: Plan, path: Path) -> torch.nn.Module:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(str(path / WEIGHTS), "pt") as file:
+        names = (file.metadata() or {}).get("complex", "").split()
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    if plan.drawn is None:
+        module = _make(plan.source)
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as fault:
+            raise CorruptArtifact(f"the weights do not fit {plan.source}: {str(fault)[:300]}") from fault
+        return module
+    named: dict[str, Any] = {}
+    script = _run_script(path / SCRIPT) if (path / SCRIPT).is_file() else None
+
+    def resolve(name: str) -> Any:
+        home, _, attribute = name.partition(":")
+        if home != "__main__" or script is None:
+            named[name] = process.resolve(name)
+            return named[name]
+        found: Any = script
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        return found
+
+    for name in names:
+        weights[name] = torch.view_as_complex(weights[name])
+    module = blueprint.raise_up(plan.drawn, weights, resolve=resolve)
+    changed = [name for name, digest in _digests(named).items() if plan.digests.get(name, digest) != digest]
+    if changed:
+        raise CorruptArtifact(
+            f"the code of {changed[0]} is not what it was when the artifact was made",
+            hint="install that version of it, or optimize the model again",
+        )
+    return module  # type: ignore[no-any-return]
+
+
+def _run_script(path: Path) -> types.ModuleType:
+    """The artifact's own source text as a module."""
+    text = path.read_bytes()
+    module = types.ModuleType(f"torchship_script_{hashlib.sha256(text).hexdigest()[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(text, str(path), "exec"), vars(module))  # noqa: S102  # opened with trust only
+    return module
+
+
+def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Module:
     import torch
 
     class Compiled(torch.nn.Module):
-        """A stage in the place of a submodule."""
+        """A stage in the place of a submodule, which still answers where the stage was not made for the shapes."""
 
-        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        def __init__(self) -> None:
+            super().__init__()
+            self.eager = eager
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("eager"), name)
+
+        def forward(self, *given: Any) -> Any:
             """Cross over to the stage and back."""
-            feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(tensors)}
-            return to_torch(stage(feed)["y"]).to(tensors[0].device)
+            feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(given)}
+            try:
+                cut.signature.check(feed)
+            except BadInput:
+                return self.eager(*given)
+            answers = stage(feed)
+            return cut.holder.fill([to_torch(answers[spec.name]).to(given[0].device) for spec in cut.signature.outputs])
 
     return Compiled()
 
 
-def _body(module: torch.nn.Module, plan: Plan) -> Any:
+def _body(module: torch.nn.Module, plan: Plan, *, half: str) -> Any:
+    import torch
+
     def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tensors = tuple(tensor.clone() if i in plan.written else tensor for i, tensor in enumerate(tensors))
         args = [_filled(value, tensors) for value in plan.args]
-        answer = module(*args, **{name: _filled(value, tensors) for name, value in plan.kwargs.items()})
+        with torch.autocast(half or "cpu", dtype=torch.bfloat16, enabled=bool(half)):
+            answer = module(*args, **{name: _filled(value, tensors) for name, value in plan.kwargs.items()})
         found = []
         for path in plan.paths:
             value = answer

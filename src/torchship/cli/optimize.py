@@ -63,6 +63,9 @@ Examples:
 @click.option("--report", "report_dir", metavar="DIR", help="Also write report.html and report.json there.")
 @click.option("--threads", type=int, default=0, help="Threads to run and measure with [default: all cores].")
 @click.option("--device", default="cpu", show_default=True, help="Device to open candidates on: cpu, cuda ...")
+@click.option(
+    "--batched/--not-batched", default=None, help="Vouch that rows are independent, or forbid to join them [found out]."
+)
 @click.option("--no-publish", is_flag=True, help="Search and report only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout; progress goes to stderr.")
 def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool, **given: Any) -> None:

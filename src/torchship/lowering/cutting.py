@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,35 +12,39 @@ import torch
 from torch import nn
 
 from torchship.errors import BadInput
+from torchship.lowering.holder import Holder, held
+from torchship.lowering.variants import Wrapped
 from torchship.model import Model, to_numpy
-from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
+from torchship.tensors import Array, Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
 _MOST_CALLS = 8
 
 
 @dataclass
 class Calls:
-    """What went into one submodule and came out; `plain` while it was tensors in and one tensor out, by position."""
+    """What went into one submodule and came out; `plain` while it was tensors in, by position, and always the same
+    `holder` of tensors out.
+    """
 
     inputs: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    holder: Holder | None = None
     plain: bool = True
 
 
-class Part(nn.Module):
+class Part(Wrapped):
     """A submodule as a Model wants it: a tuple comes out."""
 
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Call it."""
-        return (self.inner(*tensors),)
+        found = held(self.flat(*tensors))
+        assert found is not None  # noqa: S101  # its calls were watched
+        return found[1]
 
 
-def parts(model: Model, *, builds: Callable[[str, Model], bool]) -> list[str]:
-    """Paths of the largest submodules of the user's module that `builds(path, model)` accepts, none inside another.
+def parts(model: Model, *, builds: Callable[[str, Model, Holder], bool]) -> list[str]:
+    """Paths of the largest submodules of the user's module that `builds(path, model, holder)` accepts, none inside
+    another.
 
     Single layers are left alone: crossing over to another engine costs more than it brings.
     """
@@ -55,7 +59,7 @@ def parts(model: Model, *, builds: Callable[[str, Model], bool]) -> list[str]:
                 continue
             seen = calls.get(below)
             candidate = None if seen is None else as_model(child, seen, name=below, batched=model.signature.batched)
-            if candidate is not None and builds(below, candidate):
+            if candidate is not None and seen and seen.holder and builds(below, candidate, seen.holder):
                 found.append(below)
             else:
                 descend(child, below)
@@ -65,27 +69,41 @@ def parts(model: Model, *, builds: Callable[[str, Model], bool]) -> list[str]:
 
 
 def watch(model: Model, top: nn.Module) -> dict[str, Calls]:
-    """The calls of every submodule while the model runs its examples, with one row more the second time."""
+    """The calls of every submodule while the model runs its examples, and one with longer free axes."""
     calls: dict[str, Calls] = {}
-    examples = list(model.examples[:3])
-    if model.signature.batched and model.signature.max_rows > 2:
-        examples.append({name: np.concatenate([a, a[:1]]) for name, a in model.examples[0].items()})
     with torch.inference_mode(), _hooked(top, calls):
-        for example in examples:
+        for example in model.examples[:3]:
             model.module(*model.torch_inputs(example))
+        with contextlib.suppress(Exception):  # strides and windows allow only some lengths
+            model.module(*model.torch_inputs(_longer(model)))
     return calls
 
 
-@contextmanager
+def _longer(model: Model) -> Tensors:
+    """The first example with one more along every free axis that allows it."""
+    found: dict[str, Array] = {}
+    for spec in model.signature.inputs:
+        array = model.examples[0][spec.name]
+        for position, axis in enumerate(spec.shape):
+            if isinstance(axis, Free) and (axis.max is None or array.shape[position] < axis.max):
+                array = np.concatenate([array, array.take([0], axis=position)], axis=position)
+        found[spec.name] = array
+    return found
+
+
+@contextlib.contextmanager
 def _hooked(top: nn.Module, calls: dict[str, Calls]) -> Iterator[None]:
     def hook_for(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen = calls.setdefault(path, Calls())
-            tensors = bool(args) and all(isinstance(value, torch.Tensor) for value in (*args, output))
-            seen.plain = seen.plain and tensors and not kwargs
-            if seen.plain and len(seen.inputs) < _MOST_CALLS:
+            found = held(output)
+            tensors = bool(args) and all(isinstance(value, torch.Tensor) for value in args)
+            same = found is not None and seen.holder in (None, found[0])
+            seen.plain = seen.plain and tensors and same and not kwargs
+            if seen.plain and found is not None and len(seen.inputs) < _MOST_CALLS:
+                seen.holder = found[0]
                 seen.inputs.append(tuple(value.clone() for value in args))
-                seen.outputs.append(output.clone())
+                seen.outputs.append(tuple(value.clone() for value in found[1]))
 
         return hook
 
@@ -103,20 +121,26 @@ def as_model(module: nn.Module, seen: Calls, *, name: str, batched: bool) -> Mod
         return None
     try:
         inputs = [_spec(f"x{i}", [call[i] for call in seen.inputs]) for i in range(len(seen.inputs[0]))]
-        output = _spec("y", seen.outputs)
+        outputs = [_spec(f"y{i}", [call[i] for call in seen.outputs]) for i in range(len(seen.outputs[0]))]
     except (BadInput, TypeError):
         return None
-    if any(spec is None for spec in (*inputs, output)):
+    whole = [spec for spec in (*inputs, *outputs) if spec is not None]
+    if len(whole) < len(inputs) + len(outputs):
         return None
-    specs = tuple(spec for spec in inputs if spec is not None)
-    whole = (*specs, *((output,) if output else ()))
+    specs = tuple(whole[: len(inputs)])
     rows = batched and all(spec.shape and isinstance(spec.shape[0], Free) for spec in whole)
-    signature = Signature(specs, whole[-1:], rows)
+    signature = Signature(specs, tuple(whole[len(inputs) :]), rows)
     examples: list[Tensors] = [
         {spec.name: np.asarray(to_numpy(tensor)) for spec, tensor in zip(specs, call, strict=True)}
         for call in seen.inputs
     ]
-    return Model(module=Part(module).eval(), signature=signature, examples=examples, calibration=examples, name=name)
+    return Model(
+        module=Part(module, inputs=len(specs)).eval(),
+        signature=signature,
+        examples=examples,
+        calibration=examples,
+        name=name,
+    )
 
 
 def _spec(name: str, tensors: Sequence[torch.Tensor]) -> TensorSpec | None:

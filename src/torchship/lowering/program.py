@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 PROGRAM = "program.pt2"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def one_line(fault: BaseException, *, limit: int = 400) -> str:
     """Type and message of an exception on one line of at most `limit` characters."""
-    text = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+    text = f"{type(fault).__name__}: {' '.join(_COLOUR.sub('', str(fault)).split())}"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torchship import plugins
+from torchship.errors import BuildFailed
 from torchship.hardware import Hardware
+from torchship.lowering import blueprint, device
 from torchship.lowering.needs import missing
 from torchship.lowering.program import PROGRAM
 from torchship.model import Model
@@ -59,16 +62,32 @@ def _proposals(name: str, model: Model, hardware: Hardware) -> list[Options]:
     return [] if propose is None else list(propose(model, hardware=hardware))
 
 
-def cut(eager: Trial, *, source: str, hardware: Hardware, among: Sequence[str]) -> list[Recipe]:
-    """Recipes for a module that does not export: its code from `source`, whole or with its parts run elsewhere.
+def cut(
+    trials: Sequence[Trial], model: Model, *, source: str, hardware: Hardware, among: Sequence[str]
+) -> list[Recipe]:
+    """Recipes for a module that does not export: kept as Python, whole or with its parts run by `among`.
 
-    None where the eager trial exported it, or where nothing says which function makes the module.
+    None where a trial that exported it, or took it as a script into another engine, is valid.
     """
-    exported = eager.artifact and (Path(eager.artifact) / "backend" / PROGRAM).is_file()
-    if exported or ":" not in source or plugins.reason_against("backends", name="hybrid", hardware=hardware):
+    taken = any(trial.status == "ok" and trial.recipe.backend != "torchscript" for trial in trials[1:])
+    exported = trials[0].artifact and (Path(trials[0].artifact) / "backend" / PROGRAM).is_file()
+    if exported or taken or plugins.reason_against("backends", name="hybrid", hardware=hardware):
         return []
-    found = [Recipe("hybrid", {"source": source})]
-    for backend in ("onnxruntime", "openvino"):
+    options: Options = {} if _is_plain(model) or ":" not in source else {"source": source}
+    found = [Recipe("hybrid", options)]
+    for backend in ("onnxruntime", "openvino", "inductor"):
         if backend in among and not plugins.reason_against("backends", name=backend, hardware=hardware):
-            found.append(Recipe("hybrid", {"source": source, "parts": backend}))
+            found.append(Recipe("hybrid", {**options, "parts": backend}))
+    if device.has_bf16(hardware):
+        found.append(Recipe("hybrid", {**options, "precision": "bf16"}))
     return found
+
+
+def _is_plain(model: Model) -> bool:
+    """Whether the module can be written down without the function that made it."""
+    inner: Any = model.module.inner
+    try:
+        blueprint.draw(inner)
+    except BuildFailed:
+        return False
+    return True

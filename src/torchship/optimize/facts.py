@@ -41,8 +41,14 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def eager_of(facts: Facts) -> Trial | None:
-    """The trial of the plain eager module, where it was measured."""
-    return next((t for t in facts.trials if t.recipe == Recipe("eager") and t.timing), None)
+    """The trial of the plain eager module, where it was measured: saved, or kept as Python where it cannot be."""
+    plain = [trial for trial in facts.trials if trial.timing and _is_plain(trial.recipe)]
+    return min(plain, key=lambda trial: trial.recipe != Recipe("eager"), default=None)
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    kept = recipe.backend == "hybrid" and set(recipe.options) <= {"source"} and not recipe.transforms
+    return kept or recipe == Recipe("eager")
 
 
 def load(path: Path | str) -> Facts:

@@ -27,6 +27,7 @@ from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial
 from torchship.recipe import Options, Recipe
 
 OnTrial = Callable[[Trial, int, int], None]
+Instead = Callable[[Sequence[Trial]], Sequence[Recipe]]
 _EARLY = ("onnxruntime", "openvino", "tensorrt")  # they build in seconds, and win most often
 _PASSING = ("did not finish", "took ", "killed by", "exited with")
 
@@ -111,19 +112,23 @@ def run(
     goal: Goal,
     deadline: float,
     prune: bool = False,
+    instead: Instead | None = None,
     on_trial: OnTrial | None = None,
 ) -> tuple[list[Trial], bool]:
     """Trials of `recipes`, best first, and whether the user interrupted; what the budget did not reach is skipped.
 
-    The first recipe (plain eager) runs whatever the budget. `prune` skips what cannot win any more.
+    The first recipe (plain eager) runs whatever the budget; where it fails, `instead` says what to try next. `prune`
+    skips what cannot win any more.
     """
     waiting, done = list(recipes), list[Trial]()
     interrupted = False
     while waiting:
         recipe = waiting.pop(next_up(waiting, done, goal=goal))
         left = deadline - time.monotonic()
-        if interrupted or (left <= 0 and done):
-            found = Trial(recipe, "skipped", failure="interrupted" if interrupted else "the budget was used up")
+        if interrupted:
+            found = Trial(recipe, "skipped", failure="interrupted")
+        elif left <= 0 and done:  # what is known costs no time
+            found = _known(recipe, course) or Trial(recipe, "skipped", failure="the budget was used up")
         elif prune and (why := hopeless(recipe, done, goal=goal)):
             found = Trial(recipe, "skipped", failure=why)
         else:
@@ -133,9 +138,11 @@ def run(
                 interrupted = True
                 found = Trial(recipe, "skipped", failure="interrupted")
         done.append(found)
+        if len(done) == 1 and found.status == "failed" and instead is not None:
+            waiting = [*instead(done), *waiting]
         try:
             if on_trial is not None:
-                on_trial(found, len(done), len(recipes))
+                on_trial(found, len(done), len(done) + len(waiting))
         except KeyboardInterrupt:
             interrupted = True
     return done, interrupted
@@ -143,10 +150,10 @@ def run(
 
 def attempt(recipe: Recipe, *, course: Course, left: float, done: Sequence[Trial] = ()) -> Trial:
     """One recipe as a Trial: from the cache, or built and proven within `left` seconds. Never raises for its faults."""
-    built_key, proof_key = _keys(recipe, course)
-    known = course.cache.trial(proof_key)
+    known = _known(recipe, course)
     if known is not None:
-        return _judged_again(msgspec.structs.replace(known, cached=True), course)
+        return known
+    built_key, proof_key = _keys(recipe, course)
     started = time.monotonic()
     folder, fault, log = _built(recipe, built_key, course, left)
     build_s = time.monotonic() - started
@@ -160,6 +167,12 @@ def attempt(recipe: Recipe, *, course: Course, left: float, done: Sequence[Trial
     elif not found.failure.startswith(_PASSING):
         course.cache.keep_trial(proof_key, found)
     return found
+
+
+def _known(recipe: Recipe, course: Course) -> Trial | None:
+    """What an earlier search found out about this very recipe."""
+    known = course.cache.trial(_keys(recipe, course)[1])
+    return None if known is None else _judged_again(msgspec.structs.replace(known, cached=True), course)
 
 
 def _keys(recipe: Recipe, course: Course) -> tuple[str, str]:

@@ -75,8 +75,10 @@ def optimize(
         batched=settings.get("batched"),
         name=artifact_name(name or type(module).__name__),
     )
+    if evaluate is None:
+        reference.refuse_unsteady(model)
     root = Path(settings.get("cache") or caching.default_root())
-    with capsule.private_folder(root / "work") as work:
+    with folders.room(root), capsule.private_folder(root / "work") as work:
         facts = _race(model, evaluate, wish, work=work, cache=Cache(root), on_trial=on_trial)
         if not settings.get("publish", True) or facts.choice.winner is None:
             return Report(facts)
@@ -107,15 +109,18 @@ def _race(
     if wish.recipes is not None:
         recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
     deadline = started + wish.budget
-    prune = wish.recipes is None  # what the caller lists is tried
+    free = wish.recipes is None  # what the caller lists is tried, and nothing else
+    among = wish.backends or plugins.names("backends")
+
+    def cut(trials: Sequence[Trial]) -> list[Recipe]:
+        return combine.cut(trials, course.model, source=wish.source, hardware=machine, among=among) if free else []
+
     trials, interrupted = race.run(
-        recipes, course=course, goal=wish.goal, deadline=deadline, prune=prune, on_trial=on_trial
+        recipes, course=course, goal=wish.goal, deadline=deadline, prune=free, instead=cut, on_trial=on_trial
     )
     layers: tuple[rescue.Layer, ...] = ()
-    among = wish.backends or plugins.names("backends")
-    parts = combine.cut(trials[0], source=wish.source, hardware=machine, among=among)
-    if parts and not interrupted and wish.recipes is None:
-        more, interrupted = race.run(parts, course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
+    if not interrupted and all(trial.recipe.backend != "hybrid" for trial in trials):
+        more, interrupted = race.run(cut(trials), course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
         trials += more
     try:
         if not interrupted:

@@ -13,7 +13,7 @@ import msgspec
 from torchship import plugins, process
 from torchship.artifact import open_artifact, tensorfile
 from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
-from torchship.errors import BadInput
+from torchship.errors import BadInput, BuildFailed
 from torchship.optimize.guard import Guard, agreement, judge
 from torchship.optimize.measure import Effort, curve, peak_memory
 from torchship.recipe import Recipe
@@ -122,9 +122,14 @@ def build_here(argument: Any) -> None:
         model = plugins.load("transforms", name=step.transform).apply(model, options=dict(step.options))
     out = Path(task.out)
     (out / "backend").mkdir(parents=True)
-    plugins.load("backends", name=task.recipe.backend).build(
-        model, options=dict(task.recipe.options), out=out / "backend"
-    )
+    try:
+        plugins.load("backends", name=task.recipe.backend).build(
+            model, options=dict(task.recipe.options), out=out / "backend"
+        )
+    except BuildFailed as fault:
+        from torchship.optimize.doctor.diagnose import in_plain_words
+
+        raise in_plain_words(fault) from fault
     package.pack(
         out,
         name=task.name,

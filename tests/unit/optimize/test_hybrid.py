@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from tests.unit.optimize import unexportable
 from torchship import hardware, plugins
-from torchship.errors import BuildFailed, UnsafeArtifact
+from torchship.errors import BuildFailed, CorruptArtifact, UnsafeArtifact
 from torchship.optimize import search
 from torchship.optimize.capture import capture
 from torchship.optimize.measure import Effort
@@ -19,12 +20,13 @@ SOURCE = "tests.unit.optimize.unexportable:make"
 QUICK = Effort(seconds=0.02, calls=5, fewest=2, warm_up=0.01, max_batch=4)
 
 
-def test_parts_are_cut_built_and_put_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["", SOURCE])
+def test_parts_are_cut_built_and_put_back(tmp_path: Path, source: str) -> None:
     backend = plugins.load("backends", name="hybrid")
     assert backend.probe(hardware=hardware.here()) == ""
-    x = torch.randn(4, 8)
-    model = capture(unexportable.make(), x)
-    backend.build(model, options={"source": SOURCE, "parts": "onnxruntime"}, out=tmp_path)
+    torch.manual_seed(1)  # which rows go where depends on them
+    model = capture(unexportable.make(), torch.randn(4, 8))
+    backend.build(model, options={"source": source, "parts": "onnxruntime"}, out=tmp_path)
     plan = (tmp_path / "hybrid.json").read_text()
     assert '"path":"first"' in plan
     assert '"path":"second"' in plan
@@ -44,16 +46,29 @@ def test_a_source_that_makes_something_else_is_refused(tmp_path: Path) -> None:
         plugins.load("backends", name="hybrid").build(model, options={"source": SOURCE}, out=tmp_path)
 
 
+def test_changed_code_is_refused_at_opening(tmp_path: Path) -> None:
+    backend = plugins.load("backends", name="hybrid")
+    model = capture(unexportable.make(), torch.randn(4, 8))
+    backend.build(model, options={}, out=tmp_path)
+    plan = tmp_path / "hybrid.json"
+    digest = re.search(r'"tests.unit.optimize.unexportable:Block":"(\w+)"', plan.read_text())
+    assert digest is not None
+    plan.write_text(plan.read_text().replace(digest[1], "0" * 16))
+    with pytest.raises(CorruptArtifact, match="unexportable:Block is not what it was"):
+        backend.open(tmp_path, signature=model.signature, options={})
+
+
 def test_the_search_falls_back_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     report = search.optimize(
-        unexportable.make(), torch.randn(4, 8), backends=["onnxruntime"], source=SOURCE, effort=QUICK,
+        unexportable.make(), torch.randn(4, 8), backends=["onnxruntime"], effort=QUICK,
         cache=tmp_path / "cache", store=tmp_path / "store", name="searching",
     )  # fmt: skip
     by_label = {trial.recipe.label: trial for trial in report.trials}
     assert by_label["eager"].status == "failed"
-    assert by_label[f"hybrid source={SOURCE}"].status == "ok"
-    assert by_label[f"hybrid parts=onnxruntime source={SOURCE}"].status == "ok"
+    assert "unexportable.py:" in by_label["eager"].failure  # the user's own line
+    assert by_label["hybrid"].status == "ok"
+    assert by_label["hybrid parts=onnxruntime"].status == "ok"
     assert report.artifact is not None
     with pytest.raises(UnsafeArtifact):
         report.artifact.open()
