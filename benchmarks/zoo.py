@@ -2,6 +2,7 @@
 
     python -m benchmarks.zoo                                  all, small inputs
     python -m benchmarks.zoo --models resnet18,lstm --budget 60
+    python -m benchmarks.zoo --budget 5                       again: what earlier runs tried comes out of the cache
 
 For each model the published artifact is opened and asked again here, on data that the search has not seen, and its
 answers are compared with eager's under the limits of its own recipe. `wrong` counts artifacts beyond three times
@@ -50,7 +51,7 @@ def visit(name: str, *, options: argparse.Namespace, folder: Path) -> Row:
             calibration=zoo_models.calibration(name),
             backends=options.backends.split(",") if options.backends else None,
             budget=options.budget,
-            trial_timeout=options.budget,
+            trial_timeout=max(120.0, options.budget),
             threads=options.threads,
             effort=Effort(seconds=0.3, calls=40, max_batch=4),
             store=folder / "store",

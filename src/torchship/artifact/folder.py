@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from torchship.errors import CorruptArtifact, NotFound, UnsafeArtifact
+from torchship.errors import CorruptArtifact, NotFound, Unavailable, UnsafeArtifact
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
@@ -77,8 +79,29 @@ def read(folder: Path, path: str, *, limit: int) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Turns a full disk, a quota or a read-only file system into Unavailable, naming the place."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise Unavailable(
+            f"{path} cannot be written: {fault.strerror}", hint="make room, or name another place"
+        ) from fault
+
+
 def write(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new, never half of it."""
+    """Write a file so that a crash leaves the old content or the new, never half of it.
+
+    Raises Unavailable when the disk is full.
+    """
+    with room(path):
+        _write(path, data)
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:

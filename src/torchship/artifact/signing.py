@@ -147,7 +147,7 @@ def need_library() -> None:
     try:
         import cryptography  # noqa: F401
     except ImportError:
-        raise Unavailable("signatures need the package cryptography", hint="pip install torchship[sign]") from None
+        raise Unavailable("signatures need the package cryptography", hint="pip install cryptography") from None
 
 
 def _message(digest: str) -> bytes:

@@ -67,7 +67,7 @@ class Store:
         """
         check_name(name)
         open_artifact(folder, verify=False)
-        with self._incoming() as staged:
+        with folders.room(self.root), self._incoming() as staged:
             _copy(Path(folder), staged)
             open_artifact(staged)
             with self._locked(name) as home:

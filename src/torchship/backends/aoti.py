@@ -23,7 +23,7 @@ FILE = "model.pt2"
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    if absent := missing("torch", pip="torchship[optimize]"):
+    if absent := missing("torch"):
         return absent
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return "AOTInductor needs a C++ compiler: apt-get install g++"

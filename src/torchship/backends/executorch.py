@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +9,7 @@ from torchship.errors import BadConfig, BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import program
 from torchship.lowering.needs import missing
+from torchship.lowering.quiet import quiet
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
 from torchship.recipe import Options, Recipe
@@ -31,7 +27,7 @@ _CEILING = 128  # memory is planned for the longest call, so unbounded axes get 
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch", pip="torchship[optimize]") or missing("executorch")
+    return missing("torch") or missing("executorch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -47,7 +43,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
         raise BadConfig(f"executorch: precision {precision!r} is unknown", hint="use fp32 or int8")
     exported = program.export(model, ceiling=_CEILING)
     try:
-        with _quiet():
+        with quiet():
             ready = _int8(exported, model) if precision == "int8" else exported
             data = _lowered(ready, reshapes=len(_free_names(model)) < 2)
     except Exception as fault:
@@ -106,15 +102,3 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         return tuple(answer.clone() for answer in method.execute([tensor.contiguous() for tensor in inputs]))
 
     return TorchStage(body, signature=signature, check=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

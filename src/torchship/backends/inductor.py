@@ -28,7 +28,7 @@ _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    if absent := missing("torch", pip="torchship[optimize]"):
+    if absent := missing("torch"):
         return absent
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return "torch.compile needs a C++ compiler: apt-get install g++"

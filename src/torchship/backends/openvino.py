@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware
 from torchship.lowering.needs import missing
+from torchship.lowering.quiet import quiet
 from torchship.model import Model
 from torchship.recipe import Options, Recipe
 from torchship.stage import Parameter, Parameters, Stage
@@ -31,7 +30,7 @@ _PRECISIONS = ("f32", "bf16", "f16", "int8", "int8_weights")
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    return missing("openvino", pip="torchship[openvino]")
+    return missing("openvino", pip="openvino nncf")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -68,7 +67,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     from torchship.lowering import onnx_graph
 
     precision = _precision(options)
-    with tempfile.TemporaryDirectory(prefix="torchship-openvino-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="torchship-openvino-") as folder, quiet():
         onnx = Path(folder) / "model.onnx"
         onnx_graph.write(model, onnx)
         try:
@@ -120,7 +119,7 @@ def _int8_weights(graph: Any, onnx: Path, model: Model, options: Options) -> Any
 
 
 def _nncf() -> Any:
-    absent = missing("nncf", pip="torchship[openvino]")
+    absent = missing("nncf")
     if absent:
         raise BuildFailed(f"openvino int8: {absent}")
     import nncf
@@ -219,15 +218,3 @@ def _silent() -> Iterator[None]:
     """NNCF draws bars on both streams."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

@@ -43,7 +43,7 @@ def probe(*, hardware: Hardware) -> str:
     card = hardware.gpus[0]
     if found == "tensorrt_rtx_bindings" and card.capability not in _RTX_CARDS:
         return f"TensorRT-RTX does not run on {card.name} (compute {card.capability}); it takes {' '.join(_RTX_CARDS)}"
-    return missing("torch", pip="torchship[optimize]")
+    return missing("torch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:

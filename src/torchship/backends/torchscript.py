@@ -26,7 +26,7 @@ FILE = "script.ts"
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch", pip="torchship[optimize]")
+    return missing("torch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:

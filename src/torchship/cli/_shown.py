@@ -101,7 +101,7 @@ def _signature(artifact: Artifact) -> str:
     try:
         found = signing.signer(artifact.path, digest=artifact.digest)
     except ImportError:
-        return "cannot be checked: pip install torchship[sign]"
+        return "cannot be checked: pip install cryptography"
     if not found:
         return "none"
     name = signing.trusted_keys().get(found)

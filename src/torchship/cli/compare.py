@@ -17,6 +17,7 @@ Examples:
   torchship compare resnet18@1 resnet18@2
   torchship compare resnet18 runs/other/resnet18/3 --measure
   torchship compare here/manifest.json from-the-pi/manifest.json --json
+  torchship compare here/report.json from-the-pi/report.json
 """
 )
 @click.argument("a", metavar="A")
@@ -32,7 +33,8 @@ def command(
 ) -> None:
     """Compare two artifacts: what they are, what was measured, and how many times better B is.
 
-    A and B are names in the store (resnet18, resnet18@3), folders, or manifest.json files from other machines.
+    A and B are names in the store (resnet18, resnet18@3), folders, or manifest.json files from other machines; or two
+    report.json files: then every recipe that either search tried is compared.
     """
     from pathlib import Path
 
@@ -44,19 +46,20 @@ def command(
     shelf = Store(store)
     if measure:
         if a.endswith(".json") or b.endswith(".json"):
-            raise BadConfig("--measure needs artifacts, not manifests", hint="leave --measure out, or give folders")
+            raise BadConfig("--measure needs artifacts, not files about them", hint="leave it out, or give folders")
         first, second = (open_artifact(shelf.resolve(target)) for target in (a, b))
         rows = compare.rows(first.manifest, second.manifest)[:5]
         rows.append(compare.outputs_apart(first, second, trust=trust))
         rows += compare.side_by_side(first, second, device=device, threads=threads or hardware.here().cores)
     else:
-        manifests = [
-            compare.read(Path(target))
-            if target.endswith(".json")
-            else open_artifact(shelf.resolve(target), verify=False).manifest
-            for target in (a, b)
-        ]
-        rows = compare.rows(*manifests)
+        rows = compare.of(
+            *(
+                compare.read(Path(target))
+                if target.endswith(".json")
+                else open_artifact(shelf.resolve(target), verify=False).manifest
+                for target in (a, b)
+            )
+        )
     _show(rows, a, b, as_json=as_json)
 
 

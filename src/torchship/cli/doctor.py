@@ -69,7 +69,7 @@ def _diagnose(target: str, inputs: tuple[str, ...], routes: str | None, timeout:
     if find_spec("torch") is None:
         from torchship.errors import Unavailable
 
-        raise Unavailable("a model can only be examined where torch is", hint="pip install 'torchship[optimize]'")
+        raise Unavailable("a model can only be examined where torch is", hint="pip install torch onnx onnxscript")
     from torchship.cli import _doctor_pages as pages
     from torchship.optimize.doctor import examination
     from torchship.optimize.doctor import routes as known

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ from torchship.errors import BuildFailed
 from torchship.lowering import script
 from torchship.lowering.needs import missing
 from torchship.lowering.program import one_line
+from torchship.lowering.quiet import quiet
 from torchship.model import Model
 from torchship.tensors import Free
 
@@ -30,7 +26,7 @@ def write(model: Model, path: Path) -> None:
     The exporter that builds on `torch.export` goes first, the one on TorchScript second: it traces, or takes a
     scripted module where the path depends on data. Raises BuildFailed with both reasons.
     """
-    absent = missing("torch onnx onnxscript", pip="torchship[optimize]")
+    absent = missing("torch onnx onnxscript")
     if absent:
         raise BuildFailed(f"no ONNX export: {absent}")
     try:
@@ -49,7 +45,7 @@ def write(model: Model, path: Path) -> None:
 def _write_exported(model: Model, path: Path) -> None:
     import torch
 
-    with _quiet():
+    with quiet(), torch.no_grad():
         torch.onnx.export(
             model.module.eval(),
             model.torch_inputs(model.examples[0]),
@@ -103,7 +99,7 @@ def _write_traced(model: Model, path: Path) -> None:
     import torch
 
     specs = (*model.signature.inputs, *model.signature.outputs)
-    with _quiet():
+    with quiet(), torch.no_grad():
         module: Any = model.module if script.has_one_path(model) else script.scripted(model)
         torch.onnx.export(
             module.eval(),
@@ -115,26 +111,6 @@ def _write_traced(model: Model, path: Path) -> None:
             output_names=[spec.name for spec in model.signature.outputs],
             opset_version=OPSET,
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters print progress and warn about themselves; neither helps the user."""
-    import torch
-
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        torch.no_grad(),
-    ):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _size(model: Model) -> int:

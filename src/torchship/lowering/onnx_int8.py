@@ -6,17 +6,14 @@ quantizer writes the graph; ranges, bias correction and what to leave out are fo
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torchship.errors import BadConfig, BuildFailed, TorchshipError
 from torchship.lowering import onnx_bias, onnx_graph, onnx_watch, paths, ranges
 from torchship.lowering.program import one_line
+from torchship.lowering.quiet import quiet
 from torchship.model import Model
 from torchship.recipe import Options
 
@@ -39,7 +36,7 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
     method, percentile = str(options.get("range", "minmax")), float(str(options.get("percentile", 99.99)))
     kinds = _kinds(options)
     # the quantizer leaves files beside what it reads, so it works in a folder of its own
-    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, quiet():
         try:
             graph = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
             _name_nodes(graph)
@@ -66,7 +63,7 @@ def quantize_dynamic(path: Path, *, options: Options) -> None:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as write
 
-    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, quiet():
         done = Path(folder) / "int8.onnx"
         try:
             graph = onnx.load(str(path))
@@ -146,15 +143,3 @@ def _write_static(
     )
     quantizer.quantize_model()
     quantizer.model.save_model_to_file(str(path), False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

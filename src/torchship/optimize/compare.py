@@ -1,4 +1,4 @@
-"""Compares two artifacts, or one that was measured on two machines: what was measured then, or side by side now."""
+"""Compares two artifacts, or the reports of one search on two machines: what was measured then, or side by side now."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 
 from torchship.artifact import Artifact
 from torchship.artifact.manifest import BatchPoint, Manifest, Timing
-from torchship.errors import BadConfig, Unavailable
+from torchship.errors import BadConfig, NotFound, Unavailable
 from torchship.optimize import turns
+from torchship.optimize.facts import Facts
 from torchship.optimize.guard import agreement
 from torchship.optimize.measure import point
+from torchship.optimize.trial import Trial
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -22,6 +24,15 @@ class Row(msgspec.Struct, frozen=True):
     a: str
     b: str
     better: float | None = None
+
+
+def of(a: Manifest | Facts, b: Manifest | Facts) -> list[Row]:
+    """Two manifests, or two reports. Raises BadConfig for one of each."""
+    if isinstance(a, Facts) and isinstance(b, Facts):
+        return reports(a, b)
+    if isinstance(a, Manifest) and isinstance(b, Manifest):
+        return rows(a, b)
+    raise BadConfig("a report cannot be compared with an artifact", hint="give two report.json, or two artifacts")
 
 
 def rows(a: Manifest, b: Manifest) -> list[Row]:
@@ -119,6 +130,52 @@ def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Row:
     return Row("B's outputs against A's", "reference", f"error {found.error:.3g}, cosine {found.cosine:.6f}")
 
 
-def read(path: Path) -> Manifest:
-    """The manifest of an artifact that may lie only in part on this machine: its `manifest.json` by itself."""
-    return msgspec.json.decode(path.read_bytes(), type=Manifest)
+def read(path: Path) -> Manifest | Facts:
+    """A `manifest.json` or a `report.json` by itself, as it may come from another machine.
+
+    Raises NotFound and BadConfig.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as fault:
+        raise NotFound(f"{path} cannot be read: {fault.strerror}") from fault
+    try:
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return msgspec.json.decode(data, type=Facts) if "trials" in found else msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as fault:
+        raise BadConfig(f"{path} is neither a manifest nor a report: {fault}") from fault
+
+
+def reports(a: Facts, b: Facts) -> list[Row]:
+    """Two searches, as on two machines: the machines, the winners, and every recipe that either tried."""
+    found = [
+        Row("machine", a.hardware, b.hardware),
+        Row("threads", str(a.threads or "all"), str(b.threads or "all")),
+        Row("signature", a.signature, "the same" if a.signature == b.signature else b.signature),
+        Row("created", a.created, b.created),
+        Row("winner", _winner(a), _winner(b)),
+    ]
+    tried = [{trial.recipe.key: trial for trial in facts.trials} for facts in (a, b)]
+    for key in dict.fromkeys([*tried[0], *tried[1]]):
+        first, second = (one.get(key) for one in tried)
+        label = next(trial.recipe.label for trial in (first, second) if trial is not None)
+        found.append(Row(f"{label}, batch 1 p50, ms", _told(first), _told(second), _ratio(first, second)))
+    return found
+
+
+def _winner(facts: Facts) -> str:
+    return "none" if facts.choice.winner is None else facts.trials[facts.choice.winner].recipe.label
+
+
+def _told(trial: Trial | None) -> str:
+    if trial is None:
+        return "not tried"
+    if trial.status != "ok" or trial.timing is None:
+        return f"{trial.status}: {trial.failure[:80]}"
+    return f"{trial.timing.curve[0].p50_ms:.3f}"
+
+
+def _ratio(a: Trial | None, b: Trial | None) -> float | None:
+    if a is None or b is None or a.status != "ok" or b.status != "ok" or not a.timing or not b.timing:
+        return None
+    return a.timing.curve[0].p50_ms / b.timing.curve[0].p50_ms

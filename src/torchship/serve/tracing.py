@@ -36,7 +36,10 @@ class Traces:
 
                 exporter = OTLPSpanExporter(endpoint=config.endpoint)
         except ImportError as fault:
-            raise Unavailable(f"traces need OpenTelemetry: {fault}", hint="pip install 'torchship[otel]'") from None
+            raise Unavailable(
+                f"traces need OpenTelemetry: {fault}",
+                hint="pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+            ) from None
         self._sample = config.sample
         self._provider = TracerProvider(resource=Resource.create({"service.name": config.service}))
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -28,7 +28,7 @@ class Tokenize:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise Unavailable("tokens need the package tokenizers", hint="pip install torchship[text]") from None
+            raise Unavailable("tokens need the package tokenizers", hint="pip install tokenizers") from None
         if not Path(tokenizer).is_file():
             raise NotFound(f"no tokenizer at {tokenizer}", hint="give a tokenizer.json")
         try:

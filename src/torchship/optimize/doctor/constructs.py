@@ -139,7 +139,7 @@ CONSTRUCTS = (
         "package missing",
         r"ModuleNotFoundError|No module named|onnxscript",
         "this route needs a package that is not installed",
-        "pip install 'torchship[optimize]'",
+        "pip install torch onnx onnxscript cloudpickle",
     ),
     Construct(
         "graph break",
