@@ -216,8 +216,10 @@ def _failure(fields: Mapping[str, str]) -> TorchshipError | None:
     if code == "0":
         return None
     text = unquote(fields.get("grpc-message", "")) or f"status {fields.get(':status', '?')}, grpc-status {code}"
-    http = {"3": 400, "5": 404, "7": 403, "8": 503, "12": 501, "14": 503, "16": 401}.get(code, 500)
-    return error_of(Status(http, int(code) if code.isdigit() else 2), text)
+    http = {"3": 400, "5": 404, "7": 403, "8": 503, "12": 400, "14": 503, "16": 401}.get(code, 500)
+    wait = fields.get("grpc-retry-pushback-ms", "")
+    again = int(wait) / 1e3 if wait.isdigit() else 0.0
+    return error_of(Status(http, int(code) if code.isdigit() else 2), text, retry_after=again)
 
 
 class GrpcLink:

@@ -64,6 +64,7 @@ def error_of(status: Status, message: str, *, retry_after: float = 0.0) -> error
     by_code: dict[int, type[errors.TorchshipError]] = {
         1: errors.Cancelled,
         4: errors.Expired,
+        12: errors.Unsupported,
         16: errors.Unauthenticated,
     }
     if status.grpc in by_code:

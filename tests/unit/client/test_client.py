@@ -130,10 +130,14 @@ def test_errors_come_back_as_they_were(client: Client, doors: Doors) -> None:
         (StageFailed("it broke"), StageFailed),
         (ValueError("x"), StageFailed),
         (Expired("late"), Exception),
+        (Busy("full", retry_after=90.0), Busy),
+        (Unsupported("streams"), (Unsupported, BadInput)),  # HTTP has no status of its own for it
     ):
         doors.running.service.fault = fault
-        with pytest.raises(kind):
+        with pytest.raises(kind) as caught:
             client.infer("echo", ROW)
+        if isinstance(fault, Busy):
+            assert caught.value.retry_after == 90.0  # type: ignore[attr-defined]
     doors.running.service.fault = None
     doors.running.service.delay = 5.0
     with pytest.raises(Expired):
