@@ -153,7 +153,10 @@ def usage(process: psutil.Process) -> tuple[float, float]:
 
 
 def load(url: str, body: Path, options: list[str], *, concurrency: int, seconds: float, tool: list[str]) -> Any:
-    """Rate, p50 and p99 in ms, number of answers, and of failures; from h2load's log of every request."""
+    """Rate, p50 and p99 in ms, number of answers, and of failures; from h2load's log of every request.
+
+    The rate is counted from the first answer to the last: what is under way at both ends would count as time only.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         words = [*tool, "-t1", f"-c{concurrency}", "-m1", f"-D{max(1, round(seconds))}", "-d", str(body), *options]
@@ -163,9 +166,15 @@ def load(url: str, body: Path, options: list[str], *, concurrency: int, seconds:
     if len(times) < 10:
         raise Missing(f"{url}: only {len(times)} answers")
     failed = sum(row[1] != "200" for row in rows)
-    starts = [int(row[0]) for row in rows]
-    span = (max(start + int(row[2]) for start, row in zip(starts, rows, strict=True)) - min(starts)) / 1e6
-    return len(times) / span, times[len(times) // 2] / 1e3, times[int(len(times) * 0.99)] / 1e3, len(times), failed
+    ends = [int(row[0]) + int(row[2]) for row in rows]
+    span = (max(ends) - min(ends)) / 1e6
+    return (
+        (len(times) - 1) / span,
+        times[len(times) // 2] / 1e3,
+        times[int(len(times) * 0.99)] / 1e3,
+        len(times),
+        failed,
+    )
 
 
 def measure(peer: Peer, port: int, files: Any, *, seconds: float, tool: list[str]) -> list[Run]:

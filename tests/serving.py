@@ -20,6 +20,7 @@ from torchship.tensors import Array
 
 T = TypeVar("T")
 HERE = "tests.serving"
+LENGTHS = "x:FP32[-1,n:1..64], name:BYTES[-1,n:1..64] -> y:FP32[-1,n:1..64], width:INT64[-1]"
 
 
 @stage("x:FP32[-1,4] -> y:FP32[-1,4]", batched=True, max_batch=8)
@@ -47,6 +48,13 @@ def upper(text: Array) -> Array:
 def mean(x: Array) -> Array:
     found: Array = x.mean(axis=1)
     return found
+
+
+@stage(LENGTHS, batched=True, max_batch=8)
+def lengths(x: Array, name: Array) -> tuple[Array, Array]:
+    """Twice the numbers, and how wide the batch was."""
+    assert x.shape == name.shape
+    return x * 2, np.full(len(x), x.shape[1], np.int64)
 
 
 @stage("x:FP32[-1,4] -> y:FP32[-1,4]", batched=True, max_batch=8)

@@ -60,6 +60,17 @@ def test_json_is_read_the_same_both_ways(data: st.DataObject, kind: str, spaces:
     assert forms.read(learnt) is not None or last, "a plain body is known the second time"
 
 
+def test_what_only_looks_like_the_data_is_not_taken_for_it() -> None:
+    given = b'"inputs":[{"name":"x","shape":[1,1],"datatype":"FP32","data":[7]}]'
+    for text in (b'{"more":{"data":[%d]},' + given + b"}", b"{" + given + b',"more":{"data":[%d]}}'):
+        forms = Forms(None)
+        for value in (7, 8, 7):
+            body = text % value
+            forms.learn(body, decode_request(body, model="m"))
+            known = forms.read(body)
+            assert known is None or known.inputs["x"].tolist() == [[7.0]]
+
+
 @given(st.binary(max_size=40), st.integers(0, 160))
 @settings(max_examples=150, deadline=None)
 def test_damaged_bodies_are_never_taken_for_known_ones(noise: bytes, place: int) -> None:

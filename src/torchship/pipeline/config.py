@@ -17,7 +17,8 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     `inputs` maps the stage's own input names to tensors of the pipeline (`pixels`, or `decode.pixels` for those of
     one stage), `outputs` its own output names to the names under which later stages find them. `parameters` are this
-    pipeline's defaults for values that a request may set.
+    pipeline's defaults for values that a request may set. `buckets` are lengths by the name of an axis: a server fills
+    rows up to the next one, so that rows of different lengths share a batch.
     """
 
     run: str = ""
@@ -33,6 +34,7 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     device: str = "cpu"
     threads: int = 0
     max_batch: int = 0
+    buckets: dict[str, tuple[int, ...]] = {}
     trust: bool = False
 
 
@@ -80,6 +82,7 @@ def read(path: Path | str) -> PipelineConfig:
     if "stages" in data:
         return convert({"name": Path(path).stem, **data})
     models = data.get("model", [])
+    models = models if isinstance(models, list) else []
     found = [(i, model) for i, model in enumerate(models) if isinstance(model, dict) and "stages" in model]
     if len(found) != 1:
         raise BadConfig(f"{path}: holds {len(found)} pipelines, expected one", hint="write `stages = [...]`")

@@ -31,12 +31,18 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[http]`: where REST listens (gRPC too, over HTTP/2); port 0 takes a free one; `max_body` in bytes."""
+    """`[http]`: where REST listens (gRPC too, over HTTP/2); port 0 takes a free one; `max_body` in bytes.
+
+    A `shared` port is listened on by several servers of one user, among whom the kernel deals out connections; at its
+    `own_port` each of them can be asked alone.
+    """
 
     host: str = _LOOPBACK
     port: Port = 8000
     max_body: Count = 64 * 2**20
     forward_headers: str = ""
+    shared: bool = False
+    own_port: Port | None = None
 
 
 class Grpc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -22,6 +22,7 @@ class Edge:
         self, signature: Signature, *, parameters: tuple[Parameter, ...] = (), nan: NanPolicy = "allow"
     ) -> None:
         self.signature = signature
+        self.order: tuple[str, ...] = ()  # of the names in which bytes that came in can be used as they are
         self._nan: NanPolicy = nan
         self._parameters = {parameter.name: parameter for parameter in parameters}
         self._plain: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
@@ -57,6 +58,7 @@ class Edge:
                 job.size = rows * self._row_size
                 if form is not None:
                     form.passed, form.rows, form.size = self, job.rows, job.size
+                    form.usable = form.names == self.order
                 return
         for name, array in tensors.items():
             if array.dtype.hasobject:

@@ -21,6 +21,7 @@ from torchship.serve import logs
 from torchship.serve.access import check_places, gate
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
+from torchship.serve.descriptors import room_for_connections
 from torchship.serve.protocols import grpc, rest
 from torchship.serve.protocols._regions import SharedMemory
 from torchship.serve.protocols._settings import Tracing
@@ -42,18 +43,23 @@ class Server:
         self.service = Service(self.catalog, name=config.name, control=config.control.repository, traces=self._traces)
         self.http: rest.Listener | None = None
         self.grpc: rest.Listener | None = None
+        self.own: rest.Listener | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def open(self) -> Server:
         """Bind the ports first, so that a taken one is told at once, then open all models.
 
+        At a shared port it is the other way round: others answer there as long as we cannot.
         Raises Unavailable for a port, and what the first model that does not open raises.
         """
         for model in self.config.model:
             self.catalog.expect(model)
         try:
-            await self._listen()
+            if not self.config.http.shared:
+                await self._listen()
             await asyncio.gather(*(self._load(model) for model in self.config.model))
+            if self.config.http.shared:
+                await self._listen()
         except BaseException:
             await self.close(patience=0.0)
             raise
@@ -74,6 +80,8 @@ class Server:
             self.service,
             regions=SharedMemory() if control.shared_memory else None,
             tracing=Tracing(folder=Path(control.trace_folder)) if control.trace_folder else Tracing(),
+            scheme="https" if config.tls else "http",
+            guarded=bool(config.token),
             forward="|".join(filter(None, (config.http.forward_headers, HEADERS if self._traces else ""))),
         )
         given: dict[str, Any] = {
@@ -81,14 +89,20 @@ class Server:
             "tls": rest.tls_context(config.tls.certificate, key=config.tls.key, clients=config.tls.clients)
             if config.tls
             else None,
-            "limits": rest.Limits(body=config.http.max_body),
+            "limits": rest.Limits(body=config.http.max_body, connections=room_for_connections()),
             "front": front,
         }
         routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
-        host = config.http.host
-        self.http = await rest.listen(self.service, host=host, port=config.http.port, routes=routes, **given)
+        host, http = config.http.host, config.http
+        self.http = await rest.listen(
+            self.service, host=host, port=http.port, routes=routes, shared=http.shared, **given
+        )
+        if http.own_port is not None:
+            self.own = await rest.listen(self.service, host=host, port=http.own_port, routes=routes, **given)
         if config.grpc:
-            self.grpc = await grpc.listen(self.service, host=config.grpc.host or host, port=config.grpc.port, **given)
+            self.grpc = await grpc.listen(
+                self.service, host=config.grpc.host or host, port=config.grpc.port, shared=http.shared, **given
+            )
 
     @property
     def url(self) -> str:
@@ -103,7 +117,7 @@ class Server:
         if self._watch:
             self._watch.cancel()
         await self.catalog.drain(patience=patience)
-        listeners = [listener for listener in (self.http, self.grpc) if listener]
+        listeners = [listener for listener in (self.http, self.own, self.grpc) if listener]
         await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in listeners))
         await self.catalog.close()
         if self._traces:

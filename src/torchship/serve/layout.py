@@ -13,12 +13,12 @@ from torchship.errors import TorchshipError
 from torchship.pipeline.planning import Node, Plan
 from torchship.serve.arena import size_of_rows
 from torchship.serve.crew import Blueprint
-from torchship.serve.dispatch import Job, Visit
+from torchship.serve.dispatch import Visit
+from torchship.serve.padding import Padding
 from torchship.serve.station import Crew, Station
 from torchship.serve.worker import Kit
 from torchship.stage import Value, select
 from torchship.tensors import Array, NanPolicy
-from torchship.wire.rows import Packed
 
 _SLOT_LIMIT = 2**28  # bytes; a bigger batch travels in memory of its own
 _SLOT_FREE = 2**20  # bytes of a slot for each tensor whose size is not known
@@ -60,13 +60,24 @@ class Leg:
     most: int
     special: bool
     sequential: bool = False
+    padding: Padding | None = None
     drops: tuple[str, ...] = ()
     followers: list[int] = field(default_factory=list)
 
-    def packs(self, tensors: Packed, job: Job) -> bool:
-        """Whether the bytes that came in can be written as they are: they are in order, and nothing is unusual."""
-        known = tensors.form.names == self.takes and not self.special and not job.parameters
-        return known and self.station.fits and job.rows <= self.most
+    @property
+    def lands(self) -> bool:
+        """Whether a batch can go home as one: rows are rows, and no answer needs a second look."""
+        return self.batched and not self.node.streams and self.padding is None
+
+    def cut(self, visit: Visit) -> list[Visit]:
+        """More rows than a batch: several visits, whose answers are joined again."""
+        starts = range(0, visit.rows, self.most)
+        gather = Gather(self, [[]] * len(starts), len(starts), visit.finish)
+        chunks = [[array[start : start + self.most] for array in visit.arrays] for start in starts]
+        return [
+            Visit(visit.job, arrays, len(arrays[0]), gather.add, visit.values, visit.key, index)
+            for index, arrays in enumerate(chunks)
+        ]
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +142,7 @@ def lay(node: Node, *, store: Store, limits: Limits, fail: Callable[[Visit, Torc
         loose=loose if signature.batched else (),
         batched=signature.batched,
         most=node.max_batch,
+        padding=Padding(config.buckets, signature=signature, stage=node.name) if config.buckets else None,
         sequential=any(parameter.name == "sequence_id" for parameter in node.parameters),
         special=bool(loose or defaults or node.streams or (node.after and not node.checked)),
     )

@@ -18,13 +18,14 @@ from torchship.pipeline.composed import take
 from torchship.pipeline.planning import Plan
 from torchship.serve.dispatch import Door, Job, Visit
 from torchship.serve.edge import Edge
-from torchship.serve.layout import Gather, Leg, Limits, lay, shorten
+from torchship.serve.layout import Leg, Limits, lay, shorten
 from torchship.serve.metrics import LineMeter
 from torchship.serve.sequences import Sequences
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
 from torchship.wire.rows import Batch, Outline, Packed, Share
 
+_LATE = 2.5  # seconds without a turn of our own, which comes at least once a second
 _SWEEP = 0.01  # seconds between two looks at deadlines and hangs
 
 
@@ -51,12 +52,15 @@ class Line:
         self._sweeper: asyncio.TimerHandle | None = None
         self._pinger: asyncio.TimerHandle | None = None
         self._pings = 0
+        self._beat = time.monotonic()
         self._empty: asyncio.Event = asyncio.Event()
 
     async def open(self) -> Line:
         """Start all workers and wait until they are ready. Raises what a stage raised when it was opened."""
         for node in self.plan.nodes:
-            self.legs.append(lay(node, store=self._store, limits=self.limits, fail=self._fail_visit))
+            self.legs.append(
+                lay(node, store=self._store, limits=self.limits, fail=lambda visit, fault: self._fail(visit.job, fault))
+            )
         for leg in self.legs:
             for index in leg.node.after:
                 self.legs[index].followers.append(leg.node.index)
@@ -64,7 +68,9 @@ class Line:
                 leg.station.before.append(self.legs[index].station)
         self._only = shorten(self.plan, self.legs)
         self._sequences = self._sequential()
-        if self._only is not None and self._only.batched and not self.streams and self._sequences is None:
+        if self._only is not None and self._only.station.fits and not self._only.special:
+            self.edge.order = self._only.takes
+        if self._only is not None and self._only.lands and self._sequences is None:
             self._outline = Outline(self._only.gives)
             self._only.station.land = self._land
         opening = [asyncio.ensure_future(leg.station.open()) for leg in self.legs]
@@ -168,7 +174,7 @@ class Line:
 
     def _enter(self, job: Job, leg: Leg, tensors: Tensors, now: float) -> None:
         """A job comes to a station."""
-        if type(tensors) is Packed and leg.packs(tensors, job):
+        if type(tensors) is Packed and tensors.form.usable and not job.parameters and job.rows <= leg.most:
             leg.station.put(Visit(job, tensors.raws, job.rows, self._arrive, leg.defaults, None, leg), now)
             return
         arrays = [tensors[key] for key in leg.takes]
@@ -193,25 +199,17 @@ class Line:
             return
         if job.parameters and node.parameters:
             visit.values = select(node.parameters, job.parameters, node.defaults)
+        if leg.padding is not None:
+            visit.arrays, lengths = leg.padding.widen(visit.arrays)
+            visit.finish = leg.padding.narrowing(lengths, self._arrive)
         if leg.loose or visit.values:
             visit.key = (*[visit.arrays[i].shape[1:] for i in leg.loose], *visit.values.items())
         if leg.sequential:
             visit.sequence = _sequence(job)
         if node.streams:
             visit.part = self._part
-        if leg.batched and visit.rows > leg.most:
-            self._cut(visit, leg.most, now)
-        else:
-            leg.station.put(visit, now)
-
-    def _cut(self, visit: Visit, most: int, now: float) -> None:
-        """More rows than a batch: they go as several visits and are joined again."""
-        cuts = range(0, visit.rows, most)
-        gather = Gather(visit.leg, [[]] * len(cuts), len(cuts), self._arrive)
-        for index, at in enumerate(cuts):
-            arrays = [array[at : at + most] for array in visit.arrays]
-            part = Visit(visit.job, arrays, len(arrays[0]), gather.add, visit.values, visit.key, index)
-            visit.leg.station.put(part, now)
+        for part in leg.cut(visit) if leg.batched and visit.rows > leg.most else [visit]:
+            leg.station.put(part, now)
 
     def _arrive(self, visit: Visit, outputs: list[Array]) -> None:
         """A station has answered: on to the stations that waited for it, or home."""
@@ -289,9 +287,6 @@ class Line:
         if following is not None:
             self._loop.call_soon(self._launch, following)
 
-    def _fail_visit(self, visit: Visit, fault: TorchshipError) -> None:
-        self._fail(visit.job, fault)
-
     def _fail(self, job: Job, fault: TorchshipError) -> None:
         """Straight home with a fault."""
         if job.done:
@@ -315,23 +310,28 @@ class Line:
 
     def _sweep(self) -> None:
         """Answer what is too late, drop what nobody waits for, kill what hangs. Runs only while jobs are there."""
-        now = time.monotonic()
+        now = self._now()
         jobs = [visit.job for leg in self.legs for visit in leg.station.sweep(now)]
-        if self._sequences is not None:
-            jobs += self._sequences.waiting
+        jobs += self._sequences.waiting if self._sequences is not None else []
         for job in jobs:
-            if job.done:
-                continue
-            if job.deadline <= now:
+            if job.deadline <= now and not job.done:
                 self._fail(job, job.expired())
             elif job.cancelled or (job.gone is not None and job.gone()):
                 self.cancel(job)
         busy = self.door.jobs or any(not leg.station.idle for leg in self.legs)
         self._sweeper = self._loop.call_later(_SWEEP, self._sweep) if busy else None
 
+    def _now(self) -> float:
+        """The time. When we were held up ourselves, workers are not blamed for what we did not hear meanwhile."""
+        before, self._beat = self._beat, time.monotonic()
+        if (late := self._beat - before) > _LATE:
+            for worker in [worker for leg in self.legs for worker in leg.station.workers]:
+                worker.heard += late
+        return self._beat
+
     def _ping(self) -> None:
         self._pings += 1
-        now = time.monotonic()
+        now = self._now()
         self.meter.mark(now)
         if self._sequences is not None:
             self._sequences.sweep(now)

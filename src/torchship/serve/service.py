@@ -195,7 +195,7 @@ def _reply(job: Job) -> None:
     """Tell the caller how a job has ended."""
     answer, whom, request, version, traces = job.context
     job.context = None  # it knows the caller, who may know the job
-    trace = traces.record(job, request, version) if job.spans is not None else ""
+    trace = "" if job.spans is None else _trace(traces, job, request, version)
     if job.fault is not None:
         if isinstance(job.fault, StageFailed):
             facts = {"model": request.model, "version": version, "request": request.id}
@@ -204,6 +204,15 @@ def _reply(job: Job) -> None:
         return
     outputs = _wanted(job.tensors, request) if request.outputs else job.tensors
     answer(whom, request, Response(request.model, version, outputs, request.id, {}, trace))
+
+
+def _trace(traces: Traces, job: Job, request: Request, version: str) -> str:
+    """Record a request; whatever is wrong with that, its caller gets the answer."""
+    try:
+        return traces.record(job, request, version)
+    except Exception:
+        _log.exception("request %s cannot be traced", request.id or "-")
+        return ""
 
 
 def _settle(future: asyncio.Future[Response], request: Request, end: Response | Exception) -> None:

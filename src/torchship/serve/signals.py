@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
+import time
 from typing import TypeAlias
 
 import msgspec
@@ -144,15 +146,27 @@ class Inbox:
         self._buffer = bytearray(LIMIT)
         self._into = [self._buffer]
         self._view = memoryview(self._buffer)
+        watch = select.poll()
+        watch.register(sock, select.POLLIN)
+        self._poll = watch.poll
 
-    def next(self) -> tuple[memoryview, int]:
+    def next(self, *, patience: int = 0) -> tuple[memoryview, int]:
         """One message, valid until the next, and the descriptor that came with it, or -1.
 
-        An empty message: the other side is gone. Raises OSError.
+        For `patience` nanoseconds it looks again and again, which is quicker than to be woken; others may use the
+        core meanwhile. An empty message: the other side is gone. Raises OSError.
         """
+        if patience:
+            self._look(time.monotonic_ns() + patience)
         size, extra, flags, _ = self._receive(self._into, ROOM, socket.MSG_CMSG_CLOEXEC)
         message = self._view[:size]
         return (message, _descriptor(extra, flags)) if extra else (message, -1)
+
+    def _look(self, until: int) -> None:
+        """Return as soon as there is something to read."""
+        poll = self._poll
+        while not poll(0) and time.monotonic_ns() < until:
+            os.sched_yield()
 
 
 def _descriptor(extra: list[tuple[int, int, bytes]], flags: int) -> int:

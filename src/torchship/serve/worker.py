@@ -40,6 +40,9 @@ from torchship.serve.signals import (
 from torchship.stage import Stage
 from torchship.tensors import Array, Tensors, numpy_dtype
 
+_PATIENCE = 150_000  # nanoseconds; who has one quick caller looks for the next request so long before it sleeps
+_CORES = len(os.sched_getaffinity(0))
+
 
 class Post(msgspec.Struct, frozen=True):
     """What a worker is told when it starts: its descriptors, the arena's measures, and how to open its stage.
@@ -113,13 +116,14 @@ class Bench:
         self._text = {spec.name for spec in signature.outputs if spec.dtype == "BYTES"}
         self._batched = signature.batched
         self._lost = ""
+        self._patience = 0
 
     def work(self) -> None:
         """Take, run, pass on, until the host stops us or is gone. Raises SystemExit when the device is lost."""
         inbox = Inbox(self._sock)
         while not self._lost:
             try:
-                message, fd = inbox.next()
+                message, fd = inbox.next(patience=self._patience)
             except (ConnectionError, InterruptedError):
                 return
             if not message:
@@ -142,6 +146,8 @@ class Bench:
                 return
             answers, faults = self._run(take.calls, region)
             ended = time.monotonic_ns()
+            alone = len(take.calls) == 1 and len(take.calls[0].rows) == 1
+            self._patience = _PATIENCE if alone and ended - began < _PATIENCE and _CORES > 1 else 0
             self._pass(take, answers, faults, began=began, ended=ended)
         finally:
             if fd >= 0:

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from torchship.tensors import Array
-from torchship.wire.json_arrays import number_decoder
 from torchship.wire.messages import Request
 from torchship.wire.oip_json import reread
 from torchship.wire.rows import Form, Packed
@@ -21,6 +20,8 @@ from torchship.wire.rows import Form, Packed
 _MARK = b'"data":'
 _LONGEST = 1024  # bytes of what is remembered of a body
 _MOST = 64  # different ones
+_FLOATS = msgspec.json.Decoder(list[float]).decode
+_WHOLE = msgspec.json.Decoder(list[int]).decode
 _CODES = {"e": "e", "f": "f", "d": "d", "b": "b", "B": "B", "h": "h", "H": "H", "i": "i", "I": "I", "l": "q", "L": "Q"}
 
 
@@ -65,8 +66,8 @@ class Forms:
             return None
         try:
             return blank.fill((blank.pack(*blank.read(body[start : len(body) - len(blank.tail)])),))
-        except (msgspec.MsgspecError, struct.error, RecursionError):
-            return None  # the general way tells what is wrong
+        except (msgspec.MsgspecError, struct.error, OverflowError, RecursionError):
+            return None  # the general way tells what is wrong: no list of numbers, too many, too large
 
     def learn(self, body: bytes, request: Request) -> None:
         """Remember a body that was read in the general way, where only its data can differ the next time."""
@@ -105,8 +106,8 @@ def _text(body: bytes, request: Request, form: Form) -> tuple[bytes, _Blank] | N
         return None
     begin = body.find(data, start)
     tail = body[begin + len(data) :]
-    if body[start:begin].strip() or reread(body[:start] + b"[7]" + tail) != b"[7]":
+    if body[start:begin].strip() or any(reread(body[:start] + other + tail) != other for other in (b"[7]", b"[8]")):
         return None
     dtype = form.dtypes[0]
     packer = struct.Struct(f"<{form.sizes[0] // dtype.itemsize}{_CODES[dtype.char]}")
-    return body[:start], _Blank(request, form, tail, number_decoder(dtype), packer.pack)
+    return body[:start], _Blank(request, form, tail, _FLOATS if dtype.kind == "f" else _WHOLE, packer.pack)

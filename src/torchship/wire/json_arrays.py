@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from torchship.errors import BadInput
-from torchship.tensors import Array, dtype_name, numpy_dtype
+from torchship.tensors import Array, numpy_dtype
 from torchship.wire.raw import Buffer, as_bytes, element_count, object_array
 
 # The largest double that still rounds to a finite number of the type.
@@ -40,11 +40,6 @@ def _decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
     for _ in range(depth):
         kind = list[kind]
     return msgspec.json.Decoder(kind)
-
-
-def number_decoder(dtype: np.dtype[Any]) -> Callable[[Buffer], list[Any]]:
-    """Reads a flat JSON list of numbers that the dtype can hold, as Python numbers."""
-    return _decoder(dtype_name(dtype), 1).decode
 
 
 def decode_json_data(data: Buffer | msgspec.Raw, *, name: str, datatype: str, shape: Sequence[int]) -> Array:

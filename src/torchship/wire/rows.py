@@ -20,7 +20,8 @@ class Form(msgspec.Struct, eq=False):
     """What a request says beside its data; one for all requests that say the same.
 
     `sizes` are the bytes of each input.
-    `passed` is whoever has checked these names, dtypes and shapes, `rows` and `size` (bytes) what it measured then.
+    `passed` is whoever has checked these names, dtypes and shapes, `rows` and `size` (bytes) what it measured then;
+    `usable`: it takes the bytes as they are.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,7 @@ class Form(msgspec.Struct, eq=False):
     passed: object = None
     rows: int = 0
     size: int = 0
+    usable: bool = False
 
 
 class Packed(Mapping[str, Array]):
@@ -74,20 +76,21 @@ class Outline(msgspec.Struct, eq=False):
 
 
 class Batch:
-    """What a stage made of many callers' rows; axis 0 of every array holds them."""
+    """What a stage made of many callers' rows; axis 0 of every array holds them.
 
-    __slots__ = ("_raws", "_texts", "arrays", "outline")
+    `plain`: the rows are numbers, which can be cut as text and as bytes. `bodies` is for whoever can write the answers
+    to all callers at once.
+    """
+
+    __slots__ = ("_raws", "_texts", "arrays", "bodies", "outline", "plain")
 
     def __init__(self, outline: Outline, arrays: list[Array]) -> None:
         self.outline = outline
         self.arrays = arrays
+        self.plain = not any(array.dtype.hasobject for array in arrays)
+        self.bodies: tuple[str, str, list[bytes]] | None = None
         self._texts: list[list[bytes]] | None = None
         self._raws: list[tuple[bytes, int]] | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether rows are numbers, which can be cut as text and as bytes."""
-        return not any(array.dtype.hasobject for array in self.arrays)
 
     @property
     def texts(self) -> list[list[bytes]]:

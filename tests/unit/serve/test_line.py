@@ -354,3 +354,30 @@ def test_a_flooded_model_does_not_hold_up_another() -> None:
             await asyncio.gather(*flood)
 
     run(work)
+
+
+def test_a_host_that_was_held_up_does_not_blame_its_workers() -> None:
+    async def work() -> None:
+        async with Opened({"run": "moody"}) as line:
+            (worker,) = line.legs[0].station.workers
+            line._beat -= 60.0
+            worker.heard -= 60.0
+            line._ping()
+            assert worker.state == "ready"
+            worker.heard -= 60.0  # and now it is the worker that says nothing
+            line._ping()
+            assert worker.state == "stopping"
+            await until(lambda: line.ready)
+
+    run(work)
+
+
+def test_workers_keep_to_their_cores_and_let_others_go_first() -> None:
+    async def work() -> None:
+        core = max(os.sched_getaffinity(0))
+        async with Opened({"run": "moody", "copies": 2}, cpus=(core,), nice=5) as line:
+            for worker in line.legs[0].station.workers:
+                assert os.sched_getaffinity(worker.pid) == {core}
+                assert os.getpriority(os.PRIO_PROCESS, worker.pid) >= 5
+
+    run(work)

@@ -12,7 +12,7 @@ from typing import cast
 
 from torchship.errors import TorchshipError
 from torchship.serve.protocols._chunks import Chunks
-from torchship.serve.protocols._coding import COMPRESS_FROM, OFF_LOOP_FROM, decompress, offer, pack
+from torchship.serve.protocols._coding import COMPRESS_FROM, enter, offer, pack
 from torchship.serve.protocols._exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.protocols._http2 import Connection2
 from torchship.serve.protocols._site import Site
@@ -26,8 +26,8 @@ class Connection(asyncio.Protocol):
     """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
 
     __slots__ = (
-        "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused", "_pending",
-        "_refused", "_room", "_since", "_site", "_writable", "transport",
+        "_again", "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused",
+        "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again", "_writable", "transport",
     )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
@@ -40,6 +40,9 @@ class Connection(asyncio.Protocol):
         self._chunks: Chunks | None = None
         self._pending: deque[Exchange] = deque()
         self._closing = False
+        self._again: Head | None = None  # of the last request that came in one piece
+        self._top_again = b""  # its bytes
+        self._size = 0  # and how many bytes such a request has
         self._greeted = False  # whether the first bytes have been looked at
         self._paused = False
         self._refused = False
@@ -94,13 +97,8 @@ class Connection(asyncio.Protocol):
         """Bytes from the peer."""
         if self._closing:
             return
-        if self._greeted and not self._buffer and self._head is None and not self._paused:
-            # nearly always: one whole request, and its head is known
-            end = data.find(b"\r\n\r\n") + 4
-            head = self._site.heads.get(data[:end])
-            if head is not None and head.length == len(data) - end:
-                self._begin(head, data[end:] if head.length < _COPY_BELOW else memoryview(data)[end:])
-                return
+        if self._greeted and not self._buffer and self._head is None and not self._paused and self._whole(data):
+            return
         if self._buffer:
             self._buffer += data
         else:
@@ -109,6 +107,19 @@ class Connection(asyncio.Protocol):
                 self._since = self._site.now
         if not self._paused:
             self._read()
+
+    def _whole(self, data: bytes) -> bool:
+        """Nearly always what comes is one whole request whose head is known, even that of the last one: begin it."""
+        head = self._again
+        if head is None or len(data) != self._size or not data.startswith(self._top_again):
+            end = data.find(b"\r\n\r\n") + 4
+            head = self._site.heads.get(data[:end])
+            if head is None or head.length != len(data) - end:
+                return False
+            self._again, self._top_again, self._size = head, data[:end], len(data)
+        end = self._size - head.length
+        self._begin(head, data[end:] if head.length < _COPY_BELOW else memoryview(data)[end:])
+        return True
 
     def _become_h2(self, early: bytes) -> None:
         """The peer speaks HTTP/2: hand the socket over."""
@@ -153,7 +164,8 @@ class Connection(asyncio.Protocol):
         head = self._site.head_of(buffer[place:end])
         length = head.length
         if 0 <= length <= len(buffer) - end:
-            self._begin(head, memoryview(buffer)[end : end + length] if length else b"")
+            view = memoryview(buffer)[end : end + length]
+            self._begin(head, bytes(view) if length < _COPY_BELOW else view)
             return end + length
         if length > limits.body:
             raise HttpFault(413, f"the body has {length} bytes, the limit is {limits.body}")
@@ -185,46 +197,22 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, head: Head, body: Buffer) -> None:
         """A request is complete: hand it to its endpoint."""
-        exchange = Exchange(self, head, body)
+        exchange, site = Exchange(self, head, body), self._site
         self._pending.append(exchange)
-        self._since = self._site.now
+        self._since = site.now
         if not head.keep_alive:
             self._closing = True
-        if len(self._pending) >= self._site.limits.pipelined:
+        if len(self._pending) >= site.limits.pipelined:
             self._hold()
         try:
-            if self._site.admit is not None:
-                self._site.admit(head.scope, head.headers)
+            if site.admit is not None:
+                site.admit(head.scope, head.headers)
             if head.encoding and body:
-                self._unpack(exchange)
+                enter(exchange, limit=site.limits.body)
             else:
                 head.endpoint(exchange)
         except Exception as fault:
             exchange.fail(fault)
-
-    def _unpack(self, exchange: Exchange) -> None:
-        """Decompress the body first; a large one beside the event loop."""
-        coding, limit = exchange.head.encoding, self._site.limits.body
-        if len(exchange.body) < OFF_LOOP_FROM:
-            exchange.body = decompress(exchange.body, coding=coding, limit=limit)
-            exchange.head.endpoint(exchange)
-            return
-
-        def unpacked(future: asyncio.Future[bytes]) -> None:
-            try:
-                exchange.body = future.result()
-                exchange.job = None
-                if not exchange.gone:
-                    exchange.head.endpoint(exchange)
-            except asyncio.CancelledError:
-                return
-            except Exception as fault:
-                exchange.fail(fault)
-
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(None, lambda: decompress(exchange.body, coding=coding, limit=limit))
-        exchange.job = work
-        work.add_done_callback(unpacked)
 
     def _refuse(self, fault: TorchshipError) -> None:
         """What came is not HTTP that we take: say so after the answers that are due, then close."""
@@ -254,17 +242,18 @@ class Connection(asyncio.Protocol):
         self._send(exchange, status, body, content_type, headers)
 
     def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
-        head = exchange.head
+        head, site, pending = exchange.head, self._site, self._pending
         if head.keep_alive and not head.old:
-            data = b"".join((self._site.top(status, content_type, headers), b"%d\r\n\r\n" % len(body), body))
+            top = site.tops.get((status, content_type, headers)) or site.top(status, content_type, headers)
+            data = b"%b%d\r\n\r\n%b" % (top, len(body), body)
         else:
             data = self._top(head, status, content_type, (*headers, ("content-length", str(len(body))))) + body
         if head.method == "HEAD":
             data = data[: len(data) - len(body)]
-        if self._pending and self._pending[0] is exchange:
-            self._pending.popleft()
+        if pending and pending[0] is exchange:
+            pending.popleft()
             self.transport.write(data)
-            if self._pending or self._closing or self._paused:
+            if pending or self._closing or self._paused:
                 self._flush()
         else:
             exchange.ready = data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from torchship.errors import BadInput
@@ -99,7 +100,13 @@ class Inference:
         try:
             if not end.id:
                 end.id = request.id
-            send_body(exchange, encode_response(end, request, regions=self._regions), trace=end.trace)
+            body = encode_response(end, request, regions=self._regions)
+            if end.trace:
+                send_body(exchange, body, trace=end.trace)
+            elif body.header_length is None:
+                exchange.answer(body.data)
+            else:
+                exchange.answer(body.data, content_type=_OCTETS, headers=_told(body.header_length))
         except Exception as fault:
             exchange.fail(fault)
 
@@ -110,8 +117,13 @@ def send_body(exchange: Exchange, body: Body, *, trace: str = "") -> None:
     if body.header_length is None:
         exchange.answer(body.data, content_type=JSON, headers=headers)
     else:
-        headers = (("inference-header-content-length", str(body.header_length)), *headers)
-        exchange.answer(body.data, content_type=_OCTETS, headers=headers)
+        exchange.answer(body.data, content_type=_OCTETS, headers=(*_told(body.header_length), *headers))
+
+
+@lru_cache(maxsize=256)
+def _told(length: int) -> Headers:
+    """The header of an answer with binary data."""
+    return (("inference-header-content-length", str(length)),)
 
 
 def input_specs(service: Served, model: str, version: str) -> list[TensorSpec]:

@@ -9,6 +9,8 @@ from typing import Any
 from torchship.errors import Unavailable
 from torchship.serve.protocols._site import Site
 
+_HANDSHAKE = 10.0  # seconds
+
 
 class Listener:
     """An open port with its connections."""
@@ -45,12 +47,17 @@ class Listener:
         await asyncio.sleep(0)
 
 
-async def bind(site: Site, protocol: Any, *, host: str, port: int, tls: ssl.SSLContext | None) -> Listener:
-    """Listen. Raises Unavailable where the port cannot be bound."""
+async def bind(
+    site: Site, protocol: Any, *, host: str, port: int, tls: ssl.SSLContext | None, shared: bool = False
+) -> Listener:
+    """Listen; on a `shared` port together with others. Raises Unavailable where the port cannot be bound."""
     loop = asyncio.get_running_loop()
     site.tick(loop.time())
     try:
-        server = await loop.create_server(lambda: protocol(site), host, port, ssl=tls, backlog=1024)
+        server = await loop.create_server(
+            lambda: protocol(site), host, port,
+            ssl=tls, ssl_handshake_timeout=_HANDSHAKE if tls else None, backlog=1024, reuse_port=shared,
+        )  # fmt: skip
     except OSError as fault:
         text = f"cannot listen on {host}:{port}: {fault.strerror}"
         raise Unavailable(text, hint="is it in use? choose another port") from None

@@ -25,11 +25,12 @@ async def listen(
     limits: Limits | None = None,
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
+    shared: bool = False,
     front: Front | None = None,
 ) -> Listener:
     """Serve gRPC until the listener is closed. Raises Unavailable where the port cannot be bound."""
     site = Site(Router(()), limits or Limits(), admit, rpcs=all_rpcs(front or Front(service)))
-    return await bind(site, Connection2, host=host, port=port, tls=tls)
+    return await bind(site, Connection2, host=host, port=port, tls=tls, shared=shared)
 
 
 def all_rpcs(front: Front) -> Mapping[str, Rpc]:

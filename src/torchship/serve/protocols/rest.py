@@ -29,6 +29,7 @@ async def listen(
     limits: Limits | None = None,
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
+    shared: bool = False,
     front: Front | None = None,
     routes: Sequence[Route] = (),
 ) -> Listener:
@@ -38,7 +39,7 @@ async def listen(
     """
     front = front or Front(service)
     site = Site(Router(all_routes(front, routes)), limits or Limits(), admit, rpcs=all_rpcs(front))
-    return await bind(site, Connection, host=host, port=port, tls=tls)
+    return await bind(site, Connection, host=host, port=port, tls=tls, shared=shared)
 
 
 def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:
