@@ -33,7 +33,8 @@ def body_of(data: Any, kind: str, *, spaces: bool, last: bool) -> bytes:
     """A request of one input of two rows, its data before or after the rest."""
     told = {"shape": [2, 2], "datatype": kind}
     given = {"name": 'x"data":', **told, "data": data} if last else {"name": "x", "data": data, **told}
-    text = msgspec.json.encode({"inputs": [given], "parameters": {"timeout": 5_000_000, "top": 3}})
+    outputs = [{"name": "y", "parameters": {"binary_data": True}}][: len(kind) % 2]
+    text = msgspec.json.encode({"inputs": [given], "parameters": {"timeout": 5_000_000, "top": 3}, "outputs": outputs})
     return msgspec.json.format(text, indent=1) if spaces else text
 
 
@@ -44,7 +45,8 @@ def outcome(read: Any) -> Any:
     except BadInput as fault:
         return str(fault)
     arrays = {name: (array.dtype, array.shape, array.tobytes()) for name, array in request.inputs.items()}
-    return arrays, request.parameters, request.deadline, request.priority, request.id, request.binary, request.model
+    said = request.parameters, request.deadline, request.priority, request.id, request.binary, request.model
+    return arrays, said, request.outputs
 
 
 @given(st.data(), st.sampled_from(NUMBERS), st.booleans(), st.booleans())

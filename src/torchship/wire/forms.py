@@ -40,8 +40,8 @@ class _Blank(msgspec.Struct, eq=False):
         """The request with this data."""
         old = self.request
         return Request(
-            old.model, Packed(self.form, raws), old.version, "", dict(old.parameters), (), old.deadline, old.priority,
-            {}, old.binary,
+            old.model, Packed(self.form, raws), old.version, "", dict(old.parameters), old.outputs, old.deadline,
+            old.priority, {}, old.binary,
         )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class Forms:
 
     def learn(self, body: bytes, request: Request) -> None:
         """Remember a body that was read in the general way, where only its data can differ the next time."""
-        if request.id or request.outputs or len(body) > 64 * _LONGEST:
+        if request.id or len(body) > 64 * _LONGEST or any(wish.classification for wish in request.outputs):
             return
         arrays: dict[str, Array] = dict(request.inputs)
         if any(array.dtype.char not in _CODES or not array.size for array in arrays.values()):

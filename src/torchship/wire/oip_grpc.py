@@ -125,7 +125,7 @@ class InferCodec:
         )
         inputs: dict[str, Array] = {}
         raws = list(asked.raw_input_contents)
-        plain = bool(raws)
+        plain = bool(raws) and not any(wish.classification for wish in request.outputs)
         for item in asked.inputs:
             if item.name in inputs:
                 raise BadInput(f"input {item.name!r} is given twice")
