@@ -93,6 +93,19 @@ def test_openapi(client: httpx.Client) -> None:
     assert document["paths"]["/v2/health/live"]["get"]["summary"]
 
 
+def test_a_client_that_calls_everything_octets(client: httpx.Client) -> None:
+    """As aiohttp does, and with it Triton's asynchronous client; a tensor that begins with a brace is still one."""
+    given = {"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0.5] * 16}]}
+    octets = {"content-type": "application/octet-stream"}
+    url = "/v2/models/echo/infer"
+    for _ in range(2):  # the second one is known by its bytes
+        answer = client.post(url, content=json.dumps(given).encode(), headers=octets)
+        assert answer.json()["outputs"][0]["data"] == [0.5] * 16
+    raw = b"{" * 64
+    assert client.post(url, content=raw, headers=octets).status_code == 200
+    assert client.post(url, content=raw[1:], headers=octets).status_code == 400
+
+
 def test_generate(client: httpx.Client) -> None:
     answer = client.post("/v2/models/text/generate", json={"text_input": "hi", "id": "a"}).json()
     assert answer == {"model_name": "text", "model_version": "1", "id": "a", "text_output": "HI"}

@@ -23,7 +23,10 @@ _KNOWN = 256  # models, versions and lengths of the JSON before binary data
 
 
 class _About(NamedTuple):
-    """What a request head says about its body; the same for every request with that head."""
+    """What a request head says about its body; the same for every request with that head.
+
+    `vague`: its content type is what some clients write over whatever they send, JSON too.
+    """
 
     model: str
     version: str
@@ -31,6 +34,7 @@ class _About(NamedTuple):
     plain: bool
     headers: dict[str, str]
     forms: Forms
+    vague: bool
 
 
 class Inference:
@@ -55,7 +59,7 @@ class Inference:
         about: _About | None = head.memo
         if about is None:
             about = head.memo = self._read(head)
-        if about.plain:
+        if about.plain and not (about.vague and _speaks_json(exchange.body)):
             inputs = input_specs(self._service, about.model, about.version)
             request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
             request.binary = about.length is not None  # who sends a picture wants to read the answer
@@ -85,11 +89,12 @@ class Inference:
         kind = headers.get("content-type", "")
         plain = kind.startswith(("image/", _OCTETS)) if length is None else int(length) == 0
         number = None if length is None else int(length)
+        vague = length is None and kind.startswith(_OCTETS)
         key = model, version, _ = head.places["model"], head.places.get("version", ""), number
         if key not in self._forms and len(self._forms) >= _KNOWN:
             self._forms.clear()
         forms = self._forms.setdefault(key, Forms(number))
-        return _About(model, version, number, plain, self._front.forwarded(head), forms)
+        return _About(model, version, number, plain, self._front.forwarded(head), forms, vague)
 
     def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:
         """The callback of one inference."""
@@ -109,6 +114,12 @@ class Inference:
                 exchange.answer(body.data, content_type=_OCTETS, headers=_told(body.header_length))
         except Exception as fault:
             exchange.fail(fault)
+
+
+def _speaks_json(body: Buffer) -> bool:
+    """Whether bytes are the protocol's JSON, and not a tensor that only begins like it."""
+    start = bytes(body[:512])
+    return start.lstrip()[:1] == b"{" and b'"inputs"' in start
 
 
 def send_body(exchange: Exchange, body: Body, *, trace: str = "") -> None:
