@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import subprocess
 import sys
 import threading
@@ -94,6 +95,9 @@ def test_people_come_and_go(client: httpx.Client) -> None:
     assert who(client, obama3) == [None]
     assert client.get("/v1/people/obama").status_code == 404
     assert client.get("/v1/gallery").json()["people"] == 1
+    named = "/v1/people/J%C3%BCrgen%20M"  # as people are called
+    assert client.put(named, content=obama, headers=JPEG).json()["person"] == "Jürgen M"
+    assert client.delete(named).json() == {"person": "Jürgen M", "forgotten": 1}
 
 
 @pytest.mark.timeout(120)
@@ -112,7 +116,8 @@ def test_bad_requests_are_told_why(client: httpx.Client) -> None:
     for content, kind, word in (
         (b"hello", "image/jpeg", "not a picture"),
         (face_kit.picture("obama")[:4000], "image/jpeg", "broken"),
-        (b"", "image/jpeg", "cannot read a body"),
+        (b"", "image/jpeg", "the body is empty"),
+        (b"x", "text/html", "cannot read a body"),
         (b"{", "application/json", "not what is expected"),
         (b'{"image": 5}', "application/json", "not what is expected"),
         (b"--x", "multipart/form-data; boundary=x", "0 pictures"),
@@ -121,9 +126,23 @@ def test_bad_requests_are_told_why(client: httpx.Client) -> None:
         answer = client.post("/v1/faces/detect", content=content, headers={"content-type": kind})
         assert answer.status_code == 400, (content, answer.text)
         assert word in answer.json()["error"]
+    picture = base64.b64encode(face_kit.picture("obama")).decode()
+    for path, word in (
+        ("verify?threshold=abc", "'threshold' is 'abc'"),
+        ("verify?threshold=5", "-1.0 to 1.0"),
+        ("identify?thresold=0.7", "no parameter 'thresold'"),
+    ):
+        body = {"first": picture, "second": picture} if "verify" in path else {"image": picture}
+        answer = client.post(f"/v1/faces/{path}", json=body)
+        assert (answer.status_code, word in answer.json()["error"]) == (400, True), answer.text
+    strict = {"image": picture, "parameters": {"min_score": 1.0}}
+    assert client.post("/v1/faces/detect", json=strict).json() == {"faces": []}
+    assert client.post("/v1/faces/verify", files={"first": b"x"}).json()["error"].startswith("verify takes two")
     assert (
         client.post("/v1/faces/detect?min_score=7", content=face_kit.picture("obama"), headers=JPEG).status_code == 400
     )
+    assert client.get("/v1/people/J%C3%BCrgen%20M").status_code == 404
+    assert client.put("/v1/people/a%2Fb", content=face_kit.picture("obama"), headers=JPEG).status_code == 400
     assert client.put("/v1/people/x", content=face_kit.encoded(Image.new("L", (9, 9)))).status_code == 400
     assert client.get("/v1/people", params={"limit": "many"}).status_code == 400
     assert client.delete("/v1/people/nobody").status_code == 404

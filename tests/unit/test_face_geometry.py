@@ -1,4 +1,4 @@
-"""Anchors, suppression, the 5-point similarity, quality: against slow and obvious versions."""
+"""Anchors, the 5-point similarity, quality: against slow and obvious versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from torchship.stages.faces import geometry, quality
-from torchship.tensors import Array
 
 RANDOM = np.random.default_rng(5)
 
@@ -59,24 +58,6 @@ def test_a_face_at_the_border_is_filled_with_black() -> None:
     assert made.shape == (112, 112, 3)
     assert (made == 0).any()
     assert made.max() == 200
-
-
-@given(st.integers(0, 40), st.floats(0.1, 0.9), st.integers(0, 9))
-def test_suppression_is_greedy(count: int, overlap: float, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    corner = random.uniform(0, 50, (count, 2))
-    boxes = np.concatenate([corner, corner + random.uniform(5, 30, (count, 2))], 1).astype(np.float32)
-    expected: list[int] = []
-    for box in range(count):
-        if all(iou(boxes[box], boxes[other]) <= overlap for other in expected):
-            expected.append(box)
-    assert geometry.suppress(boxes, overlap=overlap, most=1000).tolist() == expected
-    assert geometry.suppress(boxes, overlap=overlap, most=3).tolist() == expected[:3]
-
-
-def iou(a: Array, b: Array) -> float:
-    shared = np.prod((np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0))
-    return float(shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
 
 
 def test_anchors_are_those_of_the_detector() -> None:

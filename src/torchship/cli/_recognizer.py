@@ -34,9 +34,12 @@ class Recognizer:
             raise NotFound(str(fault), hint=f"make the face models first: torchship faces prepare{words}") from None
         self._pipeline = Composed(checked, place)
 
-    def __call__(self, picture: bytes, **parameters: Any) -> Tensors:
-        """`box`, `score`, `points`, `quality`, `embedding` of all faces. Raises BadInput."""
-        return self._pipeline({"image": np.array([picture], np.object_)}, parameters)
+    def __call__(self, picture: bytes, *, what: object = "", **parameters: Any) -> Tensors:
+        """`box`, `score`, `points`, `quality`, `embedding` of all faces. Raises BadInput, which begins with `what`."""
+        try:
+            return self._pipeline({"image": np.array([picture], np.object_)}, parameters)
+        except BadInput as fault:
+            raise BadInput(f"{what}: {fault}" if what else str(fault), hint=fault.hint) from None
 
     def close(self) -> None:
         """Close the models."""

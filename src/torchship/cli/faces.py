@@ -42,40 +42,33 @@ def command() -> None:
 @click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="Pictures with faces to calibrate and judge on [default: seven public ones].")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Build ONNX Runtime fp32 only instead of searching.")
+@click.option("--again", is_flag=True, help="Make the models anew that the store holds already.")
 @click.option("--budget", default=300.0, show_default=True, metavar="SECONDS", help="Search time for each model.")
 @click.option("--goal", type=click.Choice(["latency", "throughput", "size", "memory"]), default="latency")
 @_STORE
-def prepare(*, model: str, data: Path | None, quick: bool, budget: float, goal: Any, store: str) -> None:
-    """Fetch the face models, search the best way to run them here, and publish them."""
+def prepare(*, model: str, store: str, quick: bool, again: bool, **given: Any) -> None:
+    """Fetch the face models, search the best way to run them here, and publish them. What is there is kept."""
     from torchship.artifact import Store
     from torchship.errors import Unavailable
     from torchship.stages.faces.embedders import embedder
 
     try:
-        from torchship.migrate.faces import build
-        from torchship.migrate.faces import prepare as make
+        from torchship.migrate import faces
+        from torchship.optimize.report import line
     except ImportError as fault:
-        raise Unavailable(f"{fault.name} is not installed", hint="pip install 'torchship[optimize]'") from None
-    from torchship.optimize.report import line
+        raise Unavailable(f"{fault.name} is not installed", hint="pip install torch onnx onnxscript") from None
 
+    def tell(text: str) -> None:
+        click.echo(text, err=True)
+
+    place, chosen = Store(store or None), embedder(model)
     if quick:
-        for artifact in build(
-            Store(store or None), model=embedder(model), tell=lambda text: click.echo(text, err=True)
-        ):
-            click.echo(f"{artifact.manifest.name}: {artifact.manifest.recipe.label}  ({artifact.path})")
-        return
-    reports = make(
-        Store(store or None),
-        model=embedder(model),
-        data=data,
-        budget=budget,
-        goal=goal,
-        tell=lambda text: click.echo(text, err=True),
-        on_trial=lambda trial, _done, _total: click.echo(f"  {line(trial)}", err=True),
-    )
-    for report in reports:
-        assert report.winner is not None and report.artifact is not None  # noqa: PT018, S101  # make raises otherwise
-        click.echo(f"{report.facts.name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
+        made = faces.build(place, model=chosen, again=again, tell=tell)
+    else:
+        given["on_trial"] = lambda trial, _done, _total: tell(f"  {line(trial)}")
+        made = faces.prepare(place, model=chosen, again=again, tell=tell, **given)
+    for artifact in made:
+        click.echo(f"{artifact.manifest.name}: {artifact.manifest.recipe.label}  ({artifact.path})")
 
 
 @command.command()
@@ -150,7 +143,7 @@ def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score:
     answers: list[dict[str, Any]] = []
     for path in pictures:
         picture = read(path)
-        found = recognizer(picture, min_score=min_score)
+        found = recognizer(picture, what=path, min_score=min_score)
         hits = book.nearest(found["embedding"], group=given["group"])
         names = [hit[0].person if hit and hit[0].score >= least else "" for hit in hits]
         faces = [
@@ -190,7 +183,7 @@ def verify(
     recognizer = Recognizer(store, model=embedder(model))
     vectors = []
     for path in (first, second):
-        found = recognizer(read(path), min_score=min_score)
+        found = recognizer(read(path), what=path, min_score=min_score)
         vectors.append(found["embedding"][largest(found, what=str(path))])
     similarity = float(vectors[0] @ vectors[1])
     least = recognizer.model.threshold if threshold is None else threshold
@@ -214,8 +207,13 @@ def people(*, person: str | None, gallery: str, group: str, as_json: bool) -> No
     from torchship.cli._recognizer import open_gallery
 
     book = open_gallery(gallery)
-    names = [person] if person else book.page(limit=1_000_000, group=group)
-    found = [book.person(name) for name in names]
+    state = book.still()
+    members = set(book.page(limit=2**31, group=group)) if group else None
+    found = (
+        [book.person(person)]
+        if person
+        else [state.about(name, rows) for name, rows in state.everyone() if members is None or name in members]
+    )
     if as_json:
         _print_json(
             [{"person": p.person, "groups": p.groups, "about": p.about, "templates": p.templates} for p in found]

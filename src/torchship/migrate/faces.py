@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchship.errors import BadInput, GuardRefused, NotFound, NoWinner
+from torchship.errors import BadInput, GuardRefused, NotFound
 from torchship.migrate.dlib_resnet import DlibResnet
 from torchship.migrate.onnx_module import OnnxModule
 from torchship.recipe import Recipe
 from torchship.stages.faces import Align, Find, Open, embedders, recipes, weights
+from torchship.stages.faces.stages import SIDE
 from torchship.tensors import Array, Tensors
 
 if TYPE_CHECKING:
     from torchship.artifact import Artifact, Store
-    from torchship.model import Model
     from torchship.optimize.choose import Goal
     from torchship.optimize.report import Report
 
@@ -83,64 +83,114 @@ def prepare(
     data: Path | None = None,
     budget: float = 240.0,
     goal: Goal = "latency",
+    again: bool = False,
     tell: Callable[[str], None] = lambda _: None,
     on_trial: Any = None,
-) -> list[Report]:
+) -> list[Artifact]:
     """Fetch the weights, search the best way to run the detector and the embedder `model`, and publish both.
 
-    `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched.
-    Raises Unavailable, CorruptArtifact, NoWinner.
+    `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched. What the
+    store holds already is left as it is, unless `again`. Where nothing that runs without torch is found within
+    `budget` seconds, ONNX Runtime fp32 is built. Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
     """
+    model = model or embedders.embedder()
+    missing = _missing(store, model, again=again, tell=tell)
+    if missing:
+        detector, embedding = _modules(model, tell)
+        canvases, chips = material(data or weights.pictures(tell=tell), detector, model=model)
+    for name in missing:
+        tell(f"optimizing {name}")
+        finds = name == recipes.DETECTOR
+        module: nn.Module = detector if finds else embedding
+        samples = canvases if finds else chips
+        key, most = ("canvas", 8) if finds else ("chip", 16)
+        report = _search(
+            store, name, module, key=key, samples=samples, most=most, budget=budget, goal=goal, on_trial=on_trial
+        )
+        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
+            tell(f"{name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
+        else:
+            tell(f"{name}: nothing that runs without torch was found in time, building ONNX Runtime fp32")
+            _build(name, module, samples[:2], store)
+    return _published(store, model)
+
+
+def _search(
+    store: Store,
+    name: str,
+    module: nn.Module,
+    *,
+    key: str,
+    samples: Array,
+    most: int,
+    budget: float,
+    goal: Goal,
+    on_trial: Any,
+) -> Report:
+    """Search for one model; what is found is published when it runs without torch."""
+    from tempfile import TemporaryDirectory
+
+    from torchship.artifact import Store
     from torchship.optimize.guard import Guard
     from torchship.optimize.measure import Effort
     from torchship.optimize.search import optimize
 
-    model = model or embedders.embedder()
-    detector, embedding = _modules(model, tell)
-    canvases, chips = material(data or weights.pictures(tell=tell), detector, model=model)
-    reports = []
-    for name, module, samples in ((recipes.DETECTOR, detector, canvases), (model.artifact, embedding, chips)):
-        tell(f"optimizing {name}")
-        key = "canvas" if name == recipes.DETECTOR else "chip"
+    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
         report = optimize(
             module,
             (torch.from_numpy(samples[:2]),),
             calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
             guard=Guard(cosine=0.985, error=0.2),
             backends=_PORTABLE,
-            effort=Effort(seconds=0.5, max_batch=8 if key == "canvas" else 16),
+            effort=Effort(seconds=0.5, max_batch=most),
             budget=budget,
             goal=goal,
-            store=store,
+            store=Store(scratch),
             name=name,
             on_trial=on_trial,
         )
-        if report.winner is None:
-            raise NoWinner(f"{name}: {report.facts.choice.reason}", hint="give more --budget, or --quick")
-        reports.append(report)
-    return reports
+        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
+            assert report.artifact is not None  # noqa: S101  # a winner is published
+            store.publish(report.artifact.path, name=name)
+    return report
 
 
 def build(
-    store: Store, *, model: embedders.Embedder | None = None, tell: Callable[[str], None] = lambda _: None
+    store: Store,
+    *,
+    model: embedders.Embedder | None = None,
+    again: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[Artifact]:
     """Publish both models as ONNX Runtime fp32 without a search, each checked against its module. Takes a minute.
 
     Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
     """
-    from torchship.optimize.capture import capture
-
-    tell("building the face models")
     model = model or embedders.embedder()
-    detector, embedding = _modules(model, tell)
-    built = []
-    for name, module, shape in (
-        (recipes.DETECTOR, detector, (2, 640, 640, 3)),
-        (model.artifact, embedding, (2, model.side, model.side, 3)),
-    ):
-        noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-        built.append(_build(capture(module, (noise,), name=name), store))
-    return built
+    missing = _missing(store, model, again=again, tell=tell)
+    if missing:
+        detector, embedding = _modules(model, tell)
+    for name in missing:
+        tell(f"building {name}")
+        module: nn.Module = detector if name == recipes.DETECTOR else embedding
+        side = SIDE if name == recipes.DETECTOR else model.side
+        noise = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+        _build(name, module, noise, store)
+    return _published(store, model)
+
+
+def _missing(store: Store, model: embedders.Embedder, *, again: bool, tell: Callable[[str], None]) -> list[str]:
+    """The models that are to be made."""
+    there = [] if again else [name for name in (recipes.DETECTOR, model.artifact) if store.versions(name)]
+    for name in there:
+        tell(f"{name} is in the store already; --again makes it anew")
+    return [name for name in (recipes.DETECTOR, model.artifact) if name not in there]
+
+
+def _published(store: Store, model: embedders.Embedder) -> list[Artifact]:
+    from torchship.artifact import open_artifact
+
+    return [open_artifact(store.resolve(name), verify=False) for name in (recipes.DETECTOR, model.artifact)]
 
 
 def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[Detector, Embedder]:
@@ -149,8 +199,8 @@ def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[De
     return Detector(weights.fetch("retinaface", tell=tell)).eval(), Embedder(model).eval()
 
 
-def _build(model: Model, store: Store) -> Artifact:
-    """One artifact: built, packed, opened from disk, compared, published."""
+def _build(name: str, module: nn.Module, samples: Array, store: Store) -> None:
+    """One artifact on ONNX Runtime fp32: built, packed, opened from disk, compared, published."""
     from datetime import UTC, datetime
     from tempfile import TemporaryDirectory
 
@@ -159,8 +209,10 @@ def _build(model: Model, store: Store) -> Artifact:
     from torchship.artifact.manifest import Provenance
     from torchship.backends import onnxruntime
     from torchship.optimize.cache import hash_model
+    from torchship.optimize.capture import capture
     from torchship.optimize.reference import EagerStage
 
+    model = capture(module, (torch.from_numpy(samples),), name=name)
     example = model.examples[0]
     wanted = EagerStage(model)(example)
     recipe = Recipe("onnxruntime", {"precision": "fp32"})
@@ -186,8 +238,7 @@ def _build(model: Model, store: Store) -> Artifact:
             if error > 2e-3:
                 raise GuardRefused(f"{model.name}: output {key!r} is {error:.1%} off", hint="report this")
         stage.close()
-        number = store.publish(folder, name=model.name)
-    return open_artifact(store.resolve(f"{model.name}@{number}"), verify=False)
+        store.publish(folder, name=model.name)
 
 
 def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
 from torchship.pipeline import embedded
 from torchship.pipeline.config import PipelineConfig, StageConfig
+from torchship.pipeline.options import check_options
 from torchship.stage import Parameter, called, declaration, declared_parameters
 from torchship.stages.remote import Remote, read_options
 from torchship.tensors import Free, Signature
@@ -30,6 +31,10 @@ class Description(msgspec.Struct, frozen=True):
     pipeline: PipelineConfig | None = None
 
 
+_PLAIN = StageConfig()
+_UNUSED = {"run": ("device", "signature"), "artifact": ("options", "signature"), "remote": ("device", "threads")}
+
+
 def describe(config: StageConfig, store: Store) -> Description:
     """Describe a stage in this process: a Python stage's module is imported, an artifact's manifest is read.
 
@@ -39,11 +44,22 @@ def describe(config: StageConfig, store: Store) -> Description:
     if len(kinds) != 1:
         said = f"has {' and '.join(kinds)}" if kinds else "says nothing to run"
         raise BadConfig(f"the stage {said}", hint="give exactly one of run, artifact, remote")
+    _check_fields(config, kinds[0])
     if config.run:
         return _of_python(config)
     if config.artifact:
         return _of_artifact(config, store)
     return _of_remote(config)
+
+
+def _check_fields(config: StageConfig, kind: str) -> None:
+    """Raise BadConfig for a field that means nothing for such a stage, and for numbers that cannot be."""
+    unused = [name for name in _UNUSED[kind] if getattr(config, name) != getattr(_PLAIN, name)]
+    if unused:
+        raise BadConfig(f"{', '.join(unused)}: means nothing for a stage that is {kind}", hint="leave it out")
+    for name, least in (("copies", 1), ("threads", 0), ("max_batch", 0)):
+        if getattr(config, name) < least:
+            raise BadConfig(f"{name} is {getattr(config, name)}, expected {least} or more")
 
 
 def load_body(target: str) -> Any:
@@ -63,7 +79,14 @@ def load_body(target: str) -> Any:
 
 def _of_python(config: StageConfig) -> Description:
     body = load_body(config.run)
-    signature, max_batch = declaration(body, config.options)
+    check_options(body, config.options)
+    try:
+        signature, max_batch = declaration(body, config.options)
+    except TorchshipError:
+        raise
+    except Exception as fault:  # whatever a class does when it is asked to declare its signature
+        words = " ".join(str(fault).split())[:300]
+        raise BadConfig(f"options of {config.run}: {type(fault).__name__}: {words}") from fault
     call = called(body)
     takes_labels = inspect.isclass(body) and "labels" in inspect.signature(body).parameters
     return Description(
@@ -86,12 +109,14 @@ def _of_artifact(config: StageConfig, store: Store) -> Description:
 
 
 def _of_remote(config: StageConfig) -> Description:
+    """What another server's model declares is not known here: the parameters that are given here are passed on."""
+    passed = tuple(Parameter(name, value) for name, value in config.parameters.items())
     signature = _remote_signature(config)
     if signature is not None:
-        return Description(signature, config.max_batch or (64 if signature.batched else 1))
+        return Description(signature, config.max_batch or (64 if signature.batched else 1), passed)
     asked = open_remote(config)
     try:
-        return Description(asked.signature, asked.max_batch)
+        return Description(asked.signature, asked.max_batch, passed)
     finally:
         asked.close()
 

@@ -62,13 +62,14 @@ class Frames:
     """Samples to frames of `size` that begin every `hop` (0: `size`, no overlap); the last is filled with silence."""
 
     def __init__(self, *, size: int = 512, hop: int = 0) -> None:
-        if size < 1 or not 0 <= hop <= size:
-            raise BadConfig(f"frames of {size} every {hop}", hint="size is positive, hop at most size")
+        self.declare(size=size, hop=hop)
         self._size, self._hop = size, hop or size
 
     @classmethod
-    def declare(cls, *, size: int = 512, **_: object) -> str:
-        """The signature for these options."""
+    def declare(cls, *, size: int = 512, hop: int = 0) -> str:
+        """The signature for these options. Raises BadConfig."""
+        if size < 1 or not 0 <= hop <= size:
+            raise BadConfig(f"frames of {size} every {hop}", hint="size is positive, hop at most size")
         return f"samples:FP32[1,-1] -> frames:FP32[1..,{size}]"
 
     def __call__(self, samples: Array) -> Array:

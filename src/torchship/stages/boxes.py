@@ -26,46 +26,6 @@ Overlap: TypeAlias = Annotated[
 Most: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=3000, description="how many boxes at most, best first")]
 
 
-class _Suppressor:
-    """What both stages below do once the boxes are xyxy."""
-
-    def __init__(self, labels: str | Sequence[str], soft: Soft, sigma: float, candidates: int, together: bool) -> None:
-        if soft not in ("", "linear", "gaussian"):
-            raise BadConfig(f"soft is {soft!r}", hint="use linear or gaussian, or leave it out")
-        if sigma <= 0 or candidates < 1:
-            raise BadConfig("sigma and candidates must be positive")
-        self._labels = [name.encode() for name in read_labels(labels)]
-        self._soft, self._sigma, self._candidates, self._together = soft, sigma, candidates, together
-
-    def __call__(self, boxes: Array, scores: Array, least: float, overlap: float, most: int) -> dict[str, Array]:
-        """`boxes` [anchors, 4] in xyxy, `scores` [anchors, classes]."""
-        anchors, classes = np.nonzero(scores >= max(least, 1e-9))
-        found = scores[anchors, classes]
-        best = np.argsort(-found, kind="stable")[: self._candidates]
-        anchors, classes, found = anchors[best], classes[best], found[best]
-        chosen = boxes[anchors]
-        groups = None if self._together else classes
-        if self._soft:
-            keep, found = soft_nms(chosen, found, groups=groups, overlap=overlap, how=self._soft, sigma=self._sigma)
-            enough = found >= max(least, 1e-9)
-            keep, found = keep[enough], found[enough]
-        else:
-            keep = nms(chosen, found, groups=groups, overlap=overlap)
-            found = found[keep]
-        keep, found = keep[:most], found[:most]
-        names = np.empty(len(keep), object)
-        names[:] = [self._name(index) for index in classes[keep].tolist()]
-        return {
-            "boxes": np.ascontiguousarray(chosen[keep], np.float32).reshape(-1, 4),
-            "scores": found.astype(np.float32),
-            "classes": classes[keep].astype(np.int64),
-            "labels": names,
-        }
-
-    def _name(self, index: int) -> bytes:
-        return self._labels[index] if index < len(self._labels) else str(index).encode()
-
-
 _GIVES = "boxes:FP32[0..,4], scores:FP32[0..], classes:INT64[0..], labels:BYTES[0..]"
 
 
@@ -88,8 +48,13 @@ class Nms:
         together: bool = False,
     ) -> None:
         check_format(format)
+        if soft not in ("", "linear", "gaussian"):
+            raise BadConfig(f"soft is {soft!r}", hint="use linear or gaussian, or leave it out")
+        if sigma <= 0 or candidates < 1:
+            raise BadConfig("sigma and candidates must be positive")
         self._format = format
-        self._suppress = _Suppressor(labels, soft, sigma, candidates, together)
+        self._labels = [name.encode() for name in read_labels(labels)]
+        self._soft, self._sigma, self._candidates, self._together = soft, sigma, candidates, together
 
     def __call__(
         self,
@@ -100,35 +65,58 @@ class Nms:
         iou_threshold: Overlap = 0.45,
         max_boxes: Most = 100,
     ) -> dict[str, Array]:
-        plain = convert(boxes[0], given=self._format)
-        return self._suppress(plain, scores[0], score_threshold, iou_threshold, max_boxes)
+        least = max(score_threshold, 1e-9)
+        anchors, classes = np.nonzero(scores[0] >= least)
+        found = scores[0][anchors, classes]
+        best = np.argsort(-found, kind="stable")[: self._candidates]
+        anchors, classes, found = anchors[best], classes[best], found[best]
+        chosen = convert(boxes[0][anchors], given=self._format)
+        groups = None if self._together else classes
+        if self._soft:
+            keep, found = soft_nms(
+                chosen, found, groups=groups, overlap=iou_threshold, how=self._soft, sigma=self._sigma
+            )
+            keep, found = keep[found >= least], found[found >= least]
+        else:
+            keep = nms(chosen, found, groups=groups, overlap=iou_threshold)
+            found = found[keep]
+        keep, found = keep[:max_boxes], found[:max_boxes]
+        names = np.empty(len(keep), object)
+        names[:] = [self._name(index) for index in classes[keep].tolist()]
+        return {
+            "boxes": np.ascontiguousarray(chosen[keep], np.float32).reshape(-1, 4),
+            "scores": found.astype(np.float32),
+            "classes": classes[keep].astype(np.int64),
+            "labels": names,
+        }
+
+    def _name(self, index: int) -> bytes:
+        return self._labels[index] if index < len(self._labels) else str(index).encode()
 
 
 @stage(f"boxes:FP32[1,-1,4], scores:FP32[1,-1,-1], frame:FP32[1,5] -> {_GIVES}")
 class Detections:
-    """The same for a detector behind `Letterbox`: boxes are scaled back to pixels of the original picture and cut at
+    """`Nms` for a detector behind `Letterbox`: boxes are scaled back to pixels of the original picture and cut at
     its edges. `units` is what the model's boxes are in: pixels of its input, or parts of its `size`.
     """
 
     def __init__(
         self,
         *,
-        format: Format = "xyxy",
         units: Literal["pixels", "parts"] = "pixels",
         size: int | Sequence[int] = 640,
+        format: Format = "xyxy",
         labels: str | Sequence[str] = (),
         soft: Soft = "",
         sigma: float = 0.5,
         candidates: int = 3000,
         together: bool = False,
     ) -> None:
-        check_format(format)
         if units not in ("pixels", "parts"):
             raise BadConfig(f"units is {units!r}", hint="use pixels or parts")
         height, width = (size, size) if isinstance(size, int) else size
-        self._format = format
-        self._scale = np.array([width, height] * 2, np.float32) if units == "parts" else None
-        self._suppress = _Suppressor(labels, soft, sigma, candidates, together)
+        self._scale = np.array([width, height] * 2, np.float32) if units == "parts" else np.float32(1)
+        self._nms = Nms(format=format, labels=labels, soft=soft, sigma=sigma, candidates=candidates, together=together)
 
     def __call__(
         self,
@@ -140,10 +128,8 @@ class Detections:
         iou_threshold: Overlap = 0.45,
         max_boxes: Most = 100,
     ) -> dict[str, Array]:
-        plain = convert(boxes[0], given=self._format)
-        if self._scale is not None:
-            plain = plain * self._scale
-        found = self._suppress(plain, scores[0], score_threshold, iou_threshold, max_boxes)
+        limits = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
+        found = self._nms(boxes * self._scale, scores, max_boxes=max_boxes, **limits)
         return {**found, "boxes": scale_back(found["boxes"], frame[0])}
 
 

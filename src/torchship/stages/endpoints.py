@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 
 from torchship.errors import BadConfig
 
@@ -30,7 +31,7 @@ class Endpoint:
     def parse(cls, url: str) -> Endpoint:
         """Read `grpc://host:port/model` or `grpcs://host:port/model/version`. Raises BadConfig."""
         found = _URL.fullmatch(url)
-        if not found:
+        if not found or int(found["address"].rpartition(":")[2]) > 65_535:
             raise BadConfig(f"{url!r} is not an endpoint", hint="as in grpc://127.0.0.1:8001/classify")
         return cls(found["address"], found["model"], found["version"] or "", secure=found["scheme"] == "grpcs")
 
@@ -42,6 +43,7 @@ class Endpoint:
 class Endpoints:
     """Servers in turn. `failures` in a row open the circuit of one for `pause` seconds, twice as long each time up to
     half a minute. Retries may be `ratio` of all requests, with a small reserve (a retry budget, as in Finagle).
+    All methods may be called from any thread.
     """
 
     all: Sequence[Endpoint]
@@ -52,6 +54,7 @@ class Endpoints:
     reserve: float = 10.0
     tokens: float = field(init=False)
     turn: int = 0
+    lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         self.tokens = self.reserve
@@ -61,32 +64,41 @@ class Endpoints:
 
         None comes when all circuits are open; a second look at one endpoint only when there is no other.
         """
-        self.tokens = min(self.tokens + self.ratio, self.reserve)
-        self.turn += 1
-        order = [self.all[(self.turn + i) % len(self.all)] for i in range(len(self.all))]
+        with self.lock:
+            self.tokens = min(self.tokens + self.ratio, self.reserve)
+            self.turn += 1
+            turn = self.turn
+        order = [self.all[(turn + i) % len(self.all)] for i in range(len(self.all))]
         for attempt in range(most):
             now = self.clock()
             able = [one for one in order if one.opens_at <= now]
-            if not able:
+            if not able or (attempt and not self._may_retry()):
                 return
-            if attempt:
-                if self.tokens < 1:
-                    return
-                self.tokens -= 1
             chosen = able[0]
             order.append(order.pop(order.index(chosen)))
             yield chosen
 
+    def _may_retry(self) -> bool:
+        with self.lock:
+            paid = self.tokens >= 1
+            self.tokens -= paid
+            return paid
+
     def succeeded(self, one: Endpoint) -> None:
         """It answered: its circuit is closed."""
-        one.failures, one.pause, one.opens_at = 0, 0.0, 0.0
+        with self.lock:
+            one.failures, one.pause, one.opens_at = 0, 0.0, 0.0
 
     def failed(self, one: Endpoint) -> None:
         """It did not answer. A trial after a pause that fails opens the circuit again at once."""
-        one.failures += 1
-        if one.failures >= self.failures or one.pause:
-            one.pause = min(max(one.pause * 2, self.pause), 30.0)
-            one.opens_at = self.clock() + one.pause
+        with self.lock:
+            one.failures += 1
+            now = self.clock()
+            if now < one.opens_at:  # it was asked before the circuit opened
+                return
+            if one.failures >= self.failures or one.pause:
+                one.pause = min(max(one.pause * 2, self.pause), 30.0)
+                one.opens_at = now + one.pause
 
     @property
     def opens_in(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torchship.errors import (
     Unavailable,
     Unsupported,
 )
-from torchship.stage import Parameter, Parameters
+from torchship.stage import Parameter, Parameters, Value, join
 from torchship.stages.endpoints import Endpoint, Endpoints
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec
 
@@ -35,7 +37,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`timeout` bounds one attempt and `patience` all attempts of one request, both in seconds.
 
     `retry_ratio` of all requests may be retries; `breaker_failures` in a row stop asking an endpoint for
-    `breaker_pause` seconds. `token_env` names the environment variable with a bearer token, `ca` a file of
+    `breaker_pause` seconds. A batch is asked for in `parallel` parts at the same time, in one for each endpoint when 0.
+    `token_env` names the environment variable with a bearer token, `ca` a file of
     certificates for grpcs. `parameters` are passed on with every request. `max_message` in bytes.
     """
 
@@ -45,6 +48,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     retry_ratio: float = 0.2
     breaker_failures: int = 5
     breaker_pause: float = 1.0
+    parallel: int = 0
     token_env: str = ""
     ca: str = ""
     parameters: dict[str, str | int | float | bool] = {}
@@ -60,8 +64,8 @@ def read_options(options: Mapping[str, Any]) -> Options:
         found = msgspec.convert(dict(options), Options)
     except msgspec.ValidationError as fault:
         raise BadConfig(f"options: {fault}", hint=f"there is {', '.join(Options.__struct_fields__)}") from None
-    if found.attempts < 1 or found.timeout <= 0 or found.patience <= 0:
-        raise BadConfig("options: attempts, timeout and patience must be positive")
+    if found.attempts < 1 or found.timeout <= 0 or found.patience <= 0 or not 0 <= found.parallel <= 256:
+        raise BadConfig("options: attempts, timeout and patience must be positive, parallel 0 to 256")
     return found
 
 
@@ -83,7 +87,7 @@ class Remote:
         try:
             import grpc
         except ImportError:
-            raise Unavailable("remote stages need the package grpcio", hint="pip install torchship[remote]") from None
+            raise Unavailable("remote stages need the package grpcio", hint="pip install grpcio") from None
         self._grpc = grpc
         self._options = options
         found = [Endpoint.parse(url) for url in urls]
@@ -100,18 +104,33 @@ class Remote:
         try:
             self.signature = signature or self._metadata()
         except BaseException:
-            self.close()
+            self._hang_up()
             raise
         self.max_batch = max_batch or (64 if self.signature.batched else 1)
+        self._parts = (options.parallel or len(found)) if _splits(self.signature) else 1
+        self._pool = ThreadPoolExecutor(self._parts, "remote")  # starts no thread before it is needed
 
     def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
-        """One answer of some endpoint. Raises what the server said, Expired when none answered in time, Unavailable
+        """The answers of some endpoints. Raises what the server said, Expired when none answered in time, Unavailable
         when none could be asked.
         """
+        given = {**self._options.parameters, **parameters}
+        rows = len(next(iter(tensors.values()))) if self._parts > 1 else 1
+        parts = min(self._parts, rows)
+        if parts < 2:
+            return self._infer(tensors, given)
+        ends = [rows * part // parts for part in range(parts + 1)]
+        asked = [
+            self._pool.submit(self._infer, {name: array[start:end] for name, array in tensors.items()}, given)
+            for start, end in pairwise(ends)
+        ]
+        wait(asked)
+        return join([one.result() for one in asked])
+
+    def _infer(self, tensors: Tensors, given: dict[str, Value]) -> Tensors:
         from torchship.wire.asking import decode_grpc, encode_grpc
         from torchship.wire.messages import Request
 
-        given = {**self._options.parameters, **parameters}
         bodies: dict[tuple[str, str], bytes] = {}
 
         def body(one: Endpoint) -> bytes:
@@ -124,6 +143,10 @@ class Remote:
 
     def close(self) -> None:
         """Close all connections."""
+        self._pool.shutdown(wait=False)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         for channel in self._channels.values():
             channel.close()
 
@@ -156,9 +179,9 @@ class Remote:
             return answer
         if fault is not None:
             raise fault
-        wait = self._endpoints.opens_in
+        pause = self._endpoints.opens_in
         names = ", ".join(map(str, self._endpoints.all))
-        raise Busy(f"no endpoint of {names} answers", hint="they failed again and again", retry_after=max(wait, 0.1))
+        raise Busy(f"no endpoint of {names} answers", hint="they failed again and again", retry_after=max(pause, 0.1))
 
     def _judge(self, one: Endpoint, refusal: Any) -> tuple[TorchshipError, bool]:
         """Our error for the server's, and whether another attempt may help."""
@@ -188,6 +211,12 @@ class Remote:
         if not token:
             raise BadConfig(f"the environment has no {self._options.token_env}", hint="set it to the server's token")
         return (("authorization", f"Bearer {token}"),)
+
+
+def _splits(signature: Signature) -> bool:
+    """Whether a batch may be cut: its answers can be joined again, for all of them have rows of one shape."""
+    axes = [axis for spec in signature.outputs for axis in spec.shape[1:]]
+    return signature.batched and all(isinstance(axis, int) for axis in axes)
 
 
 def _error(code: str, message: str) -> TorchshipError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +79,7 @@ def test_a_dead_endpoint_costs_nothing_but_a_retry(url: str, told: Behaviour) ->
     stage = remote(DEAD, url, breaker_failures=2)
     for _ in range(6):
         stage(X)
-    assert len(told.calls) == 6
+    assert told.rows == 6 * 3
     stage.close()
 
 
@@ -119,6 +121,68 @@ def test_a_server_that_comes_back_is_found_again(told: Behaviour) -> None:
     stage.close()
 
 
+def test_a_batch_is_cut_for_several_endpoints(told: Behaviour) -> None:
+    told.delay = 0.02
+    other = Behaviour(delay=0.02)
+    x = np.arange(46, dtype=np.float32).reshape(23, 2)
+    with serve(told) as port, serve(other) as second:
+        urls = [f"grpc://127.0.0.1:{number}/double" for number in (port, second)]
+        stage = remote(*urls)
+        np.testing.assert_array_equal(stage({"x": x})["y"], x * 2)
+        assert [len(told.calls), len(other.calls)] == [1, 1]
+        np.testing.assert_array_equal(stage({"x": x[:1]})["y"], x[:1] * 2)
+        stage.close()
+        many = remote(urls[0], parallel=8)
+        for _ in range(5):
+            np.testing.assert_array_equal(many({"x": x})["y"], x * 2)
+        many.close()
+        other.fail, other.times = "UNAVAILABLE", 1  # one part is asked for again, the other is not
+        before = len(told.calls) + len(other.calls)
+        stage = remote(*urls)
+        np.testing.assert_array_equal(stage({"x": x})["y"], x * 2)
+        assert len(told.calls) + len(other.calls) == before + 3
+        told.fail, told.times, other.fail, other.times = "INTERNAL", 1, "INTERNAL", 1
+        with pytest.raises(StageFailed, match="as told"):
+            stage({"x": x})
+        stage.close()
+    assert told.most > 1, "nothing was asked at the same time"
+
+
+def test_a_killed_endpoint_is_left_alone(told: Behaviour) -> None:
+    with serve(told) as port:
+        with serve(Behaviour()) as second:
+            stage = remote(
+                *(f"grpc://127.0.0.1:{n}/double" for n in (port, second)), breaker_failures=2, breaker_pause=60
+            )
+            stage(X)
+        began = time.monotonic()
+        for _ in range(40):
+            np.testing.assert_array_equal(stage(X)["y"], X["x"] * 2)
+        assert time.monotonic() - began < 30, "each call waited for the dead one"
+        stage.close()
+
+
+def test_grpcs_trusts_the_given_authority_only(told: Behaviour, tmp_path: Path) -> None:
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    for name in ("server", "stranger"):
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem"]
+        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        subprocess.run([*words, *files, *names], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    papers = (tmp_path / "server.key").read_bytes(), (tmp_path / "server.pem").read_bytes()
+    with serve(told, papers=papers) as port:
+        url = f"grpcs://localhost:{port}/double"
+        stage = remote(url, ca=str(tmp_path / "server.pem"))
+        np.testing.assert_array_equal(stage(X)["y"], X["x"] * 2)
+        stage.close()
+        for options in ({"ca": str(tmp_path / "stranger.pem")}, {}):
+            stage = remote(url, attempts=1, timeout=2.0, **options)
+            with pytest.raises(Unavailable):
+                stage(X)
+            stage.close()
+    with pytest.raises(BadConfig, match=r"options\.ca"):
+        remote(url, ca=str(tmp_path / "none.pem"))
+
+
 def test_as_a_stage_of_a_pipeline(url: str) -> None:
     stages = (
         StageConfig(run=f"{BODIES}:parse"),
@@ -130,6 +194,17 @@ def test_as_a_stage_of_a_pipeline(url: str) -> None:
     composed = Composed(found)
     assert composed({"text": np.array([b"1,2,3"], object)})["rows"].tolist() == [3]
     composed.close()
+
+
+def test_parameters_that_it_names_are_passed_on(url: str, told: Behaviour) -> None:
+    found = plan(PipelineConfig("p", (StageConfig(remote=url, parameters={"top": 1, "group": ""}),)))
+    assert {p.name: p.default for p in found.parameters} == {"top": 1, "group": ""}
+    composed = Composed(found)
+    composed(X, {"top": 3, "other": 7})
+    with pytest.raises(BadInput, match="'top'"):
+        composed(X, {"top": "many"})
+    composed.close()
+    assert told.calls == [{"model": "double", "top": 3, "group": ""}]
 
 
 def test_faults_of_configuration(url: str) -> None:

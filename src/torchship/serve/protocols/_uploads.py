@@ -40,6 +40,8 @@ def read(exchange: Exchange) -> Upload:
             raise BadInput(f"the body is not what is expected here: {fault}", hint=_KINDS) from None
     elif body and (kind.startswith("image/") or kind in ("", "application/octet-stream")):
         found = Upload(image=body)
+    elif not body:
+        raise BadInput("the body is empty", hint=_KINDS)
     else:
         raise BadInput(f"cannot read a body of type {kind[:60]!r}", hint=_KINDS)
     if found.image:

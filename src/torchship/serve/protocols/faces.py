@@ -18,7 +18,7 @@ from torchship.serve.protocols import _uploads
 from torchship.serve.protocols._exchange import Exchange
 from torchship.serve.protocols._routes import Route
 from torchship.serve.protocols._served import Served
-from torchship.stage import Value
+from torchship.stage import Parameter, Value
 from torchship.stages.faces import enrolment, recipes
 from torchship.stages.faces.embedders import Embedder, embedder
 from torchship.stages.faces.quality import Gate
@@ -27,6 +27,7 @@ from torchship.tensors import Tensors
 from torchship.wire.messages import Request, WantedOutput
 
 _MOST_PICTURES = 32
+_THRESHOLD = Parameter("threshold", 0.0, -1.0, 1.0, "least cosine similarity to be one person")
 
 
 def configuration(
@@ -93,16 +94,17 @@ class _Pictures:
 
     def __init__(self, service: Served, model: Embedder, *, detect: str, embed: str, identify: str) -> None:
         self._service, self._model = service, model
-        self._detect, self._embed, self._identify = detect, embed, identify
+        self._detect, self.embed_model, self._identify = detect, embed, identify
 
     async def detect(self, exchange: Exchange) -> None:
         """One picture: its faces."""
-        found = await self.run(self._detect, _one(exchange), _parameters(exchange), recipes.DETECT_OUTPUTS)
+        picture, values = self._one(exchange, self._detect)
+        found = await self.run(self._detect, picture, values, recipes.DETECT_OUTPUTS)
         exchange.answer_json({"faces": _faces(found)})
 
     async def embed(self, exchange: Exchange) -> None:
         """One picture: its faces with their vectors."""
-        found = await self.embedded(_one(exchange), _parameters(exchange))
+        found = await self.embedded(*self._one(exchange, self.embed_model))
         faces = _faces(found)
         for face, vector in zip(faces, found["embedding"], strict=True):
             face["embedding"] = [round(float(value), 6) for value in vector]
@@ -111,11 +113,11 @@ class _Pictures:
     async def verify(self, exchange: Exchange) -> None:
         """Two pictures: whether their largest faces are one person's."""
         upload = _uploads.read(exchange)
-        pair = [upload.first, upload.second] if upload.first and upload.second else upload.images
+        pair = [picture for picture in (upload.first, upload.second, *upload.images) if picture]
         if len(pair) != 2:
             raise BadInput(f"verify takes two pictures, here are {len(pair)}", hint="name them first and second")
-        values = _parameters(exchange)
-        threshold = float(values.pop("threshold", self._model.threshold))
+        values = self.values(exchange, upload, self.embed_model, also=("threshold",))
+        threshold = float(_THRESHOLD.check(values.pop("threshold", self._model.threshold)))
         both = await asyncio.gather(*(self.embedded(picture, values) for picture in pair))
         rows = [enrolment.largest(found, what=what) for found, what in zip(both, ("first", "second"), strict=True)]
         first, second = (found["embedding"][row] for found, row in zip(both, rows, strict=True))
@@ -126,8 +128,7 @@ class _Pictures:
 
     async def identify(self, exchange: Exchange) -> None:
         """One picture: its faces, and the person of the gallery that each is, if any."""
-        values = _parameters(exchange)
-        found = await self.run(self._identify, _one(exchange), values)
+        found = await self.run(self._identify, *self._one(exchange, self._identify))
         faces = _faces(found)
         for row, face in enumerate(faces):
             known = bool(found["known"][row])
@@ -137,9 +138,27 @@ class _Pictures:
             face["nearest"] = msgspec.json.decode(found["nearest"][row])
         exchange.answer_json({"faces": faces})
 
+    def _one(self, exchange: Exchange, model: str) -> tuple[bytes, dict[str, Value]]:
+        """The one picture of a request, and its parameters."""
+        upload = _uploads.read(exchange)
+        if len(upload.images) != 1:
+            raise BadInput(f"here are {len(upload.images)} pictures, expected one", hint="one request a picture")
+        return upload.images[0], self.values(exchange, upload, model)
+
+    def values(
+        self, exchange: Exchange, upload: _uploads.Upload, model: str, *, also: Sequence[str] = ()
+    ) -> dict[str, Value]:
+        """The parameters in the query and in a JSON body. Raises BadInput for one that the pipeline does not have."""
+        found = {**upload.parameters, **_parameters(exchange)}
+        known = dict.fromkeys([*self._service.model_metadata(model)["parameters"], *also])
+        unknown = sorted(found.keys() - known.keys())
+        if unknown:
+            raise BadInput(f"there is no parameter {unknown[0]!r}", hint=f"there is {', '.join(known)}")
+        return found
+
     async def embedded(self, picture: bytes, values: dict[str, Value]) -> Tensors:
         """The faces of a picture with quality and embedding."""
-        return await self.run(self._embed, picture, values, recipes.FACE_OUTPUTS)
+        return await self.run(self.embed_model, picture, values, recipes.FACE_OUTPUTS)
 
     async def run(
         self, model: str, picture: bytes, values: dict[str, Value], outputs: Sequence[str] = recipes.MATCH_OUTPUTS
@@ -171,7 +190,7 @@ class _People:
         pictures = upload.images + [picture for picture in (upload.first, upload.second) if picture]
         if not 1 <= len(pictures) <= _MOST_PICTURES:
             raise BadInput(f"here are {len(pictures)} pictures, expected 1 to {_MOST_PICTURES}")
-        values = _parameters(exchange)
+        values = self._pictures.values(exchange, upload, self._pictures.embed_model, also=("groups",))
         groups = [word for word in str(values.pop("groups", "")).split(",") if word]
         examined = await asyncio.gather(*(self._examine(picture, values) for picture in pictures))
         faces = [face for face in examined if isinstance(face, enrolment.Face)]
@@ -252,13 +271,6 @@ class _People:
         await self.count(exchange)
 
 
-def _one(exchange: Exchange) -> bytes:
-    images = _uploads.read(exchange).images
-    if len(images) != 1:
-        raise BadInput(f"here are {len(images)} pictures, expected one", hint="one request a picture")
-    return images[0]
-
-
 def _query(exchange: Exchange) -> dict[str, str]:
     return {name: values[-1] for name, values in parse_qs(exchange.head.query).items()}
 
@@ -286,5 +298,10 @@ def _faces(found: Tensors) -> list[dict[str, Any]]:
     ]
     if "quality" in found:
         for face, (side, sharpness, yaw, pitch) in zip(faces, found["quality"].tolist(), strict=True):
-            face["quality"] = {"side": side, "sharpness": sharpness, "yaw": yaw, "pitch": pitch}
+            face["quality"] = {
+                "side": round(side, 1),
+                "sharpness": round(sharpness, 1),
+                "yaw": round(yaw, 3),
+                "pitch": round(pitch, 3),
+            }
     return faces

@@ -138,15 +138,14 @@ def roc_svg(pairs: Pairs, found: Calibration) -> str:
         place(float((pairs.impostor >= t).mean()), float((pairs.genuine >= t).mean())) for t in [*thresholds, 2.0]
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    grid = [
-        f'<line x1="{70 + 500 * n / decades:.0f}" y1="30" x2="{70 + 500 * n / decades:.0f}" y2="370" class="g"/>'
-        f'<text x="{70 + 500 * n / decades:.0f}" y="390" text-anchor="middle">1e-{decades - n}</text>'
-        for n in range(decades + 1)
-    ] + [
-        f'<line x1="70" y1="{30 + 68 * n}" x2="570" y2="{30 + 68 * n}" class="g"/>'
-        f'<text x="62" y="{34 + 68 * n}" text-anchor="end">{1 - n / 5:.1f}</text>'
-        for n in range(6)
-    ]
+    grid = []
+    for n in range(decades + 1):
+        across, name = 70 + 500 * n / decades, f"1e-{decades - n}" if n < decades else "1"
+        grid.append(f'<line x1="{across:.0f}" y1="30" x2="{across:.0f}" y2="370" class="g"/>')
+        grid.append(f'<text x="{across:.0f}" y="390" text-anchor="middle">{name}</text>')
+    for n in range(6):
+        grid.append(f'<line x1="70" y1="{30 + 68 * n}" x2="570" y2="{30 + 68 * n}" class="g"/>')
+        grid.append(f'<text x="62" y="{34 + 68 * n}" text-anchor="end">{1 - n / 5:.1f}</text>')
     x, y = place(found.false_match.value, 1 - found.false_non_match.value)
     label = (
         f"threshold {found.threshold:.3f} [{found.threshold_low:.3f}, {found.threshold_high:.3f}], "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torchship.errors import Denied, NotFound
 from torchship.stages.faces.weights import WEIGHTS
@@ -22,7 +23,7 @@ class Embedder:
     artifact: str
     width: int
     side: int
-    template: str
+    template: Literal["arcface", "dlib"]
     geometry: str
     threshold: float
 

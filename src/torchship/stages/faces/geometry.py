@@ -1,4 +1,4 @@
-"""Where faces lie and how they are turned upright: anchors, suppression of doubles, the 5-point similarity."""
+"""Where faces lie and how they are turned upright: anchors and the 5-point similarity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from torchship.stages.boxes import nms
 
 Floats = NDArray[np.float32]
 _STRIDES = ((8, (16, 32)), (16, (64, 128)), (32, (256, 512)))
@@ -51,22 +53,8 @@ def decode(
     half = np.exp(loc[chosen, 2:] * _SIZE) * sizes / 2
     boxes = np.concatenate([centre - half, centre + half], 1)
     points = base[:, None] + landmarks[chosen].reshape(-1, 5, 2) * _CENTRE * sizes[:, None]
-    kept = suppress(boxes, overlap=overlap, most=most)
+    kept = nms(boxes, face[chosen], overlap=overlap)[:most]
     return boxes[kept], face[chosen][kept], points[kept]
-
-
-def suppress(boxes: Floats, *, overlap: float, most: int) -> NDArray[np.int64]:
-    """Greedy non-maximum suppression of boxes that come best first; the numbers of those that stay."""
-    area = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
-    left = np.arange(len(boxes))
-    kept: list[int] = []
-    while len(left) and len(kept) < most:
-        best, left = left[0], left[1:]
-        kept.append(int(best))
-        shared = (np.minimum(boxes[left, 2:], boxes[best, 2:]) - np.maximum(boxes[left, :2], boxes[best, :2])).clip(0)
-        inside = shared.prod(1)
-        left = left[inside <= overlap * (area[left] + area[best] - inside)]
-    return np.array(kept, np.int64)
 
 
 def similarity(source: Floats, target: Floats) -> Floats:

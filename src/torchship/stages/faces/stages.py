@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -99,7 +99,7 @@ class Align:
     `template` says where the embedder wants the face: `arcface` or `dlib`. Quality is always measured on the first.
     """
 
-    def __init__(self, *, side: int = CHIP, template: str = "arcface") -> None:
+    def __init__(self, *, side: int = CHIP, template: Literal["arcface", "dlib"] = "arcface") -> None:
         if template not in geometry.TEMPLATES:
             raise BadConfig(f"template is {template!r}", hint=f"use one of {', '.join(geometry.TEMPLATES)}")
         self._side, self._template = side, template

@@ -1,11 +1,13 @@
 """An exhaustive approximate scan: every vector as 4-bit product codes, looked up in registers, for a short list.
 
 Method: product quantization (Jégou, Douze and Schmid 2011) with 16 centroids a sub-vector of 4 dimensions, scanned with
-SIMD table lookups (André, Kermarrec and Le Scouarnec 2017; faiss `IndexPQFastScan`). Vectors are rotated first by a
+SIMD table lookups (André, Kermarrec and Le Scouarnec 2017; faiss `IndexPQFastScan`). Shorter vectors get sub-vectors
+of 2 dimensions (up to 256) or 1 (up to 128), so that their codes are as many. Vectors are rotated first by a
 fixed random rotation (signs and Hadamard, twice), after which every sub-vector of a unit vector is close to a Gaussian:
 so one codebook of 16 points serves all of them, is known beforehand, and never needs training or re-coding.
 
-No graph: a row costs d/8 bytes, is found from the moment it is added, and a filter never breaks connectivity.
+No graph: a row of up to 512 numbers costs at most 64 bytes, is found from the moment it is added, and a filter never
+breaks connectivity.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Floats = NDArray[np.float32]
 CHUNK = 131_072
 _BLOCK = 32
 # Lloyd's optimum of 16 points for a 4-dimensional standard normal: mean squared error 0.341 a dimension.
-_POINTS = np.array(
+_FOUR = np.array(
     [
         [0.0175, 0.719, 0.005, -1.5545], [0.111, 0.6949, -1.489, -0.3406], [-0.849, 0.5465, -0.7747, 1.1384],
         [0.8211, -1.228, 0.7431, 0.4163], [-1.3136, -0.3646, -0.7886, -0.6647], [-1.2448, 1.0308, 0.4847, -0.2183],
@@ -34,6 +36,15 @@ _POINTS = np.array(
     ],
     np.float32,
 )  # fmt: skip
+# Of 4 points for one dimension, in pairs (0.118), and of 16 for one (0.0115): Max 1960, table I.
+_PAIR = np.array([[x, y] for x in (-1.5104, -0.4528, 0.4528, 1.5104) for y in (-1.5104, -0.4528, 0.4528, 1.5104)])
+_HALF = np.array([0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0691, 2.7326])
+_ONE = np.concatenate([-_HALF[::-1], _HALF])[:, None]
+
+
+def _points(padded: int) -> Floats:
+    """The 16 centroids for vectors of so many numbers, of shape (16, dimensions of a sub-vector)."""
+    return np.asarray(_ONE if padded <= 128 else _PAIR if padded <= 256 else _FOUR, np.float32)
 
 
 def rotation(width: int) -> Floats:
@@ -72,9 +83,10 @@ class Codes:
         self._pool.shutdown(wait=False)
 
     def _empty(self) -> Any:
-        width = self._rotation.shape[1]
-        chunk = self._faiss.IndexPQFastScan(width, width // 4, 4, self._faiss.METRIC_INNER_PRODUCT, _BLOCK)
-        centroids = np.tile((_POINTS / np.float32(np.sqrt(width))).ravel(), width // 4)
+        width, points = self._rotation.shape[1], _points(self._rotation.shape[1])
+        parts = width // points.shape[1]
+        chunk = self._faiss.IndexPQFastScan(width, parts, 4, self._faiss.METRIC_INNER_PRODUCT, _BLOCK)
+        centroids = np.tile((points / np.float32(np.sqrt(width))).ravel(), parts)
         self._faiss.copy_array_to_vector(centroids, chunk.pq.centroids)
         chunk.is_trained = True
         return chunk
@@ -123,7 +135,8 @@ class Codes:
 
     def load(self, data: bytes, *, rows: int) -> None:
         """Take over what `packed` gave for `rows` rows. Raises CorruptArtifact when the size does not fit."""
-        per_row = self._rotation.shape[1] // 8
+        width = self._rotation.shape[1]
+        per_row = width // _points(width).shape[1] // 2
         sizes = [min(CHUNK, rows - start) for start in range(0, rows, CHUNK)]
         padded = [-(-size // _BLOCK) * _BLOCK * per_row for size in sizes]
         if sum(padded) != len(data):

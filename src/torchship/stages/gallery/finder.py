@@ -39,8 +39,9 @@ class Finder:
         self._codes: Codes | None = None
         rows = len(state.vectors)
         if packed and rows > exact_below:
-            self._dense, self._codes = None, Codes(state.width, threads=threads)
-            self._codes.load(packed, rows=rows)
+            codes = Codes(state.width, threads=threads)
+            codes.load(packed, rows=rows)
+            self._dense, self._codes = None, codes
         elif rows:
             self.add(rows)
 

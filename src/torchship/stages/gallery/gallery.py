@@ -24,6 +24,7 @@ from torchship.errors import BadInput, Denied, NotFound
 from torchship.stages.gallery import pictures, records, snapshot
 from torchship.stages.gallery.finder import EXACT_BELOW, Finder, Hit
 from torchship.stages.gallery.records import Forget, Put, Record, Template
+from torchship.stages.gallery.state import Person, State
 
 _PERSON = re.compile(r"[\w][\w .@+\-]{0,199}")
 _T = TypeVar("_T")
@@ -41,16 +42,6 @@ class Enrolment:
     qualities: Sequence[float] = ()
     faces: Sequence[bytes] = ()
     replace: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Person:
-    """A person as the gallery knows them; `templates` maps the number of each template to its quality."""
-
-    person: str
-    groups: tuple[str, ...]
-    about: dict[str, str]
-    templates: dict[int, float]
 
 
 class Gallery:
@@ -274,12 +265,13 @@ class Gallery:
     def person(self, person: str) -> Person:
         """Raises NotFound."""
         state = self._current().state
-        number = state.people.number.get(person)
-        if number is None:
+        if person not in state.people.number:
             raise NotFound(f"the gallery holds no person {person!r}")
-        rows = state.rows_of(person)
-        templates = dict(zip(state.serial.take(rows).tolist(), state.quality.take(rows).tolist(), strict=True))
-        return Person(person, state.people.groups(number), dict(state.people.about.get(number, {})), templates)
+        return state.about(person, state.rows_of(person))
+
+    def still(self) -> State:
+        """What the gallery holds now, for reading all of it: its rows stay where they are, whatever happens after."""
+        return self._current().state
 
     def page(self, *, after: str = "", limit: int = 100, group: str = "") -> list[str]:
         """Up to `limit` persons in the order they came, behind `after`. Raises NotFound for an unknown `after`."""
@@ -302,16 +294,14 @@ class Gallery:
 
     def vectors_of(self, person: str) -> NDArray[np.float32]:
         """The vectors of a person, shape (n, width)."""
-        state = self._current().state
+        state = self.still()
         return state.vectors.take(state.rows_of(person)).astype(np.float32)
 
     def faces_of(self, person: str) -> dict[int, bytes]:
         """The kept faces (JPEG) of a person by template number."""
-        state = self._current().state
+        state = self.still()
         serials = state.serial.take(state.rows_of(person)).tolist()
-        return {
-            number: pictures.read(self.root, state.pictures[number]) for number in serials if number in state.pictures
-        }
+        return {n: pictures.read(self.root, state.pictures[n]) for n in serials if n in state.pictures}
 
     def recall(self, *, queries: int = 200, similarity: float = 0.6, effort: int = 256, seed: int = 0) -> float:
         """The share of noisy copies of enrolled vectors (cosine `similarity`) whose nearest person is the same by the

@@ -38,6 +38,14 @@ def read(root: Path, digest: bytes) -> bytes:
         raise NotFound(f"the kept face {digest.hex()} is missing from {root}") from None
 
 
+def size(root: Path, digest: bytes) -> int:
+    """Bytes of a kept face; 0 when the file is gone."""
+    try:
+        return _path(root, digest).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def remove(root: Path, digests: Iterable[bytes]) -> None:
     """Remove faces that no template names any more."""
     for digest in digests:

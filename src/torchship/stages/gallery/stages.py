@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from torchship.errors import BadInput
+from torchship.errors import BadConfig, BadInput
 from torchship.stage import stage
 from torchship.stages.gallery.gallery import Enrolment, Gallery
 from torchship.tensors import Array
@@ -78,6 +78,8 @@ class Merge:
     @classmethod
     def declare(cls, *, shards: int) -> str:
         """The signature for so many shards."""
+        if shards < 1:
+            raise BadConfig(f"shards is {shards}, expected 1 or more")
         names = ", ".join(f"similarity_{n}:FP32[-1], nearest_{n}:BYTES[-1]" for n in range(shards))
         return f"{names} -> {_ROWS}"
 
