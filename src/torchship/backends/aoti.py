@@ -37,7 +37,7 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     if hardware.gpus:
         wishes.append({"device": "cuda", "precision": "fp16", **layout})
     if place.has_bf16(hardware):
-        wishes.append({"precision": "bf16"})
+        wishes.append({"precision": "bf16", "mode": "cast", **layout})
     wishes.append({"precision": "fp32"})
     return [Recipe("aoti", wish) for wish in wishes]
 
