@@ -27,6 +27,13 @@ def render(rows: Sequence[dict[str, Any]], *, title: str) -> str:
     )
 
 
+def _ticks(top: float) -> list[float]:
+    """Four to nine round numbers from 0 to at most `top`."""
+    step = 10.0 ** math.floor(math.log10(top / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if top / (step * factor) < 10)
+    return [step * place for place in range(int(top / step) + 1)]
+
+
 def _cell(value: Any) -> str:
     return escape(f"{value:,.2f}" if isinstance(value, float) else str(value))
 
@@ -51,8 +58,7 @@ def _plot(rows: Sequence[dict[str, Any]]) -> str:
         height = y(10.0**power)
         parts.append(f'<line x1="{_EDGE}" x2="{_WIDTH - _EDGE}" y1="{height:.1f}" y2="{height:.1f}" stroke="#eee"/>')
         parts.append(f'<text x="{_EDGE - 6}" y="{height + 4:.1f}" text-anchor="end">{10.0**power:g} ms</text>')
-    for step in range(6):
-        rate = right * step / 5
+    for rate in _ticks(right):
         parts.append(f'<text x="{x(rate):.1f}" y="{_HEIGHT - _EDGE + 18}" text-anchor="middle">{rate:,.0f}/s</text>')
     for place, (name, colour) in enumerate(_LINES):
         for kind, dash in (("closed", ""), ("open", "4 3")):

@@ -220,6 +220,6 @@ class Catalog:
         """Take nothing more, and answer what is under way."""
         await asyncio.gather(*(line.drain(patience=patience) for line in self.lines().values()))
 
-    async def close(self) -> None:
-        """Stop all workers."""
-        await asyncio.gather(*(line.close() for line in self.lines().values()))
+    async def close(self, *, grace: float = 5.0) -> None:
+        """Stop all workers; each may end what it runs, within `grace` seconds."""
+        await asyncio.gather(*(line.close(grace=grace) for line in self.lines().values()))

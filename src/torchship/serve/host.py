@@ -119,7 +119,7 @@ class Server:
         await self.catalog.drain(patience=patience)
         listeners = [listener for listener in (self.http, self.own, self.grpc) if listener]
         await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in listeners))
-        await self.catalog.close()
+        await self.catalog.close(grace=min(patience, 5.0))
         if self._traces:
             await asyncio.to_thread(self._traces.close)
 

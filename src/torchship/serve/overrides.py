@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ class _Wish(msgspec.Struct):
     instance_group: list[_Group] | None = None
 
 
+_ROWS = 4096
 _KNOWN = {field.name for field in msgspec.structs.fields(_Wish)}
 
 
@@ -61,6 +63,8 @@ def overridden(config: ModelConfig, text: Any, *, told: Mapping[str, Any]) -> Mo
         changes["max_wait"] = wish.dynamic_batching.max_queue_delay_microseconds / 1e6
     if wish.instance_group and fields["instance_group"] != told.get("instance_group"):
         changes["copies"] = wish.instance_group[0].count
-    if changes.get("max_batch", 1) < 1 or changes.get("copies", 1) < 1 or not 0 <= changes.get("max_wait", 0) <= 10:
-        raise BadInput(f"config: {changes} is out of bounds", hint="sizes of 1 or more, delays of at most 10 seconds")
+    most = {"max_batch": _ROWS, "copies": max(config.copies, 2 * (os.cpu_count() or 1)), "max_wait": 10}
+    for name, value in changes.items():
+        if not (0 if name == "max_wait" else 1) <= value <= most[name]:
+            raise BadInput(f"config: {name} {value} is out of bounds", hint=f"at most {most[name]}")
     return msgspec.structs.replace(config, **changes)

@@ -284,7 +284,7 @@ class Station:
         """A worker is gone: replace it, and run again what it held; the batch that it ran is under suspicion."""
         self.workers.remove(worker)
         text = f"worker {worker.pid} {reason or 'stopped'}"
-        if reason:
+        if reason and worker.fault is None:  # a stage that cannot be opened is told by whoever wanted it
             _log.warning("station %s: %s", self.name, text, extra={"station": self.name, "pid": worker.pid})
         if not self._first.done():
             self._first.set_exception(worker.fault or Unavailable(f"stage {self.name!r} did not open: {text}"))

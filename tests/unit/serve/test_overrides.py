@@ -42,6 +42,8 @@ def test_what_may_be_changed() -> None:
         ("[" * 100_000, "config"),
         ('{"max_batch_size": 0}', "out of bounds"),
         ('{"max_batch_size": "many"}', "config"),
+        ('{"max_batch_size": 1000000}', "out of bounds"),
+        ('{"instance_group": [{"count": 100000}]}', "out of bounds"),
         ('{"dynamic_batching": {"max_queue_delay_microseconds": 99000000}}', "out of bounds"),
         ('{"platform": "onnxruntime"}', "'platform' cannot be changed"),
     ],
