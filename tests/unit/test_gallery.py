@@ -226,6 +226,23 @@ def test_codes_are_the_same_after_loading() -> None:
         Codes(WIDTH).load(b"x", rows=100)
 
 
+@pytest.mark.parametrize(("width", "apart"), [(128, 0.18), (256, 0.5), (512, 1.0)])
+def test_a_short_list_holds_the_nearest_in_a_crowd(width: int, apart: float) -> None:
+    """dlib's vectors: 128 numbers, strangers at a cosine of 0.82, pictures of one person at 0.93."""
+    random = np.random.default_rng(1)
+    crowd = random.standard_normal((6000, width), dtype=np.float32)
+    crowd *= np.sqrt(apart / (1 - apart) / width) if apart < 1 else 1
+    crowd[:, 0] += apart < 1
+    crowd /= np.linalg.norm(crowd, axis=1, keepdims=True)
+    queries = noisy_copies(crowd[:100], similarity=1 - 0.4 * apart, random=random)
+    nearest = (queries @ crowd.T).argmax(1)
+    codes = Codes(width)
+    codes.add(crowd)
+    _, rows = codes.shortlist(queries, count=64)
+    assert sum(best in line for best, line in zip(nearest, rows, strict=True)) == 100
+    codes.close()
+
+
 @pytest.mark.parametrize("width", [3, 64, 100, 512])
 def test_the_rotation_keeps_lengths(width: int) -> None:
     turn = rotation(width)
