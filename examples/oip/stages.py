@@ -39,7 +39,10 @@ def add_sub_int8(first: Array, second: Array) -> tuple[Array, Array]:
 )
 def add_sub_strings(first: Array, second: Array) -> tuple[Array, Array]:
     """The same for numbers that are written out, such as `b"12"`."""
-    one, two = first.astype(np.int64), second.astype(np.int64)
+    try:
+        one, two = first.astype(np.int64), second.astype(np.int64)
+    except (ValueError, OverflowError) as fault:
+        raise BadInput(f"the strings are no numbers: {fault}") from None
     return written(one + two), written(one - two)
 
 

@@ -273,8 +273,9 @@ def test_stream_over_grpc(doors: Doors) -> None:
         result, error = done.get(timeout=20)
         assert "none" in str(error)
         client.async_stream_infer("add_sub", asked(tritonclient.grpc), enable_empty_final_response=True)
-        answers = [done.get(timeout=20)[0].get_response() for _ in range(2)]
-        assert answers[1].parameters["triton_final_response"].bool_param
+        only = done.get(timeout=20)[0]
+        assert only.get_response().parameters["triton_final_response"].bool_param
+        assert (only.as_numpy("OUTPUT1") == 0).all()
         client.stop_stream()
 
 
@@ -317,7 +318,8 @@ def test_a_model_that_streams(real: Doors) -> None:
         answers = [done.get(timeout=20)[0] for _ in range(5)]
         texts = [answer.as_numpy("text_output").tolist() for answer in answers[:4]]
         assert texts == [[b"%d hi" % number] for number in range(4)]
-        assert answers[4].get_response().parameters["triton_final_response"].bool_param
+        last = [answer.get_response().parameters["triton_final_response"].bool_param for answer in answers]
+        assert last == [False] * 4 + [True]
         with pytest.raises(InferenceServerException, match="stream"):
             client.infer("again", [text])
         client.stop_stream()

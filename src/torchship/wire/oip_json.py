@@ -303,7 +303,8 @@ def _output(wish: WantedOutput, response: Response, blobs: list[bytes], regions:
     array = chosen_output(wish, response)
     output = _Output(wish.name, datatype_of(array), list(array.shape))
     if "shared_memory_region" in wish.parameters:
-        output.parameters = write_region(regions, wish, encode_raw(array))
+        # Triton's C++ client looks for a size of binary data wherever an output has parameters
+        output.parameters = {**write_region(regions, wish, encode_raw(array)), "binary_data_size": 0}
     elif wish.binary:
         blobs.append(encode_raw(array))
         output.parameters = {"binary_data_size": len(blobs[-1])}

@@ -41,7 +41,7 @@ class StreamInference:
                 except TorchshipError as fault:
                     self._fail(call, "", fault)
                     continue
-                task = asyncio.ensure_future(self._one(call, request, None if free else before))
+                task = asyncio.ensure_future(self._one(call, request, None if free else before, free=free))
                 before = before if free else task
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
@@ -60,15 +60,19 @@ class StreamInference:
             known[key] = bool(config.get("model_transaction_policy", {}).get("decoupled"))
         return known[key]
 
-    async def _one(self, call: Call, request: Request, before: asyncio.Task[None] | None) -> None:
-        """All answers of one request, after those of the request before it."""
+    async def _one(self, call: Call, request: Request, before: asyncio.Task[None] | None, *, free: bool) -> None:
+        """All answers of one request, after those of the request before it.
+
+        As Triton has it, each says in `triton_final_response` whether it is the last; a `free` model's last one is
+        empty, and only sent to who asks for it.
+        """
         final = bool(request.parameters.pop("triton_enable_empty_final_response", False))
         answers: list[Response] = []
         fault: Exception | None = None
         try:
             if before is None:
                 async for response in self._service.stream(request):
-                    await self._send(call, request, response)
+                    await self._send(call, request, response, last=not free)
             else:
                 answers = [response async for response in self._service.stream(request)]
         except Exception as caught:
@@ -76,15 +80,16 @@ class StreamInference:
         if before is not None:
             await asyncio.wait([before])
         for response in answers:
-            await self._send(call, request, response)
+            await self._send(call, request, response, last=True)
         if fault is not None:
             self._fail(call, request.id, fault)
-        elif final:
-            last = Response(request.model, request.version, {}, request.id, {"triton_final_response": True})
-            await self._send(call, Request(request.model, {}), last)
+        elif final and free:
+            empty = Response(request.model, request.version, {}, request.id)
+            await self._send(call, Request(request.model, {}), empty, last=True)
 
-    async def _send(self, call: Call, request: Request, response: Response) -> None:
+    async def _send(self, call: Call, request: Request, response: Response, *, last: bool) -> None:
         response.id = response.id or request.id
+        response.parameters = {**response.parameters, "triton_final_response": last}
         encoded = self._codec.encode(response, request)
         call.write(_field_two(encoded))
         await call.drained()
