@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import msgspec
 
+from tests.contracts.test_backends import HERE, picture
 from tests.unit.optimize.test_choose import trial
 from torchship.optimize.choose import choose
 from torchship.optimize.order import hopeless, next_up
 from torchship.optimize.rematch import racers
-from torchship.optimize.rescue import Layer, describe, worth_it
+from torchship.optimize.rescue import Layer, describe, gentler, worth_it
 from torchship.optimize.trial import Trial
 from torchship.recipe import Option, Options, Recipe
 
@@ -61,6 +65,15 @@ def test_close_racers_meet_again_with_eager_beside_them() -> None:
     assert racers(trials, choose(trials, goal="latency"), goal="latency") == [1, 2, 0]
     assert racers(trials, choose(trials, goal="size"), goal="size") == []
     assert racers(trials[:2], choose(trials[:2], goal="latency"), goal="latency") == []
+
+
+def test_int8_is_mended_as_a_whole_before_layers_are_left_out() -> None:
+    course: Any = SimpleNamespace(model=picture(), hardware=HERE)
+    equalized, *searched = gentler(Recipe("onnxruntime", INT8), course=course)
+    assert [step.transform for step in equalized.transforms] == ["fuse", "equalize"]
+    assert [recipe.options["range"] for recipe in searched] == ["percentile", "mse", "entropy"]
+    careful = Recipe("onnxruntime", {**INT8, "bias_correction": True, "range": "mse"})
+    assert len(gentler(careful, course=course)) == 1
 
 
 def test_left_out_layers_are_named_worst_first() -> None:
