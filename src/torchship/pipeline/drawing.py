@@ -10,16 +10,18 @@ from torchship.pipeline.planning import Node, Plan
 from torchship.pipeline.wiring import REQUEST
 from torchship.tensors import TensorSpec
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN, _LANE = 280, 62, 48, 84, 24, 16
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN, _LANE = 320, 62, 48, 84, 24, 16
 _ANSWER = "answer"
+_END = "(answer)"  # its key among the boxes: a stage may be called answer, but never this
 _STYLE = """
   text { font: 13px ui-sans-serif, system-ui, sans-serif; fill: #1f2328 }
   .small { font-size: 11px; fill: #59636e }  .name { font-weight: 600 }
+  .label { paint-order: stroke; stroke: #fff; stroke-width: 4px }
   rect { fill: #f6f8fa; stroke: #8c959f; rx: 8 }  .row rect { fill: #ddf4ff; stroke: #54aeff }
   .end rect { fill: none; stroke-dasharray: 4 3 }
   path { fill: none; stroke: #8c959f; stroke-width: 1.5 }
   @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3 }  .small { fill: #9198a1 }
+    text { fill: #e6edf3 }  .small { fill: #9198a1 }  .label { stroke: #0d1117 }
     rect { fill: #161b22; stroke: #656c76 }  .row rect { fill: #0c2d4a; stroke: #388bfd }  path { stroke: #656c76 }
   }
 """
@@ -116,7 +118,7 @@ def as_svg(plan: Plan) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="img" aria-label="pipeline {escape(plan.name)}">',
         f"<style>{_STYLE}</style>",
-        *_arrows(plan, boxes),
+        *sorted(_arrows(plan, boxes), key=lambda part: part.startswith("<text")),  # no line crosses a label
         *(_drawn(box) for box in boxes.values()),
         "</svg>",
     ]
@@ -140,7 +142,7 @@ def _boxes(plan: Plan) -> dict[str, _Box]:
             look = "row" if node.signature.batched else "job"
             boxes[node.name] = _Box(x, y, node.name, f"{_short(source(node))} · {kind(node)}", look)
     about = ", ".join(spec.name for spec in plan.signature.outputs)
-    boxes[_ANSWER] = _end(_ANSWER, about, span, max(floors) + 1)
+    boxes[_END] = _end(_ANSWER, about, span, max(floors) + 1)
     return boxes
 
 
@@ -149,7 +151,9 @@ def _end(title: str, about: str, span: float, depth: int) -> _Box:
 
 
 def _short(text: str, most: int = 24) -> str:
-    text = text.rpartition(":")[2].rstrip("/").split("/")[-1]
+    *folders, text = text.rpartition(":")[2].rstrip("/").split("/")
+    if text.isdigit() and folders:  # a version in a store
+        text = f"{folders[-1]}@{text}"
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -169,7 +173,7 @@ def _arrows(plan: Plan, boxes: dict[str, _Box]) -> Iterator[str]:
         for key in node.takes:
             ways.setdefault((makers[key], node.name), []).append(str(at_hand[key]))
     for _, key in _answers(plan):
-        ways.setdefault((makers[key], _ANSWER), []).append(at_hand[key].name)
+        ways.setdefault((makers[key], _END), []).append(at_hand[key].name)
     lane = max(box.x for box in boxes.values()) + _WIDTH
     above: dict[str, int] = {}
     for (maker, taker), texts in ways.items():
@@ -183,7 +187,7 @@ def _arrows(plan: Plan, boxes: dict[str, _Box]) -> Iterator[str]:
         else:
             middle = (y1 + y2) / 2
             yield f'<path d="M{x1:g} {y1:g} C{x1:g} {middle:g} {x2:g} {middle:g} {x2:g} {y2:g}"/>'
-        for text in texts:
+        for text in [", ".join(texts)] if taker == _END else texts:
             y = y2 - 8 - 13 * above.get(taker, 0)
             above[taker] = above.get(taker, 0) + 1
-            yield f'<text class="small" x="{x2 + 10:g}" y="{y:g}">{escape(text)}</text>'
+            yield f'<text class="small label" x="{x2 + 10:g}" y="{y:g}">{escape(text)}</text>'

@@ -76,6 +76,13 @@ def test_draw(here: Path) -> None:
     assert {"request", "parse", "double", "add_up", "score", "answer"} <= set(words)
     boxes = [(r.get("x"), r.get("y")) for r in root.iter("{http://www.w3.org/2000/svg}rect")]
     assert len(set(boxes)) == 6
+    stages = 'stages = [{run = "torchship.stages.images:Decode", name = "answer"}]'
+    (here / "named.toml").write_text(stages)  # a stage may be called like the end of the drawing
+    torchship("pipeline", "draw", here / "named.toml", "--svg", here / "n.svg")
+    titles = [
+        text.text for text in ET.fromstring((here / "n.svg").read_text()).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert titles.count("answer") == 2
     assert "up to 2 at once" in torchship("pipeline", "draw", here / "classify.toml").output
 
 
