@@ -38,8 +38,9 @@ async def storm(server: Running, *, seconds: float, callers: int, every: float) 
     tally = Tally()
     until = time.monotonic() + seconds
     work = [caller(number, port=server.port, model="chaos", until=until, tally=tally) for number in range(callers)]
-    kills, *_ = await asyncio.gather(killer(server.host, every=every, until=until), *work)
-    return tally, kills
+    killing = asyncio.ensure_future(killer(server.host, every=every, until=until))
+    await asyncio.gather(killing, *work)
+    return tally, killing.result()
 
 
 @click.command()

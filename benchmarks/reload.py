@@ -38,8 +38,9 @@ async def turn(port: int, *, seconds: float, callers: int, every: float) -> tupl
     tally = Tally()
     until = time.monotonic() + seconds
     work = [caller(number, port=port, model="turned", until=until, tally=tally) for number in range(callers)]
-    reloads, *_ = await asyncio.gather(reloader(port, every=every, until=until), *work)
-    return tally, reloads
+    reloading = asyncio.ensure_future(reloader(port, every=every, until=until))
+    await asyncio.gather(reloading, *work)
+    return tally, reloading.result()
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ def _gpus() -> Iterator[Gauge]:
 def _gpu(nvml: Any, device: Any) -> Iterator[Gauge]:
     label = f'gpu_uuid="{nvml.nvmlDeviceGetUUID(device)}"'
     memory = nvml.nvmlDeviceGetMemoryInfo(device)
-    readings = {
+    readings: dict[str, tuple[str, Callable[[], float]]] = {
         "nv_gpu_utilization": ("Share of the GPU in use", lambda: nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100),
         "nv_gpu_memory_total_bytes": ("Memory of the GPU", lambda: memory.total),
         "nv_gpu_memory_used_bytes": ("Memory of the GPU in use", lambda: memory.used),
