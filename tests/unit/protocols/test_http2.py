@@ -152,29 +152,6 @@ def test_what_ends_a_stream(server: Running, fields: list[tuple[str, str]]) -> N
         assert peer.status(3)["grpc-status"] == "0"
 
 
-@pytest.mark.parametrize("kind", ["data", "headers", "smaller", "after reset"])
-def test_frames_after_the_end_of_a_stream(server: Running, kind: str) -> None:
-    """RFC 9113 section 5.1: whoever has said all, or taken it back, cannot go on."""
-    with Peer(server) as peer:
-        peer.send(peer.call(5) if kind != "after reset" else peer.headers(5) + h2.reset(5, h2.CANCEL))
-        if kind != "after reset":
-            assert peer.status(5)["grpc-status"] == "0"
-        more = {"headers": peer.headers(5), "smaller": peer.headers(3)}
-        peer.send(more.get(kind, h2.frame(h2.DATA, h2.END_STREAM, 5, b"more")))
-        _, payload = peer.until(h2.GOAWAY)
-        assert int.from_bytes(payload[4:8], "big") == h2.STREAM_CLOSED
-
-
-def test_frames_on_their_way_to_a_stream_that_we_closed(server: Running) -> None:
-    with Peer(server) as peer:
-        peer.send(peer.headers(1, "/inference.GRPCInferenceService/ModelStreamInfer"))
-        peer.send(h2.frame(h2.DATA, 0, 1, b"\0" + (1 << 20).to_bytes(4, "big")))  # more than is taken
-        assert peer.status(1)["grpc-status"] == "8"
-        peer.send(h2.frame(h2.DATA, 0, 1, bytes(500)) + h2.frame(h2.DATA, h2.END_STREAM, 1, bytes(5)))
-        peer.send(peer.call(3))
-        assert peer.status(3)["grpc-status"] == "0"
-
-
 def test_data_after_the_end(server: Running) -> None:
     server.service.delay = 0.3
     try:

@@ -1,0 +1,47 @@
+"""HTTP/2: what comes on a stream after its end, by whoever ended it (RFC 9113 section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.unit.protocols.fake import FakeService
+from tests.unit.protocols.peer import Peer
+from tests.unit.protocols.running import Running, running
+from torchship.serve.protocols import grpc
+from torchship.serve.protocols._site import Limits
+from torchship.wire import frames as h2
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    async def listen(service: FakeService) -> Any:
+        return await grpc.listen(service, port=0, limits=Limits(body=300_000))
+
+    with running(listen) as found:
+        yield found
+
+
+@pytest.mark.parametrize("kind", ["data", "headers", "smaller", "after reset"])
+def test_frames_after_the_end_of_a_stream(server: Running, kind: str) -> None:
+    """RFC 9113 section 5.1: whoever has said all, or taken it back, cannot go on."""
+    with Peer(server) as peer:
+        peer.send(peer.call(5) if kind != "after reset" else peer.headers(5) + h2.reset(5, h2.CANCEL))
+        if kind != "after reset":
+            assert peer.status(5)["grpc-status"] == "0"
+        more = {"headers": peer.headers(5), "smaller": peer.headers(3)}
+        peer.send(more.get(kind, h2.frame(h2.DATA, h2.END_STREAM, 5, b"more")))
+        _, payload = peer.until(h2.GOAWAY)
+        assert int.from_bytes(payload[4:8], "big") == h2.STREAM_CLOSED
+
+
+def test_frames_on_their_way_to_a_stream_that_we_closed(server: Running) -> None:
+    with Peer(server) as peer:
+        peer.send(peer.headers(1, "/inference.GRPCInferenceService/ModelStreamInfer"))
+        peer.send(h2.frame(h2.DATA, 0, 1, b"\0" + (1 << 20).to_bytes(4, "big")))  # more than is taken
+        assert peer.status(1)["grpc-status"] == "8"
+        peer.send(h2.frame(h2.DATA, 0, 1, bytes(500)) + h2.frame(h2.DATA, h2.END_STREAM, 1, bytes(5)))
+        peer.send(peer.call(3))
+        assert peer.status(3)["grpc-status"] == "0"
