@@ -139,16 +139,19 @@ def _files_of(value: Any) -> list[str]:
 
 
 def _digests(named: dict[str, Any]) -> dict[str, str]:
-    """Short hashes of the source code of the classes and functions that are not torch's own."""
-    found = {}
-    for name, value in named.items():
-        if name.startswith("torch"):  # and torchvision: those come with a version
-            continue
-        try:
-            found[name] = hashlib.sha256(inspect.getsource(value).encode()).hexdigest()[:16]
-        except (OSError, TypeError):
-            continue
-    return found
+    """Short hashes of the source code of the classes, with those that they build on, and of the functions."""
+    found = {name: "".join(map(_source_of, getattr(value, "__mro__", (value,)))) for name, value in named.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items() if text}
+
+
+def _source_of(value: Any) -> str:
+    """Empty for Python's and torch's own, which come with a version, and for what was not written in Python."""
+    if str(value.__module__).partition(".")[0] in (*sys.stdlib_module_names, "torch", "torchvision", "torchaudio"):
+        return ""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return ""
 
 
 def _by_source(source: str, inner: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -316,8 +319,10 @@ def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Modul
             except AttributeError:
                 return getattr(super().__getattr__("eager"), name)
 
-        def forward(self, *given: Any) -> Any:
+        def forward(self, *given: Any, **named: Any) -> Any:
             """Cross over to the stage and back."""
+            if named or not all(isinstance(tensor, torch.Tensor) for tensor in given):
+                return self.eager(*given, **named)
             feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(given)}
             try:
                 cut.signature.check(feed)

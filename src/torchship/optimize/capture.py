@@ -77,7 +77,7 @@ def capture(
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    inner = module._modules.get("_orig_mod")
+    inner = getattr(module, "_orig_mod", None)
     if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
         inner = module.module
     return module if inner is None else _unwrapped(inner)
@@ -112,12 +112,17 @@ def _restored(module: torch.nn.Module, kept: Mapping[str, torch.Tensor]) -> list
         owner, _, name = path.rpartition(".")
         buffers = module.get_submodule(owner)._buffers
         now = buffers[name]
-        if now is None or not torch.equal(now.nan_to_num(), before.nan_to_num()):
+        if now is None or not _same(now, before):
             changed.append(path)
-        buffers[name] = before.clone()
+            buffers[name] = before.clone()
     if not changed:
         return []
     return [f"forward changes buffers ({', '.join(changed[:4])}): what they gather while serving is not kept"]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of any dtype are equal, NaN for NaN."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  # NaN is not itself
 
 
 def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], list[Any]]:
@@ -163,11 +168,7 @@ def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: 
     flat: Any = Flat(module, frame=frame, names=names, paths=[path for _, path, _ in leaves])
     flat.output_names = [name for name, _, _ in leaves]
     versions = zip(given, tensors, strict=True)
-    flat.written = tuple(
-        i
-        for i, (now, was) in enumerate(versions)
-        if now._version or not torch.equal(now.nan_to_num(), was.nan_to_num())
-    )
+    flat.written = tuple(i for i, (now, was) in enumerate(versions) if now._version or not _same(now, was))
     return flat.eval()
 
 

@@ -117,8 +117,8 @@ def run(
 ) -> tuple[list[Trial], bool]:
     """Trials of `recipes`, best first, and whether the user interrupted; what the budget did not reach is skipped.
 
-    The first recipe (plain eager) runs whatever the budget; where it fails, `instead` says what to try next. `prune`
-    skips what cannot win any more.
+    The first recipe (plain eager) runs whatever the budget; where it ends badly, `instead` says what to try next.
+    `prune` skips what cannot win any more.
     """
     waiting, done = list(recipes), list[Trial]()
     interrupted = False
@@ -138,7 +138,7 @@ def run(
                 interrupted = True
                 found = Trial(recipe, "skipped", failure="interrupted")
         done.append(found)
-        if len(done) == 1 and found.status == "failed" and instead is not None:
+        if len(done) == 1 and found.status != "ok" and instead is not None:
             waiting = [*instead(done), *waiting]
         try:
             if on_trial is not None:

@@ -123,19 +123,20 @@ def _channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _constants(module: torch.nn.Module) -> Iterator[Finding]:
-    loose = [
-        f"{name}.{key}".strip(".")
+    loose = {
+        f"{name}.{key}".strip("."): value
         for name, part in module.named_modules()
         for key, value in vars(part).items()
         if isinstance(value, torch.Tensor)
-    ]
+    }
     if loose:
         words = f"tensors that are neither parameter nor buffer: {_listed(loose)}: .to() and state_dict() miss them"
         yield Finding("loose tensor", "warn", words, "register_buffer('name', tensor, persistent=False)")
-    huge = [(name, tensor.nbytes) for name, tensor in module.named_buffers() if tensor.nbytes >= _HUGE]
+    held = [*module.named_buffers(), *loose.items()]
+    huge = [(name, tensor.nbytes) for name, tensor in held if tensor.nbytes >= _HUGE]
     if huge:
         words = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in huge[:4])
-        yield Finding("huge constant", "warn", f"large buffers go into every file: {words}", "compute it in forward")
+        yield Finding("huge constant", "warn", f"large constants go into every file: {words}", "compute it in forward")
 
 
 def _runs(patient: Patient) -> Iterator[Finding]:
