@@ -102,7 +102,9 @@ def _freeze(module: torch.nn.Module) -> torch.nn.Module:
             hint="it holds something that is no weight: an open file, a lock, or a computed tensor (the old "
             "torch.nn.utils.weight_norm: remove_weight_norm, or its successor in torch.nn.utils.parametrizations)",
         ) from fault
-    return frozen.cpu().eval().requires_grad_(False)
+    for weight in frozen.parameters():  # TorchScript's modules have no requires_grad_ of their own
+        weight.requires_grad_(False)
+    return frozen.cpu().eval()
 
 
 def _restored(module: torch.nn.Module, kept: Mapping[str, torch.Tensor]) -> list[str]:
