@@ -1,8 +1,9 @@
 """Pictures a second through the served face pipeline, against the same stages run straight in one process.
 
-`python -m benchmarks.faces`. Three figures from one run, on as many cores as there are:
-the stages one after another in this process (straight, one thread a model); the sum of the stages, which is what the
-cores could do if they were always busy; and the served pipeline at concurrency 16 over HTTP. Then 23 faces from 8
+`python -m benchmarks.faces`. Four figures from one run, on as many cores as there are:
+the stages one after another in this process (straight, one thread a model); the same in a process a core at once, which
+is what the cores can do together; the sum of the stages, which is what they could do if they shared nothing; and the
+served pipeline at concurrency 16 over HTTP. Then 23 faces from 8
 pictures, to show that rows of several requests meet in one batch of the embedder.
 """
 
@@ -12,6 +13,8 @@ import asyncio
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,14 @@ def straight(gallery: str, pictures: list[bytes], seconds: float) -> tuple[float
     return rate, {name: total / done * 1e3 for name, total in spent.items()}
 
 
+def together(gallery: str, pictures: list[bytes], seconds: float) -> float:
+    """Pictures a second of as many straight processes as there are cores, all at once."""
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        runs = [pool.submit(straight, gallery, pictures, seconds) for _ in range(cores)]
+        return sum(run.result()[0] for run in runs)
+
+
 async def served(gallery: str, pictures: list[bytes], seconds: float) -> tuple[float, np.ndarray[Any, Any], str]:
     """Pictures a second at concurrency 16, milliseconds of each request, and the batch sizes of the embedder."""
     data = configuration(gallery=gallery, store=str(face_kit.store().root), http_port=0, copies=1)
@@ -93,7 +104,7 @@ async def served(gallery: str, pictures: list[bytes], seconds: float) -> tuple[f
 
 
 @click.command(help=__doc__)
-@click.option("--seconds", default=15.0, show_default=True, help="How long each of the three measurements takes.")
+@click.option("--seconds", default=15.0, show_default=True, help="How long each of the measurements takes.")
 def main(*, seconds: float) -> None:
     """Print the table and the line for machines."""
     pictures = [face_kit.picture(name) for name in ("obama", "obama2", "obama3", "biden")]
@@ -103,6 +114,7 @@ def main(*, seconds: float) -> None:
         before, stages = straight(gallery, pictures, seconds)
         rate, times, batches = asyncio.run(served(gallery, pictures, seconds))
         after, again = straight(gallery, pictures, seconds)
+        both = together(gallery, pictures, seconds)
     alone = (before + after) / 2
     print(f"\n{'stage':12} {'ms':>8}   (the second measurement, after serving)")
     for name, spent in stages.items():
@@ -110,12 +122,18 @@ def main(*, seconds: float) -> None:
     total = (sum(stages.values()) + sum(again.values())) / 2
     cores = len(os.sched_getaffinity(0))
     print(f"\nstraight, one process         {alone:8.1f} pictures/s  ({before:.1f} before, {after:.1f} after)")
+    print(f"straight, a process a core    {both:8.1f} pictures/s")
     print(f"sum of the stages, {cores} cores    {1e3 * cores / total:8.1f} pictures/s")
     p50, p99 = np.percentile(times, [50, 99])
     print(f"served, concurrency {CONCURRENCY}        {rate:8.1f} pictures/s  (p50 {p50:.0f} ms, p99 {p99:.0f} ms)")
     if batches:
         print(f"\nthe embedder's batches:\n{batches}")
-    print(f"served_vs_straight_x={rate / alone:.3f} served_vs_parts={rate / (1e3 * cores / total):.3f}")
+    facts = {
+        "served_vs_straight_x": rate / alone,
+        "served_vs_cores": rate / both,
+        "served_vs_parts": rate * total / 1e3 / cores,
+    }
+    print(" ".join(f"{key}={value:.3f}" for key, value in facts.items()))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks import hand_written, subjects
 from benchmarks.contest import Contestant, Failed, race, ratio, ready, start
+
+if TYPE_CHECKING:
+    from torchship.optimize.choose import Goal
 
 _SCREEN_SECONDS = 0.3
 _HOPELESS = 1.5  # recipes this many times slower than the best leave after the first look
@@ -96,7 +99,7 @@ def search(name: str, goal: str, *, folder: Path, options: argparse.Namespace) -
         subjects.module(name),
         [torchship.TensorSpec.parse(subjects.signature(name))],
         calibration=subjects.calibration(name),
-        goal=goal,
+        goal=cast("Goal", goal),
         threads=options.threads,
         budget=options.budget,
         store=folder / "store",

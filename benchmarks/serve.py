@@ -1,10 +1,11 @@
 """Requests a second and latency of our server and its peers, on loopback, in one run.
 
-    python -m benchmarks.serve [--seconds 4] [--quick] [--only ours,triton]
+    python -m benchmarks.serve [--seconds 2] [--rounds 3] [--only ours,triton]
 
 The load comes from h2load, a C program, so that it is not the bottleneck. Each server serves the same numpy MLP
-16-256-256-10 as JSON, as JSON with binary tensors, and by gRPC; ours also resnet18 with JPEG in, held against the same
-decoding and model run straight, one process a core. Peers that cannot be had here are skipped with a note.
+16-256-256-10 as JSON, as JSON with binary tensors, and by gRPC, one after the other in several rounds; ours also
+resnet18 with JPEG in, held against the same decoding and model run straight, one process a core. Peers that cannot be
+had here are skipped with a note.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def free_port() -> int:
 @contextmanager
 def running(peer: Peer, port: int) -> Iterator[psutil.Process]:
     """The server, ready, and its end."""
-    log = CACHE / "server.log"
+    log = CACHE / f"server-{port}.log"
     with log.open("wb") as out:
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | peer.env
         child = subprocess.Popen(peer.command, cwd=peer.folder, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -177,25 +178,79 @@ def load(url: str, body: Path, options: list[str], *, concurrency: int, seconds:
     )
 
 
-def measure(peer: Peer, port: int, files: Any, *, seconds: float, tool: list[str]) -> list[Run]:
-    """All wires that a server speaks, at every concurrency."""
+@dataclass(frozen=True)
+class Server:
+    """A peer that runs."""
+
+    peer: Peer
+    port: int
+    process: psutil.Process
+
+    def tell(self, number: signal.Signals) -> None:
+        """Stop all its processes, or let them go on."""
+        os.killpg(self.process.pid, number)
+
+    def url(self, wire: str) -> str:
+        """Where requests of a wire go; empty when it does not speak it."""
+        if (wire == "binary" and not self.peer.binary) or (wire == "grpc" and not self.peer.grpc_port):
+            return ""
+        if wire == "grpc":
+            return f"http://127.0.0.1:{self.peer.grpc_port}/inference.GRPCInferenceService/ModelInfer"
+        return f"http://127.0.0.1:{self.port}/v2/models/mlp/infer"
+
+
+def measure(servers: list[Server], files: Any, *, rounds: int, seconds: float, tool: list[str]) -> list[Run]:
+    """Every wire at every concurrency, the servers in turns and all of it several times: a machine that others share
+    has slow seconds, and they must not fall on one server alone. All but the measured one are stopped: some poll."""
     found = []
-    with running(peer, port) as process:
+    for server in servers:
+        server.tell(signal.SIGSTOP)
+    for _ in range(rounds):
         for wire, (body, options) in files.items():
-            if (wire == "binary" and not peer.binary) or (wire == "grpc" and not peer.grpc_port):
-                continue
-            url = f"http://127.0.0.1:{port}/v2/models/mlp/infer"
-            if wire == "grpc":
-                url = f"http://127.0.0.1:{peer.grpc_port}/inference.GRPCInferenceService/ModelInfer"
-            load(url, body, options, concurrency=8, seconds=1, tool=tool)
-            for concurrency in CONCURRENCY:
-                before, _ = usage(process)
-                rate, p50, p99, count, failed = load(
-                    url, body, options, concurrency=concurrency, seconds=seconds, tool=tool
-                )
-                after, memory = usage(process)
-                cpu = (after - before) / count * 1e6
-                found.append(Run(peer.name, wire, concurrency, rate, p50, p99, cpu, memory, failed))
+            for server in servers:
+                url = server.url(wire)
+                if not url:
+                    continue
+                server.tell(signal.SIGCONT)
+                load(url, body, options, concurrency=8, seconds=1, tool=tool)
+                for concurrency in CONCURRENCY:
+                    found.append(measured(server, url, wire, body, options, concurrency, seconds, tool))
+                server.tell(signal.SIGSTOP)
+    for server in servers:
+        server.tell(signal.SIGCONT)
+    return found
+
+
+def measured(
+    server: Server,
+    url: str,
+    wire: str,
+    body: Path,
+    options: list[str],
+    concurrency: int,
+    seconds: float,
+    tool: list[str],
+) -> Run:
+    """One server under one load, once."""
+    before, _ = usage(server.process)
+    rate, p50, p99, count, failed = load(url, body, options, concurrency=concurrency, seconds=seconds, tool=tool)
+    after, memory = usage(server.process)
+    return Run(server.peer.name, wire, concurrency, rate, p50, p99, (after - before) / count * 1e6, memory, failed)
+
+
+def medians(runs: list[Run]) -> list[Run]:
+    """One run for each server, wire and concurrency: the median of each figure, and all failures."""
+    groups: dict[tuple[str, str, int], list[Run]] = {}
+    order = list(dict.fromkeys(run.server for run in runs))
+    for run in sorted(runs, key=lambda run: order.index(run.server)):
+        groups.setdefault((run.server, run.wire, run.concurrency), []).append(run)
+    found = []
+    for key, group in groups.items():
+        figures = {
+            name: statistics.median(getattr(run, name) for run in group)
+            for name in ("rate", "p50", "p99", "cpu", "memory")
+        }
+        found.append(Run(*key, **figures, failed=sum(run.failed for run in group)))
     return found
 
 
@@ -214,43 +269,42 @@ def ratio(runs: list[Run], wire: str, peer: str, *, concurrency: int = 64, laten
     """Ours against a peer's: bigger is better for us; NaN where one of them is missing."""
 
     def of(server: str) -> float:
-        found = [
-            run.p50 if latency else run.rate
-            for run in runs
-            if run.server.startswith(server) and run.wire == wire and run.concurrency == concurrency
-        ]
-        return statistics.median(found) if found else float("nan")
+        for run in runs:
+            if run.server.startswith(server) and (run.wire, run.concurrency) == (wire, concurrency):
+                return run.p50 if latency else run.rate
+        return float("nan")
 
     return of(peer) / of("torchship") if latency else of("torchship") / of(peer)
 
 
 @click.command()
-@click.option("--seconds", default=4.0, help="How long each measurement takes.")
+@click.option("--seconds", default=2.0, show_default=True, help="How long each measurement takes.")
+@click.option("--rounds", default=3, show_default=True, help="How often each is made; medians are shown.")
 @click.option("--only", default="", help="Servers to run, of ours, fastapi, litserve, triton.")
 @click.option("--pictures/--no-pictures", default=True, help="Also resnet18 with JPEG in.")
-def main(*, seconds: float, only: str, pictures: bool) -> None:
+def main(*, seconds: float, rounds: int, only: str, pictures: bool) -> None:
     """Measure, print the table, and the line for machines."""
     CACHE.mkdir(parents=True, exist_ok=True)
     makers = {"ours": None, "triton": peers.triton, "fastapi": peers.fastapi, "litserve": peers.litserve}
     wanted = only.split(",") if only else list(makers)
     tool = list(peers.h2load())
-    runs: list[Run] = []
-    with tempfile.TemporaryDirectory() as name:
-        files = payloads(Path(name))
+    servers: list[Server] = []
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         for key in wanted:
             port = free_port()
             make = makers[key]
             try:
                 peer = make(port) if make else ours(port, Path(name))
-                runs += measure(peer, port, files, seconds=seconds, tool=tool)
+                servers.append(Server(peer, port, stack.enter_context(running(peer, port))))
             except Missing as fault:
                 print(f"skipped: {fault}", file=sys.stderr)
+        runs = medians(measure(servers, payloads(Path(name)), rounds=rounds, seconds=seconds, tool=tool))
     show(runs)
     parts = float("nan")
     if pictures:
         from benchmarks.jpeg import against_parts
 
-        parts = against_parts(tool=tool, seconds=seconds)
+        parts = against_parts(tool=tool, seconds=2 * seconds)
     facts = {
         "binary_c64_vs_triton_x": ratio(runs, "binary", "Triton"),
         "json_c64_vs_triton_x": ratio(runs, "json", "Triton"),

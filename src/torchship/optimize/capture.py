@@ -14,6 +14,7 @@ from torchship.errors import BadInput, CaptureFailed
 from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import axes, decisions
 from torchship.optimize.flatten import Flat, Frame, outline, take_apart
+from torchship.optimize.rows import Shape
 from torchship.optimize.samples import as_call, flatten_samples, random_inputs, vocabulary_of
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
@@ -58,12 +59,8 @@ def capture(
             batched = False  # the caller fixed axis 0
         study = axes.study(flat.run, calls, shapes, names=names, batched=batched, decided=decided)
     _restored(frozen, kept)
-    inputs = tuple(TensorSpec(n, _dtype(n, t), s) for n, t, s in zip(names, calls[0], study.inputs, strict=True))
-    outputs = tuple(
-        TensorSpec(n, _dtype(n, t), s)
-        for n, t, s in zip(flat.output_names, study.outputs, study.output_shapes, strict=True)
-    )
-    signature = Signature(inputs, outputs, study.batched)
+    inputs = _specs(names, calls[0], study.inputs)
+    signature = Signature(inputs, _specs(flat.output_names, study.outputs, study.output_shapes), study.batched)
     arrays = [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in calls]
     model = Model(
         module=flat, signature=signature, examples=_longer(flat, arrays, signature), name=name or type(module).__name__
@@ -73,6 +70,10 @@ def capture(
     if calibration is None:
         return model
     return replace(model, calibration=flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS))
+
+
+def _specs(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(n, _dtype(n, t), s) for n, t, s in zip(names, tensors, shapes, strict=True))
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
