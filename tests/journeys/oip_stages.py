@@ -10,15 +10,6 @@ from torchship.stage import stage
 from torchship.tensors import Array
 
 
-@stage(
-    "INPUT0:INT32[-1,16], INPUT1:INT32[-1,16] -> OUTPUT0:INT32[-1,16], OUTPUT1:INT32[-1,16]",
-    batched=True,
-    max_batch=8,
-)
-def add_sub(first: Array, second: Array) -> tuple[Array, Array]:
-    return first + second, first - second
-
-
 @stage("x:FP32[-1,16] -> y:FP32[-1,16]", batched=True, max_batch=8)
 def echo(x: Array) -> Array:
     return x

@@ -55,7 +55,14 @@ def _fake() -> Iterator[Doors]:
 
 
 def _real() -> Iterator[Doors]:
-    models = {"add_sub": "add_sub", "echo": "echo", "text": "upper", "again": "again", "sum": "Accumulator"}
+    stages = "tests.journeys.oip_stages"
+    models = {
+        "add_sub": "examples.oip.stages:add_sub",
+        "echo": f"{stages}:echo",
+        "text": f"{stages}:upper",
+        "again": f"{stages}:again",
+        "sum": f"{stages}:Accumulator",
+    }
     config = convert(
         {
             "http": {"port": 0},
@@ -64,10 +71,10 @@ def _real() -> Iterator[Doors]:
             "model": [
                 {
                     "name": name,
-                    "run": f"tests.journeys.oip_stages:{stage}",
+                    "run": run,
                     **({"sequence_idle": 5.0} if name == "sum" else {}),
                 }
-                for name, stage in models.items()
+                for name, run in models.items()
             ],
         }
     )

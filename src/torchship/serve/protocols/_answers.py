@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchship.serve.protocols._coding import COMPRESS_FROM, enter, offer, pack
+from torchship.serve.protocols._coding import COMPRESS_FROM, enter, packs
 from torchship.serve.protocols._exchange import Exchange, Headers, HttpFault
 from torchship.serve.protocols._outflow import Stream
 from torchship.serve.protocols._site import Site
@@ -39,14 +39,11 @@ class Answers:
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """A whole answer of REST."""
         if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
-            coding, told = offer(exchange.head.headers)
-            if coding:
 
-                def packed(data: bytes) -> None:
-                    if not exchange.gone:
-                        self._send(exchange, status, data, content_type, (*headers, *told))
+            def then(data: bytes, told: Headers) -> None:
+                self._send(exchange, status, data, content_type, (*headers, *told))
 
-                pack(body, coding=coding, then=packed)
+            if packs(exchange, body, then=then):
                 return
         self._send(exchange, status, body, content_type, headers)
 

@@ -78,6 +78,21 @@ def pack(body: bytes, *, coding: str, then: Callable[[bytes], None]) -> None:
     work.add_done_callback(lambda done: then(done.result()))
 
 
+def packs(exchange: Exchange, body: bytes, *, then: Callable[[bytes, Headers], None]) -> bool:
+    """Whether the caller takes this body compressed: then `then` gets it so, sooner or later, and the headers that
+    tell it, unless the caller has left meanwhile."""
+    coding, told = offer(exchange.head.headers)
+    if not coding:
+        return False
+
+    def packed(data: bytes) -> None:
+        if not exchange.gone:
+            then(data, told)
+
+    pack(body, coding=coding, then=packed)
+    return True
+
+
 def unpack(
     data: Buffer, *, coding: str, limit: int, then: Callable[[bytes], object], fail: Callable[[Exception], object]
 ) -> asyncio.Future[bytes] | None:

@@ -12,7 +12,7 @@ from typing import cast
 
 from torchship.errors import TorchshipError
 from torchship.serve.protocols._chunks import Chunks
-from torchship.serve.protocols._coding import COMPRESS_FROM, enter, offer, pack
+from torchship.serve.protocols._coding import COMPRESS_FROM, enter, packs
 from torchship.serve.protocols._exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.protocols._http2 import Connection2
 from torchship.serve.protocols._site import Site
@@ -230,14 +230,11 @@ class Connection(asyncio.Protocol):
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """Write a whole answer, or keep it until those before it are written."""
         if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
-            coding, told = offer(exchange.head.headers)
-            if coding:
 
-                def packed(data: bytes) -> None:
-                    if not exchange.gone:
-                        self._send(exchange, status, data, content_type, (*headers, *told))
+            def then(data: bytes, told: Headers) -> None:
+                self._send(exchange, status, data, content_type, (*headers, *told))
 
-                pack(body, coding=coding, then=packed)
+            if packs(exchange, body, then=then):
                 return
         self._send(exchange, status, body, content_type, headers)
 
