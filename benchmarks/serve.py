@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -205,19 +206,17 @@ def measure(servers: list[Server], files: Any, *, rounds: int, seconds: float, t
     found = []
     for server in servers:
         server.tell(signal.SIGSTOP)
-    for _ in range(rounds):
-        for wire, (body, options) in files.items():
-            for server in servers:
-                url = server.url(wire)
-                if not url:
-                    continue
+    try:
+        for _, (wire, (body, options)), server in product(range(rounds), files.items(), servers):
+            if url := server.url(wire):
                 server.tell(signal.SIGCONT)
                 load(url, body, options, concurrency=8, seconds=1, tool=tool)
                 for concurrency in CONCURRENCY:
                     found.append(measured(server, url, wire, body, options, concurrency, seconds, tool))
                 server.tell(signal.SIGSTOP)
-    for server in servers:
-        server.tell(signal.SIGCONT)
+    finally:  # a stopped process would not hear that it is to end
+        for server in servers:
+            server.tell(signal.SIGCONT)
     return found
 
 
