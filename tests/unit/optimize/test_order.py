@@ -11,6 +11,7 @@ from tests.contracts.test_backends import HERE, picture
 from tests.unit.optimize.test_choose import trial
 from torchship.optimize.choose import choose
 from torchship.optimize.order import hopeless, next_up
+from torchship.optimize.race import propose
 from torchship.optimize.rematch import racers
 from torchship.optimize.rescue import Layer, describe, gentler, worth_it
 from torchship.optimize.trial import Trial
@@ -37,6 +38,12 @@ def test_compilers_wait_for_what_the_best_quick_engine_still_proposes() -> None:
     done = [trial("eager", p50=20), trial("slow", p50=9), trial("fast", p50=3)]
     assert next_up(waiting, done, goal="latency") == 2
     assert next_up(waiting[:2], done, goal="latency") == 0
+
+
+def test_inductor_has_its_turn_before_aoti() -> None:
+    order = [recipe.backend for recipe in propose(picture(), hardware=HERE, backends=None)[0]]
+    assert order[0] == "eager"
+    assert order.index("onnxruntime") < order.index("inductor") < order.index("aoti")
 
 
 def test_an_engine_far_behind_is_not_tried_again() -> None:
