@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchship.tensors import Free, Signature, Tensors
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A folder for what was exported of `module`: the trials of one search use it again."""
+
+    folder: Path
+    module: torch.nn.Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +34,11 @@ class Model:
     examples: Sequence[Tensors]
     calibration: Sequence[Tensors] = field(default=())
     name: str = "model"
+    shelf: Shelf | None = None
+
+    def kept(self, name: str) -> Path | None:
+        """Where an export called `name` lies or belongs; None for a module that is not the shelf's own any more."""
+        return self.shelf.folder / name if self.shelf and self.shelf.module is self.module else None
 
     def torch_inputs(self, tensors: Tensors, *, device: str = "cpu") -> tuple[torch.Tensor, ...]:
         """`tensors` as torch tensors in the order of the signature."""
@@ -56,7 +70,7 @@ def to_torch(array: object) -> torch.Tensor:
     import numpy as np
     import torch
 
-    data = np.ascontiguousarray(np.asarray(array))
+    data = np.asarray(array, order="C")  # np.ascontiguousarray would give a scalar an axis
     if data.dtype.name == "bfloat16":
         return torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(data if data.flags.writeable else data.copy())

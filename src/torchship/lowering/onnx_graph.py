@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,13 @@ def write(model: Model, path: Path) -> None:
     """Export to `path` with the signature's names and free axes (opset 18).
 
     The exporter that builds on `torch.export` goes first, the one on TorchScript second: it traces, or takes a
-    scripted module where the path depends on data. Raises BuildFailed with both reasons.
+    scripted module where the path depends on data. An export that lies on the model's shelf is copied.
+    Raises BuildFailed with both reasons.
     """
+    kept = model.kept("model.onnx")
+    if kept is not None and kept.is_file():
+        shutil.copyfile(kept, path)
+        return
     absent = missing("torch onnx onnxscript")
     if absent:
         raise BuildFailed(f"no ONNX export: {absent}")
@@ -40,6 +47,10 @@ def write(model: Model, path: Path) -> None:
                 hint="torchship doctor says where and why",
             ) from first
     _forget_sources(path)
+    if kept is not None and _size(model) < _PROTOBUF_LIMIT:  # beyond it the weights lie in files of their own
+        draft = kept.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(path, draft)
+        draft.rename(kept)
 
 
 def _write_exported(model: Model, path: Path) -> None:
@@ -80,7 +91,20 @@ def _give_names(path: Path, model: Model) -> None:
     taken = {name for node in graph.graph.node for name in node.output} | {v.name for v in graph.graph.initializer}
     clashes = taken.intersection(names.values()).difference(names)
     _rename(graph.graph, {**names, **{name: f"{name}_torchship_inner" for name in clashes}})
+    _refuse_fixed(graph.graph, model)
     onnx.save(graph, str(path))
+
+
+def _refuse_fixed(graph: Any, model: Model) -> None:
+    """Raise BuildFailed where the exporter took the length of a free axis for a constant, as it does for loops.
+
+    A recurrent layer is such a loop; the exporter that traces writes it as one node.
+    """
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    for spec in model.signature.inputs:
+        for position, (length, axis) in enumerate(zip(shapes.get(spec.name, ()), spec.shape, strict=False)):
+            if isinstance(axis, Free) and length.HasField("dim_value"):
+                raise BuildFailed(f"the export has axis {position} of {spec.name!r} fixed at {length.dim_value}")
 
 
 def _rename(graph: Any, names: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +15,7 @@ from torchship import plugins, process
 from torchship.artifact import open_artifact, tensorfile
 from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
 from torchship.errors import BadInput, BuildFailed
+from torchship.model import Shelf
 from torchship.optimize.guard import Guard, agreement, judge
 from torchship.optimize.measure import Effort, curve, peak_memory
 from torchship.recipe import Recipe
@@ -116,6 +118,9 @@ def build_here(argument: Any) -> None:
 
     task = msgspec.convert(argument, BuildTask)
     model = capsule.take(Path(task.capsule))
+    shelf = Path(f"{task.capsule}.exports")
+    shelf.mkdir(mode=0o700, exist_ok=True)
+    model = replace(model, shelf=Shelf(shelf, model.module))
     for step in task.recipe.transforms:
         if step.transform == "finetune":
             continue  # the capsule holds the tuned weights

@@ -1,14 +1,16 @@
-"""Inputs and outputs of an ONNX file have the signature's names, whatever the values in the middle are called."""
+"""ONNX files: named as the signature is, and exported once for all trials of a search."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
 
-from torchship.lowering import onnx_graph
+from torchship.lowering import onnx_graph, variants
+from torchship.model import Shelf
 from torchship.optimize.capture import capture
 from torchship.tensors import TensorSpec
 
@@ -37,3 +39,16 @@ def test_names_inside_make_way(tmp_path: Path) -> None:
         expected = module(torch.from_numpy(ids))
     for array, tensor in zip(found, expected.values(), strict=True):
         assert np.allclose(array, tensor.numpy(), atol=1e-6)
+
+
+def test_an_export_is_made_once_for_each_module(tmp_path: Path) -> None:
+    plain = capture(torch.nn.Linear(3, 2), [TensorSpec.parse("x:FP32[-1,3]")])
+    model = replace(plain, shelf=Shelf(tmp_path, plain.module))
+    onnx_graph.write(model, tmp_path / "first")
+    (tmp_path / "model.onnx").write_bytes(b"what lies on the shelf")
+    onnx_graph.write(model, tmp_path / "second")
+    assert (tmp_path / "second").read_bytes() == b"what lies on the shelf"
+    half = variants.in_precision(model, "fp16", mode="cast")
+    onnx_graph.write(half, tmp_path / "third")
+    assert b"what" not in (tmp_path / "third").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "model.onnx", "second", "third"]
