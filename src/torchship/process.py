@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import msgspec
 import psutil
@@ -33,6 +33,23 @@ class Outcome(msgspec.Struct, frozen=True):
     log: str = ""
     seconds: float = 0.0
     peak: int = 0
+
+
+class Child(Protocol):
+    """A running child: what `subprocess.Popen` has of it. Its `pid` leads a session of its own."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+Start: TypeAlias = Callable[[int, int], Child]  # takes the descriptors of the log and of the answer
 
 
 class _Answer(msgspec.Struct):
@@ -58,10 +75,8 @@ def spawn(
     It dies when the calling thread's process dies. `fds` stay open under their numbers; `output` takes stdout and
     stderr; `threads` bounds the numeric libraries; `cpus` pins the process; `answer` takes the result.
     """
-    given = os.memfd_create("torchship-argument")
+    given = task(target, argument=argument, cpus=cpus, answer=answer)
     try:
-        os.write(given, msgspec.json.encode([target, argument, os.getpid(), sorted(cpus), answer]))
-        os.lseek(given, 0, os.SEEK_SET)
         environment = os.environ | {name: str(threads) for name in _THREAD_VARIABLES if threads} | dict(env)
         environment["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path)
         return subprocess.Popen(
@@ -75,6 +90,14 @@ def spawn(
         )
     finally:
         os.close(given)
+
+
+def task(target: str, *, argument: object, cpus: Collection[int] = (), answer: int | None = None) -> int:
+    """The descriptor of a file in memory that tells a child of this process what to do."""
+    given = os.memfd_create("torchship-argument")
+    os.write(given, msgspec.json.encode([target, argument, os.getpid(), sorted(cpus), answer]))
+    os.lseek(given, 0, os.SEEK_SET)
+    return given
 
 
 def run(
@@ -92,17 +115,27 @@ def run(
     Never raises for what the child does: exceptions, signals, hangs and blow-ups are an Outcome with a fault.
     KeyboardInterrupt kills the child and goes on.
     """
+
+    def start(log: int, answer: int) -> Child:
+        return spawn(target, argument=argument, output=log, answer=answer, threads=threads, cpus=cpus, env=env)
+
+    return watched(start, timeout=timeout, memory=memory)
+
+
+def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outcome:
+    """Start a child in the way of `start`, and wait for it as `run` does."""
     answer, log = os.memfd_create("torchship-answer"), os.memfd_create("torchship-log")
     started = time.monotonic()
     try:
-        child = spawn(target, argument=argument, output=log, answer=answer, threads=threads, cpus=cpus, env=env)
+        child = start(log, answer)
         try:
             fault, peak = _watch(child, deadline=started + timeout, timeout=timeout, memory=memory)
         finally:
             stop(child)
         size = os.fstat(answer).st_size
         found = msgspec.json.decode(os.pread(answer, size, 0), type=_Answer) if size else _Answer()
-        fault = fault or found.fault or ("" if child.returncode == 0 else describe_exit(child.returncode))
+        code = child.wait()
+        fault = fault or found.fault or ("" if code == 0 else describe_exit(code))
         return Outcome(found.value, fault, tail(log), time.monotonic() - started, peak)
     finally:
         os.close(answer)
@@ -114,7 +147,7 @@ def first_cpus(count: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[: count or None]
 
 
-def _watch(child: subprocess.Popen[bytes], *, deadline: float, timeout: float, memory: int | None) -> tuple[str, int]:
+def _watch(child: Child, *, deadline: float, timeout: float, memory: int | None) -> tuple[str, int]:
     peak = 0
     pause = 0.005
     while child.poll() is None:
@@ -144,10 +177,10 @@ def _resident_of(process: psutil.Process) -> int:
         return 0
 
 
-def stop(child: subprocess.Popen[bytes], *, grace: float = 0.0) -> None:
+def stop(child: Child, *, grace: float = 0.0) -> None:
     """End a child and everything in its session: SIGTERM and `grace` seconds first if asked for, then SIGKILL."""
     if grace and child.poll() is None:
-        child.terminate()
+        os.kill(child.pid, signal.SIGTERM)
         try:
             child.wait(grace)
         except subprocess.TimeoutExpired:
@@ -189,6 +222,11 @@ def _main(given: int) -> None:
     """The child's side."""
     with os.fdopen(given, "rb") as file:
         target, argument, parent, cpus, answer = msgspec.json.decode(file.read())
+    perform(target, argument=argument, parent=parent, cpus=cpus, answer=answer)
+
+
+def perform(target: str, *, argument: object, parent: int, cpus: Collection[int], answer: int | None) -> NoReturn:
+    """Run `target` as the child of `parent`, leave the result in `answer`, and exit."""
     faulthandler.enable()  # a crash in native code leaves the Python lines in the log
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import time
 
@@ -51,4 +52,18 @@ def parent_of_a_sleeper(pid_file: str) -> None:
     child = spawn(f"{__name__}:sleep", argument=60)
     with open(pid_file, "w") as file:
         file.write(str(child.pid))
+    time.sleep(60)
+
+
+def imported(name: str) -> bool:
+    return name in sys.modules
+
+
+def parents(_: object) -> list[int]:
+    return [os.getppid()]
+
+
+def kill_the_parent(_: object) -> None:
+    print(os.getpid(), flush=True)
+    os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)

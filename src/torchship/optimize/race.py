@@ -20,6 +20,7 @@ from torchship.optimize import combine
 from torchship.optimize import trial as trials
 from torchship.optimize.cache import Cache, digest
 from torchship.optimize.choose import Goal, is_valid
+from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import HOPELESS, Guard, judge
 from torchship.optimize.measure import Effort
 from torchship.optimize.order import hopeless, next_up
@@ -42,6 +43,7 @@ class Course:
     model_hash: str
     work: Path
     cache: Cache
+    forks: Forkserver
     hardware: Hardware
     guard: Guard
     effort: Effort
@@ -211,7 +213,7 @@ def _built(recipe: Recipe, key: str, course: Course, left: float) -> tuple[Path 
         packages=caching.versions([*_packages(recipe), "torch"]),
     )
     task = BuildTask(str(course.capsule), recipe, str(out), course.name, provenance)
-    outcome = trials.build(task, limits=_limits(course, left), threads=course.threads)
+    outcome = trials.build(task, limits=_limits(course, left), forks=course.forks)
     if outcome.fault:
         shutil.rmtree(out, ignore_errors=True)
         return None, f"build: {outcome.fault}" if not outcome.fault.startswith(_PASSING) else outcome.fault, outcome.log

@@ -7,8 +7,10 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +32,16 @@ from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, choose
 from torchship.optimize.facts import Facts
+from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard, rows_judged
 from torchship.optimize.race import Course, OnTrial
 from torchship.optimize.report import Report
 from torchship.optimize.trial import Trial
 from torchship.optimize.wish import Metric, Settings, Wish, read
 from torchship.recipe import Recipe, Step
+
+_SLOW_IMPORTS = ("torch", "torch.export", "onnxscript", "torchship.optimize.trial", "torchship.artifact.package")
+_OFTEN_MEANT = frozenset(("torchvision", "timm", "transformers"))  # where the user's module comes from
 
 
 def optimize(
@@ -78,8 +84,9 @@ def optimize(
     if evaluate is None:
         reference.refuse_unsteady(model)
     root = Path(settings.get("cache") or caching.default_root())
-    with folders.room(root), capsule.private_folder(root / "work") as work:
-        facts = _race(model, evaluate, wish, work=work, cache=Cache(root), on_trial=on_trial)
+    forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=wish.threads)
+    with folders.room(root), capsule.private_folder(root / "work") as work, closing(forks):
+        facts = _race(model, evaluate, wish, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)
         if not settings.get("publish", True) or facts.choice.winner is None:
             return Report(facts)
         where = store if isinstance(store, Store) else Store(store)
@@ -100,11 +107,12 @@ def _race(
     *,
     work: Path,
     cache: Cache,
+    forks: Forkserver,
     on_trial: OnTrial | None,
 ) -> Facts:
     started = time.monotonic()
     machine = machines.here()
-    course = _prepare(model, evaluate, wish, machine=machine, work=work, cache=cache)
+    course = _prepare(model, evaluate, wish, machine=machine, work=work, cache=cache, forks=forks)
     recipes, left_out = race.propose(course.model, hardware=machine, backends=wish.backends)
     if wish.recipes is not None:
         recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
@@ -145,7 +153,7 @@ def _rescue(
     candidates = rescue.worth_it(trials, goal=wish.goal)
     if not candidates or time.monotonic() > deadline:
         return ()
-    layers = rescue.ranking(course, seconds=min(120.0, deadline - time.monotonic()))
+    layers = rescue.ranking(course, recipe=candidates[0].recipe, seconds=min(120.0, deadline - time.monotonic()))
     for trial in rescue.run(candidates, layers, tried=tuple(trials), course=course, deadline=deadline):
         trials.append(trial)
         if on_trial is not None:
@@ -214,15 +222,23 @@ def _busy(machine: Hardware) -> tuple[str, ...]:
 
 
 def _prepare(
-    model: Model, evaluate: Metric | None, wish: Wish, *, machine: Hardware, work: Path, cache: Cache
+    model: Model,
+    evaluate: Metric | None,
+    wish: Wish,
+    *,
+    machine: Hardware,
+    work: Path,
+    cache: Cache,
+    forks: Forkserver,
 ) -> Course:
     """Compute the reference once, and lay everything out for the children."""
     fit, held_back = reference.split_calibration(model.calibration)
     model = replace(model, calibration=fit)
+    # first, so that nothing that the reference leaves behind in the module goes along
+    capsule.put(work / "model.pkl", model, what=f"the module {model.name!r}")
     eager = reference.EagerStage(model)
     batches = reference.judged_batches(model, held_back=held_back)
     outputs = reference.write(work / "reference", stage=eager, batches=batches)
-    capsule.put(work / "model.pkl", model, what=f"the module {model.name!r}")
     if evaluate is not None:
         capsule.put(work / "metric.pkl", evaluate, what="the evaluate function")
     return Course(
@@ -232,6 +248,7 @@ def _prepare(
         model_hash=caching.digest(caching.hash_model(model), caching.hash_tensors([*model.examples, *fit])),
         work=work,
         cache=cache,
+        forks=forks,
         hardware=machine,
         guard=wish.guard,
         effort=wish.effort,

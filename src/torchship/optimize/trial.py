@@ -16,6 +16,7 @@ from torchship.artifact import open_artifact, tensorfile
 from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
 from torchship.errors import BadInput, BuildFailed
 from torchship.model import Shelf
+from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard, agreement, judge
 from torchship.optimize.measure import Effort, curve, peak_memory
 from torchship.recipe import Recipe
@@ -88,14 +89,13 @@ class Proof(msgspec.Struct, frozen=True):
     timing: Timing
 
 
-def build(task: BuildTask, *, limits: Limits, threads: int) -> process.Outcome:
+def build(task: BuildTask, *, limits: Limits, forks: Forkserver) -> process.Outcome:
     """Apply the transforms, build and pack in a child; the Outcome's fault says why it failed."""
-    return process.run(
+    return forks.run(
         "torchship.optimize.trial:build_here",
         argument=msgspec.to_builtins(task),
         timeout=limits.timeout,
         memory=limits.memory,
-        threads=threads,
     )
 
 
