@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,9 +16,9 @@ _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "info": "dim"}
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from torchship.cli._shown import console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    return console()
 
 
 def show_machine(found: Machine) -> None:
@@ -74,54 +73,84 @@ def show_examination(found: Examination) -> None:
     for row in found.routes:
         state = "[green]yes" if row.ok else "[red]no"
         seen = row.summary or (f"outputs agree to {row.error:.1g}" if row.error is not None else "")
+        if row.diagnosis is not None and seen == row.diagnosis.words:
+            seen = row.diagnosis.construct  # its words follow below
         table.add_row(escape(row.route), state, escape(row.opens), escape(seen))
     console.print(table)
-    _show_refusals(found.routes, console=console)
-    if found.breaks:
-        console.print(f"\n[bold]Graph breaks[/] ({found.graphs} graphs)")
-        for number, diagnosis in enumerate(dict.fromkeys(found.breaks), start=1):
-            _show_diagnosis(f"break {number}", diagnosis, console=console)
+    told = _show_refusals(found.routes, console=console)
+    _show_breaks(found, told, console=console)
     if found.findings:
         console.print("\n[bold]Findings")
+        places: dict[tuple[str, str, str], list[str]] = {}
         for finding in found.findings:
-            colour = _COLOURS[finding.level]
-            where = f" [{finding.place}] {finding.place.code}" if finding.place else ""
             mend = f"; {finding.edit}" if finding.edit else ""
-            console.print(
-                f"  [{colour}]{finding.level:4}[/] {escape(finding.name)}: {escape(finding.words + mend + where)}"
-            )
+            same = places.setdefault((finding.level, finding.name, finding.words + mend), [])
+            same += [f"{finding.place}: {finding.place.code}"] if finding.place else []
+        for (level, name, words), where in places.items():
+            listed = "".join(f"\nat {place}" for place in where)
+            text = f"[bold]{escape(name)}[/]: {escape(words)}{escape(listed)}"
+            _hang(console, f"[{_COLOURS[level]}]{level:4}[/] ", text, indent=2)
     _show_cost(found, console=console)
     verdict = "healthy" if found.healthy else "needs care: see above"
     console.print(f"\n[bold {'green' if found.healthy else 'yellow'}]{verdict}")
 
 
-def _show_refusals(rows: list[RouteRow], *, console: Console) -> None:
-    """Equal diagnoses of several routes are told once."""
-    told: dict[tuple[Any, ...], list[RouteRow]] = {}
+def _hang(console: Console, head: str, words: str, *, indent: int) -> None:
+    """Markup after a head of its own; wrapped lines stay right of the head."""
+    from rich.padding import Padding
+    from rich.table import Table
+
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(head, words)
+    console.print(Padding(grid, (0, 0, 0, indent)))
+
+
+def _show_refusals(rows: list[RouteRow], *, console: Console) -> set[tuple[str, str]]:
+    """Equal diagnoses of several routes are told once; returns which construct at which place."""
+    told: dict[tuple[str, str], list[RouteRow]] = {}
     for row in rows:
         if row.diagnosis is not None:
-            key = (row.diagnosis.construct, str(row.diagnosis.place))
-            told.setdefault(key, []).append(row)
+            told.setdefault(_what(row.diagnosis), []).append(row)
     if told:
         console.print("\n[bold]Why not, and what to change")
     for group in told.values():
-        diagnosis = group[0].diagnosis
-        assert diagnosis is not None  # noqa: S101  # only rows with one were kept
-        _show_diagnosis(", ".join(row.route for row in group), diagnosis, console=console)
+        assert group[0].diagnosis is not None  # noqa: S101  # only rows with one were kept
+        _show_diagnosis(", ".join(row.route for row in group), group[0].diagnosis, console=console)
+    return set(told)
+
+
+def _what(diagnosis: Diagnosis) -> tuple[str, str]:
+    return diagnosis.construct, str(diagnosis.place)
+
+
+def _show_breaks(found: Examination, told: set[tuple[str, str]], *, console: Console) -> None:
+    breaks = {_what(diagnosis): diagnosis for diagnosis in reversed(found.breaks)}
+    if breaks:
+        console.print(f"\n[bold]Graph breaks[/] ({found.graphs} graph{'s' if found.graphs != 1 else ''})")
+    for number, (what, diagnosis) in enumerate(reversed(breaks.items()), start=1):
+        if what in told:
+            console.print(f"  {number}: {what[0]} at {what[1]}, see above", markup=False)
+        else:
+            _show_diagnosis(f"{number}", diagnosis, console=console)
 
 
 def _show_diagnosis(title: str, diagnosis: Diagnosis, *, console: Console) -> None:
     from rich.markup import escape
 
-    console.print(f"  [bold]{escape(title)}[/]: [cyan]{escape(diagnosis.construct)}[/]: {escape(diagnosis.words)}")
+    console.print(f"  [bold]{escape(title)}[/]: [cyan]{escape(diagnosis.construct)}")
+    _hang(console, "why  ", escape(diagnosis.words), indent=6)
     if diagnosis.place is not None:
-        console.print(f"      at {diagnosis.place}: {diagnosis.place.code}", markup=False, soft_wrap=True)
-    console.print(f"      do {diagnosis.edit}", markup=False)
+        console.print(f"      at   {diagnosis.place}: {diagnosis.place.code}", markup=False, soft_wrap=True)
+    if diagnosis.called is not None:
+        console.print(f"      from {diagnosis.called}: {diagnosis.called.code}", markup=False, soft_wrap=True)
+    _hang(console, "do   ", escape(diagnosis.edit), indent=6)
     for mark, colour, text in (("-", "red", diagnosis.old), ("+", "green", diagnosis.new)):
         for line in text.splitlines():
-            console.print(f"        {mark} {line}", style=colour, markup=False)
+            console.print(f"           {mark} {line}", style=colour, markup=False, soft_wrap=True)
     if diagnosis.said:
-        console.print(f"      said: {diagnosis.said}", style="dim", markup=False)
+        _hang(console, "said ", f"[dim]{escape(diagnosis.said)}[/]", indent=6)
 
 
 def _show_cost(found: Examination, *, console: Console) -> None:
@@ -130,12 +159,23 @@ def _show_cost(found: Examination, *, console: Console) -> None:
     cost = found.cost
     if cost is None:
         return
+    from torchship.cli._shown import human_size
+
+    kind = f" ({cost.convolution:.0f} % convolutions, {cost.product:.0f} % matrix products)" if cost.flops else ""
     console.print(
-        f"\n[bold]Cost of one row[/]: {cost.flops / 1e9:.3f} GFLOP ({cost.convolution:.0f} % convolutions, "
-        f"{cost.product:.0f} % matrix products), {cost.parameters / 1e6:.2f} M parameters "
-        f"({cost.weight_bytes / 2**20:.1f} MiB), {cost.activations / 2**20:.2f} MiB of activations at once"
+        f"\n[bold]Cost of one row[/]: {_many(cost.flops)}FLOP = {_many(cost.flops / 2)}MAC{kind}, "
+        f"{_many(cost.parameters).strip()} parameters ({human_size(cost.weight_bytes)}), "
+        f"{human_size(cost.activations)} of activations at once"
     )
     _show_list("What this machine has for it", cost.usable, console=console)
+
+
+def _many(count: float) -> str:
+    """4.1 G, 25.6 M, 72."""
+    for limit, word in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {word}"
+    return f"{count:.0f} "
 
 
 def show_explanations(found: list[Explanation]) -> None:

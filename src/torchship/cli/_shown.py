@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """A console on stdout that neither colours numbers nor wraps them away when it is piped."""
+    """A console on stdout that neither colours numbers nor wraps them away when it is piped: COLUMNS, or 140."""
     from rich.console import Console
 
     found = Console(highlight=False, soft_wrap=False)
-    return found if found.is_terminal else Console(highlight=False, width=140)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=140)
 
 
 def human_size(count: float) -> str:

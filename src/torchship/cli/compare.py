@@ -18,6 +18,7 @@ Examples:
   torchship compare resnet18 runs/other/resnet18/3 --measure
   torchship compare here/manifest.json from-the-pi/manifest.json --json
   torchship compare here/report.json from-the-pi/report.json
+  torchship compare resnet18 from-the-pi/report.json
 """
 )
 @click.argument("a", metavar="A")
@@ -33,8 +34,8 @@ def command(
 ) -> None:
     """Compare two artifacts: what they are, what was measured, and how many times better B is.
 
-    A and B are names in the store (resnet18, resnet18@3), folders, or manifest.json files from other machines; or two
-    report.json files: then every recipe that either search tried is compared.
+    A and B are names in the store (resnet18, resnet18@3), folders, or manifest.json files from other machines; or
+    report.json files: then every recipe that either search tried is compared (an artifact brings its own report).
     """
     from pathlib import Path
 
@@ -56,7 +57,7 @@ def command(
             *(
                 compare.read(Path(target))
                 if target.endswith(".json")
-                else open_artifact(shelf.resolve(target), verify=False).manifest
+                else open_artifact(shelf.resolve(target), verify=False)
                 for target in (a, b)
             )
         )
@@ -64,11 +65,10 @@ def command(
 
 
 def _show(rows: Sequence[Row], a: str, b: str, *, as_json: bool) -> None:
-    import sys
-
     import msgspec
-    from rich.console import Console
     from rich.table import Table
+
+    from torchship.cli._shown import console
 
     if as_json:
         click.echo(msgspec.json.encode({"a": a, "b": b, "rows": rows}).decode())
@@ -80,5 +80,5 @@ def _show(rows: Sequence[Row], a: str, b: str, *, as_json: bool) -> None:
     table.add_column("B is better", justify="right")
     for row in rows:
         style = "" if row.better is None or 0.95 < row.better < 1.05 else "green" if row.better > 1 else "red"
-        table.add_row(row.what, row.a, row.b, "" if row.better is None else f"{row.better:.2f}x", style=style)
-    Console(width=None if sys.stdout.isatty() else 140).print(table, highlight=False)
+        table.add_row(row.what, row.a, row.b, "" if row.better is None else f"{row.better:.3g}x", style=style)
+    console().print(table)

@@ -98,6 +98,8 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     if report.winner is None:
         from torchship.errors import NoWinner
 
+        if report.facts.interrupted:
+            raise click.Abort
         raise NoWinner(report.facts.choice.reason, hint="see the table above, loosen the limits, or add --data")
 
 
@@ -124,16 +126,17 @@ class _Progress:
         """Called as trials finish."""
         from torchship.optimize.report import line
 
-        style = {"ok": "", "refused": "yellow", "failed": "red", "skipped": "dim"}[trial.status]
-        self._console.print(line(trial), style=style, highlight=False, markup=False)
+        if trial.status != "skipped":  # they come in crowds, and the table tells them together
+            style = {"ok": "", "refused": "yellow", "failed": "red"}[trial.status]
+            self._console.print(line(trial), style=style, highlight=False, markup=False)
         self._bar.update(self._task, description="trials", completed=done, total=total)
 
 
 def _tell(report: Report, report_dir: str | None, store: str | None) -> None:
     """The table, the winner and why, and how to go on."""
-    from rich.console import Console
+    from torchship.cli._shown import console as shown
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = shown()
     console.print(report.table())
     facts = report.facts
     for backend, reason in sorted(facts.left_out.items()):

@@ -26,15 +26,26 @@ class Constraints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def against(self, timing: Timing) -> str:
         """Which bound a timing breaks, in words; empty when it keeps all."""
-        p99 = timing.curve[0].p99_ms
-        faults = []
-        if self.max_latency_p99 is not None and p99 > self.max_latency_p99:
-            faults.append(f"p99 {p99:.2f} ms is above {self.max_latency_p99:g} ms")
-        if self.max_memory is not None and timing.peak_memory > self.max_memory:
-            faults.append(f"peak memory {_mb(timing.peak_memory)} is above {_mb(self.max_memory)}")
-        if self.max_size is not None and timing.file_size > self.max_size:
-            faults.append(f"size {_mb(timing.file_size)} is above {_mb(self.max_size)}")
-        return "; ".join(faults)
+        return "; ".join(words for _, words in self._broken(timing))
+
+    def excess(self, timing: Timing) -> float:
+        """How many times the most broken bound is exceeded; 0 when all are kept."""
+        return max((factor for factor, _ in self._broken(timing)), default=0.0)
+
+    def _broken(self, timing: Timing) -> list[tuple[float, str]]:
+        def ms(value: float) -> str:
+            return f"{value:.3g} ms"
+
+        bounds: list[tuple[str, float, float | None, Callable[[float], str]]] = [
+            ("p99", timing.curve[0].p99_ms, self.max_latency_p99, ms),
+            ("peak memory", timing.peak_memory, self.max_memory, _bytes),
+            ("size", timing.file_size, self.max_size, _bytes),
+        ]
+        return [
+            (value / max(most, 1e-9), f"{what} {told(value)} is above {told(most)}")
+            for what, value, most, told in bounds
+            if most is not None and value > most
+        ]
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -78,13 +89,17 @@ def choose(trials: Sequence[Trial], *, goal: Goal, constraints: Constraints | No
     costs = {index: cost(_timing(trials[index]), goal=goal) for index in valid}
     ranking = sorted(valid, key=lambda index: costs[index])
     if not ranking:
-        return Choice(None, (), _nobody(trials, outside), outside)
+        return Choice(None, (), _nobody(trials, outside, constraints), outside)
     best = costs[ranking[0]]
     equal = [index for index in ranking if costs[index] <= best * _CLOSE]
     winner = min(equal, key=lambda index: (_error(trials[index]), costs[index]))
     ranking.remove(winner)
     ranking.insert(0, winner)
-    return Choice(winner, tuple(ranking), _why(trials, ranking, costs, goal), outside)
+    why = _why(trials, ranking, costs, goal)
+    better = sum(cost(_timing(trials[index]), goal=goal) < costs[winner] for index in outside)
+    if better:
+        why += f"; {better} that would be better break{'s' if better == 1 else ''} a limit"
+    return Choice(winner, tuple(ranking), why, outside)
 
 
 def is_valid(trial: Trial) -> bool:
@@ -102,10 +117,11 @@ def _error(trial: Trial) -> float:
     return trial.verdict.error if trial.verdict else float("inf")
 
 
-def _nobody(trials: Sequence[Trial], outside: dict[int, str]) -> str:
+def _nobody(trials: Sequence[Trial], outside: dict[int, str], constraints: Constraints) -> str:
     if outside:
-        index, fault = next(iter(outside.items()))
-        return f"{len(outside)} valid candidates break a constraint; {trials[index].recipe.label}: {fault}"
+        nearest = min(outside, key=lambda index: constraints.excess(_timing(trials[index])))
+        many = f"{len(outside)} valid candidates break" if len(outside) > 1 else "the only valid candidate breaks"
+        return f"{many} a limit; the nearest is {trials[nearest].recipe.label}: {outside[nearest]}"
     causes = [f"{trial.recipe.label}: {trial.failure}" for trial in trials if trial.failure]
     return "no candidate was valid" + (f"; {causes[0]}" if causes else "")
 
@@ -131,5 +147,8 @@ def _why(trials: Sequence[Trial], ranking: Sequence[int], costs: dict[int, float
     return ", ".join(parts)
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _bytes(size: float) -> str:
+    for limit, unit in ((1e6, "MB"), (1e3, "kB")):
+        if size >= limit:
+            return f"{size / limit:.4g} {unit}"
+    return f"{size:.0f} B"

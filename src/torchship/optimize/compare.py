@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from torchship.artifact import Artifact
 from torchship.artifact.manifest import BatchPoint, Manifest, Timing
 from torchship.errors import BadConfig, NotFound, Unavailable
 from torchship.optimize import turns
-from torchship.optimize.facts import Facts
+from torchship.optimize.facts import Facts, load
 from torchship.optimize.guard import agreement
 from torchship.optimize.measure import point
 from torchship.optimize.trial import Trial
@@ -26,13 +27,27 @@ class Row(msgspec.Struct, frozen=True):
     better: float | None = None
 
 
-def of(a: Manifest | Facts, b: Manifest | Facts) -> list[Row]:
-    """Two manifests, or two reports. Raises BadConfig for one of each."""
-    if isinstance(a, Facts) and isinstance(b, Facts):
-        return reports(a, b)
-    if isinstance(a, Manifest) and isinstance(b, Manifest):
-        return rows(a, b)
-    raise BadConfig("a report cannot be compared with an artifact", hint="give two report.json, or two artifacts")
+def of(a: Artifact | Manifest | Facts, b: Artifact | Manifest | Facts) -> list[Row]:
+    """Two artifacts or manifests, or two reports; beside a report an artifact gives the one that lies in it.
+
+    Raises BadConfig where one side has a report only, and the other none.
+    """
+    if isinstance(a, Facts) or isinstance(b, Facts):
+        first, second = _report(a), _report(b)
+        if first is None or second is None:
+            raise BadConfig(
+                "a report cannot be compared with an artifact that holds none",
+                hint="give two report.json, or two artifacts",
+            )
+        return reports(first, second)
+    return rows(*(side.manifest if isinstance(side, Artifact) else side for side in (a, b)))
+
+
+def _report(side: Artifact | Manifest | Facts) -> Facts | None:
+    if not isinstance(side, Artifact):
+        return side if isinstance(side, Facts) else None
+    path = side.path / "report" / "report.json"
+    return load(path) if path.is_file() else None
 
 
 def rows(a: Manifest, b: Manifest) -> list[Row]:
@@ -41,7 +56,11 @@ def rows(a: Manifest, b: Manifest) -> list[Row]:
         Row("recipe", a.recipe.label, b.recipe.label),
         Row("machine", a.hardware, b.hardware),
         Row("signature", str(a.signature), "the same" if a.signature == b.signature else str(b.signature)),
-        Row("weights", a.provenance.model_hash, "the same" if _same_model(a, b) else b.provenance.model_hash),
+        Row(
+            "weights",
+            a.provenance.model_hash,
+            "the same" if _same_model(a, b) else f"{b.provenance.model_hash} (another model)",
+        ),
         Row("packed", a.provenance.created, b.provenance.created),
     ]
     if a.timing and b.timing:
@@ -58,16 +77,22 @@ def _timing_rows(a: Timing, b: Timing) -> list[Row]:
     shared = sorted({point.batch for point in a.curve} & {point.batch for point in b.curve})
     for batch in shared:
         found += point_rows(_at(a, batch), _at(b, batch))
+    found += _totals(a, b)
+    found.append(Row("load, s", f"{a.load_s:.2f}", f"{b.load_s:.2f}", a.load_s / b.load_s if b.load_s else None))
+    found.append(Row("threads", str(a.threads), str(b.threads)))
+    return found
+
+
+def _totals(a: Timing, b: Timing) -> list[Row]:
+    """Best throughput, file size, peak memory."""
     fastest = [max(timing.curve, key=lambda p: p.rows_per_s) for timing in (a, b)]
     first, second = (f"{p.rows_per_s:,.0f} (batch {p.batch})" for p in fastest)
-    found.append(Row("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s))
+    found = [Row("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s)]
     for what, x, y in (
         ("file size, MB", a.file_size, b.file_size),
         ("peak memory, MB", a.peak_memory, b.peak_memory),
     ):
         found.append(Row(what, f"{x / 1e6:.2f}", f"{y / 1e6:.2f}", x / y if y else None))
-    found.append(Row("load, s", f"{a.load_s:.2f}", f"{b.load_s:.2f}", a.load_s / b.load_s if b.load_s else None))
-    found.append(Row("threads", str(a.threads), str(b.threads)))
     return found
 
 
@@ -155,12 +180,25 @@ def reports(a: Facts, b: Facts) -> list[Row]:
         Row("created", a.created, b.created),
         Row("winner", _winner(a), _winner(b)),
     ]
+    best = [facts.trials[facts.choice.winner] for facts in (a, b) if facts.choice.winner is not None]
+    if len(best) == 2:
+        found += [
+            Row(f"winner, {row.what}", row.a, row.b, row.better) for row in _summary(best[0].timing, best[1].timing)
+        ]
     tried = [{trial.recipe.key: trial for trial in facts.trials} for facts in (a, b)]
     for key in dict.fromkeys([*tried[0], *tried[1]]):
         first, second = (one.get(key) for one in tried)
-        label = next(trial.recipe.label for trial in (first, second) if trial is not None)
-        found.append(Row(f"{label}, batch 1 p50, ms", _told(first), _told(second), _ratio(first, second)))
+        either = [trial for trial in (first, second) if trial is not None]
+        if any(trial.status != "skipped" for trial in either):
+            label = either[0].recipe.label
+            found.append(Row(f"{label}, batch 1 p50, ms", _told(first), _told(second), _ratio(first, second)))
     return found
+
+
+def _summary(a: Timing | None, b: Timing | None) -> list[Row]:
+    if a is None or b is None:
+        return []
+    return [point_rows(a.curve[0], b.curve[0])[0], *_totals(a, b)]
 
 
 def _winner(facts: Facts) -> str:
@@ -171,7 +209,7 @@ def _told(trial: Trial | None) -> str:
     if trial is None:
         return "not tried"
     if trial.status != "ok" or trial.timing is None:
-        return f"{trial.status}: {trial.failure[:80]}"
+        return f"failed: {textwrap.shorten(trial.failure, 60)}" if trial.status == "failed" else trial.status
     return f"{trial.timing.curve[0].p50_ms:.3f}"
 
 

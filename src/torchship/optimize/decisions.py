@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -12,20 +10,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchship.optimize.places import Place, is_installed, is_users, place_at
+from torchship.optimize.places import Place, is_installed, place_now
 
 _LEAVES = ("numpy", "tolist", "__array__")  # they read the memory past the dispatcher
 _SHOWN = ("__format__", "__repr__")  # printing decides nothing
 _UNTAGGED = ("aten._pack_padded_sequence", "torchvision.nms")
 
 
-def decisions(run: Callable[[Sequence[torch.Tensor]], object], tensors: Sequence[torch.Tensor]) -> list[Place]:
+def decisions(
+    run: Callable[[Sequence[torch.Tensor]], object], tensors: Sequence[torch.Tensor], *, outside: Place | None = None
+) -> list[Place]:
     """The lines where `run(tensors)` lets a value that stems from `tensors` decide what runs or how long a result is.
 
     The innermost line that is not torch's own. A value that only picks between finished results (torch.where) decides
     nothing, and an assertion neither. What the run raises is swallowed: the lines up to there are the answer.
+    `outside` stands for what runs without a line of Python.
     """
-    watch = _Watch()
+    watch = _Watch(outside)
     given = [tensor.clone() for tensor in tensors]
     watch.mark(given)
     try:
@@ -44,8 +45,9 @@ def own(places: Sequence[Place]) -> list[Place]:
 class _Watch:
     """Which storages hold values that stem from the inputs, and where such a value decided."""
 
-    def __init__(self) -> None:
+    def __init__(self, outside: Place | None) -> None:
         self.places: list[Place] = []
+        self.outside = outside
         self.paused = False
         self._marked: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
 
@@ -61,7 +63,7 @@ class _Watch:
 
     def decided(self) -> None:
         """Note the line that runs now."""
-        if not self.paused and (place := _place()) is not None and place not in self.places:
+        if not self.paused and (place := place_now() or self.outside) is not None and place not in self.places:
             self.places.append(place)
 
 
@@ -132,13 +134,3 @@ def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
     for tensor in tensors:
         if tensor.layout == torch.strided and not tensor.is_nested:
             yield tensor.untyped_storage()
-
-
-def _place() -> Place | None:
-    """The innermost line on the stack that is neither torch's nor ours: the user's, or an installed package's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if is_users(frame.f_code.co_filename):
-            return place_at(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
-        frame = frame.f_back
-    return None

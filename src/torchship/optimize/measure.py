@@ -24,7 +24,7 @@ class Effort(msgspec.Struct, frozen=True):
     calls: int = 200
     fewest: int = 5
     warm_up: float = 0.5
-    max_batch: int = 64
+    max_batch: int = 1024
     longest: float = 6.0
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 
-from torchship.optimize import plots
+from torchship.optimize import finetune, plots
 from torchship.optimize.facts import (
     Facts,
     at_batch,
@@ -27,6 +28,8 @@ from torchship.optimize.guard import HOPELESS
 from torchship.optimize.trial import Trial
 
 _HEADS = ("recipe", "b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "peak MB", "error", "agreement", "speed-up")
+
+_NOT_ITS_OWN = {"--recipe", "--backends", "--budget", "--store", "--name", "--labels"}  # words of the search, not of one row
 
 
 def render(facts: Facts) -> str:
@@ -91,6 +94,8 @@ def _table(facts: Facts) -> str:
     base = eager.timing.curve[0].p50_ms if eager and eager.timing else 0.0
     rows = []
     for trial in ordered(facts):
+        if trial.status == "skipped":
+            continue  # they have no numbers: they are told below
         won = has_won(facts, trial)
         label, *others, remark = cells(trial, base=base, outside=outside_of(facts, trial), won=won)
         key = f'<i class="key" style="--c:var(--c{colours[trial.recipe.backend]})"></i>'
@@ -180,8 +185,15 @@ def _sensitivity(facts: Facts) -> str:
 
 
 def _troubles(facts: Facts) -> str:
-    bad = [trial for trial in facts.trials if trial.failure]
-    items = [_trouble(trial.recipe.label, trial.failure, trial.log) for trial in bad]
+    items = [
+        _trouble(trial.recipe.label, trial.failure, trial.log)
+        for trial in ordered(facts)
+        if trial.status in ("refused", "failed")
+    ]
+    reasons = dict.fromkeys(trial.failure for trial in facts.trials if trial.status == "skipped")
+    for reason in reasons:
+        skipped = [trial.recipe.label for trial in facts.trials if (trial.status, trial.failure) == ("skipped", reason)]
+        items.append(_trouble(f"{len(skipped)} not tried", f"{reason}: {', '.join(skipped)}", ""))
     items += [_trouble(name, reason, "") for name, reason in sorted(facts.left_out.items())]
     if not items:
         return ""
@@ -189,22 +201,28 @@ def _troubles(facts: Facts) -> str:
 
 
 def _trouble(label: str, reason: str, log: str) -> str:
-    more = f"<pre>{escape(log)}</pre>" if log else '<p class="soft">It printed nothing.</p>'
-    return f"<details><summary><b>{escape(label)}</b>: {escape(reason)}</summary>{more}</details>"
+    words = f"<b>{escape(label)}</b>: {escape(reason)}"
+    if not log:
+        return f'<div class="item">{words}</div>'
+    return f'<details class="item"><summary>{words}</summary><pre>{escape(log)}</pre></details>'
 
 
 def reproduce(facts: Facts, trial: Trial) -> str:
     """One command (or call, for a search from Python) that runs one row again."""
-    recipe = msgspec.json.encode(trial.recipe).decode()
+    steps = tuple(step for step in trial.recipe.transforms if step.transform != finetune.STEP)  # --finetune takes it
+    recipe = msgspec.json.encode(msgspec.structs.replace(trial.recipe, transforms=steps)).decode()
     if facts.command:
-        return f"{facts.command} --no-publish --recipe {shlex.quote(recipe)}"
+        words = shlex.split(facts.command)
+        kept = [word for before, word in pairwise(["", *words]) if not {before, word} & _NOT_ITS_OWN]
+        return shlex.join([*kept, "--no-publish", "--recipe", recipe])
     return f"torchship.optimize(module, example_inputs, recipes=[msgspec.json.decode({recipe!r}, type=Recipe)])"
 
 
 def _commands(facts: Facts) -> str:
     items = [
-        f"<details><summary>{escape(t.recipe.label)}</summary><pre>{escape(reproduce(facts, t))}</pre></details>"
-        for t in ordered(facts)
+        f'<details class="item"><summary>{escape(trial.recipe.label)}</summary>'
+        f"<pre>{escape(reproduce(facts, trial))}</pre></details>"
+        for trial in ordered(facts)
     ]
     whole = f"<pre>{escape(facts.command)}</pre>" if facts.command else ""
     return f'<h2>Run it again</h2>{whole}<div class="wide">{"".join(items)}</div>'

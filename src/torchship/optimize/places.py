@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import linecache
+import sys
 import sysconfig
 from pathlib import Path
+from types import FrameType
 
 import msgspec
+
+_EDGE = str(Path(__file__).with_name("flatten.py"))  # it calls the user's module
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -18,7 +22,7 @@ class Place(msgspec.Struct, frozen=True):
     code: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 def place_at(file: str, line: int, function: str) -> Place:
@@ -36,7 +40,18 @@ def is_users(file: str) -> bool:
     stdlib = sysconfig.get_path("stdlib")
     if path.startswith(stdlib) and "-packages" not in path:
         return False
-    tools = ("torch", "onnx", "onnxscript", "torch_onnx", "numpy", "torchao", "functorch")
+    tools = (
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "torch_onnx",
+        "openvino",
+        "nncf",
+        "numpy",
+        "torchao",
+        "functorch",
+    )
     packages = any(f"-packages/{name}/" in path for name in tools)
     return not packages and not path.startswith(str(Path(__file__).parents[1]))
 
@@ -44,3 +59,16 @@ def is_users(file: str) -> bool:
 def is_installed(file: str) -> bool:
     """Whether a file lies in an installed package, so that its user is not the one to edit it."""
     return "site-packages" in file or "dist-packages" in file
+
+
+def place_now() -> Place | None:
+    """The innermost line of the model's forward that is neither torch's nor ours: the user's, or a package's.
+
+    None where torch itself is all that runs; who called us, further out on the stack, is not the model.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _EDGE:
+        if is_users(frame.f_code.co_filename):
+            return place_at(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        frame = frame.f_back
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,13 @@ from torchship.optimize.facts import (
 from torchship.optimize.trial import Trial
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    import rich.table
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_HEADS = ("b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "mem MB", "error", "agree", "x")
+_NARROW = (0, 4, 5, 7, 8, 9)
+_WIDE = 112  # columns of a terminal that holds all of them beside the recipes
+_STYLES = {"winner": "bold green", "ok": "", "refused": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -64,31 +71,67 @@ class Report:
         return root / "report.html"
 
     def table(self) -> Table:
-        """A rich table: one row a trial, best first, then what was refused or failed."""
-        return table(self.facts)
+        """For a rich console of any width: the measured trials, best first, then what the others came to, and why."""
+        return Table(self.facts)
 
 
-def table(facts: Facts) -> Table:
-    """One row a trial; times in ms."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class Table:
+    """One row for each measured trial, times in ms; below it the refused, failed and skipped, by their reasons."""
 
-    found = Table(title=f"{facts.name}: goal {facts.goal}", title_justify="left", pad_edge=False, box=None)
-    found.add_column("recipe", overflow="fold")
-    for head in ("b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "mem MB", "error", "agree", "x"):
-        found.add_column(head, justify="right", no_wrap=True)
-    found.add_column("", overflow="fold")
-    eager = eager_of(facts)
-    base = eager.timing.curve[0].p50_ms if eager and eager.timing else 0.0
-    for trial in ordered(facts):
-        won = has_won(facts, trial)
-        found.add_row(*cells(trial, base=base, outside=outside_of(facts, trial), won=won), style=_style(trial, won))
-    return found
+    facts: Facts
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
 
-def _style(trial: Trial, won: bool) -> str:
-    if won:
-        return "bold green"
-    return {"ok": "", "refused": "yellow", "failed": "red", "skipped": "dim"}[trial.status]
+        yield Text(f"{self.facts.name}: goal {self.facts.goal}", style="italic")
+        yield self._measured(range(len(_HEADS)) if options.max_width >= _WIDE else self._narrow())
+        yield self._others()
+
+    def _narrow(self) -> list[int]:
+        """The columns that a small terminal has room for, and those that the caller asked about."""
+        asked, limits = set[int](), self.facts.constraints
+        if limits.max_latency_p99 is not None:
+            asked.add(_HEADS.index("p99"))
+        if limits.max_memory is not None or self.facts.goal == "memory":
+            asked.add(_HEADS.index("mem MB"))
+        return sorted({*_NARROW, *asked})
+
+    def _measured(self, columns: Sequence[int]) -> rich.table.Table:
+        from rich.table import Table
+
+        found = Table(pad_edge=False, box=None)
+        found.add_column("recipe", overflow="fold")
+        for column in columns:
+            found.add_column(_HEADS[column], justify="right", no_wrap=True)
+        found.add_column("", no_wrap=True)
+        eager = eager_of(self.facts)
+        base = eager.timing.curve[0].p50_ms if eager and eager.timing else 0.0
+        for trial in ordered(self.facts):
+            if trial.timing:
+                label, *numbers = cells(trial, base=base)
+                word = "winner" if has_won(self.facts, trial) else trial.status.replace("ok", "")
+                word = "over a limit" if outside_of(self.facts, trial) else word
+                style = _STYLES.get(word or "ok", "dim")
+                found.add_row(label, *(numbers[column] for column in columns), word, style=style)
+        return found
+
+    def _others(self) -> rich.table.Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        told: dict[tuple[str, str], list[str]] = {}
+        for trial in ordered(self.facts):
+            outside = outside_of(self.facts, trial)
+            if outside or trial.failure:
+                key = ("over", outside) if outside else (trial.status, trial.failure)
+                told.setdefault(key, []).append(trial.recipe.label)
+        found = Table.grid(padding=(0, 2))
+        for (kind, reason), labels in told.items():
+            style = _STYLES.get(kind, "dim")
+            words = f"{labels[0]}: {reason}" if len(labels) == 1 else f"{reason}: {', '.join(labels)}"
+            found.add_row(Text(kind, style), Text(words, style, overflow="fold"))
+        return found
 
 
 def line(trial: Trial) -> str:

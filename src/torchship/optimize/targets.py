@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import tomllib
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,12 +20,14 @@ import torch
 
 from torchship import process
 from torchship.errors import BadConfig, NotFound
+from torchship.optimize.places import is_users, place_at
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
 from torchship.tensors import Array, TensorSpec
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MOST_PICTURES = 256
+_DEFAULTS = {"goal": "latency", "budget": "10m", "threads": 0, "device": "cpu"}
 _MEAN, _SPREAD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
@@ -77,12 +80,25 @@ def read_wish(
         "labels": [] if labels is None else labels_at(labels),
         "source": target,
     }
-    words = ["torchship", "optimize", target, *(w for text in inputs for w in ("--input", text))]
-    words += ["--weights", weights] if weights else []
-    words += ["--data", data] if data else []
-    words += ["--evaluate", evaluate] if evaluate else []
-    words += ["--finetune", finetune] if finetune else []
-    return CommandWish(module, specs or _first_inputs(calibration), options, shlex.join(words))
+    given = {"weights": weights, "data": data, "evaluate": evaluate, "finetune": finetune, "backends": backends}
+    given |= {"max-latency-p99": max_latency_p99, "max-memory": max_memory, "max-size": max_size, "labels": labels}
+    repeated = {"input": inputs, "recipe": recipes}
+    command = _command(target, {**repeated, **given, "budget": budget, "name": name, **plain})
+    return CommandWish(module, specs or _first_inputs(calibration), options, command)
+
+
+def _command(target: str, given: dict[str, Any]) -> str:
+    """The command line that asks for the same again: what was left at its default is left out."""
+    words = ["torchship", "optimize", target]
+    for key, value in given.items():
+        option = f"--{key.replace('_', '-')}"
+        if key == "batched":
+            words += [] if value is None else [option if value else "--not-batched"]
+        elif isinstance(value, (list, tuple)):
+            words += [word for item in value for word in (option, item)]
+        elif value is not None and _DEFAULTS.get(key) != value:
+            words += [option, str(value)]
+    return shlex.join(words)
 
 
 def _first_inputs(calibration: list[Any] | None) -> Any:
@@ -111,6 +127,19 @@ def found_at(target: str, *, what: str) -> Any:
         raise NotFound(
             f"{what}: {target!r} cannot be imported: {fault}", hint="is it on PYTHONPATH, and spelt right?"
         ) from fault
+    except (Exception, SystemExit) as fault:
+        raise BadConfig(
+            f"{what}: {module} fails when it is imported: {_told(fault)}",
+            hint='what a script does when it is run belongs under if __name__ == "__main__"',
+        ) from fault
+
+
+def _told(fault: BaseException) -> str:
+    """An error in one line, with the innermost line of the user's code that it came through."""
+    frames = [place_at(frame.f_code.co_filename, line, "") for frame, line in traceback.walk_tb(fault.__traceback__)]
+    place = next((place for place in reversed(frames) if is_users(place.file)), None)
+    where = f" [{place}: {place.code}]" if place else ""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}{where}"
 
 
 def labels_at(target: str) -> list[str]:
@@ -129,18 +158,19 @@ def module_at(target: str) -> torch.nn.Module:
     if not isinstance(found, torch.nn.Module):
         if not callable(found):
             raise BadConfig(
-                f"TARGET: {target!r} is a {type(found).__name__}",
+                f"TARGET: {target!r} is of type {type(found).__name__}",
                 hint="name an nn.Module or a function that returns one",
             )
         try:
             found = found()
-        except TypeError as fault:
+        except (Exception, SystemExit) as fault:
+            wanting = isinstance(fault, TypeError) and "argument" in str(fault)
             raise BadConfig(
-                f"TARGET: {target!r} cannot be called without arguments: {fault}",
-                hint="write a small function that returns the module",
+                f"TARGET: {target!r} {'needs arguments' if wanting else 'fails when it is called'}: {_told(fault)}",
+                hint="write a small function that returns the module" if wanting else "call it in plain Python first",
             ) from fault
     if not isinstance(found, torch.nn.Module):
-        raise BadConfig(f"TARGET: {target!r} returned a {type(found).__name__}, not an nn.Module")
+        raise BadConfig(f"TARGET: {target!r} returned something of type {type(found).__name__}, not an nn.Module")
     return found
 
 

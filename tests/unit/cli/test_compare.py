@@ -99,3 +99,15 @@ def raise_hint(*words: object) -> None:
         rows(*words)
     except BadConfig as fault:
         raise BadConfig(fault.line) from None
+
+
+def test_an_artifact_brings_its_own_report(tmp_path: Path) -> None:
+    linear(tmp_path / "made")
+    report(tmp_path / "pi.json", hardware="Cortex-A72", eager=80.0, fast=20.0)
+    with pytest.raises(BadConfig, match="holds none"):
+        rows(tmp_path / "made", tmp_path / "pi.json")
+    (tmp_path / "made" / "report").mkdir()
+    report(tmp_path / "made" / "report" / "report.json", hardware="EPYC", eager=8.0, fast=2.0)
+    found = rows(tmp_path / "made", tmp_path / "pi.json")
+    assert (found["machine"]["a"], found["machine"]["b"]) == ("EPYC", "Cortex-A72")
+    assert found["winner, batch 1 p50, ms"]["better"] == pytest.approx(0.1)

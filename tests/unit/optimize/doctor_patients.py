@@ -230,3 +230,95 @@ class Double(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.net(x.double())
         return out.float()
+
+
+class Halved(nn.Module):
+    """Loops until a value is small."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while x.norm() > 1:  # FAULT
+            x = x / 2
+        return x
+
+
+class Asserts(nn.Module):
+    """Asserts on values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert (x.abs() < 100).all(), "too large"  # FAULT
+        return x * 2
+
+
+class Steps(nn.Module):
+    """Goes over a free axis step by step."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = [x[0]]
+        for step in range(1, x.shape[0]):  # FAULT
+            out.append(out[-1] + x[step])
+        return torch.stack(out)
+
+
+@torch.library.custom_op("torchship_patient::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """An operator that says nothing about its output's shape."""
+    return x * 2
+
+
+class NoFake(nn.Module):
+    """Calls an operator without a fake."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.torchship_patient.twice(x)  # FAULT
+        return out
+
+
+CALLS: list[float] = []
+
+
+class Remembers(nn.Module):
+    """Counts its calls in an object of the module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CALLS.append(1.0)  # FAULT
+        return x * len(CALLS)
+
+
+class NeverEval(nn.Module):
+    """Keeps its dropout on whatever it is told, and calls one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.5)
+
+    def train(self, mode: bool = True) -> NeverEval:
+        return super().train(True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.drop(self.layer(self.layer(x)))
+        return out
+
+
+class Recurrent(nn.Module):
+    """Runs an LSTM over a free axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.cells(x)[0]  # FAULT
+        return out
+
+
+class Encoder(nn.Module):
+    """A transformer layer, which torch runs as one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x[:, None])[:, 0]
+        return out

@@ -51,8 +51,12 @@ def test_constraints_are_kept_and_named() -> None:
     assert "size" in found.outside[1]
     found = choose([EAGER, FAST], goal="latency", constraints=Constraints(max_latency_p99=1.0, max_memory=10))
     assert found.winner is None
-    assert "p99 20.00 ms is above 1 ms" in found.outside[0]
+    assert "p99 20 ms is above 1 ms" in found.outside[0]
     assert "memory" in found.reason
+    found = choose([EAGER, FAST, SMALL], goal="latency", constraints=Constraints(max_size=200))
+    assert found.reason == "3 valid candidates break a limit; the nearest is small: size 250 B is above 200 B"
+    found = choose([EAGER, FAST], goal="latency", constraints=Constraints(max_size=1500))
+    assert found.reason.endswith("; 1 that would be better breaks a limit")
 
 
 def test_nobody_valid_says_why() -> None:

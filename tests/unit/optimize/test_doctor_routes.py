@@ -11,11 +11,14 @@ import msgspec
 import pytest
 
 from tests.unit.optimize import doctor_patients
+from torchship import process
 from torchship.errors import BadConfig, CaptureFailed
-from torchship.optimize.doctor import edits, examination, routes
+from torchship.optimize.doctor import edits, examination, rounds, routes
 from torchship.optimize.doctor.diagnose import Diagnosis, diagnose
 from torchship.optimize.doctor.examination import Examination, RouteRow
 from torchship.optimize.doctor.failure import Failure, places_in
+from torchship.optimize.doctor.findings import Finding
+from torchship.optimize.doctor.look import Seen, look
 from torchship.optimize.places import Place
 from torchship.process import Outcome
 
@@ -33,12 +36,12 @@ def _walk(name: str, route: str) -> RouteRow:
         return examination._row(route, Outcome(value=routes.walk(_case(name, route))))
 
 
-def _look(name: str) -> dict[str, str]:
+def _findings(name: str) -> dict[str, Finding]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seen = msgspec.convert(examination.look(_case(name)), examination._Seen)
+        seen = msgspec.convert(look(_case(name)), Seen)
     assert seen.failed is None
-    return {finding.name: finding.level for finding in seen.findings}
+    return {finding.name: finding for finding in seen.findings}
 
 
 def _fault_line(name: str) -> int:
@@ -74,6 +77,13 @@ def test_a_healthy_module_goes_by_every_route(route: str) -> None:
         ("Break", "compile", "user-inserted graph break"),
         ("Kwargs", "script", "Python that TorchScript cannot read"),
         ("Closure", "script", "Python that TorchScript cannot read"),
+        ("Special", "onnx", "operator that ONNX does not have"),
+        ("Halved", "trace", "loop as long as the data says"),
+        ("Asserts", "export", "assertion on values"),
+        ("Steps", "export", "loop over a free axis"),
+        ("NoFake", "export", "custom operator without a fake"),
+        ("Remembers", "trace", "side effect in Python"),
+        ("Recurrent", "export", "recurrent layer over a free axis"),
     ],
 )
 def test_a_refusal_names_construct_and_line(name: str, route: str, construct: str) -> None:
@@ -128,16 +138,28 @@ def test_graph_breaks_carry_the_users_lines() -> None:
         ("ViewOnly", "non-contiguous input", "warn"),
         ("Double", "float64 weights", "warn"),
         ("FixedBatch", "axes", "warn"),
+        ("Remembers", "unstable output", "bad"),
+        ("NeverEval", "train mode", "bad"),
+        ("NeverEval", "module used twice", "info"),
     ],
 )
 def test_findings_about_the_module_itself(name: str, finding: str, level: str) -> None:
-    assert _look(name)[finding] == level
+    assert _findings(name)[finding].level == level
+
+
+@pytest.mark.parametrize(
+    ("name", "finding"), [("InPlaceView", "writes into its input"), ("Remembers", "unstable output")]
+)
+def test_findings_name_the_line(name: str, finding: str) -> None:
+    place = _findings(name)[finding].place
+    assert place is not None
+    assert place.line == _fault_line(name)
 
 
 def test_a_healthy_module_has_no_findings_and_its_cost_is_exact() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seen = msgspec.convert(examination.look(_case("Healthy")), examination._Seen)
+        seen = msgspec.convert(look(_case("Healthy")), Seen)
     assert seen.findings == []
     assert seen.cost is not None
     assert seen.cost.flops == 2 * (8 * 16 + 16 * 4)
@@ -146,20 +168,50 @@ def test_a_healthy_module_has_no_findings_and_its_cost_is_exact() -> None:
     assert seen.cost.activations == 2 * 16 * 4  # the hidden layer before and after the ReLU
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"), [("Recurrent", 4 * 4 * (8 + 4)), ("Encoder", 8 * 24 + 8 * 8 + 2 * 8 * 16)]
+)
+def test_fused_layers_cost_what_their_weights_say(name: str, weights: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = msgspec.convert(look(_case(name)), Seen)
+    assert seen.cost is not None
+    assert seen.cost.flops * seen.cost.rows >= 2 * 2 * weights  # two rows; attention between rows comes on top
+    assert seen.cost.product == 100.0
+
+
 def test_what_cannot_even_run_is_an_error_with_line_and_edit() -> None:
-    seen = msgspec.convert(examination.look(_case("WrongDtype")), examination._Seen)
+    seen = msgspec.convert(look(_case("WrongDtype")), Seen)
     with pytest.raises(CaptureFailed, match=r"doctor_patients\.py:\d+") as caught:
         examination._stop_if_nothing(seen)
     assert "module.float()" in caught.value.hint
 
 
 def test_a_crash_costs_one_row() -> None:
-    found = examination.diagnose_target(f"{_HERE}:Crash", inputs=["x:FP32[-1,8]"], routes=["trace"], timeout=120)
+    routes_given = ["trace", "script"]
+    found = examination.diagnose_target(f"{_HERE}:Crash", inputs=["x:FP32[-1,8]"], routes=routes_given, timeout=120)
     assert isinstance(found, Examination)
-    (row,) = found.routes
-    assert not row.ok
-    assert "SIGSEGV" in row.summary
+    trace, script = found.routes
+    assert not trace.ok
+    assert "SIGSEGV" in trace.summary
+    assert "SIGSEGV" not in script.summary
+    assert script.ok or script.diagnosis is not None
     assert not found.healthy
+
+
+def test_a_hang_costs_one_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(target: str, *, argument: Any, **_: Any) -> Outcome:
+        if "trace" in argument["parts"]:
+            return Outcome(fault="killed by SIGALRM")
+        Path(argument["folder"], "onnx").write_text('{"value": {"route": "onnx"}, "seconds": 2.0}')
+        return Outcome()
+
+    monkeypatch.setattr(process, "run", run)
+    steps: list[str] = []
+    found = rounds.walk("x:y", [], ["trace", "onnx"], timeout=5, memory=1, threads=1, on_step=steps.append)
+    assert found["trace"].fault == "did not finish within 5 s"
+    assert (found["onnx"].value, found["onnx"].seconds) == ({"route": "onnx"}, 2.0)
+    assert steps == ["trace", "onnx"]
 
 
 def test_a_child_that_says_nothing_is_a_row_with_its_last_words() -> None:
@@ -190,6 +242,11 @@ def forward(x, y):
     print(scale)
     z = z.view(2, 8)
     z.mul_(3)
+    z = (z if z.any() else x) + 1
+    if z.any() and x.any():
+        z = x
+    if z.any():
+        z, x = x, z
     return z
 """
 
@@ -203,6 +260,9 @@ def forward(x, y):
         (11, ".item()", "scale = z.max()"),
         (13, "size written into the code", "z = z.view(-1, 8)"),
         (14, "in-place write on a view", "z = z.mul(3)"),
+        (15, "data-dependent if", "z = torch.where(z.any(), z, x) + 1"),
+        (16, "data-dependent if", ""),
+        (18, "data-dependent if", ""),
         (99, ".item()", ""),
     ],
 )

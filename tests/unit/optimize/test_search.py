@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import torchship
@@ -190,7 +192,7 @@ def test_nobody_valid_publishes_nothing(planted: Path) -> None:
     assert report.winner is None
     assert report.artifact is None
     assert not (planted / "nothing").exists()
-    assert "break a constraint" in report.facts.choice.reason
+    assert "break a limit; the nearest is" in report.facts.choice.reason
 
 
 def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
@@ -204,7 +206,14 @@ def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
 
 def test_the_table_tells_every_trial(planted: Path) -> None:
     report = optimize(planted, "good", "raises", publish=False)
-    table = report.table()
-    assert table.row_count == 3
+    for width in (80, 140):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(report.table())
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert ("mem MB" in text) == (width == 140)
+        assert "planted_good " in text
+        assert "winner" in text
+        assert "failed  planted_raises: build: KeyError: 'a bug in the backend'" in text
     assert report.speedup > 0
     assert msgspec.json.decode(msgspec.json.encode(report.facts), type=facts.Facts) == report.facts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from torch import nn
 
 from torchship.cli.optimize import command
 from torchship.errors import BadConfig, NotFound
-from torchship.optimize import targets
+from torchship.optimize import facts, page, targets
+from torchship.optimize.choose import Choice, Constraints
+from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe, Step
 from torchship.tensors import TensorSpec
 
@@ -29,6 +33,10 @@ def fails() -> nn.Module:
 
 def needs(width: int) -> nn.Module:
     return nn.Linear(width, 2)
+
+
+def breaks() -> nn.Module:
+    raise ValueError("no weights")
 
 
 net = nn.Linear(4, 2)
@@ -46,14 +54,55 @@ def test_a_target_is_a_module_or_makes_one() -> None:
         ("resnet18", BadConfig, "is not module:attribute"),
         ("no.such.module:x", NotFound, "cannot be imported"),
         (f"{HERE}:absent", NotFound, "cannot be imported"),
-        (f"{HERE}:HERE", BadConfig, "is a str"),
-        (f"{HERE}:fails", BadConfig, "returned a int"),
-        (f"{HERE}:needs", BadConfig, "cannot be called without arguments"),
+        (f"{HERE}:HERE", BadConfig, "is of type str"),
+        (f"{HERE}:fails", BadConfig, "of type int"),
+        (f"{HERE}:needs", BadConfig, "needs arguments: TypeError"),
+        (f"{HERE}:breaks", BadConfig, r"fails when it is called: ValueError: no weights .*test_targets.py:\d+: raise"),
     ],
 )
 def test_a_wrong_target_is_named(target: str, fault: type[Exception], words: str) -> None:
     with pytest.raises(fault, match=words):
         targets.module_at(target)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("class A(", "SyntaxError"),
+        ("import sys\nsys.exit('usage')", "SystemExit: usage"),
+        ("1 / 0", "file.py:1: 1 / 0"),
+    ],
+)
+def test_a_file_that_cannot_be_imported(code: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_file.py").write_text(code)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(BadConfig, match=f"fails when it is imported: .*{words}") as caught:
+        targets.module_at(f"{tmp_path}/broken_file.py:net")
+    assert "__main__" in caught.value.hint
+
+
+def test_a_row_is_run_again_by_the_words_that_concern_it() -> None:
+    given = targets.read_wish(
+        f"{HERE}:make", weights=None, inputs=["x:FP32[-1,4]"], data=None, evaluate=None, finetune=None,
+        backends="openvino", recipes=['{"backend": "openvino"}'], budget="5s", name=None, labels=None,
+        max_latency_p99="3ms", max_memory=None, max_size=None, goal="size", threads=2, device="cpu", batched=True,
+    )  # fmt: skip
+    start = f"torchship optimize {HERE}:make --input 'x:FP32[-1,4]'"
+    assert given.command.startswith(f"{start} --recipe '{{")
+    assert given.command.endswith(
+        "--backends openvino --max-latency-p99 3ms --budget 5s --goal size --threads 2 --batched"
+    )
+    asked = facts.Facts(
+        name="net", created="", torchship="", source="", signature="", hardware="", fingerprint="", threads=2,
+        device="cpu", goal="size", constraints=Constraints(), trials=(), choice=Choice(None, (), ""),
+        command=given.command,
+    )  # fmt: skip
+    tuned = Recipe("openvino", {"precision": "int8"}, (Step("finetune"), Step("fuse")))
+    again = page.reproduce(asked, Trial(tuned, "ok"))
+    assert again.startswith(
+        f"{start} --max-latency-p99 3ms --goal size --threads 2 --batched --no-publish --recipe '{{"
+    )
+    assert targets.recipes_at(shlex.split(again)[-1]) == [Recipe("openvino", {"precision": "int8"}, (Step("fuse"),))]
 
 
 @pytest.mark.parametrize(("text", "found"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("7", 7), (" 2 min ", 120)])

@@ -18,10 +18,16 @@ class Construct(msgspec.Struct, frozen=True):
 
     def fits(self, text: str, code: str) -> bool:
         """Whether an error with this text at this line is of this kind."""
-        return bool(re.search(self.pattern, text, re.I)) and bool(not self.code or re.search(self.code, code))
+        return self.says(text) and bool(not self.code or re.search(self.code, code))
+
+    def says(self, text: str) -> bool:
+        """Whether the text alone speaks of this kind."""
+        return bool(re.search(self.pattern, text, re.I))
 
 
 _DEPENDENT = r"data-dependent|DataDependent|Could not guard on|specialized integer"
+_SPECIALISED = r"specialized it to be a constant|Constraints violated|\bL\['|not all values of"
+_NEVER = r"(?!)"  # no error tells of it: the source does
 
 CONSTRUCTS = (
     Construct(
@@ -40,7 +46,7 @@ CONSTRUCTS = (
     ),
     Construct(
         "loop as long as the data says",
-        _DEPENDENT,
+        rf"{_DEPENDENT}|generic_jump|dynamic control flow",
         "how often the loop runs is only known when the model runs",
         "a fixed number of rounds with torch.where inside; torch.while_loop; or keep the loop outside of the model",
         code=r"\bfor\b.*\brange\(|\bwhile\b",
@@ -51,14 +57,21 @@ CONSTRUCTS = (
         "which branch runs depends on values in a tensor: a graph has no Python branches",
         "compute both branches and choose with torch.where(condition, a, b); use torch.cond when they are costly; "
         "or move the decision out of the model",
-        code=r"\b(if|elif|assert)\b",
+        code=r"\b(if|elif)\b",
+    ),
+    Construct(
+        "assertion on values",
+        rf"{_DEPENDENT}|generic_jump|branching",
+        "the assertion needs a value that is only known when the model runs",
+        "check in front of the model, or leave the line out of what is shipped",
+        code=r"^assert\b",
     ),
     Construct(
         "output length depends on data",
         rf"nonzero|masked_select|unique|Dynamic shape operator|{_DEPENDENT}",
         "how many values come out depends on the data (boolean mask, nonzero, unique)",
         "keep the shape and zero the rest: torch.where(mask, x, 0); or return the mask and select after the model",
-        code=r"\[[^\]]*(>|<|==|mask|keep|index|~)|nonzero|masked_select|unique|len\(",
+        code=r"\[[^\]]*(>|<|==|mask|keep|index|~)|nonzero|masked_select|unique|len\(|\bnms\(|where\([^,]*\)",
     ),
     Construct(
         "data-dependent value",
@@ -80,8 +93,16 @@ CONSTRUCTS = (
         "remove it, or print outside of forward",
     ),
     Construct(
+        "loop over a free axis",
+        _SPECIALISED,
+        "the loop runs once for each step of a free axis: the program would hold as many copies of it as the example "
+        "has steps",
+        "a layer that takes the whole axis at once (nn.GRU for nn.GRUCell, cumsum, a batched product); or fix the axis",
+        code=r"\bfor\b.*\bin\b",
+    ),
+    Construct(
         "size written into the code",
-        r"specialized it to be a constant|Constraints violated|\bL\['|not all values of|shape .* is invalid for input",
+        rf"{_SPECIALISED}|shape .* is invalid for input|invalid dimensions for input",
         "a free axis takes a fixed length here, or a branch asks for its length",
         "use -1 or x.shape[0] instead of the number; or declare the axis with the lengths that the code allows",
     ),
@@ -96,6 +117,13 @@ CONSTRUCTS = (
         r"autograd\.Function|autograd_function|FunctionMeta|Python builtin <.*apply",
         "a torch.autograd.Function is Python code that this route cannot read",
         "in eval mode call its forward as plain torch operations; a custom operator goes through torch.library",
+    ),
+    Construct(
+        "custom operator without a fake",
+        r"register_fake|fake impl|abstract impl|meta implementation",
+        "exporters run a custom operator on tensors without values, and it does not say what comes out then",
+        'beside the operator: @torch.library.register_fake("namespace::name") over a function of the same arguments '
+        "that returns empty tensors of the right shape and dtype, such as torch.empty_like(x)",
     ),
     Construct(
         "operator that ONNX does not have",
@@ -125,15 +153,49 @@ CONSTRUCTS = (
         "Python that TorchScript cannot read",
         r"NotSupportedError|UnsupportedNodeError|FrontendError|aren't supported|expected type comment|"
         r"Could not get name of python class|cannot be compiled|Unknown type|Python type|has no attribute|"
-        r"Expected a default value of type|Arguments for call are not valid|source for|undefined value",
+        r"Expected a default value of type|Arguments for call are not valid|source for|undefined value|Python value of|"
+        r"single top-level function|packs the outputs another way",
         "TorchScript reads a small part of Python only",
-        "no need to mend it: export, ONNX and torch.compile take it; TorchScript is on its way out",
+        "no need to mend it where export, ONNX or torch.compile takes the module; TorchScript is on its way out",
     ),
     Construct(
         "shapes do not fit",
         r"same reduction dim|mat1 and mat2|size of tensor|shapes cannot be multiplied|must match the size",
         "two tensors do not fit for some length of a free axis",
         "check the axes that were declared free, or narrow their range: rows:2..16",
+    ),
+    Construct(
+        "packed sequence",
+        r"argument 'size' failed to unpack|marked as skipped|pack_padded",
+        "packing reads the lengths out of a tensor, and a graph holds no Python numbers",
+        "leave the packing out, and mask what lies behind each row's length; TorchScript takes it as it is",
+        code=r"pack_padded_sequence|pack_sequence",
+    ),
+    Construct(
+        "recurrent layer over a free axis",
+        rf"{_SPECIALISED}|invalid dimensions for input|wrap RNN",
+        "torch's exporters unroll nn.LSTM, nn.GRU and nn.RNN step by step, for the example's length only",
+        "no need to mend it: TorchScript takes it with its loop, and torchship hands that to the other engines; or fix "
+        "the axis, and pad",
+        code=r"(?!)",  # a call of a module: only the module itself says what it is
+    ),
+    Construct(
+        "random numbers",
+        _NEVER,
+        "every run draws other numbers, and another runtime draws them its own way",
+        "pass the noise in as an input, or leave it out when not self.training",
+    ),
+    Construct(
+        "dropout that eval() cannot switch off",
+        _NEVER,
+        "F.dropout drops values unless it is told not to, in eval mode too",
+        "F.dropout(x, p, training=self.training), or an nn.Dropout",
+    ),
+    Construct(
+        "batch norm that eval() cannot switch off",
+        _NEVER,
+        "F.batch_norm with training=True takes mean and variance from the batch: rows change one another",
+        "training=self.training, or an nn.BatchNorm",
     ),
     Construct(
         "package missing",
@@ -160,3 +222,8 @@ UNKNOWN = Construct(
 def recognise(text: str, code: str) -> Construct:
     """The first construct whose marks are in the error's text and in the user's line."""
     return next((construct for construct in CONSTRUCTS if construct.fits(text, code)), UNKNOWN)
+
+
+def named(name: str) -> Construct | None:
+    """The construct of a name; None where it is only known as a finding."""
+    return next((construct for construct in CONSTRUCTS if construct.name == name), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torchship.optimize.doctor import features
 from torchship.optimize.doctor.patient import Patient, call
 
 _CONVOLUTIONS = ("convolution",)
-_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "attention")
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "attention", "rnn")
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -38,8 +39,13 @@ class Cost(msgspec.Struct, frozen=True):
 def estimate(patient: Patient, *, hardware: Hardware) -> Cost:
     """Counted by running the example once under torch's FLOP counter, and once under a ledger of live tensors."""
     tensors = patient.tensors()
-    with FlopCounterMode(display=False) as counter:
-        call(patient.model.module, tensors)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one operator for a whole layer is not counted
+    try:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent}) as counter:
+            call(patient.model.module, tensors)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     by_operator = {str(operator): int(count) for operator, count in counter.get_flop_counts().get("Global", {}).items()}
     total = sum(by_operator.values())
     convolution = _share(by_operator, _CONVOLUTIONS, total)
@@ -56,6 +62,11 @@ def estimate(patient: Patient, *, hardware: Hardware) -> Cost:
         rows=rows,
         usable=_usable(patient.module, convolution, product, hardware),
     )
+
+
+def _recurrent(given: Sequence[int], inward: Sequence[int], across: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of one fused recurrent layer, from the shapes of its input (steps, rows, width) and its two weights."""
+    return 2 * given[0] * given[1] * (math.prod(inward) + math.prod(across))
 
 
 def _share(counts: dict[str, int], names: Sequence[str], total: int) -> float:

@@ -10,14 +10,18 @@ import msgspec
 
 from torchship.errors import BuildFailed
 from torchship.optimize.doctor import edits, failure
-from torchship.optimize.doctor.constructs import CONSTRUCTS, Construct, recognise
+from torchship.optimize.doctor.constructs import UNKNOWN, Construct, named, recognise
 from torchship.optimize.doctor.failure import Failure
 from torchship.optimize.doctor.routes import Break
+from torchship.optimize.doctor.suspects import PACKED, RECURRENT
 from torchship.optimize.places import Place, is_installed
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Why a route refuses a module. `old` and `new` are source to replace, empty where no safe rewrite is known."""
+    """Why a route refuses a module. `old` and `new` are source to replace, empty where no safe rewrite is known.
+
+    `called` is the user's own line that leads to `place` where that lies in an installed package.
+    """
 
     construct: str
     words: str
@@ -26,21 +30,39 @@ class Diagnosis(msgspec.Struct, frozen=True):
     said: str = ""
     old: str = ""
     new: str = ""
+    called: Place | None = None
 
 
 Suspects: TypeAlias = Sequence[tuple[str, Place]]
-_FREEZES = (".item()", "data-dependent if", "numpy inside the model", "size written into the code", "random numbers")
+_FREEZES = (
+    PACKED,
+    RECURRENT,
+    "loop over a free axis",
+    ".item()",
+    "data-dependent if",
+    "loop as long as the data says",
+    "numpy inside the model",
+    "size written into the code",
+    "random numbers",
+    "dropout that eval() cannot switch off",
+    "batch norm that eval() cannot switch off",
+    "side effect in Python",
+)
 
 
 def diagnose(fault: Failure, *, suspects: Suspects = ()) -> Diagnosis:
-    """The diagnosis of a failed route; `suspects` help out where the error names no line, or nothing that is known."""
-    found = _diagnosis(fault.text, fault.places, said=first_words(fault.text))
-    if found.place is None and found.construct != "unknown":
-        place = next((place for name, place in suspects if name == found.construct), None)
-        return _diagnosis(fault.text, (place,), said=found.said) if place else found
-    if found.construct == "unknown" and suspects:
-        return suspected(suspects, said=found.said) or found
-    return found
+    """The diagnosis of a failed route; `suspects` help out where the error names no line, or one that shows nothing."""
+    place, construct = _located(fault.text, fault.places)
+    said = first_words(fault.text)
+    if not construct.code:
+        for name, seen in suspects:
+            known = named(name)
+            if known and known.says(fault.text) and (place is None or str(place) == str(seen)):
+                place, construct = seen, known
+                break
+    if construct is UNKNOWN and suspects and (found := suspected(suspects, said=said)):
+        return found
+    return _told(construct, place, fault, said)
 
 
 def in_plain_words(fault: BuildFailed) -> BuildFailed:
@@ -55,45 +77,46 @@ def in_plain_words(fault: BuildFailed) -> BuildFailed:
 def suspected(suspects: Suspects, *, said: str = "") -> Diagnosis | None:
     """The diagnosis of a route that gives wrong results: the first line of the source that a trace freezes."""
     for name, place in suspects:
-        construct = next((construct for construct in CONSTRUCTS if construct.name == name), None)
+        construct = named(name)
         if name in _FREEZES and construct is not None:
             old, new = edits.propose(place.file, place.line, construct=name)
             return Diagnosis(name, construct.words, construct.edit, place, said, old, new)
     return None
 
 
-def diagnose_break(found: Break) -> Diagnosis:
+def diagnose_break(found: Break, *, suspects: Suspects = ()) -> Diagnosis:
     """The diagnosis of a graph break."""
-    return _diagnosis(f"graph break: {found.reason}", found.places, said=first_words(found.reason))
+    fault = Failure("", f"graph break: {found.reason}", found.places)
+    return msgspec.structs.replace(diagnose(fault, suspects=suspects), said=first_words(found.reason))
 
 
-def _diagnosis(text: str, places: tuple[Place, ...], *, said: str) -> Diagnosis:
-    place, construct = _located(text, places)
+def _told(construct: Construct, place: Place | None, fault: Failure, said: str) -> Diagnosis:
     edit = construct.edit
     if place is not None and is_installed(place.file):
         edit += " (this line is in an installed package: subclass it, or wrap the call)"
-    if construct.name == "size written into the code":
-        edit += _allowed(text)
+    if construct.name in ("size written into the code", "loop over a free axis"):
+        edit += _allowed(fault.text)
     if construct.name == "operator that ONNX does not have":
-        said = _operator(text) or said
+        said = _operator(fault.text) or said
     old, new = edits.propose(place.file, place.line, construct=construct.name) if place else ("", "")
-    return Diagnosis(construct.name, construct.words, edit, place, said, old, new)
+    own = fault.place
+    called = own if place and own and is_installed(place.file) and not is_installed(own.file) else None
+    return Diagnosis(construct.name, construct.words, edit, place, said, old, new, called)
 
 
 def _located(text: str, places: tuple[Place, ...]) -> tuple[Place | None, Construct]:
-    """The innermost of the user's lines whose code fits the construct, else the innermost at all."""
-    if not places:
-        return None, recognise(text, "")
+    """The innermost of the lines whose code fits the construct, else the innermost of the user's own."""
     for place in reversed(places):
         construct = recognise(text, place.code)
         if construct.code:
             return place, construct
-    return places[-1], recognise(text, places[-1].code)
+    own = failure.innermost(places)
+    return own, recognise(text, own.code if own else "")
 
 
 def _allowed(text: str) -> str:
     """What the exporter found out about the lengths that the code allows: `b = 2*_b`."""
-    found = re.search(r"Suggested fixes:\s*\n((?:\s+.+\n?)+)", text)
+    found = re.search(r"Suggested fixes:\s*\n((?:\s+\w+ = .+\n?)+)", text)
     guard = re.search(r"satisfy the generated guard (.+?)\.?(?:\n|$)", text)
     words = "; ".join(line.strip() for line in found[1].strip().splitlines()[:3]) if found else ""
     return (f" (the code asks for {guard[1]})" if guard else "") + (
@@ -110,5 +133,7 @@ def first_words(text: str) -> str:
     """The first line of an error that says something, at most 200 characters."""
     skipped = ("Failed to export the model", "TorchExportError", "ConversionError: Failed", "- ", "## ", "Next steps")
     lines = [line.strip() for line in text.splitlines()]
-    found = next((line for line in lines if line and not line.startswith(skipped)), lines[0] if lines else "")
+    kept = [line for line in lines if line and not line.startswith(skipped) and not re.fullmatch(r"\w+:", line)]
+    found = next(iter(kept), lines[0] if lines else "")
+    found = re.sub(r"\s*\((unhinted|Size-like symbols): .*", "", found)
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", found)[:200]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 _TENSOR_WORDS = ("reshape", "view", "expand", "repeat")
-_REMOVED = ("print or logging", "user-inserted graph break")
+_REMOVED = ("print or logging", "user-inserted graph break", "assertion on values")
 
 
 def propose(file: str, line: int, *, construct: str) -> tuple[str, str]:
@@ -24,14 +25,20 @@ def propose(file: str, line: int, *, construct: str) -> tuple[str, str]:
         return "", ""
     statement, following = found
     if rewrite is None:
-        return (ast.unparse(statement), "") if isinstance(statement, ast.Expr) else ("", "")
+        return (_as_written(source, statement), "") if isinstance(statement, ast.Expr | ast.Assert) else ("", "")
     new = rewrite(statement, following)
     if not new:
         return "", ""
-    old = ast.unparse(statement)
+    old = _as_written(source, statement)
     if following is not None and isinstance(statement, ast.If) and _returned(statement.body) and not statement.orelse:
-        old += "\n" + ast.unparse(following)
+        old += "\n" + _as_written(source, following)
     return old, new
+
+
+def _as_written(source: str, statement: ast.stmt) -> str:
+    """The user's own text of a statement, without its indentation."""
+    lines = source.splitlines()[statement.lineno - 1 : statement.end_lineno]
+    return textwrap.dedent("\n".join(lines))
 
 
 def _statement(tree: ast.Module, line: int) -> tuple[ast.stmt, ast.stmt | None] | None:
@@ -59,13 +66,12 @@ def _head_end(statement: ast.stmt) -> int:
 
 
 def _returned(body: list[ast.stmt]) -> ast.expr | None:
-    if len(body) == 1 and isinstance(body[0], ast.Return):
-        return body[0].value
-    return None
+    value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+    return value if value is not None and _is_tensor(value) else None
 
 
 def _assigned(body: list[ast.stmt]) -> tuple[str, ast.expr] | None:
-    if len(body) == 1 and isinstance(body[0], ast.Assign) and len(body[0].targets) == 1:
+    if len(body) == 1 and isinstance(body[0], ast.Assign) and len(body[0].targets) == 1 and _is_tensor(body[0].value):
         return ast.unparse(body[0].targets[0]), body[0].value
     return None
 
@@ -79,8 +85,10 @@ def _where(condition: ast.expr, a: str, b: str) -> str:
 
 
 def _branch(statement: ast.stmt, following: ast.stmt | None) -> str:
-    """`if c: return a` then `return b`, or `if c: v = a` else `v = b`, as one torch.where."""
-    if not isinstance(statement, ast.If) or re.search(r"\blen\(|\.shape\b|\.size\(| is ", ast.unparse(statement.test)):
+    """`if c: return a` then `return b`, `if c: v = a` else `v = b`, or `v = a if c else b`, as one torch.where."""
+    if not isinstance(statement, ast.If):
+        return _choice(statement)
+    if not _decides(statement.test):
         return ""
     other = statement.orelse or ([following] if following is not None else [])
     yes, no = _returned(statement.body), _returned(other)
@@ -92,6 +100,30 @@ def _branch(statement: ast.stmt, following: ast.stmt | None) -> str:
     if set_yes and set_no and set_yes[0] == set_no[0]:
         return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), ast.unparse(set_no[1]))}"
     return ""
+
+
+def _decides(test: ast.expr) -> bool:
+    """Whether a test is one value of a tensor: lengths, `is`, `and` and `not` are Python's own."""
+    own = any(isinstance(part, ast.BoolOp | ast.Not | ast.Is | ast.IsNot) for part in ast.walk(test))
+    return not own and not re.search(r"\blen\(|\.shape\b|\.size\(", ast.unparse(test))
+
+
+def _choice(statement: ast.stmt) -> str:
+    """A statement whose only `a if c else b` becomes torch.where."""
+    if not isinstance(statement, ast.Assign | ast.Return | ast.Expr | ast.AugAssign):
+        return ""
+    copy = ast.parse(ast.unparse(statement)).body[0]
+    found = [node for node in ast.walk(copy) if isinstance(node, ast.IfExp)]
+    if len(found) != 1 or not _decides(found[0].test) or not all(map(_is_tensor, (found[0].body, found[0].orelse))):
+        return ""
+    new = _where(found[0].test, ast.unparse(found[0].body), ast.unparse(found[0].orelse))
+    return ast.unparse(ast.parse(ast.unparse(copy).replace(ast.unparse(found[0]), new)))
+
+
+def _is_tensor(value: ast.expr) -> bool:
+    """Whether an expression can be one tensor: no tuple, text or None."""
+    words = isinstance(value, ast.Constant) and not isinstance(value.value, int | float)
+    return not words and not isinstance(value, ast.Tuple | ast.List | ast.Dict | ast.JoinedStr)
 
 
 class _DropItem(ast.NodeTransformer):

@@ -1,25 +1,25 @@
-"""The examination of a module: every route and every look in a child of its own, gathered in one report."""
+"""The examination of a module: what every route and every look found, gathered in one report."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import msgspec
 
 from torchship import process
-from torchship.errors import BadConfig, CaptureFailed, NotFound, TorchshipError
+from torchship.errors import BadConfig, CaptureFailed, NotFound
 from torchship.hardware import here
-from torchship.optimize.doctor import failure
-from torchship.optimize.doctor.cost import Cost, estimate
+from torchship.optimize.doctor import rounds
+from torchship.optimize.doctor.cost import Cost
 from torchship.optimize.doctor.diagnose import Diagnosis, diagnose, diagnose_break, suspected
-from torchship.optimize.doctor.findings import Finding, examine
-from torchship.optimize.doctor.patient import Case, admit
+from torchship.optimize.doctor.findings import Finding
+from torchship.optimize.doctor.look import Seen
 from torchship.optimize.doctor.routes import OPENS, ROUTE_NAMES, Outcome
 from torchship.tensors import TensorSpec
 
+# two children at once, about equally long: each brings the patient up once
+_GROUPS = ((rounds.MODULE, "export", "trace", "script", "onnx"), ("export strict", "compile"))
 _OURS = {kind.__name__: kind for kind in (BadConfig, NotFound, CaptureFailed)}
 
 
@@ -54,35 +54,6 @@ class Examination(msgspec.Struct, frozen=True):
         return shipped and not any(finding.level == "bad" for finding in self.findings)
 
 
-class _Seen(msgspec.Struct, frozen=True):
-    """What the child that looks at the module itself sends back; `kind` and `hint` of the error that stopped it."""
-
-    signature: str = ""
-    findings: list[Finding] = []
-    cost: Cost | None = None
-    notes: list[str] = []
-    failed: failure.Failure | None = None
-    kind: str = ""
-    words: str = ""
-    hint: str = ""
-
-
-def look(given: Any) -> Any:
-    """A child's work: findings and costs of one Case, as plain data."""
-    try:
-        patient = admit(given)
-    except TorchshipError as fault:
-        seen = _Seen(failed=failure.of(fault), kind=type(fault).__name__, words=str(fault), hint=fault.hint)
-        return msgspec.to_builtins(seen)
-    notes = []
-    try:
-        cost: Cost | None = estimate(patient, hardware=here())
-    except Exception as fault:  # an estimate that cannot be made is no reason to say nothing
-        cost = None
-        notes.append(f"no cost estimate: {type(fault).__name__}: {' '.join(str(fault).split())[:160]}")
-    return msgspec.to_builtins(_Seen(str(patient.model.signature), examine(patient), cost, notes))
-
-
 def diagnose_target(
     target: str,
     *,
@@ -94,8 +65,8 @@ def diagnose_target(
 ) -> Examination:
     """Examine the module that `target` (`module:attribute`) names, on inputs such as `x:FP32[-1,16]`.
 
-    Every look runs in a child for at most `timeout` seconds and `memory` bytes (default: 80 % of the machine's), so
-    that a crash costs one row. `on_step(name)` is called as they finish.
+    Each look takes at most `timeout` seconds, in a child with `memory` bytes (default: 80 % of the machine's); a crash
+    costs one row. `on_step(name)` is called as they finish.
 
     Raises BadConfig, NotFound and CaptureFailed when there is nothing to examine.
     """
@@ -108,25 +79,21 @@ def diagnose_target(
     limit = memory or int(here().memory * 0.8)
     threads = max(1, here().cores // 2)
 
-    def child(entry: str, part: str) -> process.Outcome:
-        case = msgspec.to_builtins(Case(target, tuple(inputs), part))
-        done = process.run(
-            f"torchship.optimize.doctor.{entry}", argument=case, timeout=timeout, memory=limit, threads=threads
-        )
-        on_step(part or "module")
-        return done
+    def walked(group: Sequence[str]) -> dict[str, process.Outcome]:
+        order = [name for name in group if name == rounds.MODULE or name in routes]
+        return rounds.walk(target, inputs, order, timeout=timeout, memory=limit, threads=threads, on_step=on_step)
 
-    seen = _seen(child("examination:look", ""))
+    with ThreadPoolExecutor(len(_GROUPS)) as pool:
+        done = {name: outcome for found in pool.map(walked, _GROUPS) for name, outcome in found.items()}
+    seen = _seen(done.pop(rounds.MODULE))
     _stop_if_nothing(seen)
-    with ThreadPoolExecutor(min(2, max(1, (os.cpu_count() or 2) // 2 + 1))) as pool:
-        done = list(pool.map(lambda name: child("routes:walk", name), routes))
-    rows = [_row(name, outcome) for name, outcome in zip(routes, done, strict=True)]
-    compiled = next((_outcome(outcome) for name, outcome in zip(routes, done, strict=True) if name == "compile"), None)
+    rows = [_row(name, done[name]) for name in routes]
+    compiled = _outcome(done["compile"]) if "compile" in done else None
     return Examination(
         target,
         seen.signature,
         rows,
-        [diagnose_break(found) for found in compiled.breaks] if compiled else [],
+        [diagnose_break(found, suspects=compiled.suspects) for found in compiled.breaks] if compiled else [],
         compiled.graphs if compiled else 0,
         seen.findings,
         seen.cost,
@@ -134,23 +101,26 @@ def diagnose_target(
     )
 
 
-def _seen(done: process.Outcome) -> _Seen:
+def _seen(done: process.Outcome) -> Seen:
     if done.value is not None:
-        return msgspec.convert(done.value, _Seen)
+        return msgspec.convert(done.value, Seen)
     last = done.log.splitlines()[-1] if done.log else ""
-    return _Seen(notes=[f"the module's own examination {done.fault}{f': {last}' if last else ''}"])
+    return Seen(notes=[f"the module's own examination {done.fault}{f': {last}' if last else ''}"])
 
 
-def _stop_if_nothing(seen: _Seen) -> None:
+def _stop_if_nothing(seen: Seen) -> None:
     if seen.failed is None:
         return
-    place = seen.failed.places[-1] if seen.failed.places else None
-    words = f"{seen.words}{f' [{place}: {place.code}]' if place else ''}"
+    kind = _OURS.get(seen.kind, CaptureFailed)
+    if kind is not CaptureFailed:
+        raise kind(seen.words, hint=seen.hint)
+    place = seen.failed.place
+    told = f" [{place}: {place.code}]" if place and str(place) not in seen.words else ""
     hint = seen.hint
     if place is not None:
         found = diagnose(seen.failed)
         hint = f"{found.words}: {found.edit}" if found.construct not in ("unknown", "graph break") else hint
-    raise _OURS.get(seen.kind, CaptureFailed)(words, hint=hint)
+    raise kind(f"{seen.words}{told}", hint=hint)
 
 
 def _outcome(done: process.Outcome) -> Outcome | None:
@@ -171,5 +141,7 @@ def _row(name: str, done: process.Outcome) -> RouteRow:
     if found.failure is not None:
         diagnosis = diagnose(found.failure, suspects=found.suspects)
         return RouteRow(name, False, opens, diagnosis.words, None, diagnosis, done.seconds)
-    summary = f"in {found.graphs} graph{'s' if found.graphs != 1 else ''}" if name == "compile" else ""
+    summary = ""
+    if name == "compile":  # told to keep it whole, the compiler follows more
+        summary = f"with fullgraph=True; in {found.graphs} graphs without" if found.graphs > 1 else "in 1 graph"
     return RouteRow(name, True, opens, summary, found.error, None, done.seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -17,11 +17,22 @@ _LONGEST = 6000
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """The type and text of an error and of its causes, and the user's lines, innermost last."""
+    """The type and text of an error and of its causes, and the lines of models' code that it names, innermost last."""
 
     kind: str
     text: str
     places: tuple[Place, ...] = ()
+
+    @property
+    def place(self) -> Place | None:
+        """The innermost line of the user's own files; of an installed package where none is."""
+        return innermost(self.places)
+
+
+def innermost(places: Sequence[Place]) -> Place | None:
+    """The last place in the user's own files, else the last at all."""
+    own = [place for place in places if not is_installed(place.file)]
+    return next(iter([*own[-1:], *places[-1:]]), None)
 
 
 def of(fault: BaseException) -> Failure:
@@ -30,13 +41,20 @@ def of(fault: BaseException) -> Failure:
     text = "\n".join(_ANSI.sub("", f"{type(link).__name__}: {link}") for link in chain)[:_LONGEST]
     from_text = [place for link in chain for place in places_in(_ANSI.sub("", str(link)))]
     from_frames = [
-        place_at(frame.filename, frame.lineno or 0, frame.name)
+        place_at(frame.f_code.co_filename, line, frame.f_code.co_name)
         for link in chain
-        for frame in traceback.extract_tb(link.__traceback__)
+        for frame, line in traceback.walk_tb(link.__traceback__)
     ]
-    found = [place for place in (*from_frames, *from_text) if is_users(place.file)]
-    own = [place for place in found if not is_installed(place.file)]
-    return Failure(type(chain[0]).__name__, text, tuple(dict.fromkeys(own or found)))
+    from_nodes = [place for link in chain for place in _translated(link)]
+    found = [place for place in (*from_frames, *from_text, *from_nodes) if is_users(place.file)]
+    return Failure(type(chain[0]).__name__, text, tuple(dict.fromkeys(found)))
+
+
+def _translated(fault: BaseException) -> list[Place]:
+    """The user's lines behind the graph node that a translator (ONNX's) was at: only the node itself knows them."""
+    nodes = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(fault.__traceback__)]
+    traces = (getattr(node, "meta", {}).get("stack_trace") for node in nodes)
+    return [place for trace in dict.fromkeys(traces) if isinstance(trace, str) for place in places_in(trace)]
 
 
 def _chain(fault: BaseException | None) -> Iterator[BaseException]:

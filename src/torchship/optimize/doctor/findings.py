@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import msgspec
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchship.optimize.axes import UNSTEADY
 from torchship.optimize.doctor import failure, suspects
 from torchship.optimize.doctor.patient import Patient, call, worst_error
-from torchship.optimize.places import Place, is_installed
+from torchship.optimize.places import Place, is_installed, place_now
 
 _HUGE = 16 * 2**20
 _MODES = ("Dropout", "BatchNorm", "InstanceNorm")
@@ -31,8 +32,8 @@ class Finding(msgspec.Struct, frozen=True):
 def examine(patient: Patient) -> list[Finding]:
     """All findings, the worst first."""
     found = [
-        *_modes(patient.module),
-        *_sharing(patient.module),
+        *_modes(patient),
+        *_sharing(patient),
         *_formats(patient.module),
         *_constants(patient.module),
         *_runs(patient),
@@ -47,15 +48,25 @@ def _listed(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(every[:most]) + more
 
 
-def _modes(module: torch.nn.Module) -> Iterator[Finding]:
-    parts = [name for name, part in module.named_modules() if part.training and type(part).__name__.startswith(_MODES)]
+def _modes(patient: Patient) -> Iterator[Finding]:
+    inner: Any = patient.model.module
+    fixed = _training(inner.inner)
+    if fixed:
+        words = f"stays in train mode after eval(): {_listed(fixed)}"
+        yield Finding("train mode", "bad", words, "let its train(mode) and eval() reach these modules")
+    parts = [name for name in _training(patient.module) if name not in fixed]
     if parts:
         words = f"dropout or batch norm is in train mode: {_listed(parts)}"
         # no more than a warning: every module is made in train mode
         yield Finding("train mode", "warn", words, "torchship's copy is in eval mode; elsewhere call module.eval()")
 
 
-def _sharing(module: torch.nn.Module) -> Iterator[Finding]:
+def _training(module: torch.nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if part.training and type(part).__name__.startswith(_MODES)]
+
+
+def _sharing(patient: Patient) -> Iterator[Finding]:
+    module = patient.module
     names: dict[int, list[str]] = defaultdict(list)
     for name, part in module.named_modules(remove_duplicate=False):
         names[id(part)].append(name)
@@ -63,7 +74,7 @@ def _sharing(module: torch.nn.Module) -> Iterator[Finding]:
     if shared:
         words = f"one module is used in several places: {'; '.join(' = '.join(group[:3]) for group in shared[:3])}"
         yield Finding("shared module", "warn", words, "some quantizers need a module for each place: un-share it")
-    calls = _called_twice(module)
+    calls = _called_twice(patient)
     if calls:
         words = f"called more than once in a forward: {_listed(calls)}"
         yield Finding("module used twice", "info", words, "some quantizers (PT2E for x86) need a module for each call")
@@ -84,27 +95,27 @@ def _owners(names: Sequence[str]) -> list[str]:
     return [name.rpartition(".")[0] for name in names]
 
 
-def _called_twice(module: torch.nn.Module) -> list[str]:
-    """Activation modules that a parent's forward names more than once (as torchvision's ResNet blocks do)."""
-    import inspect
-    import re
+def _called_twice(patient: Patient) -> list[str]:
+    """The innermost modules that one forward calls more than once (as torchvision's ResNet blocks do their ReLU)."""
+    counts: dict[str, int] = defaultdict(int)
+    inner: Any = patient.model.module
 
-    found = []
-    for name, part in module.named_modules():
-        small = [child for child, kind in part.named_children() if not any(True for _ in kind.parameters())]
-        try:
-            source = inspect.getsource(type(part).forward) if small else ""
-        except (OSError, TypeError):
-            continue
-        found += [f"{name}.{child}".strip(".") for child in small if len(re.findall(rf"self\.{child}\(", source)) > 1]
-    return found
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    leaves = [(name, part) for name, part in inner.inner.named_modules() if name and not any(part.children())]
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, part in leaves]
+    call(inner, patient.tensors())
+    for hook in hooks:
+        hook.remove()
+    return [f"{name} ({number} times)" for name, number in counts.items() if number > 1]
 
 
 def _formats(module: torch.nn.Module) -> Iterator[Finding]:
     named = [*module.named_parameters(), *module.named_buffers()]
     double = [name for name, tensor in named if tensor.dtype == torch.float64]
     if double:
-        words = f"float64 weights: {_listed(double)}: twice the memory, and no fast kernel anywhere"
+        words = f"{_listed(double)}: twice the memory, and no fast kernel anywhere"
         yield Finding("float64 weights", "warn", words, "module.float(), unless the digits matter")
     half = [name for name, tensor in named if tensor.dtype in (torch.float16, torch.bfloat16)]
     if half:
@@ -147,9 +158,7 @@ def _runs(patient: Patient) -> Iterator[Finding]:
     torch.manual_seed(1)
     error = worst_error(first, call(module, tensors))
     if error > 1e-5:
-        part = _unstable_part(patient)
-        words = f"two runs on the same input differ by {error:.2g}{f', first in {part}' if part else ''}"
-        yield Finding("unstable output", "bad", words, "remove the random numbers from forward, or pass them in")
+        yield _unstable(patient, error)
     if any(not torch.isfinite(output).all() for output in first if output.is_floating_point()):
         yield Finding("NaN or infinity", "bad", "the output for the example input holds NaN or infinity")
     yield from _writes(patient)
@@ -158,9 +167,29 @@ def _runs(patient: Patient) -> Iterator[Finding]:
     try:
         call(module, patient.unseen())
     except Exception as fault:
-        place = (failure.of(fault).places or (None,))[-1]
+        place = failure.of(fault).place
         words = f"fails on other lengths of its free axes: {' '.join(str(fault).split())[:160]}"
         yield Finding("free axes", "bad", words, "narrow the axes: rows:2..16, or a fixed number", place)
+
+
+def _unstable(patient: Patient, error: float) -> Finding:
+    """Random numbers where two runs from one seed agree; else something that outlives the call."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        runs.append(call(patient.model.module, patient.tensors()))
+    drawn = worst_error(*runs) <= 1e-5
+    part = _unstable_part(patient)
+    words = f"two runs on the same input differ by {error:.2g}{f', first in {part}' if part else ''}"
+    if drawn:
+        kinds: tuple[str, ...] = ("random numbers", "dropout that eval() cannot switch off")
+        edit = "remove the random numbers from forward, or pass them in"
+    else:
+        kinds = ("side effect in Python",)
+        words += ", from the same random numbers too: something outlives the call"
+        edit = "pass the state in and return it, or keep it out of forward"
+    place = next((place for name, place in suspects.scan(patient.module) if name in kinds), None)
+    return Finding("unstable output", "bad", words, edit, place)
 
 
 def _unstable_part(patient: Patient) -> str:
@@ -186,12 +215,37 @@ def _unstable_part(patient: Patient) -> str:
     return next((a[0] for a, b in zip(*records, strict=False) if not torch.equal(a[1], b[1])), "")
 
 
+class _Writing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the line that first writes into each of some tensors."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places: dict[int, Place | None] = {}
+        self._held = {tensor.untyped_storage()._cdata: index for index, tensor in enumerate(tensors)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given, value in zip(func._schema.arguments, args, strict=False):
+            if given.alias_info is not None and given.alias_info.is_write and isinstance(value, torch.Tensor):
+                index = self._held.get(value.untyped_storage()._cdata)
+                if index is not None:
+                    self.places.setdefault(index, place_now())
+        return func(*args, **(kwargs or {}))
+
+
 def _writes(patient: Patient) -> Iterator[Finding]:
     written: Sequence[int] = getattr(patient.model.module, "written", ())
+    if not written:
+        return
+    tensors = [tensor.clone() for tensor in patient.tensors()]
+    inner: Any = patient.model.module
+    args, kwargs = inner.frame.fill(tensors)
+    with torch.no_grad(), _Writing(tensors) as seen:
+        inner.inner(*args, **kwargs)
     for index in written:
         name = patient.model.signature.inputs[index].name
         words = f"forward changes its input {name!r} in place: elsewhere the caller's data is overwritten"
-        yield Finding("writes into its input", "warn", words, f"begin with {name} = {name}.clone()")
+        edit = f"begin with {name} = {name}.clone()"
+        yield Finding("writes into its input", "warn", words, edit, seen.places.get(index))
 
 
 def _noted(module: Any) -> Iterator[Finding]:
@@ -212,9 +266,7 @@ def _memory_order(patient: Patient, first: Sequence[torch.Tensor]) -> Iterator[F
     except Exception as fault:
         found = failure.of(fault)
         words = f"fails on inputs that are not contiguous: {' '.join(str(fault).split())[:120]}"
-        yield Finding(
-            "non-contiguous input", "warn", words, "use reshape instead of view", (found.places or (None,))[-1]
-        )
+        yield Finding("non-contiguous input", "warn", words, "use reshape instead of view", found.place)
         return
     if (
         worst_error(first, tuple(again)) > 1e-2
@@ -232,7 +284,11 @@ _SUSPECT_WORDS = {
     "side effect in Python": "changes a Python object in forward: exported programs forget that",
     "random numbers": "draws random numbers in forward",
     "dropout that eval() cannot switch off": "F.dropout without training=self.training stays on in eval mode",
+    "batch norm that eval() cannot switch off": "F.batch_norm with training=True takes its statistics from the batch",
     "data-dependent if": "branches on values of a tensor: a trace freezes the branch that the example took",
+    "loop as long as the data says": "values of a tensor end the loop: a trace freezes the rounds of the example",
+    "loop over a free axis": "runs once for each step of an axis: a program holds a copy for each step",
+    "assertion on values": "asserts on values of a tensor",
     "output length depends on data": "picks by a mask: the output's length depends on the data",
     "size written into the code": "a length of a tensor is written into the code, or decides a branch",
     "try and except": "try and except around tensor code: exporters keep one way only",
@@ -241,10 +297,12 @@ _SUSPECT_WORDS = {
 
 def _suspects(patient: Patient) -> Iterator[Finding]:
     """What the source shows, and where values decided while forward ran that the source does not show."""
-    serious = ("side effect in Python", "dropout that eval() cannot switch off", "data-dependent if", ".item()")
+    serious = ("side effect in Python", "data-dependent if", ".item()", "loop as long as the data says")
     seen = list(dict.fromkeys(suspects.scan(patient.module)))
     for construct, place in seen:
-        level: Literal["info", "warn"] = "warn" if construct in serious else "info"
+        if construct in (suspects.PACKED, suspects.RECURRENT):
+            continue  # nothing odd in itself
+        level: Literal["info", "warn"] = "warn" if construct in serious or "eval()" in construct else "info"
         yield Finding(construct, level, _SUSPECT_WORDS[construct], "", place)
     lines = {(place.file, place.line) for _, place in seen}
     for place in getattr(patient.model.module, "decided", ()):

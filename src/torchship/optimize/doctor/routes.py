@@ -43,15 +43,20 @@ class Outcome(msgspec.Struct, frozen=True):
     suspects: tuple[tuple[str, Place], ...] = ()
 
 
-def walk(given: Any) -> Any:
+def walk(given: Any, *, patient: Patient | None = None) -> Any:
     """A child's work: one route of one Case, as plain data. Whatever the route does is a finding."""
     for name in ("torch", "torch.onnx", "torch._dynamo", "torch.export"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    patient = admit(given)
+    patient = patient or admit(given)
     name = given["part"]
     outcome = _compile(patient) if name == "compile" else _walk(patient, name)
     found = tuple(suspects.scan(patient.module)) if outcome.failure or outcome.wrong else ()
     return msgspec.to_builtins(msgspec.structs.replace(outcome, suspects=found))
+
+
+def refused(name: str, fault: BaseException) -> Any:
+    """The outcome of a route whose patient could not be brought up, as plain data."""
+    return msgspec.to_builtins(Outcome(name, failure.of(fault)))
 
 
 def _walk(patient: Patient, name: str) -> Outcome:
@@ -122,7 +127,10 @@ def _script(patient: Patient) -> Any:
 
         args, kwargs = flat.frame.fill(tensors)
         output = scripted(*args, **kwargs)
-        return tuple(follow(output, path) for path in flat.paths)
+        try:
+            return tuple(follow(output, path) for path in flat.paths)
+        except (LookupError, TypeError, AttributeError) as fault:
+            raise TypeError("TorchScript packs the outputs another way than the module does") from fault
 
     return run
 
@@ -197,8 +205,7 @@ def _reason(reason: Any) -> str:
 
 def _users(stack: Any) -> tuple[Place, ...]:
     found = [place_at(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
-    kept = [place for place in found if is_users(place.file)]
-    return tuple([place for place in kept if not is_installed(place.file)] or kept)
+    return tuple(place for place in found if is_users(place.file))
 
 
 @contextlib.contextmanager
