@@ -25,7 +25,7 @@ Examples:
 @click.argument("b", metavar="B")
 @click.option("--measure", is_flag=True, help="Measure both now, in turns on this machine, and compare their outputs.")
 @click.option("--trust", is_flag=True, help="With --measure: allow artifacts that hold native code.")
-@click.option("--threads", type=int, default=0, help="With --measure: threads to run with [default: all cores].")
+@click.option("--threads", type=click.IntRange(0), default=0, help="With --measure: threads to run with [all cores].")
 @click.option("--device", default="cpu", show_default=True, help="With --measure: device to run on.")
 @click.option("--store", metavar="DIR", help="Where names are looked up.")
 @click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")

@@ -38,7 +38,7 @@ Examples:
     "--goal", type=click.Choice(["latency", "throughput", "size", "memory"]), default="latency", show_default=True
 )
 @click.option(
-    "--max-drop", type=float, metavar="X", help="How much of the metric a candidate may lose [default: 0.01]."
+    "--max-drop", type=click.FloatRange(0), metavar="X", help="How much of --evaluate may be lost [default: 0.01]."
 )
 @click.option("--max-latency-p99", metavar="MS", help="Refuse candidates that are slower at batch 1: 12, 12ms, 0.5s.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse candidates that need more memory: 300MB, 1GiB.")
@@ -61,7 +61,7 @@ Examples:
     help="Class names to be kept in the artifact: a file, one a line, or a list in Python.",
 )
 @click.option("--report", "report_dir", metavar="DIR", help="Also write report.html and report.json there.")
-@click.option("--threads", type=int, default=0, help="Threads to run and measure with [default: all cores].")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads to run and measure with [all cores].")
 @click.option("--device", default="cpu", show_default=True, help="Device to open candidates on: cpu, cuda ...")
 @click.option(
     "--batched/--not-batched", default=None, help="Vouch that rows are independent, or forbid to join them [found out]."

@@ -23,7 +23,7 @@ from torchship import __version__, plugins
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, package
 from torchship.artifact import folder as folders
-from torchship.errors import BadInput
+from torchship.errors import BadConfig, BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
@@ -72,6 +72,8 @@ def optimize(
     Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
     When no trial is valid the report has no winner and nothing is published.
     """
+    if evaluate is None and max_drop is not None:
+        raise BadConfig("max_drop bounds the loss of your metric, and there is none", hint="give evaluate (--evaluate)")
     wish = read(module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings)
     model = capture(
         module,
@@ -90,8 +92,7 @@ def optimize(
         if not settings.get("publish", True) or facts.choice.winner is None:
             return Report(facts)
         where = store if isinstance(store, Store) else Store(store)
-        artifact, number = _publish(facts, where, labels=wish.labels, work=work)
-        return Report(facts, artifact, number)
+        return Report(facts, *_publish(facts, where, labels=wish.labels, work=work))
 
 
 def artifact_name(text: str) -> str:

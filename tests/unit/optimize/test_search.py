@@ -200,6 +200,8 @@ def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
         optimize(planted, "good", goal="speed")
     with pytest.raises(BadConfig, match="unknown backend 'planted_missing'"):
         optimize(planted, "missing")
+    with pytest.raises(BadConfig, match="there is none"):
+        optimize(planted, "good", max_drop=0.01)
     with pytest.raises(BadConfig, match="unknown setting 'colour'"):
         optimize(planted, "good", colour="blue")
 

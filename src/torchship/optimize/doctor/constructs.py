@@ -74,6 +74,13 @@ CONSTRUCTS = (
         code=r"\[[^\]]*(>|<|==|mask|keep|index|~)|nonzero|masked_select|unique|len\(|\bnms\(|where\([^,]*\)",
     ),
     Construct(
+        "mask whose values are looked at",
+        rf"{_DEPENDENT}|Tensor\.item\(\)",
+        "nn.Transformer compares a mask with the causal one to choose its kernel, unless it is told",
+        "say so: tgt_is_causal=True (src_is_causal, is_causal), or False",
+        code=r"\b\w*mask\s*=(?!=)",
+    ),
+    Construct(
         "data-dependent value",
         _DEPENDENT,
         "Python needs a value that is only known when the model runs",

@@ -68,7 +68,7 @@ def _walk(patient: Patient, name: str) -> Outcome:
     found = _compared(patient, name, shipped)
     decided = [place for place in getattr(patient.model.module, "decided", ()) if not is_installed(place.file)]
     if name == "trace" and decided and not found.wrong and found.failure is None:
-        words = f"traces, but freezes what this example decided at {decided[0]}: {decided[0].code}"
+        words = f"traces, but freezes what this example decided at {decided[0]}"
         return msgspec.structs.replace(found, wrong=words)
     return found
 
