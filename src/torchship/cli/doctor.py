@@ -77,7 +77,7 @@ def _diagnose(target: str, inputs: tuple[str, ...], routes: str | None, timeout:
     sys.path.insert(0, "")
     names = known.ROUTE_NAMES if routes is None else tuple(part.strip() for part in routes.split(","))
     progress = Console(stderr=True)
-    with progress.status("looking at the module") as status:
+    with progress.status(f"examining the module: {', '.join(names)}") as status:
         found = examination.diagnose_target(
             target, inputs=inputs, routes=names, timeout=timeout, on_step=lambda name: status.update(f"{name} is done")
         )

@@ -5,10 +5,12 @@ The one place where pickle is used; docs/decisions/0003-capsule.md says why and 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +18,39 @@ from typing import Any
 
 from torchship.errors import CaptureFailed, Denied
 
+_NEWCOMER = 60.0
+
 
 @contextmanager
 def private_folder(parent: Path) -> Iterator[Path]:
-    """A new folder below `parent` that only this user may enter; removed afterwards."""
+    """A new folder below `parent` that only this user may enter; removed afterwards, or by the next search."""
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = Path(tempfile.mkdtemp(prefix=f"search-{os.getpid()}-", dir=parent))  # mkdtemp makes it 0700
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix="search-", dir=parent))  # mkdtemp makes it 0700
+    held = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # the kernel lets go of it when this process dies, however it does
         yield folder
     finally:
+        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what searches left behind that were killed: nobody holds it, and it is no newcomer about to be held."""
+    for folder in parent.glob("search-*"):
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(held).st_mtime > _NEWCOMER:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(held)
 
 
 def put(path: Path, value: Any, *, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torchship
 from tests.unit.optimize.planted import plant
 from torchship.artifact import open_artifact
 from torchship.errors import BadConfig
-from torchship.optimize import facts, search
+from torchship.optimize import capsule, facts, search
 from torchship.optimize.cache import hash_model
 from torchship.optimize.capture import capture
 from torchship.optimize.guard import Guard
@@ -143,6 +144,20 @@ def test_ctrl_c_and_a_spent_budget_keep_what_is_done(planted: Path) -> None:
     )  # a known trial counts at any time
     assert [trial.status for trial in spent.trials] == ["ok", "skipped"]
     assert "budget" in spent.trials[1].failure
+
+
+def test_what_a_killed_search_left_is_swept_and_a_living_one_kept(tmp_path: Path) -> None:
+    left = tmp_path / "search-dead"
+    left.mkdir()
+    (left / "model.pkl").write_bytes(b"weights")
+    young = tmp_path / "search-young"
+    young.mkdir()
+    with capsule.private_folder(tmp_path) as living:
+        for folder in (left, living):
+            os.utime(folder, (0, 0))
+        with capsule.private_folder(tmp_path) as other:
+            assert set(tmp_path.iterdir()) == {living, other, young}
+    assert list(tmp_path.iterdir()) == [young]
 
 
 def test_layers_are_left_out_of_int8_until_the_guard_holds(planted: Path) -> None:

@@ -78,7 +78,7 @@ CONSTRUCTS = (
         rf"{_DEPENDENT}|Tensor\.item\(\)",
         "nn.Transformer compares a mask with the causal one to choose its kernel, unless it is told",
         "say so: tgt_is_causal=True (src_is_causal, is_causal), or False",
-        code=r"\b\w*mask\s*=(?!=)",
+        code=r"\(.*\b\w*mask\s*=(?!=)",
     ),
     Construct(
         "data-dependent value",
