@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from torchship.backends import eager, onnxruntime
 from torchship.errors import BadConfig, BuildFailed
 from torchship.lowering import paths
 from torchship.model import Model
+from torchship.optimize.capture import capture
 from torchship.recipe import Options
 
 TRANSFORMS = plugins.names("transforms")
 MODELS: dict[str, Callable[[], Model]] = {"picture": picture, "sentence": sentence}
+NEEDS_PAIRS = "equalize"  # these two have none
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -33,7 +36,7 @@ def cases() -> Sequence[tuple[str, str, Options]]:
     found: list[tuple[str, str, Options]] = []
     for transform in TRANSFORMS:
         module = plugins.load("transforms", name=transform)
-        for name, make in MODELS.items():
+        for name, make in ({} if transform == NEEDS_PAIRS else MODELS).items():
             proposals = module.propose(make(), hardware=HERE) if hasattr(module, "propose") else []
             found += [(transform, name, options) for options in proposals or [{}]]
     return found
@@ -98,26 +101,138 @@ def test_fuse_leaves_no_batch_norm() -> None:
     assert not [module for module in fused.module.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def unequal() -> Model:
+class Whitened(nn.BatchNorm2d):
+    """A norm that does more than a norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "left"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), (3, 9), 0),
+        (nn.Sequential(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)), (3, 5, 5, 5), 0),
+        (nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8)), (3, 5, 5), 0),
+        (nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), (5,), 0),
+        (nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), (7, 5), 1),  # normalizes another axis
+        (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(7)), (7, 5), 1),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)), (3, 5, 5), 1),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), Whitened(8)), (3, 5, 5), 1),
+    ],
+    ids=["1d", "3d", "transposed", "linear", "linear over rows", "another length", "by the batch", "of the user's"],
+)
+def test_fuse_folds_only_norms_of_the_layers_own_channels(body: nn.Module, shape: Sequence[int], left: int) -> None:
+    torch.manual_seed(0)
+    norms = [part for part in body.modules() if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.bias)
+        if norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    given = torch.randn(4, *shape)
+    model = capture(body.eval(), given)
+    fused = plugins.load("transforms", name="fuse").apply(model, options={}).module
+    assert torch.allclose(fused(given)[0], model.module(given)[0], atol=1e-5)
+    assert sum(isinstance(part, type(norms[0])) for part in fused.modules()) == left
+
+
+class Branches(nn.Module):
+    """A list of modules, and one whose weight is read past its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.tied = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for branch in self.branches:
+            x = branch(x)
+        return torch.nn.functional.linear(self.tied(x), self.tied.weight.float().T.to(x.dtype))
+
+
+@pytest.mark.parametrize("mode", ["cast", "autocast"])
+def test_lists_of_modules_and_weights_that_others_read_are_kept_too(mode: str) -> None:
+    model = capture(Branches().eval(), torch.randn(4, 4))
+    apply = plugins.load("transforms", name="precision").apply
+    options: Options = {"mode": mode, "modules": {"branches": "fp32", "tied": "fp32"}}
+    changed = apply(model, options=options)
+    given = torch.randn(3, 4)
+    assert torch.allclose(changed.module(given)[0], model.module(given)[0], atol=0.05)
+    weights = [part.weight.dtype for part in changed.module.modules() if isinstance(part, nn.Linear)]
+    assert weights == [torch.float32] * 3
+    again = plugins.load("transforms", name="unshare").apply(changed, options={})
+    assert torch.equal(again.module(given)[0], changed.module(given)[0])
+
+
+@pytest.mark.parametrize("transform", ["precision", "quantize"])
+def test_a_pattern_that_fits_no_module_is_an_error(transform: str) -> None:
+    with pytest.raises(BadConfig, match="'haed'") as caught:
+        plugins.load("transforms", name=transform).apply(sentence(), options={"modules": {"haed": "fp32"}})
+    assert "head" in caught.value.hint
+
+
+def test_volumes_are_laid_out_too_and_plain_memory_comes_back() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Unflatten(1, (1, 4)), nn.Conv3d(1, 4, 3))
+    given = torch.randn(2, 3, 8, 8)
+    model = capture(body.eval(), given)
+    apply = plugins.load("transforms", name="layout").apply
+    last = apply(model, options={})
+    back = apply(last, options={"layout": "contiguous"})
+    assert torch.allclose(last.module(given)[0], model.module(given)[0], atol=1e-5)
+    inner: list[Any] = [made.module.inner for made in (last, back)]
+    weights = [(body[0].weight, body[2].weight) for body in inner]
+    assert weights[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert weights[0][1].is_contiguous(memory_format=torch.channels_last_3d)
+    assert all(weight.is_contiguous() for weight in weights[1])
+
+
+def test_quantize_says_that_there_is_no_linear_layer() -> None:
+    model = capture(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(BuildFailed, match="no linear layer"):
+        plugins.load("transforms", name="quantize").apply(model, options={})
+
+
+def unequal(between: Callable[[], nn.Module] = nn.ReLU) -> Model:
     """Neighbouring layers whose channels differ ten thousandfold: what one shrinks, the next one grows."""
     torch.manual_seed(0)
     first, second, third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 10, 1)
     with torch.no_grad():
         first.weight.mul_(torch.logspace(-2, 2, 8).reshape(8, 1, 1, 1))
         second.weight.mul_(torch.logspace(2, -2, 8).reshape(8, 1, 1, 1))
-    plain = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+    plain = nn.Sequential(first, between(), second, between(), third)
     return replace(picture(), module=_Pooled(plain).eval())
 
 
-def test_equalize_brings_the_channels_of_neighbours_to_equal_ranges() -> None:
-    model = unequal()
+@pytest.mark.parametrize("between", [nn.ReLU, nn.ReLU6])
+def test_equalize_brings_the_channels_of_neighbours_to_equal_ranges(between: Callable[[], nn.Module]) -> None:
+    model = unequal(between)
+    before_all = {key: value.clone() for key, value in model.module.state_dict().items()}
     changed = plugins.load("transforms", name="equalize").apply(model, options={"rounds": 50})
+    assert all(torch.equal(value, before_all[key]) for key, value in model.module.state_dict().items())
     given = tensors_of("picture", 2)
     assert error(expected(changed, given), expected(model, given)) < 1e-5
     spread = [_spread(m) for m in changed.module.modules() if isinstance(m, nn.Conv2d)]
     before = [_spread(m) for m in model.module.modules() if isinstance(m, nn.Conv2d)]
     assert max(before[:2]) > 1000
     assert max(spread[:2]) < 20
+
+
+def test_equalize_says_that_there_is_nothing_to_do() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.act = nn.ReLU6()  # one ceiling cannot fit both pairs
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.third(self.act(self.second(self.act(self.first(x)))))
+            return out
+
+    model = capture(Shared().eval(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(BuildFailed, match="no two layers"):
+        plugins.load("transforms", name="equalize").apply(model, options={})
 
 
 def test_equalize_mends_int8_with_one_scale_for_a_tensor(tmp_path: Path) -> None:
@@ -159,6 +274,8 @@ def test_static_quantization_needs_modules_that_are_called_once() -> None:
 
 def test_quantize_leaves_out_what_it_is_told_to() -> None:
     apply = plugins.load("transforms", name="quantize").apply
-    model, given = sentence(), tensors_of("sentence", 2)
-    none = apply(model, options={"exclude": ["head"], "modules": {"mix": "fp32"}})
-    assert error(expected(none, given), expected(model, given)) < 1e-6
+    model = sentence()
+    made = apply(model, options={"exclude": ["head"], "modules": {"mix": "int8"}}).module.state_dict()
+    assert {key.split(".parametrizations")[0] for key, value in made.items() if value.dtype == torch.int8} == {"mix"}
+    with pytest.raises(BuildFailed, match="no linear layer"):
+        apply(model, options={"exclude": ["head"], "modules": {"mix": "fp32"}})

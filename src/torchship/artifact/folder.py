@@ -59,9 +59,13 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
 def open_file(folder: Path, path: str) -> int:
     """A file descriptor for reading a plain file; never follows a link. Raises CorruptArtifact."""
     try:
-        return os.open(folder / check_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.open(folder / check_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as fault:
         raise CorruptArtifact(f"{path} cannot be read: {fault.strerror}", hint="publish the artifact again") from None
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise CorruptArtifact(f"{path} is no file", hint="publish the artifact again")
+    return found
 
 
 def sha256(folder: Path, path: str) -> str:

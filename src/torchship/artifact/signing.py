@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,22 +42,32 @@ def keys_folder() -> Path:
 def make_key(path: Path) -> str:
     """Write a new private key (PEM, readable by its owner only) and `path` with `.pub`. Returns the public key.
 
-    Raises BadConfig when there is such a file already.
+    Raises BadConfig when there is such a file already, or it cannot be written.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     private = Ed25519PrivateKey.generate()
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise BadConfig(f"{path} exists", hint="a key is never overwritten: choose another name") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
     public = _public_of(private)
-    path.with_name(path.name + ".pub").write_text(public + "\n")
+    beside = path.with_name(path.name + ".pub")
+    for place in (path, beside):
+        if place.exists():
+            raise BadConfig(f"{place} exists", hint="a key is never overwritten: choose another name")
+    _write_new(path, pem, mode=0o600)
+    _write_new(beside, f"{public}\n".encode(), mode=0o644)
     return public
+
+
+def _write_new(path: Path, data: bytes, *, mode: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except OSError as fault:
+        raise BadConfig(
+            f"{path} cannot be written: {fault.strerror}", hint="name a file in a folder of yours"
+        ) from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
 
 
 def sign(folder: Path, *, digest: str, key: Path) -> Seal:
@@ -159,13 +170,16 @@ def _private(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
+        open_to = stat.filemode(path.stat().st_mode)[4:] if os.name == "posix" else "------"
         found = load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError:
         raise NotFound(f"no file {path}", hint="make a key with `torchship store keygen FILE`") from None
-    except (ValueError, TypeError) as fault:
-        raise BadConfig(f"{path} holds no private key: {fault}", hint="an Ed25519 key in PEM") from None
+    except (ValueError, TypeError):
+        raise BadConfig(f"{path} holds no private key", hint="an Ed25519 key in PEM, without a password") from None
     if not isinstance(found, Ed25519PrivateKey):
         raise BadConfig(f"{path} is not an Ed25519 key", hint="make one with `torchship store keygen FILE`")
+    if open_to != "------":
+        raise BadConfig(f"{path} is open to others ({open_to}): whoever read it can sign", hint=f"chmod 600 {path}")
     return found
 
 

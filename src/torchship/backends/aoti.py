@@ -18,6 +18,7 @@ from torchship.tensors import Signature
 
 KIND = "native"
 PACKAGES = ("torch",)
+OPTIONS = place.OPTIONS
 FILE = "model.pt2"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torchship.errors import BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import device as place
-from torchship.lowering import program, script
+from torchship.lowering import operators, program, script
 from torchship.lowering.needs import missing
 from torchship.lowering.safety import refuse_code_in_script
 from torchship.lowering.torch_stage import TorchStage, prepare
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KIND = "data"
 PACKAGES = ("torch",)
+OPTIONS = place.OPTIONS
 SCRIPT = "script.ts"
 
 
@@ -82,6 +83,7 @@ def _load_script(path: Path) -> torch.nn.Module:
     import torch
 
     refuse_code_in_script(path)
+    operators.register(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

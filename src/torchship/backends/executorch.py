@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig, BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
-from torchship.lowering import program
+from torchship.lowering import paths, program
 from torchship.lowering.needs import missing
 from torchship.lowering.quiet import quiet
 from torchship.lowering.torch_stage import TorchStage, prepare
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 KIND = "data"
 PACKAGES = ("executorch", "torch")
+OPTIONS = ("precision", "exclude", "modules")
 FILE = "model.pte"
 _CEILING = 128  # memory is planned for the longest call, so unbounded axes get a modest bound
 
@@ -37,18 +40,34 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Write `model.pte`. Options: precision fp32 | int8 (per channel). Raises BuildFailed or BadConfig."""
+    """Write `model.pte`. Options: precision fp32 | int8 (per channel); for int8 exclude and modules (what stays in
+    float, see `paths.rules`). Raises BuildFailed or BadConfig.
+    """
     precision = str(options.get("precision", "fp32"))
     if precision not in ("fp32", "int8"):
         raise BadConfig(f"executorch: precision {precision!r} is unknown", hint="use fp32 or int8")
+    if precision == "fp32":
+        paths.refuse_any(options, what="executorch in fp32")
+    rules = paths.rules(options, narrow=("int8",), module=model.module)
     exported = program.export(model, ceiling=_CEILING)
     try:
-        with quiet():
-            ready = _int8(exported, model) if precision == "int8" else exported
+        with quiet(), _any_rows():
+            ready = _int8(exported, model, rules) if precision == "int8" else exported
             data = _lowered(ready, reshapes=len(_free_names(model)) < 2)
     except Exception as fault:
         raise BuildFailed(f"executorch cannot lower this model: {program.one_line(fault)}") from fault
     (out / FILE).write_bytes(data)
+
+
+@contextmanager
+def _any_rows() -> Iterator[None]:
+    """oneDNN and NNPACK ask whether there are 16 rows before they take a convolution; torch writes the answer of the
+    example into the program, and memory is planned for 15."""
+    import torch.backends.mkldnn
+    import torch.backends.nnpack
+
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
 
 
 def _free_names(model: Model) -> set[str]:
@@ -67,7 +86,7 @@ def _lowered(exported: ExportedProgram, *, reshapes: bool) -> bytes:
     return bytes(lowered.to_executorch().buffer)
 
 
-def _int8(exported: ExportedProgram, model: Model) -> ExportedProgram:
+def _int8(exported: ExportedProgram, model: Model, rules: paths.Rules) -> ExportedProgram:
     import torch
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -75,7 +94,10 @@ def _int8(exported: ExportedProgram, model: Model) -> ExportedProgram:
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+    from torchship.lowering import surgery
+
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    quantizer.set_filter_function(lambda node: not rules.spares(surgery.place_of(node)))
     prepared = prepare_pt2e(exported.module(), quantizer)
     with torch.no_grad():
         for batch in model.calibration or model.examples:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 KIND = "native"
 PACKAGES = ("torch",)
+OPTIONS = ("source", "parts", "precision")
 PLAN = "hybrid.json"
 WEIGHTS = "weights.safetensors"
 SCRIPT = "script.py"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KIND = "data"
 PACKAGES = ("torch",)
+OPTIONS = (*place.OPTIONS, "compile_mode")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 

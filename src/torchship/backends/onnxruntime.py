@@ -18,11 +18,25 @@ from torchship.tensors import Signature, Tensors
 
 KIND = "data"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+OPTIONS = ("precision", "keep", "modules", "exclude", "range", "percentile", "bias_correction", "ops", "per_channel",
+           "provider", "provider_options", "optimization", "spin")  # fmt: skip
 FILE = "model.onnx"
 RANGES = ("minmax", "percentile", "mse", "entropy")  # of int8 activations: what a search may try
 _PRECISIONS = ("fp32", "fp16", "int8", "dynamic_int8")
 _PLAIN_PROVIDERS = ("CPUExecutionProvider", "AzureExecutionProvider")
 _HALF_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_PIP = {
+    "CUDAExecutionProvider": "pip install onnxruntime-gpu",
+    "TensorrtExecutionProvider": "pip install onnxruntime-gpu, and TensorRT",
+    "NvTensorRTRTXExecutionProvider": "an onnxruntime with TensorRT-RTX",
+    "OpenVINOExecutionProvider": "pip install onnxruntime-openvino",
+    "QNNExecutionProvider": "pip install onnxruntime-qnn, for Qualcomm NPUs",
+    "VitisAIExecutionProvider": "the onnxruntime of AMD's Ryzen AI software, for XDNA NPUs",
+    "DmlExecutionProvider": "pip install onnxruntime-directml, on Windows",
+    "MIGraphXExecutionProvider": "the onnxruntime of AMD's ROCm",
+    "CoreMLExecutionProvider": "onnxruntime on a Mac",
+}
+_START = "check its driver and its libraries, as nvidia-smi, CUDA and cuDNN for NVIDIA's"
 _DYNAMIC = ("Linear", "LSTM", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
@@ -56,46 +70,72 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     """Write `model.onnx`. Options: precision fp32 | fp16 | int8 (static, calibrated) | dynamic_int8 (matrix products
     only), keep and modules for fp16, and those of `lowering.onnx_int8`. Raises BuildFailed or BadConfig.
     """
-    from torchship.lowering import onnx_graph, onnx_int8
+    from torchship.lowering import onnx_graph, onnx_int8, paths, variants
 
     precision = options.get("precision", "fp32")
     if precision not in _PRECISIONS:
         raise BadConfig(f"onnxruntime: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
     if precision == "fp16":
-        from torchship.lowering import paths, variants
-
-        keep = paths.rules(options, narrow=("fp16",), key="keep")
+        keep = paths.rules(options, narrow=("fp16",), key="keep", module=model.module)
         model = variants.in_precision(model, "fp16", mode="cast", keep=keep)
+    elif precision == "fp32":
+        paths.refuse_any(options, what="onnxruntime in fp32")
     onnx_graph.write(model, out / FILE)
     if precision == "int8":
         onnx_int8.quantize(model, out / FILE, options=options)
     elif precision == "dynamic_int8":
-        onnx_int8.quantize_dynamic(out / FILE, options=options)
+        onnx_int8.quantize_dynamic(model, out / FILE, options=options)
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
-    """Open a session. Options: provider (its ONNX Runtime name), optimization (all | extended | basic | none),
-    spin (threads wait busily between calls). Raises Unavailable, BadConfig or CorruptArtifact.
+    """Open a session. Options: provider (its ONNX Runtime name), provider_options (a table of that provider's own),
+    optimization (all | extended | basic | none), spin (threads wait busily between calls).
+
+    Raises Unavailable, also where the provider cannot start, BadConfig or CorruptArtifact.
     """
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4 if options.get("provider") else 3  # a provider's failure is told below
     settings.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     settings.inter_op_num_threads = 1
     settings.graph_optimization_level = _level(str(options.get("optimization", "all")))
     if options.get("spin") is False:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    provider = str(options.get("provider") or _provider_of(device))
-    there = ort.get_available_providers()
-    if provider not in there:
-        raise Unavailable(f"this onnxruntime has no {provider}", hint=f"it has {', '.join(there)}")
-    providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
+    provider, own = _provider(options, device)
+    others = ["CPUExecutionProvider"] if provider != "CPUExecutionProvider" else []
     try:
-        session = ort.InferenceSession(str(path / FILE), sess_options=settings, providers=providers)
+        session = ort.InferenceSession(str(path / FILE), sess_options=settings, providers=[(provider, own), *others])
     except Exception as fault:
-        raise CorruptArtifact(f"{FILE} cannot be opened: {' '.join(str(fault).split())[:300]}") from fault
+        words = " ".join(str(fault).split())[:300]
+        if others:
+            raise Unavailable(f"{provider} cannot run {FILE}: {words}", hint=_START) from fault
+        raise CorruptArtifact(f"{FILE} cannot be opened: {words}") from fault
+    if provider not in session.get_providers():  # onnxruntime only logs that it takes the processor instead
+        raise Unavailable(f"{provider} does not start on this machine", hint=_START)
     return _OrtStage(session, signature=signature)
+
+
+def _provider(options: Options, device: str) -> tuple[str, dict[str, str]]:
+    """The provider's name, and its own options."""
+    import onnxruntime as ort
+
+    kind, _, number = device.partition(":")
+    named = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind, device)
+    provider, own = str(options.get("provider") or named), options.get("provider_options") or {}
+    if not isinstance(own, dict):
+        raise BadConfig(f"onnxruntime: provider_options is {own!r}", hint='write {device_id = "0"}')
+    there, known = ort.get_available_providers(), {*ort.get_all_providers(), *_PIP}
+    if provider not in {*there, *known}:
+        raise BadConfig(f"onnxruntime knows no provider {provider!r}", hint=f"use one of {', '.join(sorted(known))}")
+    if provider not in there:
+        pip = _PIP.get(provider, "a build of onnxruntime that has it")
+        raise Unavailable(
+            f"this onnxruntime has no {provider}: it needs {pip}",
+            hint=f"here are {', '.join(there)}; only one build can be installed at a time",
+        )
+    place = {"device_id": number} if number and "provider" not in options else {}
+    return provider, {**place, **{key: str(value) for key, value in own.items()}}
 
 
 def _level(name: str) -> Any:
@@ -111,10 +151,6 @@ def _level(name: str) -> Any:
     if name not in known:
         raise BadConfig(f"onnxruntime: optimization {name!r} is unknown", hint=f"use one of {', '.join(known)}")
     return known[name]
-
-
-def _provider_of(device: str) -> str:
-    return {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.partition(":")[0], device)
 
 
 class _OrtStage:
@@ -144,9 +180,9 @@ class _OrtStage:
 
         def value(array: Any) -> Any:
             if array.dtype.name == "bfloat16":
-                bits = np.ascontiguousarray(array).view(np.uint16)
+                bits = np.asarray(array, order="C").view(np.uint16)
                 return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
-            return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
 
         found = self._session.run_with_ort_values(self._outputs, {name: value(array) for name, array in feed.items()})
         return [

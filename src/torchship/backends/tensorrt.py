@@ -24,6 +24,8 @@ from torchship.tensors import Axis, Free, Signature, TensorSpec
 
 KIND = "native"
 PACKAGES = ("tensorrt", "tensorrt-rtx-cu13-libs", "torch")
+OPTIONS = ("precision", "device", "workspace", "keep", "modules", "exclude", "range", "percentile", "bias_correction",
+           "ops", "per_channel")  # fmt: skip
 FILE = "model.plan"
 LAYERS = "layers.json"
 _MODULES = ("tensorrt", "tensorrt_rtx_bindings")
@@ -55,8 +57,8 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Write the engine `model.plan` and `layers.json`, which lists the layers of its network.
 
-    Options: precision fp32 | fp16 | bf16 | int8, those of `lowering.onnx_int8`, and workspace (bytes it may use
-    while it tries kernels). Raises BuildFailed or BadConfig.
+    Options: precision fp32 | fp16 | bf16 | int8, keep and modules for fp16 and bf16, those of `lowering.onnx_int8` for
+    int8, and workspace (bytes it may use while it tries kernels). Raises BuildFailed or BadConfig.
     """
     precision = str(options.get("precision", "fp16"))
     if precision not in _PRECISIONS:
@@ -72,10 +74,15 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 
 
 def _write_graph(model: Model, path: Path, precision: str, options: Options) -> None:
-    from torchship.lowering import onnx_graph, onnx_int8, variants
+    from torchship.lowering import onnx_graph, onnx_int8, paths, variants
 
     half = precision if precision in ("fp16", "bf16") else "fp32"
-    onnx_graph.write(variants.in_precision(model, half, mode="cast"), path)
+    if precision == "fp32":
+        paths.refuse_any(options, what="tensorrt in fp32")
+    elif precision != "int8":
+        keep = paths.rules(options, narrow=(half,), key="keep", module=model.module)
+        model = variants.in_precision(model, half, mode="cast", keep=keep)
+    onnx_graph.write(model, path)
     if precision == "int8":
         onnx_int8.quantize(model, path, options={"ops": "heavy", **options}, signed=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import device as place
-from torchship.lowering import script
+from torchship.lowering import operators, script
 from torchship.lowering.needs import missing
 from torchship.lowering.program import one_line
 from torchship.lowering.safety import refuse_code_in_script
@@ -21,6 +21,7 @@ from torchship.tensors import Signature
 
 KIND = "native"  # a program of its own: TorchScript can read and write files
 PACKAGES = ("torch",)
+OPTIONS = place.OPTIONS
 FILE = "script.ts"
 
 
@@ -64,6 +65,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     device = place.of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     refuse_code_in_script(path / FILE)
+    operators.register(path / FILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -8,6 +8,7 @@ from torchship.model import Model
 from torchship.recipe import Options
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+OPTIONS = ("device", "precision", "mode", "channels_last", "keep", "modules")
 
 
 def of(options: Options, *, device: str = "cpu") -> str:
@@ -32,8 +33,8 @@ def shaped(model: Model, options: Options) -> Model:
     if precision not in PRECISIONS:
         raise BadConfig(f"precision {precision!r} is unknown here", hint=f"use one of {', '.join(PRECISIONS)}")
     if options.get("channels_last"):
-        model = variants.channels_last(model)
-    keep = paths.rules(options, narrow=(precision,), key="keep")
+        model = variants.laid_out(model, last=True)
+    keep = paths.rules(options, narrow=(precision,), key="keep", module=model.module)
     target = kind(of(options))
     mode = str(options.get("mode") or ("autocast" if target == "cpu" else "cast"))
     narrow = "fp32" if precision == "tf32" else precision

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig, BuildFailed, TorchshipError
 from torchship.lowering import onnx_bias, onnx_graph, onnx_watch, paths, ranges
@@ -16,6 +16,9 @@ from torchship.lowering.program import one_line
 from torchship.lowering.quiet import quiet
 from torchship.model import Model
 from torchship.recipe import Options
+
+if TYPE_CHECKING:
+    import torch
 
 HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _OPS = {"heavy": HEAVY, "light": (*HEAVY, "Add", "MaxPool", "GlobalAveragePool", "ReduceMean"), "all": ()}
@@ -33,7 +36,9 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
     """
     import onnx
 
-    method, percentile = str(options.get("range", "minmax")), float(str(options.get("percentile", 99.99)))
+    method, percentile = str(options.get("range", "minmax")), options.get("percentile", 99.99)
+    if not isinstance(percentile, int | float) or not 50 < percentile <= 100:
+        raise BadConfig(f"percentile is {percentile!r}", hint="a number above 50, 100 at most")
     kinds = _kinds(options)
     # the quantizer leaves files beside what it reads, so it works in a folder of its own
     with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, quiet():
@@ -41,12 +46,12 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
             graph = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
             _name_nodes(graph)
             pieces = onnx_watch.chunks(model.calibration or model.examples, signature=model.signature)
-            wanted = onnx_bias.inputs_of_layers(graph) if options.get("bias_correction") else {}
-            seen, means = onnx_watch.observe(graph, pieces, folder=Path(folder), means=wanted)
-            onnx_bias.correct(graph, means)
-            found = {name: ranges.search(s, method=method, percentile=percentile) for name, s in seen.items()}
             per_channel = options.get("per_channel") is not False
-            skip = excluded(graph, options)
+            skip = excluded(graph, options, module=model.module)
+            wanted = onnx_bias.inputs_of_layers(graph, skip=skip) if options.get("bias_correction") else {}
+            seen, means = onnx_watch.observe(graph, pieces, folder=Path(folder), means=wanted)
+            onnx_bias.correct(graph, means, skip=skip, per_channel=per_channel)
+            found = {name: ranges.search(s, method=method, percentile=percentile) for name, s in seen.items()}
             _write_static(graph, found, path, kinds=kinds, skip=skip, signed=signed, per_channel=per_channel)
         except TorchshipError:
             raise
@@ -54,7 +59,7 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
             raise BuildFailed(f"onnxruntime cannot quantize this graph: {one_line(fault)}") from fault
 
 
-def quantize_dynamic(path: Path, *, options: Options) -> None:
+def quantize_dynamic(model: Model, path: Path, *, options: Options) -> None:
     """Replace the fp32 file at `path` by one whose matrix products and LSTMs take int8, quantized as they come.
 
     Options: exclude, modules. Convolutions stay in float: dynamic int8 makes them several times slower.
@@ -69,6 +74,7 @@ def quantize_dynamic(path: Path, *, options: Options) -> None:
             graph = onnx.load(str(path))
             _name_nodes(graph)
             onnx.save(graph, str(path))
+            skip = excluded(graph, options, module=model.module)
             write(
                 str(path),
                 str(done),
@@ -76,10 +82,12 @@ def quantize_dynamic(path: Path, *, options: Options) -> None:
                 per_channel=True,
                 weight_type=QuantType.QInt8,
                 # a Gemm becomes a MatMul of a longer name before the names are compared
-                nodes_to_exclude=[full for name in excluded(graph, options) for full in (name, f"{name}_MatMul")],
+                nodes_to_exclude=[full for name in skip for full in (name, f"{name}_MatMul")],
                 extra_options={"MatMulConstBOnly": True},
             )
             path.write_bytes(done.read_bytes())
+        except TorchshipError:
+            raise
         except Exception as fault:
             raise BuildFailed(f"onnxruntime cannot quantize this graph: {one_line(fault)}") from fault
 
@@ -91,18 +99,20 @@ def _kinds(options: Options) -> list[str]:
     return list(_OPS[word])
 
 
-def excluded(graph: Any, options: Options) -> list[str]:
-    """Names of the nodes that belong to modules which `exclude` or `modules` keep in float."""
-    rules = paths.rules(options, narrow=("int8",))
-    if not rules.patterns:
+def excluded(graph: Any, options: Options, *, module: torch.nn.Module) -> list[str]:
+    """Names of the nodes that belong to parts of `module` which `exclude` or `modules` keep in float.
+
+    Raises BadConfig for a pattern that fits no module.
+    """
+    if not paths.addressed(options):
         return []
-    origin = onnx_graph.module_paths(graph)
+    rules = paths.rules(options, narrow=("int8",), module=module)
+    origin, there = onnx_graph.module_paths(graph), {path for path, _ in module.named_modules() if path}
     found = []
     for node in graph.graph.node:
         # a folded batch norm gives its own path to the convolution, whose weight still tells its name
-        places = [origin.get(node.name, ""), *(name.rpartition(".")[0] for name in node.input[1:2])]
-        known = [place for place in places if paths.user_path(place)] or [node.name]
-        if any(map(rules.spares, known)) or (node.name, True) in rules.patterns:
+        of_weight = node.input[1].rpartition(".")[0] if len(node.input) > 1 else ""
+        if rules.spares(of_weight if of_weight in there else origin.get(node.name, "")):
             found.append(node.name)
     return found
 
@@ -139,7 +149,11 @@ def _write_static(
         [],
         skip,
         kinds or list(QDQRegistry),
-        {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if signed else {},
+        {
+            # what no further int8 node reads stays exact; a convolution's kernel wants its output in int8
+            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            **({"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False} if signed else {}),
+        },
     )
     quantizer.quantize_model()
     quantizer.model.save_model_to_file(str(path), False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,13 @@ def observe(
     seen = {name: Seen() for name in (*inputs, *names)}
     keep = kept_per_batch(len(pieces))
     sums: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
     for piece, values in zip(pieces, run(graph, names, pieces, folder=folder), strict=True):
         for name, array in (*((name, piece[name]) for name in inputs), *values.items()):
             seen[name].add(array, keep=keep)
             if name in means and array.ndim > means[name] % max(array.ndim, 1):
                 axis = means[name] % array.ndim
                 others = tuple(i for i in range(array.ndim) if i != axis)
-                sums[name] = sums.get(name, 0.0) + np.mean(array, axis=others, dtype=np.float64)
-    return seen, {name: total / len(pieces) for name, total in sums.items()}
+                sums[name] = sums.get(name, 0.0) + np.sum(array, axis=others, dtype=np.float64)
+                counts[name] += array.size // max(array.shape[axis], 1)
+    return seen, {name: total / max(counts[name], 1) for name, total in sums.items()}

@@ -12,6 +12,10 @@ from torch.fx import Node
 from torchship.lowering import program
 from torchship.model import Model
 
+_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+
 
 class Wiring:
     """The exported graph of a Model, with the path of the module behind every parameter."""
@@ -48,8 +52,28 @@ class Wiring:
 
     def place(self, node: Node) -> str:
         """The path of the module that this node was called in."""
-        stack = node.meta.get("nn_module_stack") or {}
-        return [str(path) for path, _ in stack.values()][-1] if stack else ""
+        return place_of(node)
+
+
+def place_of(node: Node) -> str:
+    """The path of the module that a node of an exported graph was called in; empty where it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [str(path) for path, _ in stack.values()][-1].removeprefix("L['self'].") if stack else ""
+
+
+class Clipped(torch.nn.Module):
+    """A ReLU6 with a ceiling of its own for each channel of the layer before it, which may then be rescaled."""
+
+    ceiling: torch.Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        weight: torch.Tensor = layer.weight
+        self.register_buffer("ceiling", weight.new_full((weight.shape[0], *[1] * (weight.ndim - 2)), 6.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Between nothing and the ceiling."""
+        return torch.minimum(torch.relu(x), self.ceiling)
 
 
 def copied(model: Model) -> Model:
@@ -77,22 +101,32 @@ def put(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
 
 def fold_batch_norms(model: Model, wiring: Wiring) -> None:
     """Fold every batch norm into the convolution or linear layer that feeds it alone; the model's module is changed."""
-    from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-
     for norm in wiring.nodes:
         before = norm.args[0] if wiring.kind(norm) == "batch_norm" else None
         if not isinstance(before, torch.fx.Node) or wiring.only_user(before) is not norm:
             continue
-        layer_path, norm_path = wiring.owner(before), wiring.owner(norm, tensors=(3, 1))
+        layer_path, norm_path = wiring.owner(before), wiring.owner(norm, tensors=(3,))
         if not layer_path or not norm_path:
             continue
         layer: Any = model.module.get_submodule(layer_path)
         batch_norm: Any = model.module.get_submodule(norm_path)
-        if type(layer) is torch.nn.Linear:
-            fused: Any = fuse_linear_bn_eval(layer, batch_norm)
-        elif type(layer) in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d):
-            fused = fuse_conv_bn_eval(layer, batch_norm)
-        else:
+        # a norm of the user's own may do more, and one that normalizes by the batch has nothing to fold
+        if type(batch_norm) not in _NORMS or norm.args[5] or before.meta["val"].ndim != layer.weight.ndim:
             continue
-        put(model.module, layer_path, fused)
-        put(model.module, norm_path, torch.nn.Identity())
+        fused = _folded(layer, batch_norm)
+        if fused is not None:
+            put(model.module, layer_path, fused)
+            put(model.module, norm_path, torch.nn.Identity())
+
+
+def _folded(layer: Any, batch_norm: Any) -> Any:
+    """The layer with the norm inside; None for a kind that does not take it in."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+    if type(layer) is torch.nn.Linear:
+        return fuse_linear_bn_eval(layer, batch_norm)
+    if type(layer) in _CONVOLUTIONS:
+        return fuse_conv_bn_eval(layer, batch_norm)
+    if type(layer) in _TRANSPOSED and layer.groups == 1:
+        return fuse_conv_bn_eval(layer, batch_norm, transpose=True)
+    return None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchship.errors import BadConfig
+from torchship.lowering import paths
 from torchship.lowering.paths import Rules
 from torchship.model import Model, to_torch
 from torchship.tensors import numpy_dtype
@@ -82,16 +83,20 @@ class _Cast(Wrapped):
         return tuple(answer.to(dtype) for answer, dtype in zip(answers, self.outputs, strict=True))
 
 
-class _ChannelsLast(Wrapped):
-    """Pictures enter with their channels last in memory; the layout then flows through the convolutions."""
+class _LaidOut(Wrapped):
+    """Pictures and volumes enter in one memory layout, which then flows through the convolutions."""
+
+    def __init__(self, flat: torch.nn.Module, *, inputs: int, last: bool) -> None:
+        super().__init__(flat, inputs=inputs)
+        self.last = last
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        given = (t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors)
+        given = (t.contiguous(memory_format=_format(t, last=self.last)) for t in tensors)
         answers: tuple[torch.Tensor, ...] = self.flat(*given)
         return tuple(answer.contiguous() for answer in answers)
 
 
-class _KeepFloat(torch.nn.Module):
+class KeepFloat(torch.nn.Module):
     """Runs one submodule in float32 inside a narrower model, and hands back what the others expect."""
 
     def __init__(self, inner: torch.nn.Module, *, device: str, back: torch.dtype | None) -> None:
@@ -106,6 +111,13 @@ class _KeepFloat(torch.nn.Module):
             answer = self.inner(*given, **named)
         back = self.back
         return answer if back is None else _each(answer, lambda tensor: _to(tensor, back))
+
+    def __getattr__(self, name: str) -> Any:
+        """What others read from the submodule, as attention reads the weight of its output layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
 
 
 def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu", keep: Rules = _NOTHING) -> Model:
@@ -131,26 +143,43 @@ def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu"
     return replace(model, module=_Autocast(flat, inputs=count, device=device, dtype=dtype, outputs=outputs).eval())
 
 
-def channels_last(model: Model) -> Model:
-    """`model` with four-dimensional weights and inputs in channels-last memory."""
-    flat = copy.deepcopy(model.module).to(memory_format=torch.channels_last)
-    return replace(model, module=_ChannelsLast(flat, inputs=len(model.signature.inputs)).eval())
+def laid_out(model: Model, *, last: bool) -> Model:
+    """`model` with the weights and inputs of two- and three-dimensional convolutions in channels-last memory, or with
+    all in plain contiguous memory.
+    """
+    given = model.module.flat if isinstance(model.module, _LaidOut) else model.module
+    flat = copy.deepcopy(given)
+    for tensor in (*flat.parameters(), *flat.buffers()):
+        if not tensor.is_contiguous(memory_format=_format(tensor, last=last)):
+            tensor.data = tensor.data.contiguous(memory_format=_format(tensor, last=last))
+    return replace(model, module=_LaidOut(flat, inputs=len(model.signature.inputs), last=last).eval())
+
+
+def _format(tensor: torch.Tensor, *, last: bool) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
+    return formats.get(tensor.ndim, torch.contiguous_format)
 
 
 def keep_float(flat: torch.nn.Module, rules: Rules, *, device: str, back: torch.dtype | None) -> None:
-    """Put every topmost submodule of `flat` that is spared, with all inside it, into float32, in place."""
+    """Put every topmost submodule of `flat` that is spared, with all inside it, into float32, in place.
+
+    A list or table of modules is never called itself: what it holds is put into float32.
+    """
     narrow = [path for path, _ in flat.named_modules() if path and not rules.spares(path)]
     whole = [
         path
-        for path, _ in flat.named_modules()
-        if rules.spares(path) and not any(other.startswith(f"{path}.") for other in narrow)
+        for path, module in flat.named_modules()
+        if paths.user_path(path)
+        and rules.spares(path)
+        and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
+        and not any(other.startswith(f"{path}.") for other in narrow)
     ]
     for path in whole:
         if any(path.startswith(f"{other}.") for other in whole):
             continue
         parent, _, name = path.rpartition(".")
         owner = flat.get_submodule(parent)
-        kept = _KeepFloat(owner.get_submodule(name).float(), device=device, back=back)
+        kept = KeepFloat(owner.get_submodule(name).float(), device=device, back=back)
         owner.register_module(name, kept)
 
 

@@ -48,10 +48,8 @@ def equalized(recipe: Recipe, *, model: Model, hardware: Hardware) -> Recipe | N
     """The recipe with cross-layer equalization before all else, where the model has layers for it."""
     if any(step.transform == "equalize" for step in recipe.transforms):
         return None
-    # batch norms between the layers are folded away first: through them nothing can be equalized
-    folding = [Step("fuse", options) for options in _proposals("fuse", model, hardware)]
     for options in _proposals("equalize", model, hardware):
-        return Recipe(recipe.backend, recipe.options, (*folding, Step("equalize", options), *recipe.transforms))
+        return Recipe(recipe.backend, recipe.options, (Step("equalize", options), *recipe.transforms))
     return None
 
 

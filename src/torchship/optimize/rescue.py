@@ -93,18 +93,18 @@ def _drift(trial: Trial) -> tuple[float, float]:
 
 def _attempts(candidate: Trial, layers: Sequence[Layer], course: Course, deadline: float) -> Iterator[Trial]:
     """Trials with more and more layers in float."""
-    count, failed, before = 1, 0, candidate.verdict
-    while count <= max(1, len(layers) // 2) and time.monotonic() < deadline:
+    count, failed, before, most = 1, 0, candidate.verdict, max(1, len(layers) // 2)
+    while failed < most and time.monotonic() < deadline:
         trial = _attempt(candidate.recipe, layers[:count], course, deadline)
         yield trial
         if trial.status == "ok":
             break
         if trial.status == "failed" or (trial.verdict and before and trial.verdict.error == before.error):
             return  # this backend cannot leave layers out
-        failed, count, before = count, count * 2, trial.verdict
+        failed, count, before = count, min(count * 2, most), trial.verdict
     else:
         return
-    while count - failed > max(1, count // 4) and time.monotonic() < deadline:
+    while count - failed > max(1, count // 8) and time.monotonic() < deadline:
         middle = (count + failed) // 2
         trial = _attempt(candidate.recipe, layers[:middle], course, deadline)
         yield trial
@@ -138,16 +138,21 @@ def describe(layers: Sequence[Layer]) -> str:
     return f"kept in float, as the most sensitive to int8: {named}{more}"
 
 
-def ranking(course: Course, *, seconds: float) -> tuple[Layer, ...]:
-    """The layers of the model, the most sensitive first; from the cache, or by a child. Empty when that fails."""
-    known = course.cache.root / "sensitivity" / f"{course.model_hash}.json"
+def ranking(course: Course, *, recipe: Recipe, seconds: float) -> tuple[Layer, ...]:
+    """The layers of the model, those first that suffer most from the int8 of `recipe`; from the cache, or by a child.
+
+    Empty when that fails.
+    """
+    per_channel = recipe.options.get("per_channel") is not False
+    scheme = "" if per_channel else "-by-tensor"
+    known = course.cache.root / "sensitivity" / f"{course.model_hash}{scheme}.json"
     try:
         return msgspec.json.decode(known.read_bytes(), type=tuple[Layer, ...])
     except (FileNotFoundError, msgspec.MsgspecError):
         pass
     outcome = process.run(
         "torchship.optimize.rescue:rank_here",
-        argument={"capsule": str(course.capsule), "seconds": seconds / 2},
+        argument={"capsule": str(course.capsule), "seconds": seconds / 2, "per_channel": per_channel},
         timeout=seconds,
         memory=course.limits.memory,
         threads=course.threads,
@@ -165,5 +170,5 @@ def rank_here(argument: Any) -> Any:
     from torchship.optimize.sensitivity import sensitivity
 
     model = capsule.take(Path(argument["capsule"]))
-    found = sensitivity(model, seconds=float(argument["seconds"]))
+    found = sensitivity(model, seconds=float(argument["seconds"]), per_channel=bool(argument["per_channel"]))
     return [{"path": layer.path, "db": layer.db} for layer in found]

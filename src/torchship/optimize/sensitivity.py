@@ -19,12 +19,13 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from torchship.errors import OptimizeError
-from torchship.lowering import paths, program
+from torchship.lowering import paths, program, surgery
 from torchship.model import Model
 from torchship.tensors import Tensors
 
-_LAYERS = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "mm", "addmm", "conv_transpose2d",
-           "scaled_dot_product_attention")  # fmt: skip
+_LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul",
+           "bmm", "mm", "addmm", "scaled_dot_product_attention", "lstm", "gru")  # fmt: skip
+_PRODUCTS = ("matmul", "mm", "addmm", "bmm")
 _CLEAN = 200.0  # dB where nothing was lost
 
 
@@ -41,11 +42,12 @@ class LayerNoise(msgspec.Struct, frozen=True):
         return self.layer_db if self.output_db is None else self.output_db
 
 
-def sensitivity(model: Model, *, rows: int = 8, seconds: float = 60.0) -> list[LayerNoise]:
+def sensitivity(model: Model, *, rows: int = 8, seconds: float = 60.0, per_channel: bool = True) -> list[LayerNoise]:
     """The modules that hold convolutions and matrix products, worst first, on at most `rows` rows of calibration data.
 
     Every module's own noise is measured in one pass; then, worst first and for at most `seconds`, its effect on the
-    outputs by a pass each. Paths are those of the user's module and fit the option `exclude` of the int8 backends.
+    outputs by a pass each. `per_channel`: whether each output channel of a weight has a scale of its own. Paths are
+    those of the user's module and fit the option `exclude` of the int8 backends.
     Raises OptimizeError when the model cannot be exported.
     """
     deadline = time.monotonic() + seconds
@@ -58,13 +60,13 @@ def sensitivity(model: Model, *, rows: int = 8, seconds: float = 60.0) -> list[L
         if _is_layer(node):
             by_path[_path(node)].append(node)
     with torch.inference_mode():
-        local = _LocalNoise(graph)
+        local = _LocalNoise(graph, per_channel)
         wanted = _flat(local.run(*inputs))
         own = {path: min(local.found.get(node, _CLEAN) for node in nodes) for path, nodes in by_path.items()}
         ranked = []
         for path in sorted(own, key=own.__getitem__):
             late = time.monotonic() > deadline
-            at_output = None if late else _at_output(graph, local.env, set(by_path[path]), wanted)
+            at_output = None if late else _at_output(graph, local, set(by_path[path]), wanted)
             ranked.append(LayerNoise(path, own[path], at_output))
     return sorted(ranked, key=lambda layer: (layer.output_db is None, layer.db))
 
@@ -84,67 +86,83 @@ def _kind(node: Node) -> str:
 
 def _path(node: Node) -> str:
     """The user's module that this node came from."""
-    stack = node.meta.get("nn_module_stack") or {}
-    places = [str(place) for place, _ in stack.values()]
-    return paths.user_path(places[-1].removeprefix("L['self'].")) if places else node.name
+    return paths.user_path(surgery.place_of(node))
 
 
 class _LocalNoise(Interpreter):
     """Runs in float; at each layer also computes what int8 would have answered to the same inputs."""
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, per_channel: bool) -> None:
         super().__init__(graph, garbage_collect_values=False)  # later passes start from what this one computed
         self.found: dict[Node, float] = {}
+        self.per_channel = per_channel
 
     def run_node(self, n: Node) -> Any:
         answer = super().run_node(n)
         if _is_layer(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.found[n] = noise_db(answer, _quantized_call(n, args, kwargs))
+            self.found[n] = _noise_of(answer, _quantized_call(n, args, kwargs, self.per_channel))
         return answer
 
 
 class _OneQuantized(Interpreter):
     """Runs with the nodes of one module in simulated int8."""
 
-    def __init__(self, graph: GraphModule, chosen: set[Node]) -> None:
+    def __init__(self, graph: GraphModule, chosen: set[Node], per_channel: bool) -> None:
         super().__init__(graph)
-        self._chosen = chosen
+        self._chosen, self._per_channel = chosen, per_channel
 
     def run_node(self, n: Node) -> Any:
         if n not in self._chosen:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return _quantized_call(n, args, kwargs)
+        return _quantized_call(n, args, kwargs, self._per_channel)
 
 
-def _at_output(graph: GraphModule, floats: dict[Node, Any], chosen: set[Node], wanted: Sequence[torch.Tensor]) -> float:
+def _at_output(graph: GraphModule, floats: _LocalNoise, chosen: set[Node], wanted: Sequence[torch.Tensor]) -> float:
     """What the outputs lose when only `chosen` is quantized; everything before it is taken from the float pass."""
     before: dict[Node, Any] = {}
     for node in graph.graph.nodes:
         if node in chosen:
             break
-        before[node] = floats[node]
-    found = _flat(_OneQuantized(graph, chosen).run(initial_env=before))
-    return min((noise_db(w, f) for w, f in zip(wanted, found, strict=True)), default=_CLEAN)
+        before[node] = floats.env[node]
+    return _noise_of(wanted, _OneQuantized(graph, chosen, floats.per_channel).run(initial_env=before))
 
 
-def _quantized_call(node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _noise_of(wanted: Any, found: Any) -> float:
+    """The worst of an answer's tensors."""
+    return min((noise_db(w, f) for w, f in zip(_flat(wanted), _flat(found), strict=True)), default=_CLEAN)
+
+
+def _quantized_call(node: Node, args: Sequence[Any], kwargs: dict[str, Any], per_channel: bool) -> Any:
     """The node's operator on tensors that went through eight bits; a weight is a tensor the graph itself holds."""
     operator: Callable[..., Any] = node.target  # type: ignore[assignment]
-    quantized = list(args)
+    kind, quantized = _kind(node), list(args)
     for position, (value, origin) in enumerate(zip(args, node.args, strict=True)):
-        bias = position == _bias_position(_kind(node))
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or bias:
+        if isinstance(value, list | tuple) and position == 2:  # the weights and biases of a recurrent layer
+            quantized[position] = [_weight(v, 0, per_channel) if _is_matrix(v) else v for v in value]
+        if not _is_float(value) or position == _bias_position(kind):
             continue
-        weight = isinstance(origin, Node) and origin.op == "get_attr"
-        axis = 1 if _kind(node) in ("conv_transpose2d", "matmul", "mm", "addmm") and value.ndim > 1 else 0
-        quantized[position] = round_signed(value, axis=axis) if weight else round_unsigned(value)
+        axis = value.ndim - 1 if kind in _PRODUCTS else int(kind.startswith("conv_transpose"))
+        held = isinstance(origin, Node) and origin.op == "get_attr"
+        quantized[position] = _weight(value, axis, per_channel) if held else round_unsigned(value)
     return operator(*quantized, **kwargs)
 
 
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_matrix(value: Any) -> bool:
+    return _is_float(value) and value.ndim == 2
+
+
+def _weight(value: torch.Tensor, axis: int, per_channel: bool) -> torch.Tensor:
+    return round_signed(value, axis=axis) if per_channel else round_signed(value.unsqueeze(0), axis=0)[0]
+
+
 def _bias_position(kind: str) -> int:
-    return 0 if kind == "addmm" else -1 if kind in ("matmul", "mm", "bmm", "scaled_dot_product_attention") else 2
+    return 0 if kind == "addmm" else -1 if kind in (*_PRODUCTS, "scaled_dot_product_attention") else 2
 
 
 def round_unsigned(value: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torchship import hardware as machines
 from torchship import plugins
 from torchship.errors import BadConfig
+from torchship.lowering import paths
 from torchship.optimize.choose import GOALS, Constraints, Goal
 from torchship.optimize.finetune import Loop
 from torchship.optimize.guard import Guard
@@ -95,8 +96,10 @@ def read(
         raise BadConfig(
             f"optimize: unknown setting {unknown[0]!r}", hint=f"there is {', '.join(Settings.__annotations__)}"
         )
-    for name in {*(backends or ()), *(recipe.backend for recipe in settings.get("recipes") or ())}:
+    for name in backends or ():
         plugins.load("backends", name=name)
+    for recipe in settings.get("recipes") or ():
+        check(recipe, module)
     machine = machines.here()
     limits = guard or Guard()
     memory = settings.get("trial_memory") or int(machine.memory * _MEMORY_SHARE)
@@ -116,3 +119,18 @@ def read(
         finetune=settings.get("finetune"),
         source=settings.get("source") or f"{type(module).__module__}.{type(module).__qualname__}",
     )
+
+
+def check(recipe: Recipe, module: torch.nn.Module) -> None:
+    """Raise BadConfig for a plugin or an option of `recipe` that does not exist, or a pattern that fits no module."""
+    steps = [("backends", recipe.backend, recipe.options)]
+    steps += [("transforms", step.transform, step.options) for step in recipe.transforms]
+    renamed = any(name == "unshare" for _, name, _ in steps)  # it adds modules of its own
+    for kind, name, options in steps:
+        known = getattr(plugins.load(kind, name=name), "OPTIONS", tuple(options))
+        strange = sorted(set(options).difference(known))
+        if strange:
+            words = f"use {', '.join(known)}" if known else "it takes none"
+            raise BadConfig(f"{name} has no option {strange[0]!r}", hint=words)
+        if not renamed:
+            paths.refuse_strangers(paths.addressed(options), module=module)

@@ -95,6 +95,19 @@ def test_keys_that_are_none(tmp_path: Path, keys: Path) -> None:
     signing.make_key(tmp_path / "my.key")
     with pytest.raises(BadConfig, match="exists"):
         signing.make_key(tmp_path / "my.key")
+    (tmp_path / "my.key").chmod(0o640)
+    with pytest.raises(BadConfig, match="open to others") as caught:
+        signing.sign(tmp_path / "a", digest=digest, key=tmp_path / "my.key")
+    assert "chmod 600" in caught.value.hint
+    (tmp_path / "other.pub").write_text("someone's")
+    with pytest.raises(BadConfig, match=r"other\.pub exists"):
+        signing.make_key(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(BadConfig, match="cannot be written"):
+        signing.make_key(tmp_path / "no" / "folder")
+    (tmp_path / "a" / "manifest.sig").mkdir()
+    with pytest.raises(CorruptArtifact, match="is no file"):
+        signing.signer(tmp_path / "a", digest=digest)
 
 
 def test_the_commands(tmp_path: Path, keys: Path) -> None:

@@ -18,6 +18,8 @@ from torchship.hardware import Gpu, Hardware
 from torchship.lowering import device as place
 from torchship.lowering import needs
 from torchship.model import Model
+from torchship.optimize import wish
+from torchship.recipe import Options, Recipe, Step
 from torchship.tensors import Signature
 
 pytestmark = [
@@ -100,10 +102,70 @@ def test_providers_and_devices_that_are_not_there_are_named(tmp_path: Path) -> N
     with pytest.raises(Unavailable, match="QNNExecutionProvider") as caught:
         onnxruntime.open(tmp_path, signature=model.signature, options={"provider": "QNNExecutionProvider"})
     assert "CPUExecutionProvider" in caught.value.hint
+    with pytest.raises(Unavailable, match="AMD's Ryzen AI"):
+        onnxruntime.open(tmp_path, signature=model.signature, options={"provider": "VitisAIExecutionProvider"})
+    with pytest.raises(BadConfig, match="no provider 'CudaProvider'") as unknown:
+        onnxruntime.open(tmp_path, signature=model.signature, options={"provider": "CudaProvider"})
+    assert "CUDAExecutionProvider" in unknown.value.hint
     with pytest.raises(BadConfig, match="magic"):
         onnxruntime.open(tmp_path, signature=model.signature, options={"optimization": "magic"})
-    with pytest.raises(Unavailable, match="NPU9"):
-        openvino.open(tmp_path, signature=model.signature, options={"device": "NPU9"})
+    for device, absent in (("NPU9", "NPU9"), ("HETERO:NPU,CPU", "NPU"), ("MULTI", "MULTI"), ("SOME:CPU", "SOME")):
+        with pytest.raises(Unavailable, match=f"no device {absent}"):
+            openvino.open(tmp_path, signature=model.signature, options={"device": device})
+
+
+def test_a_provider_takes_options_of_its_own_and_may_not_fall_silently_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime as ort
+
+    model, given = picture(), tensors_of("picture", 2)
+    onnxruntime.build(model, options={}, out=tmp_path)
+    asked: list[Any] = []
+
+    class Session(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, path: str, *, sess_options: Any, providers: Any) -> None:
+            asked.append(providers[0])
+            super().__init__(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(Unavailable, match="CUDAExecutionProvider does not start"):
+        onnxruntime.open(tmp_path, signature=model.signature, options={}, device="cuda:1")
+    own: dict[str, str] = {"use_arena": "0"}
+    options: Options = {"provider": "CPUExecutionProvider", "provider_options": own}
+    stage = onnxruntime.open(tmp_path, signature=model.signature, options=options, threads=1)
+    assert asked == [("CUDAExecutionProvider", {"device_id": "1"}), ("CPUExecutionProvider", {"use_arena": "0"})]
+    assert np.allclose(stage(given)["logits"], expected(model, given)["logits"], atol=1e-4)
+
+
+def test_openvino_takes_several_devices_by_their_names(tmp_path: Path) -> None:
+    model, given = picture(), tensors_of("picture", 2)
+    openvino.build(model, options={}, out=tmp_path)
+    for device in ("AUTO:CPU", "HETERO:CPU"):
+        stage = openvino.open(tmp_path, signature=model.signature, options={"device": device}, threads=1)
+        assert np.allclose(stage(given)["logits"], expected(model, given)["logits"], atol=1e-3)
+
+
+def test_every_option_that_is_proposed_is_one_that_exists() -> None:
+    for name in plugins.names("backends"):
+        module = plugins.load("backends", name=name)
+        for recipe in module.propose(picture(), hardware=with_gpu(ADA)):
+            assert set(recipe.options) <= set(module.OPTIONS), recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Recipe("onnxruntime", {"precison": "int8"}), "onnxruntime has no option 'precison'"),
+        (Recipe("eager", {}, (Step("layout", {"format": "nhwc"}),)), "layout has no option 'format'"),
+        (Recipe("eager", {}, (Step("fues"),)), "fues"),
+        (Recipe("openvino", {"precision": "int8", "exclude": ["haed"]}), "no module fits 'haed'"),
+    ],
+)
+def test_a_recipe_is_checked_before_anything_starts(recipe: Recipe, words: str) -> None:
+    with pytest.raises(BadConfig, match=words):
+        wish.check(recipe, nn.ModuleDict({"head": nn.Identity()}))
 
 
 @pytest.mark.parametrize("backend", [eager, torchscript, onnxruntime, openvino, aoti])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from tests.contracts.test_backends import error, expected, picture, sentence, tensors_of
-from torchship.backends import onnxruntime, openvino
+from torchship.backends import eager, executorch, onnxruntime, openvino
 from torchship.errors import BadConfig
 from torchship.lowering import onnx_bias, onnx_graph, onnx_int8, paths
 from torchship.model import Model
+from torchship.optimize.capture import capture
 from torchship.optimize.sensitivity import noise_db, round_signed, round_unsigned, sensitivity
 from torchship.recipe import Options
 
@@ -41,11 +45,50 @@ def quantized_ops(path: Path) -> list[str]:
         ({"modules": {"b*": "fp32"}, "ops": "heavy"}, ["Conv", "Gemm"]),
         ({"modules": {"*": "fp32", "h*": "int8"}}, ["Gemm"]),
         ({"exclude": ["*"]}, []),
+        ({"modules": {"*": "fp32", "stem": "int8"}, "ops": "heavy"}, ["Conv"]),  # its norm is folded into it
     ],
 )
 def test_modules_are_left_out_by_their_paths(options: Options, left: list[str], tmp_path: Path) -> None:
     onnxruntime.build(picture(), options={"precision": "int8", **options}, out=tmp_path)
     assert quantized_ops(tmp_path / "model.onnx") == left
+
+
+def test_answers_that_no_int8_node_reads_stay_exact(tmp_path: Path) -> None:
+    onnxruntime.build(picture(), options={"precision": "int8"}, out=tmp_path)
+    graph = onnx.load(str(tmp_path / "model.onnx")).graph
+    assert [node.op_type for node in graph.node if node.output[0] == "logits"] == ["Gemm"]
+
+
+class Pooled(nn.Module):
+    """Linear layers around a mean over the rows of a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(12, 32), nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.first(x)).mean(1))
+        return out
+
+
+def test_openvino_scales_behind_a_mean_along_the_right_axis(tmp_path: Path) -> None:
+    rows = [np.random.default_rng(i).normal(size=(8, 7, 12)).astype(np.float32) for i in range(8)]
+    model = capture(Pooled().eval(), torch.randn(2, 7, 12), calibration=rows)
+    options: Options = {"precision": "int8", "transformer": True}
+    openvino.build(model, options=options, out=tmp_path)
+    stage = openvino.open(tmp_path, signature=model.signature, options=options, threads=1)
+    given = {model.signature.inputs[0].name: rows[0]}
+    assert error(stage(given), expected(model, given)) < 0.05
+
+
+def test_executorch_plans_for_more_than_fifteen_rows(tmp_path: Path) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    model = capture(body.eval(), torch.randn(2, 3, 8, 8))
+    executorch.build(model, options={}, out=tmp_path)
+    stage = executorch.open(tmp_path, signature=model.signature, options={}, threads=1)
+    given = {model.signature.inputs[0].name: np.ones((stage.max_batch, 3, 8, 8), np.float32)}
+    assert stage.max_batch > 15
+    assert error(stage(given), expected(model, given)) < 1e-4
 
 
 def test_openvino_leaves_out_the_same_modules(tmp_path: Path) -> None:
@@ -64,15 +107,41 @@ def test_openvino_leaves_out_the_same_modules(tmp_path: Path) -> None:
 
 def test_of_a_tables_patterns_the_longest_that_fits_decides() -> None:
     table: Options = {"modules": {"*": "fp32", "backbone.*": "int8", "backbone.stem": "fp32"}, "exclude": ["*.last"]}
-    rules = paths.rules(table, narrow=("int8",))
+    backbone = nn.ModuleDict({"mid": nn.Identity(), "stem": nn.Sequential(nn.Identity()), "last": nn.Identity()})
+    parts = nn.ModuleDict({"head": nn.Identity(), "backbone": backbone})
+    rules = paths.rules(table, narrow=("int8",), module=parts)
     spared = [p for p in ("head", "inner.backbone.mid", "backbone.stem.conv", "backbone.last") if rules.spares(p)]
     assert spared == ["head", "backbone.stem.conv", "backbone.last"]
     with pytest.raises(BadConfig, match="'head' is 'int4'"):
-        paths.rules({"modules": {"head": "int4"}}, narrow=("int8",))
+        paths.rules({"modules": {"head": "int4"}}, narrow=("int8",), module=parts)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        (onnxruntime, {"precision": "int8", "exclude": ["haed"]}),
+        (onnxruntime, {"precision": "dynamic_int8", "exclude": ["haed"]}),
+        (onnxruntime, {"precision": "fp16", "keep": ["haed"]}),
+        (openvino, {"precision": "int8", "modules": {"haed": "fp32"}}),
+        (openvino, {"precision": "int8_weights", "modules": {"haed.*": "fp32"}}),
+        (executorch, {"precision": "int8", "exclude": ["haed"]}),
+        (eager, {"precision": "bf16", "keep": ["haed"]}),
+    ],
+)
+def test_a_pattern_that_fits_no_module_is_an_error(backend: Any, options: Options, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="'haed") as caught:
+        backend.build(picture(), options=options, out=tmp_path)
+    assert "head" in caught.value.hint
+
+
+@pytest.mark.parametrize(("backend", "precision"), [(onnxruntime, "fp32"), (openvino, "bf16"), (executorch, "fp32")])
+def test_patterns_are_refused_where_nothing_could_follow_them(backend: Any, precision: str, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="treats all modules alike"):
+        backend.build(picture(), options={"precision": precision, "modules": {"head": "fp32"}}, out=tmp_path)
 
 
 def test_wrong_options_are_named(tmp_path: Path) -> None:
-    wrong: list[Options] = [{"ops": "few"}, {"range": "magic"}, {"exclude": "head"}]
+    wrong: list[Options] = [{"ops": "few"}, {"range": "magic"}, {"exclude": "head"}, {"percentile": "high"}]
     for options in wrong:
         with pytest.raises(BadConfig):
             onnxruntime.build(picture(), options={"precision": "int8", **options}, out=tmp_path)
@@ -106,6 +175,35 @@ def test_bias_correction_takes_the_mean_shift_away(tmp_path: Path) -> None:
     onnx.checker.check_model(graph)
 
 
+def test_bias_correction_reaches_matrix_products_and_spares_what_stays_in_float(tmp_path: Path) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.second(torch.relu(self.first(x)))
+            return out
+
+    torch.manual_seed(0)
+    rows = [np.random.default_rng(i).uniform(1, 2, (4, 5, 8)).astype(np.float32) for i in range(4)]
+    model = capture(Rows().eval(), torch.rand(2, 5, 8), calibration=rows)
+    onnx_graph.write(model, tmp_path / "m.onnx")
+    graph = onnx.load(str(tmp_path / "m.onnx"))
+    assert [node.op_type for node in graph.graph.node].count("MatMul") == 2
+    skip = onnx_int8.excluded(graph, {"exclude": ["second"]}, module=model.module)
+    wanted = onnx_bias.inputs_of_layers(graph, skip=skip)
+    assert len(wanted) == 1
+    mean = np.concatenate(rows).mean((0, 1))
+    onnx_bias.correct(graph, dict.fromkeys(wanted, mean), skip=skip)
+    onnx.checker.check_model(graph)
+    found = [t.name for t in graph.graph.initializer if "_corrected_" in t.name]
+    assert len(found) == 1
+    assert "first" in found[0]
+    by_channel, by_tensor = (onnx_bias.rounding_of(np.diag([1.0, 0.003]), per_channel=one) for one in (True, False))
+    assert abs(by_channel).max() < 1e-9 < 1e-3 < abs(by_tensor).max()
+
+
 def test_rounding_matches_eight_bits() -> None:
     values = torch.tensor([[0.0, 1.0, 2.54], [-1.0, 0.5, 0.25]])
     assert torch.allclose(round_signed(values, axis=0)[0], torch.tensor([0.0, 1.0, 2.54]), atol=1e-6)
@@ -124,6 +222,35 @@ def test_the_worst_layer_is_ranked_first() -> None:
     assert {layer.path for layer in ranked} == {"stem", "body", "head"}
     assert ranked[0].path == "head"  # reads the tensor with the dwarfing channel
     assert ranked[0].db < 30 < ranked[-1].db
+
+
+def test_the_ranking_goes_by_the_scales_of_the_recipe() -> None:
+    model = picture()
+    state = model.module.state_dict()
+    state["body.weight"][0] *= 100  # one scale for all of it drowns the other channels, one for each does not
+    by_channel, by_tensor = ({n.path: n.layer_db for n in sensitivity(model, per_channel=c)} for c in (True, False))
+    assert by_tensor["body"] < by_channel["body"] - 0.1
+    assert by_tensor["head"] < by_channel["head"] + 1
+
+
+def test_recurrent_layers_and_the_module_itself_are_ranked() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = nn.LSTM(6, 8, batch_first=True)
+            self.weight = nn.Parameter(torch.randn(8, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.memory(x)[0][:, -1] @ self.weight
+            return out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # export tells of the weights that an LSTM lists twice
+        ranked = sensitivity(capture(Own().eval(), torch.randn(4, 5, 6)))
+    assert {layer.path for layer in ranked} == {"memory", ""}
+    assert all(10 < layer.db < 80 for layer in ranked)
+    assert paths.matches("inner", [""])
+    assert not paths.matches("inner.memory", [""])
 
 
 def test_the_ranking_covers_every_layer_when_there_is_no_time() -> None:

@@ -77,7 +77,7 @@ def test_close_racers_meet_again_with_eager_beside_them() -> None:
 def test_int8_is_mended_as_a_whole_before_layers_are_left_out() -> None:
     course: Any = SimpleNamespace(model=picture(), hardware=HERE)
     equalized, *searched = gentler(Recipe("onnxruntime", INT8), course=course)
-    assert [step.transform for step in equalized.transforms] == ["fuse", "equalize"]
+    assert [step.transform for step in equalized.transforms] == ["equalize"]
     assert [recipe.options["range"] for recipe in searched] == ["percentile", "mse", "entropy"]
     careful = Recipe("onnxruntime", {**INT8, "bias_correction": True, "range": "mse"})
     assert len(gentler(careful, course=course)) == 1

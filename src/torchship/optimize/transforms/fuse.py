@@ -11,6 +11,8 @@ from torchship.recipe import Options
 if TYPE_CHECKING:
     from torchship.lowering.surgery import Wiring
 
+OPTIONS = ("in_place",)
+
 
 def apply(model: Model, *, options: Options) -> Model:
     """`in_place` (true): activations that alone read a convolution overwrite it.

@@ -6,6 +6,8 @@ from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.recipe import Options
 
+OPTIONS = ("precision", "mode", "device", "keep", "modules")
+
 
 def apply(model: Model, *, options: Options) -> Model:
     """`precision` bf16 | fp16, `mode` autocast | cast, `device` (cpu), `keep` (path patterns that stay in fp32), or
@@ -19,7 +21,7 @@ def apply(model: Model, *, options: Options) -> Model:
         precision,
         mode=str(options.get("mode", "autocast")),
         device=str(options.get("device", "cpu")).partition(":")[0],
-        keep=paths.rules(options, narrow=(precision,), key="keep"),
+        keep=paths.rules(options, narrow=(precision,), key="keep", module=model.module),
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchship.lowering.paths import Rules
 
 _SCHEMES = ("dynamic", "weight_only", "static")
+OPTIONS = ("scheme", "exclude", "modules")
 
 
 def apply(model: Model, *, options: Options) -> Model:
@@ -33,7 +34,7 @@ def apply(model: Model, *, options: Options) -> Model:
         raise BadConfig(f"quantize: scheme {scheme!r} is unknown", hint=f"use one of {', '.join(_SCHEMES)}")
     if absent := missing("torchao"):
         raise BuildFailed(f"quantize: {absent}")
-    rules = paths.rules(options, narrow=("int8",))
+    rules = paths.rules(options, narrow=("int8",), module=model.module)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -56,6 +57,10 @@ def _linear(model: Model, scheme: Any, rules: Rules) -> Model:
         return type(module) is torch.nn.Linear and not rules.spares(path)
 
     changed = surgery.copied(model)
+    if not any(wanted(module, path) for path, module in changed.module.named_modules()):
+        raise BuildFailed(
+            "quantize: there is no linear layer to take to int8", hint='convolutions need scheme = "static"'
+        )
     for module in changed.module.modules():
         if isinstance(module, torch.nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused path reads float weights

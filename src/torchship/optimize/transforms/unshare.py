@@ -13,13 +13,14 @@ from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.recipe import Options
 
+OPTIONS: tuple[str, ...] = ()
+
 
 def apply(model: Model, *, options: Options) -> Model:
     """Trace with torch.fx and rewrite the calls. Takes no options. Raises BuildFailed when fx cannot trace."""
     import copy
 
     import torch
-    from torch import fx
 
     from torchship.lowering import surgery
     from torchship.lowering.program import one_line
@@ -27,7 +28,7 @@ def apply(model: Model, *, options: Options) -> Model:
     own = getattr(model.module, "inner", None)
     inner = copy.deepcopy(own if isinstance(own, torch.nn.Module) else model.module)
     try:
-        graph = fx.symbolic_trace(inner)
+        graph = _traced(inner)
     except Exception as fault:
         raise BuildFailed(f"unshare: torch.fx cannot trace this model: {one_line(fault)}") from fault
     _split_calls(graph)
@@ -38,6 +39,19 @@ def apply(model: Model, *, options: Options) -> Model:
             node.target = plain[node.target]
     graph.recompile()
     return surgery.with_inner(model, graph.eval())
+
+
+def _traced(inner: Any) -> Any:
+    from torch import fx
+
+    from torchship.lowering.variants import KeepFloat
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: Any, module_qualified_name: str) -> bool:
+            # what keeps its own precision casts tensors, which are not there while tracing
+            return isinstance(m, KeepFloat) or super().is_leaf_module(m, module_qualified_name)
+
+    return fx.GraphModule(inner, Tracer().trace(inner))
 
 
 def _split_calls(graph: Any) -> None:
