@@ -58,9 +58,11 @@ def _table(title: str, *headings: str) -> Any:
 
 def _show_list(title: str, lines: list[str], *, console: Console) -> None:
     if lines:
+        from rich.markup import escape
+
         console.print(f"\n[bold]{title}")
         for line in lines:
-            console.print(f"  - {line}", markup=False)
+            _hang(console, "- ", escape(line), indent=2)
 
 
 def show_examination(found: Examination) -> None:
@@ -189,4 +191,4 @@ def show_explanations(found: list[Explanation]) -> None:
         console.print(f"[bold red]{escape(explanation.name)}[/]: {escape(explanation.words)}")
         console.print(f"  seen: {explanation.line}", style="dim", markup=False, soft_wrap=True)
         for line in explanation.mend:
-            console.print(f"  - {line}", markup=False)
+            _hang(console, "- ", escape(line), indent=2)
