@@ -124,7 +124,7 @@ def _write_traced(model: Model, path: Path) -> None:
 
     specs = (*model.signature.inputs, *model.signature.outputs)
     with quiet(), torch.no_grad():
-        module: Any = model.module if script.has_one_path(model) else script.scripted(model)
+        module: Any = model.module if script.exports(model) else script.scripted(model)
         torch.onnx.export(
             module.eval(),
             model.torch_inputs(model.examples[0]),

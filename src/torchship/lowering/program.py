@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchship.errors import BuildFailed, CorruptArtifact
+from torchship.lowering import operators
 from torchship.lowering.safety import refuse_code_in_program
 from torchship.model import Model
 
@@ -61,11 +62,12 @@ def save(program: ExportedProgram, out: Path) -> None:
 def load(folder: Path) -> torch.nn.Module:
     """The module of the program in `folder`, on the device it was exported on.
 
-    Raises CorruptArtifact or UnsafeArtifact.
+    Raises CorruptArtifact, UnsafeArtifact or Unavailable.
     """
     import torch
 
     refuse_code_in_program(folder / PROGRAM)
+    operators.register(folder / PROGRAM)
     import torch.ao.quantization.fx._decomposed  # registers the operators of quantized programs
 
     try:

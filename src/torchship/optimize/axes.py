@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ class Study:
     """What was found: shapes with free axes, whether axis 0 holds rows, the outputs of the first example.
 
     `moves` tells for each output which of its axes holds the rows; one that is not 0 is to be moved to the front.
-    `steady`: two runs on the same input agree.
+    `steady`: two runs on the same input agree. `tried`: calls of other lengths, and of other values where those decide.
     """
 
     inputs: tuple[Shape, ...]
@@ -36,6 +35,7 @@ class Study:
     moves: tuple[int, ...] = ()
     steady: bool = True
     notes: list[str] = field(default_factory=list)
+    tried: list[Call] = field(default_factory=list)
 
 
 def input_shapes(
@@ -53,9 +53,10 @@ def input_shapes(
     }
     groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for place, seen in lengths.items():
-        if len(set(seen)) > 1 and place[1] > 0:
+        if len(set(seen)) > 1:
             groups.setdefault(seen, []).append(place)
     shared = [places for places in groups.values() if len(places) > 1]
+    shared.sort(key=lambda places: any(axis == 0 for _, axis in places))  # the rows have no name in the end
     named = {place: f"n{number}" for number, places in enumerate(shared, 1) for place in places}
 
     def axis_of(i: int, axis: int) -> Axis:
@@ -97,16 +98,21 @@ def study(
             f"output {i}: its batch axis {axis} was moved to the front" for i, axis in enumerate(found.moves) if axis
         ]
     if alone:
-        shapes = [((axis if isinstance(axis := shape[0], Free) else Free()), *shape[1:]) for shape in shapes]
-    elif found.follow and not any(found.moves) and batched is None:
+        shapes = [(_row(shape[0]), *shape[1:]) for shape in shapes]
+    elif (found.follow or (decided and found.runs)) and not any(found.moves) and batched is None:
         shapes = [_following(shape) for shape in shapes]
     shapes = _named(shapes, rows=alone)
     symbols = _symbols(shapes, rows=alone)
-    probes = _probes(run, calls, shapes, symbols, other=bool(decided))
+    probes = [(call, [tuple(out.shape) for out in run(call)]) for call in calls]
+    for places in symbols.values():
+        probes += _probe(run, calls[0], places, shapes)
+    probes += _others(run, calls[0], notes) if decided else []
+    notes = list(dict.fromkeys(notes))
     first = shapes[0][0] if alone else None
     ends = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
     moves = found.moves if alone else ()
-    return Study(tuple(_unnamed(shapes, ends)), outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes)
+    inputs, tried = tuple(_unnamed(shapes, ends)), [call for call, _ in probes[len(calls) :]]
+    return Study(inputs, outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes, tried)
 
 
 def _rows(
@@ -131,28 +137,17 @@ def _rows(
     return replace(found, alone=False, reason=reason)
 
 
+def _row(axis: Axis) -> Axis:
+    """The batch axis: all inputs have it, so a name of ours says nothing."""
+    if not isinstance(axis, Free):
+        return Free()
+    return Free(axis.min, axis.max) if _OURS.fullmatch(axis.name) else axis
+
+
 def _following(shape: Shape) -> Shape:
     """Any number of rows, but those of one call belong together."""
     axis = shape[0]
     return (Free(axis.min, axis.max, "rows") if isinstance(axis, Free) else Free(name="rows"), *shape[1:])
-
-
-def _probes(
-    run: Run,
-    calls: Sequence[Call],
-    shapes: Sequence[Shape],
-    symbols: Mapping[str, Sequence[tuple[int, int]]],
-    *,
-    other: bool,
-) -> Probes:
-    """The outputs' shapes for each example, for another length of each free axis, and for `other` values."""
-    found = [(call, [tuple(out.shape) for out in run(call)]) for call in calls]
-    for places in symbols.values():
-        found += _probe(run, calls[0], places, shapes)
-    for call in rows.other_values(calls[0]) if other else ():
-        with contextlib.suppress(Exception):  # a module may refuse values that it was not made for
-            found.append((call, [tuple(out.shape) for out in run(call)]))
-    return found
 
 
 def _named(shapes: Sequence[Shape], *, rows: bool) -> list[Shape]:
@@ -202,9 +197,24 @@ def _probe(run: Run, call: Call, places: Sequence[tuple[int, int]], shapes: Sequ
         other = [rows.resized(t, {p: wanted for j, p in places if j == i}) for i, t in enumerate(call)]
         try:
             return [(other, [tuple(out.shape) for out in run(other)])]
+        except CaptureFailed:
+            raise
         except Exception:  # noqa: S112  # strides and windows allow only some lengths
             continue
     return []
+
+
+def _others(run: Run, call: Call, notes: list[str]) -> Probes:
+    """The outputs' shapes for other values; a note on outputs that come and go with them."""
+    found: Probes = []
+    for other in rows.other_values(call):
+        try:
+            found.append((other, [tuple(out.shape) for out in run(other)]))
+        except CaptureFailed as fault:
+            notes.append(f"{fault}: only the first are kept")
+        except Exception:  # noqa: S112  # a module may refuse values that it was not made for
+            continue
+    return found
 
 
 def _output_shape(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 
 from torchship.errors import BadInput, CaptureFailed
 from torchship.model import Model, to_numpy, to_torch
-from torchship.optimize import axes, decisions
+from torchship.optimize import axes, decisions, freeze
 from torchship.optimize.flatten import Flat, Frame, outline, take_apart
-from torchship.optimize.rows import Shape
+from torchship.optimize.places import Place
+from torchship.optimize.rows import Call, Run, Shape
 from torchship.optimize.samples import as_call, flatten_samples, random_inputs, vocabulary_of
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
@@ -41,31 +41,31 @@ def capture(
 
     Raises CaptureFailed when the module cannot run on the examples, naming its own error.
     """
-    frozen = _freeze(_unwrapped(module))
-    specs, examples = _examples(frozen, example_inputs)
-    frame, first = take_apart(frozen, *examples[0])
+    inner = freeze.frozen(module)
+    specs, examples = _examples(inner, example_inputs)
+    frame, first = take_apart(inner, *examples[0])
     names = [spec.name for spec in specs] if specs else [name for name, _ in first]
-    # copies, for forward may write into what it is given
-    calls = [[tensor.detach().cpu().clone() for _, tensor in take_apart(frozen, *call)[1]] for call in examples]
-    if len({len(call) for call in calls}) > 1:
-        raise CaptureFailed(f"the examples differ in their number of tensors: {[len(call) for call in calls]}")
-    kept = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
-    flat = _flat(frozen, frame, names, calls[0])
-    notes = _restored(frozen, kept)
-    decided = decisions.decisions(flat.run, calls[0])
+    calls = _calls(inner, examples, frame)
+    restore = freeze.remember(inner)
+    flat = _flat(inner, frame, names, calls[0])
+    changed = restore()
+    script = Place("TorchScript", 0, code="its code") if isinstance(inner, torch.jit.ScriptModule) else None
+    decided = decisions.decisions(flat.run, calls[0], outside=script)
     with torch.inference_mode():
         shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
         if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
             batched = False  # the caller fixed axis 0
-        study = axes.study(flat.run, calls, shapes, names=names, batched=batched, decided=decided)
-    _restored(frozen, kept)
+        study = axes.study(_watched(flat), calls, shapes, names=names, batched=batched, decided=decided)
+    restore()
     inputs = _specs(names, calls[0], study.inputs)
     signature = Signature(inputs, _specs(flat.output_names, study.outputs, study.output_shapes), study.batched)
-    arrays = [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in calls]
+    # other lengths and values are examples too: the guard is to see them
+    every = (*calls, *study.tried)
+    arrays = [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in every]
     model = Model(
         module=flat, signature=signature, examples=_longer(flat, arrays, signature), name=name or type(module).__name__
     )
-    flat.notes, flat.moves, flat.steady = [*study.notes, *notes], study.moves, study.steady
+    flat.notes, flat.moves, flat.steady = [*study.notes, *_on_buffers(changed)], study.moves, study.steady
     flat.decided = tuple(decided)
     if calibration is None:
         return model
@@ -76,56 +76,22 @@ def _specs(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequen
     return tuple(TensorSpec(n, _dtype(n, t), s) for n, t, s in zip(names, tensors, shapes, strict=True))
 
 
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    inner = getattr(module, "_orig_mod", None)
-    if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
-        inner = module.module
-    return module if inner is None else _unwrapped(inner)
-
-
-def _freeze(module: torch.nn.Module) -> torch.nn.Module:
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if torch.nn.parameter.is_lazy(tensor):
-            raise CaptureFailed(
-                f"{name} has no shape yet", hint="call the module once, so that lazy layers get weights"
-            )
-        if tensor.is_meta:
-            raise CaptureFailed(
-                f"{name} is on the meta device: it has a shape, but no values",
-                hint="module.to_empty(device='cpu'), then load_state_dict",
-            )
-    try:
-        frozen = copy.deepcopy(module)
-    except Exception as fault:
+def _calls(module: torch.nn.Module, examples: Sequence[Any], frame: Frame) -> list[list[torch.Tensor]]:
+    """The tensors of each example: copies, for forward may write into what it is given."""
+    frames, taken = zip(*(take_apart(module, *call) for call in examples), strict=True)
+    if any(other != frame for other in frames):
+        counts = [len(call) for call in taken]
         raise CaptureFailed(
-            f"{type(module).__name__} cannot be copied: {type(fault).__name__}: {fault}",
-            hint="it holds something that is no weight: an open file, a lock, or a computed tensor (the old "
-            "torch.nn.utils.weight_norm: remove_weight_norm, or its successor in torch.nn.utils.parametrizations)",
-        ) from fault
-    for weight in frozen.parameters():  # TorchScript's modules have no requires_grad_ of their own
-        weight.requires_grad_(False)
-    return frozen.cpu().eval()
+            f"the examples differ in their number of tensors ({counts}), or in arguments that are no tensors",
+            hint="an artifact has one set of inputs: optimize once for each",
+        )
+    return [[tensor.detach().cpu().clone() for _, tensor in call] for call in taken]
 
 
-def _restored(module: torch.nn.Module, kept: Mapping[str, torch.Tensor]) -> list[str]:
-    """Give the buffers back what they held before forward changed them; a note on those that it changed."""
-    changed = []
-    for path, before in kept.items():
-        owner, _, name = path.rpartition(".")
-        buffers = module.get_submodule(owner)._buffers
-        now = buffers[name]
-        if now is None or not _same(now, before):
-            changed.append(path)
-            buffers[name] = before.clone()
+def _on_buffers(changed: Sequence[str]) -> list[str]:
     if not changed:
         return []
     return [f"forward changes buffers ({', '.join(changed[:4])}): what they gather while serving is not kept"]
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of any dtype are equal, NaN for NaN."""
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  # NaN is not itself
 
 
 def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], list[Any]]:
@@ -138,7 +104,9 @@ def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], li
         return specs, [_by_name(module, specs, tensors)]
     if not several:
         raise CaptureFailed("there are no example inputs", hint="give a tensor, a tuple, a dict, or TensorSpecs")
-    return [], [as_call(example) for example in several]
+    calls = [as_call(example) for example in several]
+    order = calls[0][1]
+    return [], [(args, {**{name: kw[name] for name in order if name in kw}, **kw}) for args, kw in calls]
 
 
 def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Any:
@@ -171,8 +139,26 @@ def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: 
     flat: Any = Flat(module, frame=frame, names=names, paths=[path for _, path, _ in leaves])
     flat.output_names = [name for name, _, _ in leaves]
     versions = zip(given, tensors, strict=True)
-    flat.written = tuple(i for i, (now, was) in enumerate(versions) if now._version or not _same(now, was))
+    flat.written = tuple(i for i, (now, was) in enumerate(versions) if now._version or not freeze.same(now, was))
     return flat.eval()
+
+
+def _watched(flat: Any) -> Run:
+    """What `flat` does, where its outputs keep the names that they had at first. Raises CaptureFailed."""
+
+    def run(call: Call) -> tuple[torch.Tensor, ...]:
+        output = flat.answer(call)
+        found = [name for name, _, _ in outline(output)]
+        if found != flat.output_names:
+            raise CaptureFailed(
+                f"the outputs change with the input: {', '.join(flat.output_names)} for the first example, "
+                f"{', '.join(found) or 'none'} for inputs of shape {[list(tensor.shape) for tensor in call]}",
+                hint="return the same outputs each time: stack a list that grows with the input into one tensor, "
+                "put a tensor where one can be missing",
+            )
+        return flat.take(output)  # type: ignore[no-any-return]
+
+    return run
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:

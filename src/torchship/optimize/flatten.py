@@ -54,10 +54,17 @@ class Flat(torch.nn.Module):
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Rebuild the call, make it, and take the outputs apart."""
+        return self.take(self.answer(tensors))
+
+    def answer(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What the user's module itself gives."""
         if self.written:
             tensors = [tensor.clone() if i in self.written else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.frame.fill(tensors)
-        output = self.inner(*args, **kwargs)
+        return self.inner(*args, **kwargs)
+
+    def take(self, output: Any) -> tuple[torch.Tensor, ...]:
+        """The tensors of an answer, in the order of `paths`."""
         found = tuple(follow(output, path) for path in self.paths)
         if any(self.moves):
             return tuple(out.movedim(axis, 0) for out, axis in zip(found, self.moves, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torchship.artifact import tensorfile
-from torchship.errors import CaptureFailed
+from torchship.errors import BadInput, CaptureFailed
 from torchship.model import Model, to_numpy
 from torchship.optimize.axes import UNSTEADY
 from torchship.optimize.samples import random_inputs, resize, rows_of, vocabulary_of
@@ -90,14 +90,25 @@ def _pieces(batch: Tensors, *, size: int) -> list[Tensors]:
 
 
 def _random(model: Model) -> list[Tensors]:
-    """Eight noise rows shaped like the first example: a weak stand-in for real data."""
+    """Eight noise rows shaped like the first example: a weak stand-in for real data.
+
+    Masks are those of the example, for a row that is masked throughout is no row. None where the module refuses noise.
+    """
     signature = model.signature
     first = model.examples[0]
     shaped = [
         type(spec)(spec.name, spec.dtype, (spec.shape[0], *first[spec.name].shape[1:])) for spec in signature.inputs
     ]
-    tensors = random_inputs(shaped, rows=min(8, signature.max_rows), vocabulary=vocabulary_of(model.module), seed=1)
-    return [{s.name: np.asarray(to_numpy(t)) for s, t in zip(shaped, tensors, strict=True)}]
+    count = min(8, signature.max_rows)
+    tensors = random_inputs(shaped, rows=count, vocabulary=vocabulary_of(model.module), seed=1)
+    made = {s.name: np.asarray(to_numpy(t)) for s, t in zip(shaped, tensors, strict=True)}
+    masks = [s.name for s in shaped if s.dtype == "BOOL" or "mask" in s.name.lower()]
+    made |= resize({name: first[name] for name in masks}, rows=count)
+    try:
+        EagerStage(model)(made)
+    except Exception:  # values that it was not made for
+        return []
+    return [made]
 
 
 def doubts(outputs: Sequence[Tensors]) -> tuple[str, ...]:
@@ -113,7 +124,8 @@ def doubts(outputs: Sequence[Tensors]) -> tuple[str, ...]:
 def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> list[Tensors]:
     """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs.
 
-    Ends when half a gigabyte is kept: the outputs of a segmentation net are large.
+    Ends when half a gigabyte is kept: the outputs of a segmentation net are large. Raises BadInput for data that the
+    module refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outputs: list[Tensors] = []
@@ -121,7 +133,14 @@ def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> lis
     for index, batch in enumerate(batches):
         if kept > _KEPT_BYTES:
             break
-        answer = stage(batch)
+        try:
+            answer = stage(batch)
+        except Exception as fault:
+            shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
+            raise BadInput(
+                f"the model itself fails on data to judge by ({shapes}): {type(fault).__name__}: {fault}",
+                hint="call the module with that data in plain Python first",
+            ) from fault
         outputs.append(answer)
         kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))
         (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))

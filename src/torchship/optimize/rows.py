@@ -18,6 +18,7 @@ Run: TypeAlias = Callable[[Call], tuple[torch.Tensor, ...]]
 @dataclass(frozen=True)
 class Rows:
     """`follow`: another number of rows runs, and every output has as many. `alone`: and none touches another.
+    `runs`: it runs, whatever the outputs do.
 
     `moves` tells for each output which of its axes holds the rows; one that is not 0 is to be moved to the front.
     `reason` says what is against it.
@@ -27,6 +28,7 @@ class Rows:
     alone: bool
     reason: str = ""
     moves: tuple[int, ...] = ()
+    runs: bool = False
 
 
 def look(run: Run, call: Call, *, names: Sequence[str]) -> Rows:
@@ -49,9 +51,10 @@ def look(run: Run, call: Call, *, names: Sequence[str]) -> Rows:
         return Rows(False, False, f"axis 0 is fixed: {words} rows fail ({said})")
     for index, whole in enumerate(joined):
         if whole.dim() == 0 or whole.shape[0] != count:
-            return Rows(False, False, f"not batched: output {index} has shape {list(whole.shape)} for {words} rows")
+            reason = f"not batched: output {index} has shape {list(whole.shape)} for {words} rows"
+            return Rows(False, False, reason, runs=True)
     reason = _mixes(run, several)
-    return Rows(True, not reason, reason, moves)
+    return Rows(True, not reason, reason, moves, runs=True)
 
 
 def moved(run: Run, moves: Sequence[int]) -> Run:
@@ -84,6 +87,10 @@ def _moves(run: Run, call: Call) -> tuple[int, ...]:
 
 def _mixes(run: Run, several: Call) -> str:
     """Which output of a row depends on the other rows; empty when none does, or when the module refuses the rows."""
+    try:
+        run([tensor[:1] for tensor in several])
+    except Exception as fault:
+        return f"not batched: one row alone fails ({type(fault).__name__})"
     # a row of the other sign leads astray whoever decides by all rows what to do with each
     for rows in (several, [_flipped(tensor) for tensor in several]):
         try:
@@ -124,14 +131,17 @@ def _flipped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal but for rounding, where both are finite."""
+    """Whether two tensors are equal but for rounding, and NaN and infinite in the same places.
+
+    The spread of a single row is NaN: that is how a model tells that it looks at the others.
+    """
     if a.shape != b.shape:
         return False
     if not a.is_floating_point():
         return bool((a == b).float().mean() > 0.99) if a.numel() else True
     a, b = a.double(), b.double()
-    seen = torch.isfinite(a) & torch.isfinite(b)
-    return bool((a[seen] - b[seen]).norm() <= 1e-2 * b[seen].norm() + 1e-6)
+    seen = torch.isfinite(a)
+    return torch.equal(seen, torch.isfinite(b)) and bool((a[seen] - b[seen]).norm() <= 1e-2 * b[seen].norm() + 1e-6)
 
 
 def resized(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
@@ -143,7 +153,10 @@ def resized(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
 
 
 def other_values(call: Call) -> Iterator[list[torch.Tensor]]:
-    """Calls of the same shapes with other values: turned round, small, zero, from back to front."""
-    for factor in (-2.0, 0.01, 0.0):
-        yield [tensor * factor if tensor.is_floating_point() else tensor for tensor in call]
+    """Calls of the same shapes with other values: turned round, small, zero, from back to front.
+
+    Integers and truths stay within what the example shows: all as its smallest, all as its largest.
+    """
+    for factor, pick in ((-2.0, torch.clone), (0.01, torch.min), (0.0, torch.max)):
+        yield [t * factor if t.is_floating_point() else pick(t).expand_as(t) if t.numel() else t for t in call]
     yield [tensor.flip(tuple(range(tensor.dim()))) for tensor in call]
