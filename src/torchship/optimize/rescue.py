@@ -78,7 +78,7 @@ def gentler(recipe: Recipe, *, course: Course) -> list[Recipe]:
     searched = [
         msgspec.structs.replace(recipe, options={**recipe.options, "range": word, "bias_correction": True})
         for word in others
-        if "bias_correction" not in recipe.options  # it was searched before
+        if recipe.options.get("precision") == "int8" and "bias_correction" not in recipe.options  # not searched before
     ]
     return [*([] if equal is None else [equal]), *searched]
 

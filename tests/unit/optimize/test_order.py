@@ -81,6 +81,8 @@ def test_int8_is_mended_as_a_whole_before_layers_are_left_out() -> None:
     assert [recipe.options["range"] for recipe in searched] == ["percentile", "mse", "entropy"]
     careful = Recipe("onnxruntime", {**INT8, "bias_correction": True, "range": "mse"})
     assert len(gentler(careful, course=course)) == 1
+    as_they_come = Recipe("onnxruntime", {"precision": "dynamic_int8"})  # has no ranges to choose
+    assert [len(recipe.transforms) for recipe in gentler(as_they_come, course=course)] == [1]
 
 
 def test_left_out_layers_are_named_worst_first() -> None:
