@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -79,16 +80,17 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     from torchship.optimize.targets import read_wish
 
     sys.path.insert(0, "")
-    wish = read_wish(target, **given)
-    with _Progress(quiet=as_json) as progress:
-        report = search.optimize(
-            wish.module,
-            wish.inputs,
-            publish=not no_publish,
-            on_trial=progress.show,
-            command=wish.command,
-            **wish.options,
-        )
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what the user's code prints is no JSON
+        wish = read_wish(target, **given)
+        with _Progress(quiet=as_json) as progress:
+            report = search.optimize(
+                wish.module,
+                wish.inputs,
+                publish=not no_publish,
+                on_trial=progress.show,
+                command=wish.command,
+                **wish.options,
+            )
     if report_dir:
         report.save(report_dir)
     if as_json:

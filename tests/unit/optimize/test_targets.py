@@ -35,6 +35,19 @@ def needs(width: int) -> nn.Module:
     return nn.Linear(width, 2)
 
 
+class Talks(nn.Linear):
+    """Prints whenever it runs."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        print("running")
+        return super().forward(input)
+
+
+def talks() -> nn.Module:
+    print("making")
+    return Talks(4, 2)
+
+
 def breaks() -> nn.Module:
     raise ValueError("no weights")
 
@@ -178,7 +191,8 @@ def test_the_command_prints_json_alone_on_stdout(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TORCHSHIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     runner = CliRunner()
-    given = [f"{HERE}:net", "--input", "x:FP32[-1,4]", "--backends", "onnxruntime", "--json", "--store", str(tmp_path)]
+    given = [f"{HERE}:talks", "--input", "x:FP32[-1,4]", "--backends", "onnxruntime", "--json"]
+    given += ["--store", str(tmp_path)]
     found = runner.invoke(command, [*given, "--report", str(tmp_path / "report")])
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
