@@ -67,9 +67,9 @@ def load(folder: Path) -> torch.nn.Module:
     import torch
 
     refuse_code_in_program(folder / PROGRAM)
-    operators.register(folder / PROGRAM)
     import torch.ao.quantization.fx._decomposed  # registers the operators of quantized programs
 
+    operators.register(folder / PROGRAM)
     try:
         return torch.export.load(folder / PROGRAM).module(check_guards=False)
     except Exception as fault:

@@ -68,7 +68,8 @@ def cut(
     None where a trial that exported it, or took it as a script into another engine, is valid.
     """
     taken = any(trial.status == "ok" and trial.recipe.backend != "torchscript" for trial in trials[1:])
-    exported = trials[0].artifact and (Path(trials[0].artifact) / "backend" / PROGRAM).is_file()
+    eager = trials[0]
+    exported = eager.status == "ok" and (Path(eager.artifact) / "backend" / PROGRAM).is_file()
     if exported or taken or plugins.reason_against("backends", name="hybrid", hardware=hardware):
         return []
     options: Options = {} if _is_plain(model) or ":" not in source else {"source": source}

@@ -119,23 +119,24 @@ def run(
 ) -> tuple[list[Trial], bool]:
     """Trials of `recipes`, best first, and whether the user interrupted; what the budget did not reach is skipped.
 
-    The first recipe (plain eager) runs whatever the budget; where it ends badly, `instead` says what to try next.
+    The first recipe (plain eager) runs whatever the budget; where it ends badly, `instead` says what to try next, and
+    the module as it is stands in for it.
     `prune` skips what cannot win any more.
     """
     waiting, done = list(recipes), list[Trial]()
     interrupted = False
     while waiting:
         recipe = waiting.pop(next_up(waiting, done, goal=goal))
-        left = deadline - time.monotonic()
+        left, urgent = deadline - time.monotonic(), not done or _stands_in(recipe, done)
         if interrupted:
             found = Trial(recipe, "skipped", failure="interrupted")
-        elif left <= 0 and done:  # what is known costs no time
+        elif left <= 0 and not urgent:  # what is known costs no time
             found = _known(recipe, course) or Trial(recipe, "skipped", failure="the budget was used up")
         elif prune and (why := hopeless(recipe, done, goal=goal)):
             found = Trial(recipe, "skipped", failure=why)
         else:
             try:
-                found = attempt(recipe, course=course, left=left if done else max(left, 60.0), done=done)
+                found = attempt(recipe, course=course, left=max(left, 60.0) if urgent else left, done=done)
             except KeyboardInterrupt:
                 interrupted = True
                 found = Trial(recipe, "skipped", failure="interrupted")
@@ -148,6 +149,12 @@ def run(
         except KeyboardInterrupt:
             interrupted = True
     return done, interrupted
+
+
+def _stands_in(recipe: Recipe, done: Sequence[Trial]) -> bool:
+    """Whether this is the user's own Python, whole, and there is nothing valid and nothing like it yet."""
+    whole = recipe.backend == "hybrid" and not recipe.options.keys() & {"parts", "precision"}
+    return whole and not any(trial.status == "ok" or trial.recipe == recipe for trial in done)
 
 
 def attempt(recipe: Recipe, *, course: Course, left: float, done: Sequence[Trial] = ()) -> Trial:

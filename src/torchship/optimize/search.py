@@ -128,7 +128,8 @@ def _race(
         recipes, course=course, goal=wish.goal, deadline=deadline, prune=free, instead=cut, on_trial=on_trial
     )
     layers: tuple[rescue.Layer, ...] = ()
-    if not interrupted and all(trial.recipe.backend != "hybrid" for trial in trials):
+    ended = time.monotonic() > deadline and any(trial.status == "ok" for trial in trials)
+    if not (interrupted or ended) and all(trial.recipe.backend != "hybrid" for trial in trials):
         more, interrupted = race.run(cut(trials), course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
         trials += more
     try:

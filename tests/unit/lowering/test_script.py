@@ -66,7 +66,8 @@ def test_a_recurrent_net_takes_any_length(name: str, tmp_path: Path) -> None:
 
 def test_packages_of_operators_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
-        archive.writestr("a/models/model.json", '"torch.ops.torchvision.nms.default" "torch.ops.aten.add.Tensor"')
+        archive.writestr("a/models/model.json", '"torch.ops.aten.add.Tensor"')
+        archive.writestr("a/code/y.py", "ops.torchvision.nms(x)")
         archive.writestr("a/code/x.py", "ops.torchao.quantize_affine(x)")
     imported: list[str] = []
     monkeypatch.setattr("torchship.lowering.operators.import_module", imported.append)
@@ -80,3 +81,10 @@ def test_packages_of_operators_are_imported(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Unavailable, match="operators of torchao") as told:
         operators.register(tmp_path / "a.pt2")
     assert told.value.hint == "pip install torchao"
+
+
+def test_operators_that_nothing_defines_are_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        archive.writestr("a/models/model.json", '"torch.ops.aten.add.Tensor" "torch.ops.homemade.blur.default"')
+    with pytest.raises(Unavailable, match="operators of 'homemade'"):
+        operators.register(tmp_path / "a.pt2")

@@ -12,9 +12,11 @@ import torch
 from tests.unit.optimize import unexportable
 from torchship import hardware, plugins
 from torchship.errors import BuildFailed, CorruptArtifact, UnsafeArtifact
-from torchship.optimize import search
+from torchship.optimize import combine, search
 from torchship.optimize.capture import capture
 from torchship.optimize.measure import Effort
+from torchship.optimize.trial import Status, Trial
+from torchship.recipe import Recipe
 
 SOURCE = "tests.unit.optimize.unexportable:make"
 QUICK = Effort(seconds=0.02, calls=5, fewest=2, warm_up=0.01, max_batch=4)
@@ -75,3 +77,16 @@ def test_the_search_falls_back_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stage = report.artifact.open(trust=True)
     assert stage({"x": np.zeros((3, 8), np.float32)})["scores"].shape == (3, 3)
     stage.close()
+
+
+def test_it_stands_in_where_what_eager_exported_was_refused(tmp_path: Path) -> None:
+    (tmp_path / "backend").mkdir()
+    (tmp_path / "backend" / "program.pt2").touch()
+    model = capture(torch.nn.Linear(4, 2), torch.randn(2, 4))
+
+    def proposed(status: Status) -> list[Recipe]:
+        eager = Trial(Recipe("eager"), status, artifact=str(tmp_path))
+        return combine.cut([eager], model, source="", hardware=hardware.here(), among=[])
+
+    assert proposed("ok") == []
+    assert Recipe("hybrid") in proposed("refused")
