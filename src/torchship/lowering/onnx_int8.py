@@ -51,8 +51,13 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
             wanted = onnx_bias.inputs_of_layers(graph, skip=skip) if options.get("bias_correction") else {}
             seen, means = onnx_watch.observe(graph, pieces, folder=Path(folder), means=wanted)
             onnx_bias.correct(graph, means, skip=skip, per_channel=per_channel)
-            found = {name: ranges.search(s, method=method, percentile=percentile) for name, s in seen.items()}
-            _write_static(graph, found, path, kinds=kinds, skip=skip, signed=signed, per_channel=per_channel)
+            unbounded, users = onnx_watch.unbounded(graph, seen)
+            found = {
+                name: ranges.search(held, method=method, percentile=percentile)
+                for name, held in seen.items()
+                if name not in unbounded
+            }
+            _write_static(graph, found, path, kinds=kinds, skip=[*skip, *users], signed=signed, per_channel=per_channel)
         except TorchshipError:
             raise
         except Exception as fault:

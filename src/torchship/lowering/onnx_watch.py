@@ -38,6 +38,19 @@ def float_tensors(graph: Any) -> list[str]:
     return [info.name for info in typed if info.name in made and info.type.tensor_type.elem_type == _FLOAT]
 
 
+def unbounded(graph: Any, seen: Mapping[str, Seen]) -> tuple[set[str], list[str]]:
+    """The tensors that held an infinity, as masks of attention do, and the nodes that read or make one: eight bits have
+    no level for it.
+    """
+    import onnx
+
+    held = {name for name, found in seen.items() if np.isinf(found.low) or np.isinf(found.high)}
+    for weight in graph.graph.initializer:
+        if weight.data_type == _FLOAT and np.isinf(onnx.numpy_helper.to_array(weight)).any():
+            held.add(weight.name)
+    return held, [node.name for node in graph.graph.node if held.intersection((*node.input, *node.output))]
+
+
 def run(graph: Any, names: Sequence[str], pieces: Sequence[Tensors], *, folder: Path) -> Iterator[Mapping[str, Any]]:
     """The values of the tensors `names` for each piece of data; `folder` takes a temporary file."""
     import onnx

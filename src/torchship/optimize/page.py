@@ -29,7 +29,14 @@ from torchship.optimize.trial import Trial
 
 _HEADS = ("recipe", "b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "peak MB", "error", "agreement", "speed-up")
 
-_NOT_ITS_OWN = {"--recipe", "--backends", "--budget", "--store", "--name", "--labels"}  # words of the search, not of one row
+_NOT_ITS_OWN = {
+    "--recipe",
+    "--backends",
+    "--budget",
+    "--store",
+    "--name",
+    "--labels",
+}  # words of the search, not of one row
 
 
 def render(facts: Facts) -> str:

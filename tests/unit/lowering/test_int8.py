@@ -20,6 +20,7 @@ from torchship.model import Model
 from torchship.optimize.capture import capture
 from torchship.optimize.sensitivity import noise_db, round_signed, round_unsigned, sensitivity
 from torchship.recipe import Options
+from torchship.tensors import TensorSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -57,6 +58,34 @@ def test_answers_that_no_int8_node_reads_stay_exact(tmp_path: Path) -> None:
     onnxruntime.build(picture(), options={"precision": "int8"}, out=tmp_path)
     graph = onnx.load(str(tmp_path / "model.onnx")).graph
     assert [node.op_type for node in graph.node if node.output[0] == "logits"] == ["Gemm"]
+
+
+class Causal(nn.Module):
+    """Attention in which no position may look ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.full((5, 5), float("-inf")).triu(1)
+        found: torch.Tensor = (self.q(x) @ self.k(x).transpose(1, 2) / 8**0.5 + mask).softmax(-1) @ self.v(x)
+        return found
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_masks_of_attention_stay_in_float(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = capture(Causal(), [TensorSpec.parse("x:FP32[-1,5,8]")], calibration=[torch.randn(8, 5, 8)])
+    options: Options = {"precision": "int8", "range": method}
+    onnxruntime.build(model, options=options, out=tmp_path)
+    stage = onnxruntime.open(tmp_path, signature=model.signature, options=options, threads=1)
+    x = np.random.default_rng(1).standard_normal((2, 5, 8), np.float32)
+    ahead = np.concatenate([x[:, :3], -x[:, 3:]], axis=1)
+    found, other = stage({"x": x})["output"], stage({"x": ahead})["output"]
+    assert np.array_equal(found[:, :3], other[:, :3])
+    assert error({"output": found}, expected(model, {"x": x})) < 0.15
+    assert "MatMul" in quantized_ops(tmp_path / "model.onnx")
 
 
 class Pooled(nn.Module):
