@@ -12,6 +12,14 @@ from torchship.errors import BadInput
 from torchship.process import spawn
 
 
+ENDINGS = [
+    ("complain", "bad thing", "bad thing (mend it)"),
+    ("crash", None, "killed by SIGSEGV"),
+    ("leave", 7, "exited with code 7"),
+    ("missing", None, "AttributeError"),
+]
+
+
 def echo(argument: object) -> object:
     return argument
 

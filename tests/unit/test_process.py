@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.unit.process_targets import ENDINGS
 from torchship import process
 
 HERE = "tests.unit.process_targets"
@@ -28,15 +29,7 @@ def test_threads_and_cores_are_pinned() -> None:
     assert process.run(f"{HERE}:affinity", timeout=30, cpus=[core]).value == [core]
 
 
-@pytest.mark.parametrize(
-    ("target", "argument", "fault"),
-    [
-        ("complain", "bad thing", "bad thing (mend it)"),
-        ("crash", None, "killed by SIGSEGV"),
-        ("leave", 7, "exited with code 7"),
-        ("missing", None, "AttributeError"),
-    ],
-)
+@pytest.mark.parametrize(("target", "argument", "fault"), ENDINGS)
 def test_every_end_has_its_words(target: str, argument: object, fault: str) -> None:
     outcome = process.run(f"{HERE}:{target}", argument=argument, timeout=30)
     assert fault in outcome.fault

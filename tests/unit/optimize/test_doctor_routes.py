@@ -296,3 +296,16 @@ def test_a_line_in_an_installed_package_is_not_the_users_to_edit() -> None:
     place = Place(str(Path(torchvision.__file__)), 1, "forward", "if x.sum() > 0:")
     found = diagnose(Failure("Unsupported", "Unsupported: Data-dependent branching", (place,)))
     assert "installed package" in found.edit
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RuntimeError: Expected all tensors to be on the same device, but got mask is on cpu",
+        "RuntimeError: Unhandled FakeTensor Device Propagation for aten.add.Tensor, found two different devices cuda:0, cpu",
+    ],
+)
+def test_a_tensor_left_on_the_processor_is_named(said: str) -> None:
+    found = diagnose(Failure("RuntimeError", said, (Place("net.py", 3, "", "return x + torch.full((4, 4), 1.0)"),)))
+    assert (found.construct, found.place.line if found.place else 0) == ("tensor on another device", 3)
+    assert "device=x.device" in found.edit

@@ -12,6 +12,7 @@ from contextlib import closing
 import psutil
 import pytest
 
+from tests.unit.process_targets import ENDINGS
 from torchship.optimize.forkserver import Forkserver
 
 HERE = "tests.unit.process_targets"
@@ -33,15 +34,7 @@ def test_what_the_server_imported_is_there_at_once(forks: Forkserver) -> None:
     assert servers != {os.getpid()}
 
 
-@pytest.mark.parametrize(
-    ("target", "argument", "fault"),
-    [
-        ("complain", "bad thing", "bad thing (mend it)"),
-        ("crash", None, "killed by SIGSEGV"),
-        ("leave", 7, "exited with code 7"),
-        ("missing", None, "AttributeError"),
-    ],
-)
+@pytest.mark.parametrize(("target", "argument", "fault"), ENDINGS)
 def test_every_end_has_its_words(forks: Forkserver, target: str, argument: object, fault: str) -> None:
     outcome = forks.run(f"{HERE}:{target}", argument=argument, timeout=60)
     assert fault in outcome.fault

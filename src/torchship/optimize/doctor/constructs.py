@@ -139,6 +139,12 @@ CONSTRUCTS = (
         "write it with basic operators; or use a backend that takes no ONNX (inductor, aoti, torchscript)",
     ),
     Construct(
+        "tensor on another device",
+        r"tensors to be on the same device|FakeTensor Device Propagation|two different devices",
+        "a tensor that forward makes lies on the processor, while weights and inputs are on the GPU",
+        "make it where the input is: torch.full(..., device=x.device); or make it once, with self.register_buffer",
+    ),
+    Construct(
         "dtype mismatch",
         r"same dtype|expected scalar type|but found Double|dtype mismatch|float != double",
         "two tensors of different number formats meet",
