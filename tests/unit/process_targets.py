@@ -11,7 +11,6 @@ import time
 from torchship.errors import BadInput
 from torchship.process import spawn
 
-
 ENDINGS = [
     ("complain", "bad thing", "bad thing (mend it)"),
     ("crash", None, "killed by SIGSEGV"),
