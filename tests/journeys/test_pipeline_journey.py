@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,14 +46,19 @@ def root(tmp_path: Path) -> Path:
     return store.root
 
 
-def name(server: Running, model: str, picture: bytes) -> str:
-    """What the served pipeline calls a picture's colour."""
+def names(server: Running, model: str, picture: bytes, query: str = "") -> list[str]:
+    """What the served pipeline calls a picture's colour, best first."""
     headers = {"Content-Type": "image/png"}
-    request = urllib.request.Request(f"{server.url}/v2/models/{model}/infer", data=picture, headers=headers)
+    request = urllib.request.Request(f"{server.url}/v2/models/{model}/infer{query}", data=picture, headers=headers)
     with urllib.request.urlopen(request, timeout=30) as answer:
         outputs: list[dict[str, Any]] = json.load(answer)["outputs"]
-    labels: str = outputs[0]["data"][0]
+    labels: list[str] = outputs[0]["data"]
     return labels
+
+
+def name(server: Running, model: str, picture: bytes) -> str:
+    """The best name alone."""
+    return names(server, model, picture)[0]
 
 
 def test_published_served_spread_and_still_there(root: Path, tmp_path: Path) -> None:
@@ -64,6 +70,10 @@ def test_published_served_spread_and_still_there(root: Path, tmp_path: Path) -> 
         folder.mkdir()
     with serving(back, folders[0]) as one, serving(back, folders[1]) as two:
         assert {tint: name(one, "what", data) for tint, data in pictures.items()} == {"red": "red", "blue": "blue"}
+        assert len(names(one, "what", pictures["red"])) == 3
+        assert names(one, "what", pictures["red"], "?top_k=1") == ["red"]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            names(one, "what", pictures["red"], "?top_k=none")
         urls = [server.url.replace("http:", "grpc:") + "/colour" for server in (one, two)]
         text = FRONT.format(plain=PLAIN, urls=json.dumps(urls))
         with serving(text, folders[2]) as front, ThreadPoolExecutor(4) as pool:

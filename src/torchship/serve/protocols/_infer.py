@@ -7,9 +7,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from torchship.errors import BadInput
+from torchship.serve.protocols import _query
 from torchship.serve.protocols._exchange import JSON, Exchange, Head, Headers
 from torchship.serve.protocols._front import Front
 from torchship.serve.protocols._served import Served
+from torchship.stage import Value
 from torchship.tensors import Axis, Free, TensorSpec
 from torchship.wire.forms import Forms
 from torchship.wire.messages import Request, Response
@@ -25,7 +27,8 @@ _KNOWN = 256  # models, versions and lengths of the JSON before binary data
 class _About(NamedTuple):
     """What a request head says about its body; the same for every request with that head.
 
-    `vague`: its content type is what some clients write over whatever they send, JSON too.
+    `vague`: its content type is what some clients write over whatever they send, JSON too. `parameters` are those of
+    the query: a body that is nothing but bytes has no place for them.
     """
 
     model: str
@@ -35,6 +38,7 @@ class _About(NamedTuple):
     headers: dict[str, str]
     forms: Forms
     vague: bool
+    parameters: dict[str, Value]
 
 
 class Inference:
@@ -62,6 +66,7 @@ class Inference:
         if about.plain and not (about.vague and _speaks_json(exchange.body)):
             inputs = input_specs(self._service, about.model, about.version)
             request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
+            request.parameters = dict(about.parameters)
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
             body = exchange.body
@@ -94,7 +99,8 @@ class Inference:
         if key not in self._forms and len(self._forms) >= _KNOWN:
             self._forms.clear()
         forms = self._forms.setdefault(key, Forms(number))
-        return _About(model, version, number, plain, self._front.forwarded(head), forms, vague)
+        given = _query.parameters(head.query) if plain and head.query else {}
+        return _About(model, version, number, plain, self._front.forwarded(head), forms, vague, given)
 
     def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:
         """The callback of one inference."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import parse_qs
 
 import msgspec
 import numpy as np
 
 from torchship.errors import BadInput, TorchshipError
-from torchship.serve.protocols import _uploads
+from torchship.serve.protocols import _query, _uploads
 from torchship.serve.protocols._exchange import Exchange
 from torchship.serve.protocols._routes import Route
 from torchship.serve.protocols._served import Served
@@ -149,7 +148,7 @@ class _Pictures:
         self, exchange: Exchange, upload: _uploads.Upload, model: str, *, also: Sequence[str] = ()
     ) -> dict[str, Value]:
         """The parameters in the query and in a JSON body. Raises BadInput for one that the pipeline does not have."""
-        found = {**upload.parameters, **_parameters(exchange)}
+        found = {**upload.parameters, **_query.parameters(exchange.head.query)}
         known = dict.fromkeys([*self._service.model_metadata(model)["parameters"], *also])
         unknown = sorted(found.keys() - known.keys())
         if unknown:
@@ -236,7 +235,7 @@ class _People:
 
     async def page(self, exchange: Exchange) -> None:
         """Some of the people: `?limit=100&after=NAME&group=NAME`."""
-        query = _query(exchange)
+        query = _query.words(exchange.head.query)
         limit = query.get("limit", "100")
         if not limit.isdigit() or not 1 <= int(limit) <= 1000:
             raise BadInput(f"limit is {limit[:20]!r}, expected 1 to 1000")
@@ -254,7 +253,7 @@ class _People:
         if not serial.isdigit():
             raise BadInput(f"{serial[:40]!r} is not the number of a template")
         gone = await asyncio.to_thread(self._book.forget, places["person"], serial=int(serial))
-        if _query(exchange).get("compact") == "true":
+        if _query.words(exchange.head.query).get("compact") == "true":
             await asyncio.to_thread(self._book.compact)
         exchange.answer_json({"person": places["person"], "forgotten": gone})
 
@@ -269,22 +268,6 @@ class _People:
         """Remove what was forgotten from the disk."""
         await asyncio.to_thread(self._book.compact)
         await self.count(exchange)
-
-
-def _query(exchange: Exchange) -> dict[str, str]:
-    return {name: values[-1] for name, values in parse_qs(exchange.head.query).items()}
-
-
-def _parameters(exchange: Exchange) -> dict[str, Value]:
-    """The query as parameters: true and false, whole numbers, numbers, else text."""
-    found: dict[str, Value] = {}
-    for name, text in _query(exchange).items():
-        try:
-            value = msgspec.json.decode(text)
-        except msgspec.MsgspecError:
-            value = text
-        found[name] = value if isinstance(value, bool | int | float) else text
-    return found
 
 
 def _faces(found: Tensors) -> list[dict[str, Any]]:
