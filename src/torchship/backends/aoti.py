@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
+from torchship.lowering import contiguous, program
 from torchship.lowering import device as place
-from torchship.lowering import program
 from torchship.lowering.needs import missing
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
@@ -52,6 +52,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     import torch._inductor
 
     exported = program.export(place.shaped(model, options), device=place.of(options))
+    contiguous.straighten(exported.graph_module)
     try:
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(

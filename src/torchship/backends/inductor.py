@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig
 from torchship.hardware import Hardware
+from torchship.lowering import contiguous, program
 from torchship.lowering import device as place
-from torchship.lowering import program
 from torchship.lowering.needs import missing
 from torchship.lowering.torch_stage import TorchStage, blank, prepare
 from torchship.model import Model, to_torch
@@ -80,7 +80,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     torch._inductor.config.freezing = True
     graphs = _compile_mode(options) == "reduce-overhead" and device != "cpu"
-    compiled = torch.compile(program.load(path).to(device), mode=_compile_mode(options))
+    compiled = torch.compile(contiguous.straighten(program.load(path)).to(device), mode=_compile_mode(options))
 
     def body(*inputs: torch.Tensor) -> Any:
         if graphs:
