@@ -41,9 +41,6 @@ class Child(Protocol):
     @property
     def pid(self) -> int: ...
 
-    @property
-    def returncode(self) -> int | None: ...
-
     def poll(self) -> int | None: ...
 
     def wait(self, timeout: float | None = None) -> int: ...
@@ -80,7 +77,7 @@ def spawn(
         environment = os.environ | {name: str(threads) for name in _THREAD_VARIABLES if threads} | dict(env)
         environment["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path)
         return subprocess.Popen(
-            [sys.executable, "-c", f"from torchship.process import _main; _main({given})"],
+            [sys.executable, "-c", f"from torchship.process import perform; perform({given})"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -218,15 +215,14 @@ def resolve(target: str) -> Any:
     return found
 
 
-def _main(given: int) -> None:
-    """The child's side."""
+def perform(given: int, *, parent: int = 0, answer: int | None = None) -> NoReturn:
+    """The child's side: do the task in `given`, leave the result, and exit.
+
+    A forked child is told who its parent is, and its own number of the descriptor for the answer.
+    """
     with os.fdopen(given, "rb") as file:
-        target, argument, parent, cpus, answer = msgspec.json.decode(file.read())
-    perform(target, argument=argument, parent=parent, cpus=cpus, answer=answer)
-
-
-def perform(target: str, *, argument: object, parent: int, cpus: Collection[int], answer: int | None) -> NoReturn:
-    """Run `target` as the child of `parent`, leave the result in `answer`, and exit."""
+        target, argument, teller, cpus, told = msgspec.json.decode(file.read())
+    parent, answer = parent or teller, told if answer is None else answer
     faulthandler.enable()  # a crash in native code leaves the Python lines in the log
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

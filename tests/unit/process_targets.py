@@ -1,4 +1,4 @@
-"""What the process tests run in children."""
+"""What the process tests run in children, and how these end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+
+import psutil
 
 from torchship.errors import BadInput
 from torchship.process import spawn
@@ -74,3 +76,16 @@ def kill_the_parent(_: object) -> None:
     print(os.getpid(), flush=True)
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within seconds; who waits for it is another matter."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False

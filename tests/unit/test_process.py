@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.unit.process_targets import ENDINGS
+from tests.unit.process_targets import ENDINGS, gone
 from torchship import process
 
 HERE = "tests.unit.process_targets"
@@ -62,11 +62,7 @@ def test_children_die_with_their_parent(tmp_path: Path) -> None:
     time.sleep(0.5)  # let it arm its death signal
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    while time.monotonic() < deadline and psutil.pid_exists(grandchild):
-        if psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE:
-            break
-        time.sleep(0.02)
-    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    assert gone(grandchild)
 
 
 def test_no_descriptor_leaks() -> None:

@@ -17,8 +17,6 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import msgspec
-
 from torchship import process
 from torchship.process import Child, Outcome
 
@@ -85,7 +83,7 @@ class _Forked:
     """A child as its status pipe tells of it: the process number once it runs, the exit code once it has ended."""
 
     def __init__(self, status: int) -> None:
-        self.returncode: int | None = None
+        self._code: int | None = None
         self._status = status
         try:
             self.pid = self._read(_PATIENCE)
@@ -105,15 +103,15 @@ class _Forked:
         return code
 
     def _end(self, seconds: float | None) -> int | None:
-        if self.returncode is None:
+        if self._code is None:
             try:
-                self.returncode = self._read(seconds)
+                self._code = self._read(seconds)
             except TimeoutError:
                 return None
             except ConnectionError:  # the server died, and took it along
-                self.returncode = -signal.SIGKILL
+                self._code = -signal.SIGKILL
             os.close(self._status)
-        return self.returncode
+        return self._code
 
     def _read(self, seconds: float | None) -> int:
         if not select.select([self._status], [], [], seconds)[0]:
@@ -155,9 +153,7 @@ def _be_a_child(server: int, given: int, *, log: int, answer: int, status: int) 
     os.dup2(log, 2)
     _tell(status, os.getpid())
     os.close(status)
-    with os.fdopen(given, "rb") as file:
-        target, argument, _, cpus, _ = msgspec.json.decode(file.read())
-    process.perform(target, argument=argument, parent=server, cpus=cpus, answer=answer)
+    process.perform(given, parent=server, answer=answer)
 
 
 def _tell(status: int, number: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
 
 import psutil
 import pytest
 
-from tests.unit.process_targets import ENDINGS
+from tests.unit.process_targets import ENDINGS, gone
 from torchship import process
 from torchship.optimize.forkserver import Forkserver
 
@@ -68,16 +67,3 @@ def test_closing_it_ends_the_server() -> None:
         pid = server.run(f"{HERE}:parents", argument=None, timeout=60).value[0]
         assert psutil.pid_exists(pid)
     assert gone(pid)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process ends within seconds; who waits for it is another matter."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.02)
-    return False
