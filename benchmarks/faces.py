@@ -21,7 +21,7 @@ from typing import Any
 import click
 import httpx
 import numpy as np
-from tests import face_kit
+from apps.faces.tests import face_kit
 
 from torchship.pipeline import plan
 from torchship.pipeline.composed import run_node, take
@@ -29,8 +29,8 @@ from torchship.pipeline.config import convert
 from torchship.pipeline.opening import open_stage
 from torchship.serve import config
 from torchship.serve.host import Server
-from torchship.serve.protocols.faces import configuration
-from torchship.stages.faces import recipes
+from torchship_faces import recipes
+from torchship_faces.routes import configuration
 
 CONCURRENCY = 16
 

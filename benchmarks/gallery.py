@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchship.process import run
-from torchship.stages.gallery import Enrolment, Gallery
-from torchship.stages.gallery.gallery import noisy_copies
+from torchship_faces.gallery import Enrolment, Gallery
+from torchship_faces.gallery.gallery import noisy_copies
 
 WIDTH = 512
 QUERIES = 200

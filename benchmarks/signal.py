@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from torchship import process
-from torchship.serve.arena import Block, Region
-from torchship.serve.signals import Call, Gave, Inbox, Piece, Take, decode_order, decode_report, encode, send
+from torchship.serve.engine.ipc.arena import Block, Region
+from torchship.serve.engine.ipc.signals import Call, Gave, Inbox, Piece, Take, decode_order, decode_report, encode, send
 
 ROUNDS, TRIPS, DEPTH = 5, 2000, 64
 TAKE = Take(1, 0, [Call([1] * 32, [Block((32, 16), 0, 2048)])])

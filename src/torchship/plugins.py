@@ -15,7 +15,7 @@ from torchship.errors import BadConfig
 _FOLDERS = {
     "backends": "torchship.backends",
     "transforms": "torchship.optimize.transforms",
-    "deploy": "torchship.deploy",
+    "commands": "torchship.cli",
 }
 
 

@@ -160,8 +160,8 @@ def test_the_options_of_remote_stages_are_complete() -> None:
 
 
 def test_every_path_that_is_served_is_told() -> None:
-    from torchship.serve.protocols._front import Front
-    from torchship.serve.protocols.rest import all_routes
+    from torchship.serve.api.front import Front
+    from torchship.serve.api.rest import all_routes
 
     told = set(re.findall(r"/[\w/{}.]+", " ".join(tables(DOCS / "serve.md", "## Endpoints"))))
     routes = all_routes(Front(None))  # type: ignore[arg-type]

@@ -15,9 +15,11 @@ import pytest
 from torchship import errors
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "src/torchship").rglob("*.py"))
+SOURCES = sorted(path for folder in (ROOT / "src", *ROOT.glob("apps/*/src")) for path in folder.rglob("*.py"))
 EVERYTHING = [
-    path for folder in ("src", "tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("src", "apps", "tests", "benchmarks", "examples")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 GENERATED = "_pb2.py"
 FORBIDDEN_NAMES = {

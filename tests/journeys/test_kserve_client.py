@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
-from torchship.serve.protocols import rest
+from torchship.serve.api import rest
 
 HOME = Path(sys.prefix) / "kserve"
 VERSION = "0.21.0"

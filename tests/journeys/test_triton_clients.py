@@ -22,11 +22,11 @@ from tests.serving import Background
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.client import Client
+from torchship.serve.api import grpc, rest
+from torchship.serve.api.regions import SharedMemory
+from torchship.serve.api.rest import Front
 from torchship.serve.config import convert
 from torchship.serve.host import Server
-from torchship.serve.protocols import grpc, rest
-from torchship.serve.protocols._regions import SharedMemory
-from torchship.serve.protocols.rest import Front
 from torchship.wire.schema import message
 
 NUMBERS = np.arange(16, dtype=np.int32).reshape(1, 16)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from torchship.serve import arena
-from torchship.serve.arena import Arena
-from torchship.serve.dispatch import Dispatch, Job, Visit
+from torchship.serve.engine.ipc import arena
+from torchship.serve.engine.ipc.arena import Arena
+from torchship.serve.engine.queue import Dispatch, Job, Visit
 
 
 def visit(rows: int, *, priority: int = 0, key: Any = None, deadline: float = 1e9) -> Visit:

@@ -15,8 +15,8 @@ from tests.serving import Background, planned
 from torchship.errors import Expired, StageFailed, TorchshipError
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.planning import Plan
-from torchship.serve.layout import Limits
-from torchship.serve.line import Line
+from torchship.serve.engine.layout import Limits
+from torchship.serve.engine.line import Line
 from torchship.tensors import Tensors
 
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

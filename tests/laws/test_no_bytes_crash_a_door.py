@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.errors import BadInput, StageFailed
-from torchship.serve.protocols import grpc, rest
-from torchship.serve.protocols._http1 import Connection
-from torchship.serve.protocols._http2 import Connection2
-from torchship.serve.protocols._routes import Router
-from torchship.serve.protocols._site import Limits, Site
+from torchship.serve.api import grpc, rest
+from torchship.serve.http.http1 import Connection
+from torchship.serve.http.http2.connection import Connection2
+from torchship.serve.http.router import Router
+from torchship.serve.http.site import Limits, Site
 from torchship.wire import frames as h2
 from torchship.wire.asking import decode_grpc, decode_grpc_stream, decode_http
 from torchship.wire.oip_grpc import InferCodec

@@ -1,6 +1,7 @@
 """The command line: one file a command, imported only when it is called.
 
-A file here offers a click command named `command`; its file name is the command's name.
+A file here offers a click command named `command`; its file name is the command's name. Applications add theirs by the
+entry point group `torchship.commands`; one that is an extra of ours and not installed says how to get it.
 Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 130 interrupted.
 """
 
@@ -8,14 +9,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import pkgutil
+import re
 import sys
-from importlib import import_module
+from importlib import metadata
+from types import ModuleType
 
 import click
 
-from torchship import __version__
-from torchship.errors import BadConfig, BadInput, TorchshipError
+from torchship import __version__, plugins
+from torchship.errors import BadConfig, BadInput, TorchshipError, Unsupported
 
 _ABOUT = {
     "optimize": "Search the best valid way to run a model here, and publish it.",
@@ -27,24 +29,30 @@ _ABOUT = {
     "bench": "Load a server or an artifact and report throughput and latency.",
     "compare": "Compare two artifacts.",
     "pipeline": "Check, draw and publish pipelines.",
-    "faces": "Enrol, identify and verify faces.",
 }
 
 
 class _Commands(click.Group):
-    """Finds commands by file name; the one-line help above is shown without importing any of them."""
+    """Finds commands by file name and entry point; the one-line help above is shown without importing any of ours."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        found = {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+        found = plugins.names("commands")
         known = [name for name in _ABOUT if name in found]
-        return [*known, *sorted(found.difference(known))]
+        return [*known, *sorted(set(found).difference(known))]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in self.list_commands(ctx):
-            return None
-        command = import_module(f"torchship.cli.{name}").command
-        assert isinstance(command, click.Command)  # noqa: S101  # the contract of this folder
-        return command
+        if name in self.list_commands(ctx):
+            command: object = plugins.load("commands", name=name)
+            if isinstance(command, ModuleType):  # a file of ours; an entry point names the command itself
+                command = command.command
+            assert isinstance(command, click.Command)  # noqa: S101  # the contract of this folder
+            return command
+        if extra := _extra(name):
+            raise Unsupported(
+                f"the command {name!r} belongs to the application {extra}, which is not installed",
+                hint=f"pip install 'torchship[{name}]', or from a checkout: pip install ./apps/{name}",
+            )
+        return None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -56,7 +64,24 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, _ABOUT.get(name, "")) for name in self.list_commands(ctx)])
+            abouts = _abouts()
+            formatter.write_dl([(name, abouts.get(name, "")) for name in self.list_commands(ctx)])
+
+
+def _abouts() -> dict[str, str]:
+    """A line for each command; an application's is the summary of its package, so that nothing of it is imported."""
+    points = metadata.entry_points(group="torchship.commands")
+    return {point.name: point.dist.metadata["Summary"] for point in points if point.dist} | _ABOUT
+
+
+def _extra(name: str) -> str:
+    """The distribution `torchship-NAME`, where our extra NAME asks for it; empty where there is none."""
+    wanted = f"torchship-{name}"
+    try:
+        needs = metadata.requires("torchship") or []
+    except metadata.PackageNotFoundError:  # run from a bare source folder
+        return ""
+    return wanted if any(re.match(rf"{re.escape(wanted)}(?![\w.-]).*extra", need) for need in needs) else ""
 
 
 @click.command(

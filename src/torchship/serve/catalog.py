@@ -13,7 +13,7 @@ from itertools import accumulate
 from torchship.artifact import Store
 from torchship.errors import NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.serve.config import ModelConfig
-from torchship.serve.line import Line
+from torchship.serve.engine.line import Line
 from torchship.serve.versions import Wanted, lay_out, wanted
 from torchship.stages.labels import read_labels
 

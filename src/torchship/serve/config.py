@@ -10,7 +10,7 @@ import msgspec
 
 from torchship.errors import BadConfig, NotFound
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.serve.layout import Limits
+from torchship.serve.engine.layout import Limits
 from torchship.stage import Value
 from torchship.tensors import NanPolicy
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchship.pipeline.planning import Plan
-from torchship.serve.line import Line
+from torchship.serve.engine.line import Line
 from torchship.stage import Parameter
 from torchship.tensors import TensorSpec
 

@@ -19,12 +19,12 @@ from torchship.process import resolve
 from torchship.serve import config as configs
 from torchship.serve import logs
 from torchship.serve.access import check_places, gate
+from torchship.serve.api import grpc, rest
+from torchship.serve.api.regions import SharedMemory
+from torchship.serve.api.settings import Tracing
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.descriptors import room_for_connections
-from torchship.serve.protocols import grpc, rest
-from torchship.serve.protocols._regions import SharedMemory
-from torchship.serve.protocols._settings import Tracing
 from torchship.serve.service import Service
 from torchship.serve.tracing import HEADERS, Traces
 

@@ -7,10 +7,10 @@ from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
 
-from torchship.serve.line import Line
+from torchship.serve.engine.line import Line
+from torchship.serve.engine.station import Station
 from torchship.serve.machine import gauges
 from torchship.serve.metrics import BUCKETS_MS, LineMeter
-from torchship.serve.station import Station
 
 _Labels = tuple[tuple[str, str], ...]
 

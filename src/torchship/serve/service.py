@@ -12,8 +12,8 @@ import torchship
 from torchship.errors import BadInput, StageFailed, TorchshipError, Unsupported
 from torchship.serve import describe, prometheus
 from torchship.serve.catalog import Catalog
-from torchship.serve.dispatch import Job
-from torchship.serve.line import Line
+from torchship.serve.engine.line import Line
+from torchship.serve.engine.queue import Job
 from torchship.serve.overrides import check_parameters, overridden
 from torchship.serve.tracing import Traces
 from torchship.stage import Value

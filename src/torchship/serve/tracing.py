@@ -12,7 +12,7 @@ from typing import Any
 import torchship
 from torchship.errors import Unavailable
 from torchship.serve.config import TraceConfig
-from torchship.serve.dispatch import Job
+from torchship.serve.engine.queue import Job
 from torchship.wire.messages import Request
 
 HEADERS = "traceparent|tracestate"

@@ -26,7 +26,7 @@ from torchship.errors import (
     Unavailable,
     Unsupported,
 )
-from torchship.serve.protocols import grpc, rest
+from torchship.serve.api import grpc, rest
 from torchship.wire.messages import Request
 
 ROW = np.arange(16, dtype=np.float32).reshape(1, 16)

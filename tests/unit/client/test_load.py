@@ -22,7 +22,7 @@ from torchship.client.measuring import Row, Target, example, meets
 from torchship.client.plot import render
 from torchship.client.tls import caller_context
 from torchship.errors import BadConfig, BadInput, NotFound, StageFailed, Unavailable
-from torchship.serve.protocols import rest
+from torchship.serve.api import rest
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def change(root: Path, **stage: Any) -> None:
     ("stage", "words"),
     [
         ({"run": "os:system"}, "runs os:system"),
-        ({"run": "torchship.stages.gallery:Gallery"}, "runs torchship.stages.gallery"),
+        ({"run": "torchship_faces.gallery:Gallery"}, "runs torchship_faces.gallery"),
         ({"run": "", "artifact": "colour"}, "opens colour, which is not part of it"),
         ({"run": "", "remote": "grpc://10.0.0.1:1/x"}, "asks another server"),
         ({"run": "torchship.stages.labels:TopK", "options": {"labels": "/etc/passwd"}}, "names a file outside"),

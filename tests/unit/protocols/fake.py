@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from torchship.errors import Cancelled, NotFound, TorchshipError, Unsupported
-from torchship.serve.protocols._served import Answer
+from torchship.serve.api.served import Answer
 from torchship.tensors import Array, Signature
 from torchship.wire.messages import Request, Response
 

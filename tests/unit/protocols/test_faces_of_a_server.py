@@ -18,11 +18,11 @@ import pytest
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.errors import BadConfig, BadInput, StageFailed, Unsupported
-from torchship.serve.protocols import rest
-from torchship.serve.protocols._docs import examples
-from torchship.serve.protocols._regions import SharedMemory
-from torchship.serve.protocols._settings import LogSettings, Tracing
-from torchship.serve.protocols.rest import Front
+from torchship.serve.api import rest
+from torchship.serve.api.docs import examples
+from torchship.serve.api.regions import SharedMemory
+from torchship.serve.api.rest import Front
+from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.wire.messages import Request
 
 

@@ -17,8 +17,8 @@ import pytest
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.errors import Busy, Expired, StageFailed, Unauthenticated, Unavailable
-from torchship.serve.protocols import rest
-from torchship.serve.protocols.rest import Limits, Route
+from torchship.serve.api import rest
+from torchship.serve.api.rest import Limits, Route
 
 LIMITS = Limits(body=100_000, head=4096, connections=8, pipelined=4)
 ASK = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": list(range(16))}]}).encode()

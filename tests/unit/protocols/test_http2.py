@@ -15,9 +15,9 @@ import pytest
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.peer import LIVE, Peer
 from tests.unit.protocols.running import Running, running
-from torchship.serve.protocols import grpc, rest
-from torchship.serve.protocols._fields import changes_table
-from torchship.serve.protocols._site import Limits
+from torchship.serve.api import grpc, rest
+from torchship.serve.http.http2.fields import changes_table
+from torchship.serve.http.site import Limits
 from torchship.wire import frames as h2
 from torchship.wire.schema import message
 

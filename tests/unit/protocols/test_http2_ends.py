@@ -10,8 +10,8 @@ import pytest
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.peer import Peer
 from tests.unit.protocols.running import Running, running
-from torchship.serve.protocols import grpc
-from torchship.serve.protocols._site import Limits
+from torchship.serve.api import grpc
+from torchship.serve.http.site import Limits
 from torchship.wire import frames as h2
 
 

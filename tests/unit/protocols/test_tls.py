@@ -15,8 +15,8 @@ import pytest
 from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.errors import BadConfig
-from torchship.serve.protocols import rest
-from torchship.serve.protocols.rest import tls_context
+from torchship.serve.api import rest
+from torchship.serve.api.rest import tls_context
 
 
 @pytest.fixture(scope="module")

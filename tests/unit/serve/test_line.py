@@ -15,8 +15,8 @@ import uvloop
 from tests.serving import planned
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.serve import prometheus
-from torchship.serve.layout import Limits
-from torchship.serve.line import Line
+from torchship.serve.engine.layout import Limits
+from torchship.serve.engine.line import Line
 
 ROW = np.array([[1, 2, 3, 4]], np.float32)
 

@@ -10,8 +10,8 @@ import uvloop
 
 from tests.serving import LENGTHS, planned
 from torchship.errors import BadConfig
-from torchship.serve.line import Line
-from torchship.serve.padding import Padding
+from torchship.serve.engine.line import Line
+from torchship.serve.engine.padding import Padding
 from torchship.tensors import Array, Signature
 
 STAGE = {"run": "lengths", "buckets": {"n": [16, 8]}}

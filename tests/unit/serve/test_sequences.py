@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.serve.test_line import Opened, run, until
 from torchship.errors import BadInput, StageFailed
-from torchship.serve.line import Line
+from torchship.serve.engine.line import Line
 from torchship.tensors import Tensors
 
 

@@ -1,0 +1,290 @@
+"""The face models as nn.Modules with their preprocessing inside: what goes in is bytes of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchship.errors import BadInput, GuardRefused, NotFound
+from torchship.recipe import Recipe
+from torchship.tensors import Array, Tensors
+from torchship_faces import Align, Find, Open, embedders, recipes, weights
+from torchship_faces.dlib_resnet import DlibResnet
+from torchship_faces.onnx_module import OnnxModule
+from torchship_faces.stages import SIDE
+
+if TYPE_CHECKING:
+    from torchship.artifact import Artifact, Store
+    from torchship.optimize.choose import Goal
+    from torchship.optimize.report import Report
+
+_PORTABLE = ("onnxruntime", "openvino")  # they serve without torch, and their files are data
+_VARIANTS = 12
+
+
+class Detector(nn.Module):
+    """RetinaFace: canvas UINT8 [n, side, side, 3] RGB to loc [n, a, 4], face [n, a], landmarks [n, a, 10].
+
+    `face` is a probability, the other two are relative to the anchors: `torchship_faces:Find` makes
+    pixels of them.
+    """
+
+    mean: Tensor
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.net = OnnxModule(path)
+        self.register_buffer("mean", torch.tensor([104.0, 117.0, 127.0]).view(1, 3, 1, 1))
+
+    def forward(self, canvas: Tensor) -> dict[str, Tensor]:
+        """Run on a batch of canvases."""
+        x = canvas.permute(0, 3, 1, 2).float()
+        loc, scores, landmarks = self.net(torch.cat([x[:, 2:3], x[:, 1:2], x[:, 0:1]], 1) - self.mean)
+        return {"loc": loc, "face": scores[..., 1], "landmarks": landmarks}
+
+
+class Embedder(nn.Module):
+    """Chips UINT8 [n, side, side, 3] RGB to unit vectors `embedding` [n, width], by whichever network is known."""
+
+    def __init__(self, known: embedders.Embedder) -> None:
+        super().__init__()
+        path = weights.fetch(known.weights)
+        self.net: nn.Module = DlibResnet(path) if known.name == "dlib" else FrFeature(path)
+
+    def forward(self, chip: Tensor) -> dict[str, Tensor]:
+        """Run on a batch of chips."""
+        raw = self.net(chip.permute(0, 3, 1, 2).float())
+        return {"embedding": torch.nn.functional.normalize(raw, dim=1)}
+
+
+class FrFeature(nn.Module):
+    """Chips FP32 [n, 3, 112, 112] RGB, 0 to 255, to vectors [n, 512]."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.net = OnnxModule(path)
+
+    def forward(self, chip: Tensor) -> Tensor:
+        """Run on a batch of chips."""
+        x = (chip - 127.0) / 128.0
+        raw: Tensor = self.net(torch.cat([x[:, 2:3], x[:, 1:2], x[:, 0:1]], 1))[0]
+        return raw
+
+
+def prepare(
+    store: Store,
+    *,
+    model: embedders.Embedder | None = None,
+    data: Path | None = None,
+    budget: float = 240.0,
+    goal: Goal = "latency",
+    again: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+    on_trial: Any = None,
+) -> list[Artifact]:
+    """Fetch the weights, search the best way to run the detector and the embedder `model`, and publish both.
+
+    `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched. What the
+    store holds already is left as it is, unless `again`. Where nothing that runs without torch is found within
+    `budget` seconds, ONNX Runtime fp32 is built. Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
+    """
+    model = model or embedders.embedder()
+    missing = _missing(store, model, again=again, tell=tell)
+    if missing:
+        detector, embedding = _modules(model, tell)
+        canvases, chips = material(data or weights.pictures(tell=tell), detector, model=model)
+    for name in missing:
+        tell(f"optimizing {name}")
+        finds = name == recipes.DETECTOR
+        module: nn.Module = detector if finds else embedding
+        samples = canvases if finds else chips
+        key, most = ("canvas", 8) if finds else ("chip", 16)
+        report = _search(
+            store, name, module, key=key, samples=samples, most=most, budget=budget, goal=goal, on_trial=on_trial
+        )
+        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
+            tell(f"{name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
+        else:
+            tell(f"{name}: nothing that runs without torch was found in time, building ONNX Runtime fp32")
+            _build(name, module, samples[:2], store)
+    return _published(store, model)
+
+
+def _search(
+    store: Store,
+    name: str,
+    module: nn.Module,
+    *,
+    key: str,
+    samples: Array,
+    most: int,
+    budget: float,
+    goal: Goal,
+    on_trial: Any,
+) -> Report:
+    """Search for one model; what is found is published when it runs without torch."""
+    from tempfile import TemporaryDirectory
+
+    from torchship.artifact import Store
+    from torchship.optimize.guard import Guard
+    from torchship.optimize.measure import Effort
+    from torchship.optimize.search import optimize
+
+    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
+        report = optimize(
+            module,
+            (torch.from_numpy(samples[:2]),),
+            calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
+            guard=Guard(cosine=0.985, error=0.2),
+            backends=_PORTABLE,
+            effort=Effort(seconds=0.5, max_batch=most),
+            budget=budget,
+            goal=goal,
+            store=Store(scratch),
+            name=name,
+            on_trial=on_trial,
+        )
+        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
+            assert report.artifact is not None  # noqa: S101  # a winner is published
+            store.publish(report.artifact.path, name=name)
+    return report
+
+
+def build(
+    store: Store,
+    *,
+    model: embedders.Embedder | None = None,
+    again: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Artifact]:
+    """Publish both models as ONNX Runtime fp32 without a search, each checked against its module. Takes a minute.
+
+    Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
+    """
+    model = model or embedders.embedder()
+    missing = _missing(store, model, again=again, tell=tell)
+    if missing:
+        detector, embedding = _modules(model, tell)
+    for name in missing:
+        tell(f"building {name}")
+        module: nn.Module = detector if name == recipes.DETECTOR else embedding
+        side = SIDE if name == recipes.DETECTOR else model.side
+        noise = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+        _build(name, module, noise, store)
+    return _published(store, model)
+
+
+def _missing(store: Store, model: embedders.Embedder, *, again: bool, tell: Callable[[str], None]) -> list[str]:
+    """The models that are to be made."""
+    there = [] if again else [name for name in (recipes.DETECTOR, model.artifact) if store.versions(name)]
+    for name in there:
+        tell(f"{name} is in the store already; --again makes it anew")
+    return [name for name in (recipes.DETECTOR, model.artifact) if name not in there]
+
+
+def _published(store: Store, model: embedders.Embedder) -> list[Artifact]:
+    from torchship.artifact import open_artifact
+
+    return [open_artifact(store.resolve(name), verify=False) for name in (recipes.DETECTOR, model.artifact)]
+
+
+def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[Detector, Embedder]:
+    """The detector, and the embedder `model`."""
+    weights.fetch(model.weights, tell=tell)
+    return Detector(weights.fetch("retinaface", tell=tell)).eval(), Embedder(model).eval()
+
+
+def _build(name: str, module: nn.Module, samples: Array, store: Store) -> None:
+    """One artifact on ONNX Runtime fp32: built, packed, opened from disk, compared, published."""
+    from datetime import UTC, datetime
+    from tempfile import TemporaryDirectory
+
+    from torchship import __version__
+    from torchship.artifact import open_artifact, package
+    from torchship.artifact.manifest import Provenance
+    from torchship.backends import onnxruntime
+    from torchship.optimize.cache import hash_model
+    from torchship.optimize.capture import capture
+    from torchship.optimize.reference import EagerStage
+
+    model = capture(module, (torch.from_numpy(samples),), name=name)
+    example = model.examples[0]
+    wanted = EagerStage(model)(example)
+    recipe = Recipe("onnxruntime", {"precision": "fp32"})
+    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
+        folder = Path(scratch) / "artifact"
+        (folder / "backend").mkdir(parents=True)
+        onnxruntime.build(model, options=dict(recipe.options), out=folder / "backend")
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        origin = Provenance(__version__, created, f"torchship_faces.prepare:{model.name}", hash_model(model))
+        package.pack(
+            folder,
+            name=model.name,
+            signature=model.signature,
+            recipe=recipe,
+            provenance=origin,
+            max_batch=16,
+            inputs=example,
+            outputs=wanted,
+        )
+        stage = open_artifact(folder).open()
+        for key, value in stage(example).items():
+            error = float(np.linalg.norm(value - wanted[key]) / max(float(np.linalg.norm(wanted[key])), 1e-9))
+            if error > 2e-3:
+                raise GuardRefused(f"{model.name}: output {key!r} is {error:.1%} off", hint="report this")
+        stage.close()
+        store.publish(folder, name=model.name)
+
+
+def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) -> tuple[Array, Array]:
+    """Canvases, and chips for `model`, out of the pictures of a folder: each in several lights, sizes and mirrored.
+
+    Raises NotFound when no picture in it shows a face.
+    """
+    opened, find, align = Open(), Find(), Align(side=model.side, template=model.template)
+    random = np.random.default_rng(0)
+    canvases, chips = [], []
+    for data in _pictures(folder):
+        try:
+            first = opened(np.array([data], np.object_))
+        except BadInput:
+            continue
+        for variant in range(_VARIANTS):
+            pixels, canvas, frame = first if not variant else _changed(opened, first[0][0], random)
+            with torch.inference_mode():
+                raw: Tensors = {name: tensor.numpy() for name, tensor in detector(torch.from_numpy(canvas)).items()}
+            box, _, points = find(raw["loc"], raw["face"], raw["landmarks"], frame)
+            if len(box):
+                canvases.append(canvas)
+                chips.append(align(pixels, frame, box, points)[0])
+    if not canvases:
+        raise NotFound(f"no picture in {folder} shows a face", hint="give a folder of JPEG or PNG files with faces")
+    return np.concatenate(canvases)[::2][:40], np.concatenate(chips)[:160]
+
+
+def _pictures(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            yield path.read_bytes()
+
+
+def _changed(opened: Open, pixels: Array, random: np.random.Generator) -> Sequence[Array]:
+    """The picture in another light, size and shape, perhaps mirrored."""
+    import io
+
+    from PIL import Image, ImageEnhance
+
+    picture = Image.fromarray(pixels[:, :: random.choice((-1, 1))])
+    picture = ImageEnhance.Brightness(picture).enhance(float(random.uniform(0.6, 1.4)))
+    picture = ImageEnhance.Contrast(picture).enhance(float(random.uniform(0.7, 1.3)))
+    scale = random.uniform(0.4, 1.0) * np.array([1.0, random.uniform(0.9, 1.1)])
+    picture = picture.resize(tuple(np.maximum(1, picture.size * scale).astype(int).tolist()))
+    picture = picture.rotate(float(random.uniform(-15, 15)), Image.Resampling.BILINEAR)
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=int(random.integers(60, 95)))
+    return opened(np.array([out.getvalue()], np.object_))

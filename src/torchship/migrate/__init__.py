@@ -1,1 +1,0 @@
-"""Brings foreign models in."""

@@ -1,0 +1,50 @@
+"""What all protocols of one server share beside the service: clients' shared memory, trace and log settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torchship.errors import BadConfig
+from torchship.serve.api.regions import SharedMemory
+from torchship.serve.api.served import Served
+from torchship.serve.api.settings import LogSettings, Tracing
+from torchship.serve.http.exchange import Head
+from torchship.wire.messages import Request
+
+
+@dataclass(slots=True)
+class Front:
+    """One for a server; every listener gets the same. `forward` is a regular expression: headers whose whole name
+    matches travel with a request. `scheme` and `guarded` (a token is asked for) are told in the examples of /docs."""
+
+    service: Served
+    regions: SharedMemory | None = None
+    tracing: Tracing = field(default_factory=Tracing)
+    logs: LogSettings = field(default_factory=LogSettings)
+    forward: str = ""
+    scheme: str = "http"
+    guarded: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises BadConfig for what is no regular expression."""
+        try:
+            re.compile(self.forward)
+        except re.error as fault:
+            raise BadConfig(f"forward_headers: {fault}", hint="a regular expression, as in x-.*|traceparent") from None
+
+    def forwarded(self, head: Head) -> dict[str, str]:
+        """The headers of a request that travel with it."""
+        if not self.forward:
+            return {}
+        return {name: value for name, value in head.headers.items() if re.fullmatch(self.forward, name)}
+
+    @staticmethod
+    def attach(request: Request, headers: Mapping[str, str]) -> None:
+        """Let headers travel with a request; a stage sees them as parameters, `x-tenant` as `x_tenant`."""
+        request.headers = dict(headers)
+        request.parameters = {
+            **{name.replace("-", "_"): value for name, value in headers.items()},
+            **request.parameters,
+        }

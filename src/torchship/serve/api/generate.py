@@ -1,0 +1,109 @@
+"""Triton's generate extension: plain JSON in, plain JSON out, once or as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from torchship.errors import BadInput
+from torchship.serve.api.control import json_object
+from torchship.serve.api.front import Front
+from torchship.serve.api.infer import input_specs
+from torchship.serve.api.served import Served
+from torchship.serve.http.exchange import Exchange
+from torchship.serve.http.router import Route
+from torchship.tensors import Array, TensorSpec
+from torchship.wire.json_arrays import decode_json_data, encode_json_data
+from torchship.wire.messages import Request, Response
+from torchship.wire.oip_json import apply_parameters
+
+
+def generate_routes(front: Front) -> list[Route]:
+    """`generate` answers once; `generate_stream` sends each answer as an event."""
+    generation = _Generation(front)
+    return [
+        Route("POST", f"{base}/{verb}", endpoint, "infer")
+        for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        for verb, endpoint in (("generate", generation.once), ("generate_stream", generation.stream))
+    ]
+
+
+class _Generation:
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._service: Served = front.service
+
+    async def once(self, exchange: Exchange) -> None:
+        """The one answer of a model. Raises BadInput when it gives several."""
+        request = self._request(exchange)
+        answers = []
+        async for answer in self._service.stream(request):
+            answers.append(answer)
+            if len(answers) > 1:
+                break
+        if len(answers) != 1:
+            raise BadInput(f"the model gave {'several' if answers else 'no'} answers", hint="use generate_stream")
+        exchange.answer_json(_plain(answers[0], request))
+
+    async def stream(self, exchange: Exchange) -> None:
+        """Every answer as an event; an error after the first one is an event too."""
+        request = self._request(exchange)
+        async for answer in self._service.stream(request):
+            event = b"data: " + msgspec.json.encode(_plain(answer, request)) + b"\n\n"
+            if not exchange.started:
+                exchange.begin(content_type="text/event-stream", headers=(("cache-control", "no-cache"),))
+            exchange.write(event)
+            await exchange.drained()
+        if not exchange.started:
+            exchange.begin(content_type="text/event-stream", headers=(("cache-control", "no-cache"),))
+        exchange.end()
+
+    def _request(self, exchange: Exchange) -> Request:
+        """Fields named as an input are inputs, all others are parameters."""
+        places = exchange.head.places
+        model, version = places["model"], places.get("version", "")
+        fields = json_object(exchange)
+        request = Request(model, {}, version, id=_text(fields.pop("id", "")))
+        specs = {spec.name: spec for spec in input_specs(self._service, model, version)}
+        request.inputs = {name: _array(specs[name], fields.pop(name)) for name in specs if name in fields}
+        extra = fields.pop("parameters", {})
+        if not isinstance(extra, Mapping):
+            raise BadInput("parameters is not an object")
+        parameters = {**fields, **extra}
+        for name, value in parameters.items():
+            if not isinstance(value, str | int | float | bool):
+                raise BadInput(f"parameter {name!r} is {type(value).__name__}, expected a string, number or boolean")
+        apply_parameters(request, parameters)
+        if self._front.forward:
+            self._front.attach(request, self._front.forwarded(exchange.head))
+        return request
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadInput(f"id is {value!r:.60}, expected a string")
+    return value
+
+
+def _array(spec: TensorSpec, value: Any) -> Array:
+    """A scalar, or a list of all elements: the last free axis is as long as they need."""
+    items = value if isinstance(value, list) else [value]
+    shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
+    if isinstance(value, list) and shape:
+        free = [place for place, axis in enumerate(spec.shape) if not isinstance(axis, int)]
+        if free:
+            shape[free[-1]] = len(items) // max(1, math.prod(shape))
+    return decode_json_data(msgspec.json.encode(items), name=spec.name, datatype=spec.dtype, shape=shape)
+
+
+def _plain(response: Response, request: Request) -> dict[str, Any]:
+    told: dict[str, Any] = {"model_name": response.model, "model_version": response.version}
+    if request.id:
+        told["id"] = request.id
+    for name, array in response.outputs.items():
+        items = encode_json_data(array)
+        told[name] = items[0] if len(items) == 1 else items
+    return told

@@ -1,0 +1,153 @@
+"""POST .../infer: decode, start, and answer from a callback, so that no request costs a Task or a future."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from torchship.errors import BadInput
+from torchship.serve.api.front import Front
+from torchship.serve.api.served import Served
+from torchship.serve.http import query as _query
+from torchship.serve.http.exchange import JSON, Exchange, Head, Headers
+from torchship.stage import Value
+from torchship.tensors import Axis, Free, TensorSpec
+from torchship.wire.forms import Forms
+from torchship.wire.messages import Request, Response
+from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response
+from torchship.wire.raw import Buffer
+
+_OCTETS = "application/octet-stream"
+_LENGTH = "inference-header-content-length"
+_DIGITS = re.compile(r"[0-9]{1,15}")
+_KNOWN = 256  # models, versions and lengths of the JSON before binary data
+
+
+class _About(NamedTuple):
+    """What a request head says about its body; the same for every request with that head.
+
+    `vague`: its content type is what some clients write over whatever they send, JSON too. `parameters` are those of
+    the query: a body that is nothing but bytes has no place for them.
+    """
+
+    model: str
+    version: str
+    length: int | None
+    plain: bool
+    headers: dict[str, str]
+    forms: Forms
+    vague: bool
+    parameters: dict[str, Value]
+
+
+class Inference:
+    """The infer endpoint of all models of a service."""
+
+    def __init__(self, front: Front) -> None:
+        self._service = front.service
+        self._regions = front.regions
+        self._tracing = front.tracing
+        self._front = front
+        self._forms: dict[tuple[str, str, int | None], Forms] = {}  # what a head says, but for the size of its body
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Begin one inference; its answer is sent when it is there."""
+        request = self.decode(exchange)
+        answer = self._tracing.around(self._answer, request) if self._tracing.active else self._answer
+        exchange.job = self._service.start(request, answer, exchange)
+
+    def decode(self, exchange: Exchange) -> Request:
+        """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
+        head = exchange.head
+        about: _About | None = head.memo
+        if about is None:
+            about = head.memo = self._read(head)
+        if about.plain and not (about.vague and _speaks_json(exchange.body)):
+            inputs = input_specs(self._service, about.model, about.version)
+            request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
+            request.parameters = dict(about.parameters)
+            request.binary = about.length is not None  # who sends a picture wants to read the answer
+        else:
+            body = exchange.body
+            known = about.forms.read(body) if type(body) is bytes else None
+            request = known if known is not None else self._general(body, about)
+        if about.headers:
+            self._front.attach(request, about.headers)
+        return request
+
+    def _general(self, body: Buffer, about: _About) -> Request:
+        """Any body; what can be recognized the next time is remembered."""
+        request = decode_request(
+            body, model=about.model, version=about.version, header_length=about.length, regions=self._regions
+        )
+        if type(body) is bytes:
+            about.forms.learn(body, request)
+        return request
+
+    def _read(self, head: Head) -> _About:
+        """What the head of a request says about its body."""
+        headers = head.headers
+        length = headers.get(_LENGTH)
+        if length is not None and not _DIGITS.fullmatch(length):
+            raise BadInput(f"{_LENGTH} is {length[:40]!r}, expected a number")
+        kind = headers.get("content-type", "")
+        plain = kind.startswith(("image/", _OCTETS)) if length is None else int(length) == 0
+        number = None if length is None else int(length)
+        vague = length is None and kind.startswith(_OCTETS)
+        key = model, version, _ = head.places["model"], head.places.get("version", ""), number
+        if key not in self._forms and len(self._forms) >= _KNOWN:
+            self._forms.clear()
+        forms = self._forms.setdefault(key, Forms(number))
+        given = _query.parameters(head.query) if plain and head.query else {}
+        return _About(model, version, number, plain, self._front.forwarded(head), forms, vague, given)
+
+    def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:
+        """The callback of one inference."""
+        exchange.job = None
+        if isinstance(end, Exception):
+            exchange.fail(end)
+            return
+        try:
+            if not end.id:
+                end.id = request.id
+            body = encode_response(end, request, regions=self._regions)
+            if end.trace:
+                send_body(exchange, body, trace=end.trace)
+            elif body.header_length is None:
+                exchange.answer(body.data)
+            else:
+                exchange.answer(body.data, content_type=_OCTETS, headers=_told(body.header_length))
+        except Exception as fault:
+            exchange.fail(fault)
+
+
+def _speaks_json(body: Buffer) -> bool:
+    """Whether bytes are the protocol's JSON, and not a tensor that only begins like it."""
+    start = bytes(body[:512])
+    return start.lstrip()[:1] == b"{" and b'"inputs"' in start
+
+
+def send_body(exchange: Exchange, body: Body, *, trace: str = "") -> None:
+    """Send an encoded answer with the headers of its kind."""
+    headers: Headers = (("traceparent", trace),) if trace else ()
+    if body.header_length is None:
+        exchange.answer(body.data, content_type=JSON, headers=headers)
+    else:
+        exchange.answer(body.data, content_type=_OCTETS, headers=(*_told(body.header_length), *headers))
+
+
+@lru_cache(maxsize=256)
+def _told(length: int) -> Headers:
+    """The header of an answer with binary data."""
+    return (("inference-header-content-length", str(length)),)
+
+
+def input_specs(service: Served, model: str, version: str) -> list[TensorSpec]:
+    """The inputs of a model as its metadata tells them."""
+    inputs = service.model_metadata(model, version)["inputs"]
+    return [TensorSpec(item["name"], item["datatype"], tuple(map(_axis, item["shape"]))) for item in inputs]
+
+
+def _axis(length: int) -> Axis:
+    return length if length >= 0 else Free()

@@ -1,0 +1,100 @@
+"""The edge: requests are checked here, once, in the fast way for what is right and the explaining way for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torchship.errors import BadInput
+from torchship.serve.engine.ipc.arena import size_of
+from torchship.serve.engine.queue import Job
+from torchship.stage import Parameter, Value
+from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
+from torchship.wire.rows import Packed
+
+
+class Edge:
+    """Checks the tensors and parameters of requests against a signature."""
+
+    def __init__(
+        self, signature: Signature, *, parameters: tuple[Parameter, ...] = (), nan: NanPolicy = "allow"
+    ) -> None:
+        self.signature = signature
+        self.order: tuple[str, ...] = ()  # of the names in which bytes that came in can be used as they are
+        self._nan: NanPolicy = nan
+        self._parameters = {parameter.name: parameter for parameter in parameters}
+        self._plain: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
+        self._simple = nan == "allow" and self._learn()
+        self._row_size = sum([int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in self._plain])
+
+    def _learn(self) -> bool:
+        """Whether dtype and trailing axes say everything, as they do for fixed shapes with a plain batch axis."""
+        for spec in self.signature.inputs:
+            axes = spec.shape[1:] if self.signature.batched else spec.shape
+            fixed = tuple(axis for axis in axes if isinstance(axis, int))
+            if len(fixed) != len(axes) or spec.dtype == "BYTES":
+                return False
+            if self.signature.batched and (not spec.shape or spec.shape[0] != Free()):
+                return False
+            self._plain.append((spec.name, numpy_dtype(spec.dtype), fixed))
+        return True
+
+    def admit(self, job: Job) -> None:
+        """Check a job's tensors and measure it: its rows (1 where the signature is not batched) and its bytes.
+
+        Raises BadInput naming the fault.
+        """
+        tensors = job.tensors
+        form = tensors.form if type(tensors) is Packed else None
+        if form is not None and form.passed is self:
+            job.rows, job.size = form.rows, form.size
+            return
+        if self._simple and len(tensors) == len(self._plain):
+            rows = self._quick(tensors)
+            if rows:
+                job.rows = rows
+                job.size = rows * self._row_size
+                if form is not None:
+                    form.passed, form.rows, form.size = self, job.rows, job.size
+                    form.usable = form.names == self.order
+                return
+        for name, array in tensors.items():
+            if array.dtype.hasobject:
+                _check_bytes(name, array)
+        job.rows = self.signature.check(tensors, nan=self._nan)
+        job.size = sum([size_of(array) for array in tensors.values()])
+
+    def _quick(self, tensors: Tensors) -> int:
+        """The number of rows; 0 for anything that needs a second look."""
+        rows = 0
+        batched = self.signature.batched
+        for name, dtype, shape in self._plain:
+            array = tensors.get(name)
+            if array is None or (array.dtype is not dtype and array.dtype != dtype):
+                return 0
+            found = array.shape
+            if not batched:
+                if found != shape:
+                    return 0
+                rows = 1
+            elif not found or found[1:] != shape or (rows and found[0] != rows):
+                return 0
+            else:
+                rows = found[0]
+        return rows
+
+    def values(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """The parameters that the stages know, checked. Raises BadInput for one out of its bounds."""
+        known = self._parameters
+        name = given.get("sequence_id")
+        if isinstance(name, int) and "sequence_id" in known and isinstance(known["sequence_id"].default, str):
+            given = {**given, "sequence_id": str(name)}  # clients may count sequences or name them
+        return {name: known[name].check(value) for name, value in given.items() if name in known}
+
+
+def _check_bytes(name: str, array: Array) -> None:
+    for item in array.flat:
+        if not isinstance(item, bytes):
+            raise BadInput(f"tensor {name!r} holds {type(item).__name__}, expected bytes")

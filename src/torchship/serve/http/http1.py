@@ -1,0 +1,364 @@
+"""HTTP/1.1 on a socket: framing, order, limits and time-outs; what a request means is decided elsewhere.
+
+A steady client sends the same head bytes again and again: a head is parsed and routed once and then looked up by
+its bytes, so that only a body costs anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import cast
+
+from torchship.errors import TorchshipError
+from torchship.serve.http.chunks import Chunks
+from torchship.serve.http.coding import COMPRESS_FROM, enter, packs
+from torchship.serve.http.exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
+from torchship.serve.http.http2.connection import Connection2
+from torchship.serve.http.site import Site
+from torchship.wire.raw import Buffer
+
+_COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it
+_LINGER = 2.0  # seconds that a refused peer may go on sending
+
+
+class Connection(asyncio.Protocol):
+    """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
+
+    __slots__ = (
+        "_again", "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused",
+        "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again", "_writable", "transport",
+    )  # fmt: skip
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._buffer = b""
+        self._head: Head | None = None  # set while its body arrives
+        self._body = bytearray()
+        self._need = 0
+        self._held = 0  # of the body that arrives
+        self._chunks: Chunks | None = None
+        self._pending: deque[Exchange] = deque()
+        self._closing = False
+        self._again: Head | None = None  # of the last request that came in one piece
+        self._top_again = b""  # its bytes
+        self._size = 0  # and how many bytes such a request has
+        self._greeted = False  # whether the first bytes have been looked at
+        self._paused = False
+        self._refused = False
+        self._writable = True
+        self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
+        self._since = site.now
+        self.transport: asyncio.Transport
+
+    # -- the socket -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A peer is there; too many of them are turned away."""
+        self.transport = cast(asyncio.Transport, transport)
+        if self._site.closing or len(self._site.connections) >= self._site.limits.connections:
+            self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+            self._closing = True
+            return
+        secure = self.transport.get_extra_info("ssl_object")
+        if secure is not None and secure.selected_alpn_protocol() == "h2":
+            self._become_h2(b"")
+            return
+        self._site.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The peer is gone: nothing that it asked for is needed any more."""
+        self._site.gone(self)
+        self._held = self._site.hold(self._held, 0)
+        self._closing = True
+        self.resume_writing()
+        for exchange in self._pending:
+            exchange.leave()
+        self._pending.clear()
+
+    def eof_received(self) -> bool:
+        """A peer that stops sending has gone, as far as anybody can tell: its work is cancelled (as in Go's server)."""
+        return False
+
+    def pause_writing(self) -> None:
+        """The peer reads too slowly: take no more of its requests."""
+        self._writable = False
+        self._since = self._site.now
+        self._hold()
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self._writable = True
+        self._room.set()
+        self._release()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the peer."""
+        if self._closing:
+            return
+        if self._greeted and not self._buffer and self._head is None and not self._paused and self._whole(data):
+            return
+        if self._buffer:
+            self._buffer += data
+        else:
+            self._buffer = data
+            if self._head is None:
+                self._since = self._site.now
+        if not self._paused:
+            self._read()
+
+    def _whole(self, data: bytes) -> bool:
+        """Nearly always what comes is one whole request whose head is known, even that of the last one: begin it."""
+        head = self._again
+        if head is None or len(data) != self._size or not data.startswith(self._top_again):
+            end = data.find(b"\r\n\r\n") + 4
+            head = self._site.heads.get(data[:end])
+            if head is None or head.length != len(data) - end:
+                return False
+            self._again, self._top_again, self._size = head, data[:end], len(data)
+        end = self._size - head.length
+        self._begin(head, data[end:] if head.length < _COPY_BELOW else memoryview(data)[end:])
+        return True
+
+    def _become_h2(self, early: bytes) -> None:
+        """The peer speaks HTTP/2: hand the socket over."""
+        self._site.connections.discard(self)
+        self._closing = True
+        successor = Connection2(self._site)
+        self.transport.set_protocol(successor)
+        successor.connection_made(self.transport)
+        if early:
+            successor.data_received(early)
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            place = 0
+            while not self._closing and not self._paused:
+                before = place
+                place = self._read_body(place) if self._head is not None else self._read_head(place)
+                if place == before:
+                    break
+            if place:
+                self._buffer = self._buffer[place:]
+        except TorchshipError as fault:
+            self._refuse(fault)
+
+    def _read_head(self, place: int) -> int:
+        """Take one head, and its body where that is there too; the new place (the same one: more is needed)."""
+        buffer, limits = self._buffer, self._site.limits
+        end = buffer.find(b"\r\n\r\n", place)
+        if not self._greeted and len(buffer) >= 4:
+            self._greeted = True
+            if buffer.startswith(b"PRI "):
+                self._buffer = b""
+                self._become_h2(buffer)
+                return place
+        if end < 0 or end - place > limits.head:
+            if len(buffer) - place > limits.head:
+                raise HttpFault(431, f"the request head is larger than {limits.head} bytes")
+            return place
+        end += 4
+        head = self._site.head_of(buffer[place:end])
+        length = head.length
+        if 0 <= length <= len(buffer) - end:
+            view = memoryview(buffer)[end : end + length]
+            self._begin(head, bytes(view) if length < _COPY_BELOW else view)
+            return end + length
+        if length > limits.body:
+            raise HttpFault(413, f"the body has {length} bytes, the limit is {limits.body}")
+        self._head, self._need, self._since = head, length, self._site.now
+        self._body = bytearray()
+        self._chunks = Chunks(limits.body) if length < 0 else None
+        if head.expects and end == len(buffer) and not self._pending:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return end
+
+    def _read_body(self, place: int) -> int:
+        head = cast(Head, self._head)
+        if self._chunks is not None:
+            place, done = self._chunks.feed(self._buffer, place, self._body)
+            self._held = self._site.hold(self._held, len(self._body))
+            if not done:
+                return place
+        else:
+            take = min(self._need - len(self._body), len(self._buffer) - place)
+            self._body += memoryview(self._buffer)[place : place + take]
+            place += take
+            self._held = self._site.hold(self._held, len(self._body))
+            if len(self._body) < self._need:
+                return place
+        self._held = self._site.hold(self._held, 0)
+        body, self._body, self._head, self._chunks = self._body, bytearray(), None, None
+        self._begin(head, body)
+        return place
+
+    def _begin(self, head: Head, body: Buffer) -> None:
+        """A request is complete: hand it to its endpoint."""
+        exchange, site = Exchange(self, head, body), self._site
+        self._pending.append(exchange)
+        self._since = site.now
+        if not head.keep_alive:
+            self._closing = True
+        if len(self._pending) >= site.limits.pipelined:
+            self._hold()
+        try:
+            if site.admit is not None:
+                site.admit(head.scope, head.headers)
+            if head.encoding and body:
+                enter(exchange, limit=site.limits.body)
+            else:
+                head.endpoint(exchange)
+        except Exception as fault:
+            exchange.fail(fault)
+
+    def _refuse(self, fault: TorchshipError) -> None:
+        """What came is not HTTP that we take: say so after the answers that are due, then close."""
+        head = Head("", "", "", {})
+        head.keep_alive = False
+        exchange = Exchange(self, head, b"")
+        self._pending.append(exchange)
+        self._closing = self._refused = True
+        self._head, self._buffer, self._body = None, b"", bytearray()
+        self._held = self._site.hold(self._held, 0)
+        exchange.fail(fault if isinstance(fault, HttpFault) else HttpFault(400, str(fault), hint=fault.hint))
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        """Write a whole answer, or keep it until those before it are written."""
+        if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
+
+            def then(data: bytes, told: Headers) -> None:
+                self._send(exchange, status, data, content_type, (*headers, *told))
+
+            if packs(exchange, body, then=then):
+                return
+        self._send(exchange, status, body, content_type, headers)
+
+    def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        head, site, pending = exchange.head, self._site, self._pending
+        if head.keep_alive and not head.old:
+            top = site.tops.get((status, content_type, headers)) or site.top(status, content_type, headers)
+            data = b"%b%d\r\n\r\n%b" % (top, len(body), body)
+        else:
+            data = self._top(head, status, content_type, (*headers, ("content-length", str(len(body))))) + body
+        if head.method == "HEAD":
+            data = data[: len(data) - len(body)]
+        if pending and pending[0] is exchange:
+            pending.popleft()
+            self.transport.write(data)
+            if pending or self._closing or self._paused:
+                self._flush()
+        else:
+            exchange.ready = data
+
+    def _top(self, head: Head, status: int, content_type: str, headers: Headers) -> bytes:
+        line = status_line(status) + self._site.date
+        if not head.keep_alive:
+            headers = (*headers, ("connection", "close"))
+        elif head.old:
+            headers = (*headers, ("connection", "keep-alive"))
+        return line + header_lines((("content-type", content_type), *headers)) + b"\r\n"
+
+    def _flush(self) -> None:
+        """Write the answers whose turn it is, and close when all is said."""
+        pending = self._pending
+        while pending and pending[0].ready is not None:
+            exchange = pending.popleft()
+            self.transport.write(cast(bytes, exchange.ready))
+        if pending and pending[0].started:
+            return
+        if self._closing and not pending:
+            self._hang_up()
+        elif not pending:
+            self._since = self._site.now
+        self._release()
+
+    def _hang_up(self) -> None:
+        """Close. A peer that was refused may still be sending, and would lose our answer if we closed at once."""
+        if self._refused and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._since = self._site.now
+        else:
+            self.transport.close()
+
+    def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
+        """The head of a streamed answer, chunked (or until the connection closes, for HTTP/1.0)."""
+        head = exchange.head
+        if head.old:
+            head.keep_alive = False
+            self._closing = True
+        extra = () if head.old else (("transfer-encoding", "chunked"),)
+        self._put(exchange, self._top(head, status, content_type, (*headers, *extra)))
+
+    def write(self, exchange: Exchange, data: bytes) -> None:
+        """A piece of a streamed answer."""
+        self._put(exchange, data if exchange.head.old else b"".join((b"%x\r\n" % len(data), data, b"\r\n")))
+
+    def end(self, exchange: Exchange) -> None:
+        """The last piece of a streamed answer."""
+        self._put(exchange, b"" if exchange.head.old else b"0\r\n\r\n")
+        exchange.started = False
+        if self._pending and self._pending[0] is exchange:
+            self._pending.popleft()
+            self._flush()
+        elif exchange.ready is None:
+            exchange.ready = b""
+
+    def _put(self, exchange: Exchange, data: bytes) -> None:
+        if self._pending and self._pending[0] is exchange:
+            if exchange.ready:
+                data, exchange.ready = exchange.ready + data, None
+            self.transport.write(data)
+        else:
+            exchange.ready = (exchange.ready or b"") + data
+
+    async def drained(self, exchange: Exchange) -> None:
+        """Wait until the peer has taken most of what was written."""
+        while not self._writable:
+            self._room.clear()
+            await self._room.wait()
+
+    # -- pace -----------------------------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        if not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def _release(self) -> None:
+        if self._paused and self._writable and len(self._pending) < self._site.limits.pipelined:
+            self._paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+                asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._buffer and not self._paused and not self._closing:
+            self._read()
+
+    def overdue(self, now: float) -> None:
+        """Close the connection when its peer has kept us waiting for too long."""
+        waited, limits = now - self._since, self._site.limits
+        if self._refused and not self._pending and waited > _LINGER:
+            self.transport.abort()
+        if not self._writable:
+            if waited > limits.write_seconds:
+                self.transport.abort()
+        elif self._head is not None:
+            if waited > limits.body_seconds + len(self._body) / limits.body_rate:
+                self._refuse(HttpFault(408, "the body did not arrive in time"))
+        elif self._buffer and not self._paused:
+            if waited > limits.head_seconds:
+                self._refuse(HttpFault(408, "the request head did not arrive in time"))
+        elif not self._pending and waited > limits.idle_seconds:
+            self.transport.close()
+
+    def retire(self) -> None:
+        """The server stops: close now, or as soon as the answers that are due have been sent."""
+        self._closing = True
+        if not self._pending:
+            self.transport.close()

@@ -1,0 +1,274 @@
+"""gRPC on a stream of HTTP/2: messages in, messages and a status out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, NamedTuple, Protocol
+
+from torchship.errors import TorchshipError
+from torchship.serve.http.coding import decompress, unpack
+from torchship.serve.http.exchange import Head, HttpFault
+from torchship.wire import frames as h2
+from torchship.wire.raw import Buffer
+from torchship.wire.status import status_of, text_of
+
+_OK, _UNKNOWN, _INVALID, _EXHAUSTED, _UNIMPLEMENTED = 0, 2, 3, 8, 12
+_TOP = h2.status_field(200) + b"\x0f\x10\x10application/grpc"  # content-type is number 31 of the static table
+_GOOD = h2.literal(b"grpc-status", b"0")
+_QUEUE = 16  # messages of a stream that are read ahead of their use
+
+
+class Rpc(NamedTuple):
+    """One gRPC method. `unary(call, message, start)` where the client sends one message, which begins at `start`;
+    `stream(call)` as a Task where it sends several."""
+
+    unary: Callable[[Call, Buffer, int], object] | None = None
+    stream: Callable[[Call], Coroutine[Any, Any, None]] | None = None
+    scope: str = ""
+
+    @property
+    def client_streams(self) -> bool:
+        """Whether the client sends several messages."""
+        return self.stream is not None
+
+
+class _Stream(Protocol):
+    number: int
+    head: Head
+    body: Buffer
+    size: int
+    ended: bool
+
+
+class _Link(Protocol):
+    """The connection, as a call sees it."""
+
+    _site: Any
+
+    def put(self, stream: Any, head: bytes, data: bytes, tail: bytes) -> None: ...
+
+    def give(self, stream: Any) -> None: ...
+
+    async def drained(self, stream: Any) -> None: ...
+
+
+class Call:
+    """One gRPC call: `reply` once, or `write` several times and `finish`; `fail` instead of either."""
+
+    __slots__ = ("_begun", "_link", "_over", "_queue", "_stream", "_waiter", "gone", "head", "job")
+
+    def __init__(self, link: _Link, stream: _Stream) -> None:
+        self._link = link
+        self._stream = stream
+        self.head = stream.head
+        self.job: Any = None  # a future or task that is cancelled when the caller goes away
+        self.gone = False
+        self._begun = False
+        self._over = False
+        self._queue: deque[Buffer] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- what comes -----------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """A call with several messages begins: run it as a Task."""
+        self._queue = deque()
+        if self._admitted():
+            self.job = asyncio.ensure_future(self._run())
+
+    async def _run(self) -> None:
+        try:
+            await self.head.rpc.stream(self)
+            self.finish()
+        except Exception as fault:
+            self.fail(fault)
+
+    def feed(self) -> None:
+        """Take the complete messages out of the stream's body."""
+        body, queue = self._stream.body, self._queue
+        if queue is None:
+            return
+        place = 0
+        try:
+            while len(body) - place >= 5:
+                size = int.from_bytes(body[place + 1 : place + 5], "big")
+                if size > self._link._site.limits.body:
+                    self.finish(_EXHAUSTED, f"the message has {size} bytes")
+                    return
+                if len(body) - place - 5 < size:
+                    break
+                message: Buffer = bytes(memoryview(body)[place : place + 5 + size])
+                queue.append(self._plain(message))
+                place += 5 + size
+        except HttpFault as fault:
+            self.finish(_INVALID, str(fault))
+            return
+        rest = bytearray(memoryview(body)[place:])
+        self._stream.body, self._stream.size = rest, len(rest)
+        if len(queue) < _QUEUE:
+            self._link.give(self._stream)
+        self._wake()
+
+    def complete(self) -> None:
+        """The client has said all: run a call of one message."""
+        if self._queue is not None:
+            self._wake()
+            return
+        body = self._stream.body
+        if len(body) < 5 or int.from_bytes(body[1:5], "big") != len(body) - 5:
+            self.finish(_INVALID, "the call needs exactly one message")
+            return
+        if not self._admitted():
+            return
+        try:
+            if body[0]:
+                self._unpack(body)
+            else:
+                self.head.rpc.unary(self, body, 5)
+        except Exception as fault:
+            self._refuse(fault)
+
+    def _unpack(self, body: Buffer) -> None:
+        """Decompress the one message, then run the call. Raises HttpFault."""
+
+        def then(data: bytes) -> None:
+            self.job = None
+            if not self.gone:
+                self.head.rpc.unary(self, bytes(5) + data, 5)
+
+        coding, limit = self._coding(body), self._link._site.limits.body
+        work = unpack(memoryview(body)[5:], coding=coding, limit=limit, then=then, fail=self._refuse)
+        if work is not None:
+            self.job = work
+
+    def _refuse(self, fault: Exception) -> None:
+        if isinstance(fault, HttpFault):
+            self.finish(_EXHAUSTED if fault.status == 413 else _INVALID, str(fault))
+        else:
+            self.fail(fault)
+
+    def _admitted(self) -> bool:
+        try:
+            if self.head.rpc.stream is None and self.head.rpc.unary is None:
+                self.finish(_UNIMPLEMENTED, "unknown method")
+                return False
+            if self._link._site.admit is not None:
+                self._link._site.admit(self.head.rpc.scope, self.head.headers)
+        except TorchshipError as fault:
+            self.fail(fault)
+            return False
+        return True
+
+    def _plain(self, message: Buffer) -> Buffer:
+        """A message with its prefix, unpacked where it was compressed. Raises HttpFault."""
+        if not message[0]:
+            return message
+        limit = self._link._site.limits.body
+        return bytes(5) + decompress(memoryview(message)[5:], coding=self._coding(message), limit=limit)
+
+    def _coding(self, message: Buffer) -> str:
+        """How a compressed message was packed. Raises HttpFault."""
+        coding = self.head.headers.get("grpc-encoding", "identity")
+        if message[0] != 1 or coding == "identity":
+            raise HttpFault(400, "the message says it is compressed, the call does not")
+        return coding
+
+    async def messages(self) -> AsyncIterator[Buffer]:
+        """The messages of the client, each behind a prefix of five bytes, until it has said all."""
+        queue = self._queue
+        assert queue is not None  # noqa: S101  (only calls that stream are asked)
+        while True:
+            while queue:
+                yield queue.popleft()
+                if len(queue) < _QUEUE:
+                    self._link.give(self._stream)
+            if self._stream.ended or self._over:
+                return
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- what goes ------------------------------------------------------------------------------------------------
+
+    def reply(self, data: bytes, *, trace: str = "") -> None:
+        """Send the one answer, and that all is well; `trace` goes into the trailers as `traceparent`."""
+        if self._over or self.gone:
+            return
+        if trace:
+            self.write(data)
+            self.finish(extra=h2.literal(b"traceparent", trace.encode()))
+            return
+        self._over = True
+        number = self._stream.number
+        size = len(data)
+        self._link.put(
+            self._stream,
+            _TOP_FRAME % number.to_bytes(4, "big"),
+            b"".join((b"\0", size.to_bytes(4, "big"), data)),
+            _GOOD_FRAME % number.to_bytes(4, "big"),
+        )
+
+    def write(self, data: bytes) -> None:
+        """Send one of several answers."""
+        if self._over or self.gone:
+            return
+        top = b"" if self._begun else _TOP_FRAME % self._stream.number.to_bytes(4, "big")
+        self._begun = True
+        self._link.put(self._stream, top, b"".join((b"\0", len(data).to_bytes(4, "big"), data)), b"")
+
+    async def drained(self) -> None:
+        """Wait until the client has taken most of what was written."""
+        await self._link.drained(self._stream)
+
+    def finish(self, code: int = _OK, message: str = "", *, extra: bytes = b"") -> None:
+        """End the call with a status; `extra` are encoded trailers."""
+        if self._over or self.gone:
+            return
+        self._over = True
+        fields = h2.literal(b"grpc-status", str(code).encode())
+        if message:
+            fields += h2.literal(b"grpc-message", _percent(message))
+        fields += extra
+        if not self._begun:
+            fields = _TOP + fields
+        self._link.put(
+            self._stream,
+            b"",
+            b"",
+            h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, self._stream.number, fields),
+        )
+        self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with the status of an error."""
+        wait = getattr(error, "retry_after", 0.0)
+        pushback = h2.literal(b"grpc-retry-pushback-ms", b"%d" % math.ceil(wait * 1e3)) if wait else b""
+        self.finish(status_of(error).grpc, text_of(error), extra=pushback)
+
+    def leave(self) -> None:
+        """The caller went away: stop what was begun for it."""
+        self.gone = True
+        if self.job is not None:
+            self.job.cancel()
+        self._wake()
+
+
+def _percent(message: str) -> bytes:
+    """`grpc-message`: printable ASCII but the percent sign, the rest percent-encoded."""
+    raw = message.encode()[:1024]
+    return b"".join(bytes([byte]) if 0x20 <= byte < 0x7F and byte != 0x25 else b"%%%02X" % byte for byte in raw)
+
+
+def _template(flags: int, block: bytes) -> bytes:
+    """The bytes of a HEADERS frame with %b where the stream's number belongs."""
+    return h2.frame(h2.HEADERS, flags, 0, block)[:5].replace(b"%", b"%%") + b"%b" + block.replace(b"%", b"%%")
+
+
+_TOP_FRAME = _template(h2.END_HEADERS, _TOP)
+_GOOD_FRAME = _template(h2.END_HEADERS | h2.END_STREAM, _GOOD)

@@ -1,0 +1,64 @@
+"""An open port: binds it, gives each connection its protocol, ticks its clock, and closes it in peace."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+
+from torchship.errors import Unavailable
+from torchship.serve.http.site import Site
+
+_HANDSHAKE = 10.0  # seconds
+
+
+class Listener:
+    """An open port with its connections."""
+
+    def __init__(self, site: Site, server: asyncio.Server) -> None:
+        self._site, self._server = site, server
+        self._clock: asyncio.TimerHandle | None = None
+        self._tick()
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._site.tick(loop.time())
+        self._clock = loop.call_later(1.0, self._tick)
+
+    async def close(self, *, grace: float = 10.0) -> None:
+        """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""
+        self._server.close()
+        self._site.closing = True
+        for connection in tuple(self._site.connections):
+            connection.retire()
+        if self._site.connections:
+            self._site.empty = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._site.empty], timeout=grace)
+        for connection in tuple(self._site.connections):
+            connection.transport.abort()
+        if self._clock is not None:
+            self._clock.cancel()
+        await asyncio.sleep(0)
+
+
+async def bind(
+    site: Site, protocol: Any, *, host: str, port: int, tls: ssl.SSLContext | None, shared: bool = False
+) -> Listener:
+    """Listen; on a `shared` port together with others. Raises Unavailable where the port cannot be bound."""
+    loop = asyncio.get_running_loop()
+    site.tick(loop.time())
+    try:
+        server = await loop.create_server(
+            lambda: protocol(site), host, port,
+            ssl=tls, ssl_handshake_timeout=_HANDSHAKE if tls else None, backlog=1024, reuse_port=shared,
+        )  # fmt: skip
+    except OSError as fault:
+        text = f"cannot listen on {host}:{port}: {fault.strerror}"
+        raise Unavailable(text, hint="is it in use? choose another port") from None
+    return Listener(site, server)

@@ -1,0 +1,113 @@
+"""Paths to endpoints: a tree of path segments, matched once per distinct request head."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from torchship.errors import BadInput
+from torchship.serve.http.exchange import Endpoint, Exchange, Head, HttpFault
+
+# A name from a URL ends up in look-ups, logs and metrics: nothing but this may pass.
+_NAME = re.compile(r"[A-Za-z0-9_][\w.\-]{0,127}", re.ASCII)
+_PEOPLE = "person"  # people have names with spaces and accents; which, the gallery says
+
+
+class Route(NamedTuple):
+    """`pattern` is a path with {places}; `scope` is what a token must allow: "", infer, manage or metrics.
+
+    `about` is a sentence for readers. The endpoint takes an Exchange and answers it; a coroutine function runs as a
+    Task, and what it raises is sent.
+    """
+
+    method: str
+    pattern: str
+    endpoint: Endpoint
+    scope: str = ""
+    about: str = ""
+
+
+@dataclass(slots=True)
+class _Node:
+    children: dict[str, _Node] = field(default_factory=dict)
+    place: str = ""
+    below: _Node | None = None
+    routes: dict[str, Route] = field(default_factory=dict)
+
+
+class Router:
+    """All routes of a server."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._root = _Node()
+        for route in routes:
+            node = self._root
+            for part in route.pattern.strip("/").split("/"):
+                if part.startswith("{"):
+                    node.below = node.below or _Node(place=part[1:-1])
+                    node = node.below
+                else:
+                    node = node.children.setdefault(part, _Node())
+            node.routes[route.method] = route._replace(endpoint=_spawning(route.endpoint))
+
+    def resolve(self, head: Head) -> None:
+        """Give `head` its endpoint, scope and places; a wrong path or verb becomes an endpoint that says so."""
+        try:
+            self._find(head)
+        except (HttpFault, BadInput) as fault:
+            error = fault
+
+            def refuse(exchange: Exchange) -> None:
+                exchange.fail(error)
+
+            head.endpoint = refuse
+
+    def _find(self, head: Head) -> None:
+        node: _Node = self._root
+        places = {}
+        for raw in head.path.strip("/").split("/"):
+            if raw in node.children:
+                node = node.children[raw]
+            elif node.below is not None:
+                node = node.below
+                places[node.place] = _checked(unquote(raw), node.place)
+            else:
+                raise HttpFault(404, "Not Found", hint="GET /docs lists what is served")
+        if not node.routes:
+            raise HttpFault(404, "Not Found", hint="GET /docs lists what is served")
+        method = "GET" if head.method == "HEAD" and "HEAD" not in node.routes else head.method
+        if method not in node.routes:
+            allowed = ", ".join(sorted(node.routes))
+            raise HttpFault(405, f"Method {head.method[:16]} Not Allowed", headers=(("allow", allowed),))
+        route = node.routes[method]
+        head.endpoint, head.scope, head.places = route.endpoint, route.scope, places
+
+
+def _checked(name: str, place: str) -> str:
+    if place == _PEOPLE and name.isprintable() and 0 < len(name) <= 200:
+        return name
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"{place} in the path is not a name", hint="letters, digits, dot, dash and underscore")
+    return name
+
+
+def _spawning(endpoint: Endpoint) -> Endpoint:
+    """A coroutine function as a plain endpoint that runs it as a Task."""
+    if not inspect.iscoroutinefunction(endpoint):
+        return endpoint
+
+    async def run(exchange: Exchange) -> None:
+        try:
+            await endpoint(exchange)
+        except Exception as fault:
+            exchange.fail(fault)
+
+    def spawn(exchange: Exchange) -> None:
+        exchange.job = asyncio.ensure_future(run(exchange))
+
+    return spawn
