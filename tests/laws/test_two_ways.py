@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from torchship.errors import BadInput
 from torchship.tensors import Array, numpy_dtype
-from torchship.wire.forms import Forms
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec
 from torchship.wire.oip_json import decode_request, encode_response
-from torchship.wire.rows import Batch, Outline, Packed, Share
+from torchship.wire.rows import Batch, BatchSlice, Outline, RawInputs
 from torchship.wire.schema import message
+from torchship.wire.templates import TemplateCache
 
 NUMBERS = ("FP16", "FP32", "FP64", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 
@@ -52,35 +52,35 @@ def outcome(read: Any) -> Any:
 @given(st.data(), st.sampled_from(NUMBERS), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_json_is_read_the_same_both_ways(data: st.DataObject, kind: str, spaces: bool, last: bool) -> None:
-    forms = Forms(None)
+    templates = TemplateCache(None)
     learnt = body_of([1, 2, 3, 4], kind, spaces=spaces, last=last)
-    forms.learn(learnt, decode_request(learnt, model="m"))
+    templates.learn(learnt, decode_request(learnt, model="m"))
     items = data.draw(st.lists(value_of(kind), min_size=3, max_size=5))
     body = body_of(items, kind, spaces=spaces, last=last)
-    known = forms.read(body)
+    known = templates.read(body)
     assert known is None or outcome(lambda: known) == outcome(lambda: decode_request(body, model="m"))
-    assert forms.read(learnt) is not None or last, "a plain body is known the second time"
+    assert templates.read(learnt) is not None or last, "a plain body is known the second time"
 
 
 def test_what_only_looks_like_the_data_is_not_taken_for_it() -> None:
     given = b'"inputs":[{"name":"x","shape":[1,1],"datatype":"FP32","data":[7]}]'
     for text in (b'{"more":{"data":[%d]},' + given + b"}", b"{" + given + b',"more":{"data":[%d]}}'):
-        forms = Forms(None)
+        templates = TemplateCache(None)
         for value in (7, 8, 7):
             body = text % value
-            forms.learn(body, decode_request(body, model="m"))
-            known = forms.read(body)
+            templates.learn(body, decode_request(body, model="m"))
+            known = templates.read(body)
             assert known is None or known.inputs["x"].tolist() == [[7.0]]
 
 
 @given(st.binary(max_size=40), st.integers(0, 160))
 @settings(max_examples=150, deadline=None)
 def test_damaged_bodies_are_never_taken_for_known_ones(noise: bytes, place: int) -> None:
-    forms = Forms(None)
+    templates = TemplateCache(None)
     learnt = body_of([1, 2, 3, 4], "FP32", spaces=False, last=False)
-    forms.learn(learnt, decode_request(learnt, model="m"))
+    templates.learn(learnt, decode_request(learnt, model="m"))
     body = learnt[:place] + noise + learnt[place + len(noise) :]
-    known = forms.read(body)
+    known = templates.read(body)
     assert known is None or outcome(lambda: known) == outcome(lambda: decode_request(body, model="m"))
 
 
@@ -94,13 +94,13 @@ def test_binary_is_read_the_same_both_ways(kinds: list[str], rows: int, more: in
     ]
     head = msgspec.json.encode({"inputs": inputs, "parameters": {"binary_data_output": True}})
     body = b"".join([head, *[array.tobytes() for array in arrays]])
-    forms = Forms(len(head))
-    forms.learn(body, decode_request(body, model="m", header_length=len(head)))
-    known = forms.read(body)
+    templates = TemplateCache(len(head))
+    templates.learn(body, decode_request(body, model="m", header_length=len(head)))
+    known = templates.read(body)
     assert known is not None
-    assert type(known.inputs) is Packed
+    assert type(known.inputs) is RawInputs
     assert outcome(lambda: known) == outcome(lambda: decode_request(body, model="m", header_length=len(head)))
-    assert forms.read(body + b"x" * more) is None or not more
+    assert templates.read(body + b"x" * more) is None or not more
 
 
 def batch_of(kinds: list[str], rows: int) -> dict[str, Array]:
@@ -108,12 +108,12 @@ def batch_of(kinds: list[str], rows: int) -> dict[str, Array]:
     return {f"y{i}": (rng.standard_normal((rows, 3)) * 100).astype(numpy_dtype(kind)) for i, kind in enumerate(kinds)}
 
 
-def shares(arrays: Mapping[str, Array], cuts: list[int]) -> list[tuple[Share, dict[str, Array]]]:
+def shares(arrays: Mapping[str, Array], cuts: list[int]) -> list[tuple[BatchSlice, dict[str, Array]]]:
     """Each caller's share, and the same as plain arrays."""
     batch, found, start = Batch(Outline(tuple(arrays)), list(arrays.values())), [], 0
     for count in cuts:
         plain = {name: array[start : start + count] for name, array in arrays.items()}
-        found.append((Share(batch, start, start + count), plain))
+        found.append((BatchSlice(batch, start, start + count), plain))
         start += count
     return found
 

@@ -25,7 +25,7 @@ from torchship.wire.oip_json import (
     write_region,
 )
 from torchship.wire.raw import Buffer, datatype_of, decode_raw, element_count, encode_raw, object_array
-from torchship.wire.rows import Form, Packed, Share
+from torchship.wire.rows import BatchSlice, RawInputs, RawLayout
 from torchship.wire.schema import message
 
 _CONTENTS = {
@@ -52,7 +52,7 @@ class _Shape(NamedTuple):
 
     request: Request
     inputs: tuple[_Tensor, ...]
-    form: Form | None  # where all of it is small and needs no look
+    layout: RawLayout | None  # where all of it is small and needs no look
 
 
 class _Tensor(NamedTuple):
@@ -97,10 +97,10 @@ class InferCodec:
         known = self._asked.get(key)
         if known is None or len(known.inputs) != len(raws):
             return self._decode_slowly(data[start:], key)
-        form, old = known.form, known.request
+        layout, old = known.layout, known.request
         parameters = dict(old.parameters) if old.parameters else {}
-        if form is not None and size <= _SMALL and [last - first for first, last in raws] == form.sizes:
-            packed = Packed(form, tuple([bytes(data[first:last]) for first, last in raws]))
+        if layout is not None and size <= _SMALL and [last - first for first, last in raws] == layout.sizes:
+            packed = RawInputs(layout, tuple([bytes(data[first:last]) for first, last in raws]))
             return Request(old.model, packed, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
         inputs: dict[str, Array] = {}
         for (name, datatype, shape, dtype, bytes_wanted), (first, last) in zip(known.inputs, raws, strict=True):
@@ -137,7 +137,7 @@ class InferCodec:
             shapes = tuple(_tensor(item, inputs[item.name]) for item in asked.inputs)
             if len(self._asked) >= 512:
                 self._asked.clear()
-            self._asked[key] = _Shape(request, shapes, _form(shapes))
+            self._asked[key] = _Shape(request, shapes, _layout(shapes))
             request = Request(
                 request.model, inputs, request.version, request.id, dict(request.parameters), request.outputs,
                 request.deadline, request.priority,
@@ -163,9 +163,9 @@ class InferCodec:
         """The bytes of a ModelInferResponse. Raises BadInput for an output that the model does not have."""
         if request.outputs:
             return self._encode_chosen(response, request)
-        share = response.outputs
-        if type(share) is Share and share.batch.plain and not response.parameters:
-            return self._encode_share(share, response)
+        part = response.outputs
+        if type(part) is BatchSlice and part.batch.plain and not response.parameters:
+            return self._encode_slice(part, response)
         arrays = response.outputs
         key = (
             response.model,
@@ -192,14 +192,14 @@ class InferCodec:
         return b"".join(parts)
 
     @staticmethod
-    def _encode_share(share: Share, response: Response) -> bytes:
-        """The same for a share of a batch: all but the data is remembered, and the data are cut out of the batch's."""
-        batch, start, end = share.batch, share.start, share.end
+    def _encode_slice(part: BatchSlice, response: Response) -> bytes:
+        """The same for a part of a batch: all but the data is remembered, and the data are cut out of the batch's."""
+        batch, start, end = part.batch, part.start, part.end
         key = response.model, response.version, end - start
         tops = batch.outline.recall(key)
         if tops is None:
-            top = _answer(response, [(name, array, {}) for name, array in share.items()])
-            tops = [b"\x32" + _put_varint(array.nbytes) for array in share.values()]
+            top = _answer(response, [(name, array, {}) for name, array in part.items()])
+            tops = [b"\x32" + _put_varint(array.nbytes) for array in part.values()]
             tops[0] = top + tops[0]
             batch.outline.keep(key, tops)
         parts: list[bytes] = []
@@ -229,13 +229,13 @@ class InferCodec:
         return _answer(response, outputs) + bytes(rest.SerializeToString())
 
 
-def _form(inputs: tuple[_Tensor, ...]) -> Form | None:
-    """The form of a request whose bytes need no look."""
+def _layout(inputs: tuple[_Tensor, ...]) -> RawLayout | None:
+    """The layout of a request whose bytes need no look."""
     dtypes = [tensor.dtype for tensor in inputs if tensor.dtype is not None and tensor.size]
     if len(dtypes) < len(inputs):
         return None
     names, shapes = zip(*[(tensor.name, tensor.shape) for tensor in inputs], strict=True)
-    return Form(names, tuple(dtypes), shapes, [tensor.size for tensor in inputs])
+    return RawLayout(names, tuple(dtypes), shapes, [tensor.size for tensor in inputs])
 
 
 def _tensor(item: Any, array: Array) -> _Tensor:

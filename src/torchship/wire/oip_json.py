@@ -14,7 +14,7 @@ from torchship.wire.classification import classify
 from torchship.wire.json_arrays import decode_json_data, encode_json_data
 from torchship.wire.messages import Request, Response, WantedOutput
 from torchship.wire.raw import Buffer, datatype_of, decode_raw, encode_raw, object_array
-from torchship.wire.rows import Share
+from torchship.wire.rows import BatchSlice
 
 
 class Regions(Protocol):
@@ -233,9 +233,9 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
 
     Raises BadInput when the request names an output that the model does not have.
     """
-    share = response.outputs
-    if type(share) is Share and not request.outputs and not response.parameters and share.batch.plain:
-        return _encode_share(share, response, binary=request.binary)
+    part = response.outputs
+    if type(part) is BatchSlice and not request.outputs and not response.parameters and part.batch.plain:
+        return _encode_slice(part, response, binary=request.binary)
     outputs: list[_Output] = []
     blobs: list[bytes] = []
     if request.outputs or request.binary:
@@ -253,13 +253,13 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
     return Body(b"".join([text, *blobs]), len(text))
 
 
-def _encode_share(share: Share, response: Response, *, binary: bool) -> Body:
-    """The same for a share of a batch: the text is remembered but for the data, which are cut out of the batch's."""
-    batch, start, end = share.batch, share.start, share.end
+def _encode_slice(part: BatchSlice, response: Response, *, binary: bool) -> Body:
+    """The same for a part of a batch: the text is remembered but for the data, which are cut out of the batch's."""
+    batch, start, end = part.batch, part.start, part.end
     if end - start == 1 and not (binary or response.id) and len(batch.arrays) == 1:
-        return Body(_bodies(share, response)[start], None)
+        return Body(_bodies(part, response)[start], None)
     key = response.model, response.version, end - start, binary
-    befores, last = batch.outline.recall(key) or _keep(key, share, response)
+    befores, last = batch.outline.recall(key) or _keep(key, part, response)
     if response.id:
         last = b'%b,"id":%b}' % (last[:-1], _ANSWER.encode(response.id))
     if binary:
@@ -271,23 +271,23 @@ def _encode_share(share: Share, response: Response, *, binary: bool) -> Body:
     return Body(b"".join(parts), None)
 
 
-def _bodies(share: Share, response: Response) -> list[bytes]:
+def _bodies(part: BatchSlice, response: Response) -> list[bytes]:
     """The bodies for all rows of a batch with one output, as if each were asked for alone."""
-    batch = share.batch
+    batch = part.batch
     made = batch.bodies
     if made is None or made[0] != response.model or made[1] != response.version:
         key = response.model, response.version, 1, False
-        (before,), last = batch.outline.recall(key) or _keep(key, share, response)
+        (before,), last = batch.outline.recall(key) or _keep(key, part, response)
         cut = b"\0"  # which JSON does not hold
         text = cut.join(batch.texts[0]).replace(cut, last + cut + before)
         made = batch.bodies = response.model, response.version, (before + text + last).split(cut)
     return made[2]
 
 
-def _keep(key: tuple[str, str, int, bool], share: Share, response: Response) -> tuple[list[bytes], bytes]:
+def _keep(key: tuple[str, str, int, bool], part: BatchSlice, response: Response) -> tuple[list[bytes], bytes]:
     """The text of an answer before each output's data, and after the last."""
     outputs = []
-    for name, array in share.items():
+    for name, array in part.items():
         sizes = {"binary_data_size": array.nbytes} if key[-1] else None
         data: Any = msgspec.UNSET if key[-1] else []
         outputs.append(_Output(name, datatype_of(array), list(array.shape), sizes, data))
@@ -295,7 +295,7 @@ def _keep(key: tuple[str, str, int, bool], share: Share, response: Response) -> 
     if not key[-1]:
         befores = [before + b"[" if index == 0 else b"]" + before + b"[" for index, before in enumerate(befores)]
         last = b"]" + last
-    share.batch.outline.keep(key, (befores, last))
+    part.batch.outline.keep(key, (befores, last))
     return befores, last
 
 

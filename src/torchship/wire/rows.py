@@ -1,6 +1,6 @@
 """Rows on their way through a server: bytes that become arrays only where somebody looks at them.
 
-`Packed` is what came in, `Share` is one caller's part of a batch that came back. Both are Tensors like any other.
+`RawInputs` came in with a request, `BatchSlice` is one caller's part of a batch that came back. Both are Tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchship.tensors import Array
 _KEPT = 512
 
 
-class Form(msgspec.Struct, eq=False):
+class RawLayout(msgspec.Struct, eq=False):
     """What a request says beside its data; one for all requests that say the same.
 
     `sizes` are the bytes of each input.
@@ -34,28 +34,28 @@ class Form(msgspec.Struct, eq=False):
     usable: bool = False
 
 
-class Packed(Mapping[str, Array]):
-    """The inputs of a request as their bytes, in the order of the form's names."""
+class RawInputs(Mapping[str, Array]):
+    """The inputs of a request as their bytes, in the order of the layout's names."""
 
-    __slots__ = ("form", "raws")
+    __slots__ = ("layout", "raws")
 
-    def __init__(self, form: Form, raws: tuple[bytes, ...]) -> None:
-        self.form = form
+    def __init__(self, layout: RawLayout, raws: tuple[bytes, ...]) -> None:
+        self.layout = layout
         self.raws = raws
 
     def __getitem__(self, name: str) -> Array:
-        form = self.form
+        layout = self.layout
         try:
-            index = form.names.index(name)
+            index = layout.names.index(name)
         except ValueError:
             raise KeyError(name) from None
-        return np.frombuffer(self.raws[index], form.dtypes[index]).reshape(form.shapes[index])
+        return np.frombuffer(self.raws[index], layout.dtypes[index]).reshape(layout.shapes[index])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.form.names)
+        return iter(self.layout.names)
 
     def __len__(self) -> int:
-        return len(self.form.names)
+        return len(self.layout.names)
 
 
 class Outline(msgspec.Struct, eq=False):
@@ -109,7 +109,7 @@ class Batch:
         return self._raws
 
 
-class Share(Mapping[str, Array]):
+class BatchSlice(Mapping[str, Array]):
     """One caller's rows of a batch."""
 
     __slots__ = ("batch", "end", "start")

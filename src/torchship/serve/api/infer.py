@@ -13,10 +13,10 @@ from torchship.serve.http import query as _query
 from torchship.serve.http.exchange import JSON, Exchange, Head, Headers
 from torchship.stage import Value
 from torchship.tensors import Axis, Free, TensorSpec
-from torchship.wire.forms import Forms
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response
 from torchship.wire.raw import Buffer
+from torchship.wire.templates import TemplateCache
 
 _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
@@ -36,7 +36,7 @@ class _About(NamedTuple):
     length: int | None
     plain: bool
     headers: dict[str, str]
-    forms: Forms
+    templates: TemplateCache
     vague: bool
     parameters: dict[str, Value]
 
@@ -49,7 +49,8 @@ class Inference:
         self._regions = front.regions
         self._tracing = front.tracing
         self._front = front
-        self._forms: dict[tuple[str, str, int | None], Forms] = {}  # what a head says, but for the size of its body
+        # by what a head says, but for the size of its body
+        self._templates: dict[tuple[str, str, int | None], TemplateCache] = {}
 
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when it is there."""
@@ -70,7 +71,7 @@ class Inference:
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
             body = exchange.body
-            known = about.forms.read(body) if type(body) is bytes else None
+            known = about.templates.read(body) if type(body) is bytes else None
             request = known if known is not None else self._general(body, about)
         if about.headers:
             self._front.attach(request, about.headers)
@@ -82,7 +83,7 @@ class Inference:
             body, model=about.model, version=about.version, header_length=about.length, regions=self._regions
         )
         if type(body) is bytes:
-            about.forms.learn(body, request)
+            about.templates.learn(body, request)
         return request
 
     def _read(self, head: Head) -> _About:
@@ -96,11 +97,11 @@ class Inference:
         number = None if length is None else int(length)
         vague = length is None and kind.startswith(_OCTETS)
         key = model, version, _ = head.places["model"], head.places.get("version", ""), number
-        if key not in self._forms and len(self._forms) >= _KNOWN:
-            self._forms.clear()
-        forms = self._forms.setdefault(key, Forms(number))
+        if key not in self._templates and len(self._templates) >= _KNOWN:
+            self._templates.clear()
+        templates = self._templates.setdefault(key, TemplateCache(number))
         given = _query.parameters(head.query) if plain and head.query else {}
-        return _About(model, version, number, plain, self._front.forwarded(head), forms, vague, given)
+        return _About(model, version, number, plain, self._front.forwarded(head), templates, vague, given)
 
     def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:
         """The callback of one inference."""

@@ -12,7 +12,7 @@ from torchship.serve.engine.ipc.arena import size_of
 from torchship.serve.engine.queue import Job
 from torchship.stage import Parameter, Value
 from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
-from torchship.wire.rows import Packed
+from torchship.wire.rows import RawInputs
 
 
 class Edge:
@@ -47,18 +47,18 @@ class Edge:
         Raises BadInput naming the fault.
         """
         tensors = job.tensors
-        form = tensors.form if type(tensors) is Packed else None
-        if form is not None and form.passed is self:
-            job.rows, job.size = form.rows, form.size
+        layout = tensors.layout if type(tensors) is RawInputs else None
+        if layout is not None and layout.passed is self:
+            job.rows, job.size = layout.rows, layout.size
             return
         if self._simple and len(tensors) == len(self._plain):
             rows = self._quick(tensors)
             if rows:
                 job.rows = rows
                 job.size = rows * self._row_size
-                if form is not None:
-                    form.passed, form.rows, form.size = self, job.rows, job.size
-                    form.usable = form.names == self.order
+                if layout is not None:
+                    layout.passed, layout.rows, layout.size = self, job.rows, job.size
+                    layout.usable = layout.names == self.order
                 return
         for name, array in tensors.items():
             if array.dtype.hasobject:

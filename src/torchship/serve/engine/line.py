@@ -23,7 +23,7 @@ from torchship.serve.engine.sequences import Sequences
 from torchship.serve.metrics import LineMeter
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
-from torchship.wire.rows import Batch, Outline, Packed, Share
+from torchship.wire.rows import Batch, BatchSlice, Outline, RawInputs
 
 _LATE = 2.5  # seconds without a turn of our own, which comes at least once a second
 _SWEEP = 0.01  # seconds between two looks at deadlines and hangs
@@ -174,7 +174,7 @@ class Line:
 
     def _enter(self, job: Job, leg: Leg, tensors: Tensors, now: float) -> None:
         """A job comes to a station."""
-        if type(tensors) is Packed and tensors.form.usable and not job.parameters and job.rows <= leg.most:
+        if type(tensors) is RawInputs and tensors.layout.usable and not job.parameters and job.rows <= leg.most:
             leg.station.put(Visit(job, tensors.raws, job.rows, self._arrive, leg.defaults, None, leg), now)
             return
         arrays = [tensors[key] for key in leg.takes]
@@ -248,7 +248,7 @@ class Line:
             if visit.leg is not leg:
                 visit.finish(visit, [array[start:end] for array in arrays])
             elif not job.done:
-                job.done, job.tensors = True, Share(batch, start, end)
+                job.done, job.tensors = True, BatchSlice(batch, start, end)
                 size += job.size
                 jobs.append(job)
         self.door.leave_together(len(jobs), sum([job.rows for job in jobs]), size)

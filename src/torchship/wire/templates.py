@@ -15,7 +15,7 @@ import msgspec
 from torchship.tensors import Array
 from torchship.wire.messages import Request
 from torchship.wire.oip_json import reread
-from torchship.wire.rows import Form, Packed
+from torchship.wire.rows import RawInputs, RawLayout
 
 _MARK = b'"data":'
 _LONGEST = 1024  # bytes of what is remembered of a body
@@ -25,11 +25,11 @@ _WHOLE = msgspec.json.Decoder(list[int]).decode
 _CODES = {"e": "e", "f": "f", "d": "d", "b": "b", "B": "B", "h": "h", "H": "H", "i": "i", "I": "I", "l": "q", "L": "Q"}
 
 
-class _Blank(msgspec.Struct, eq=False):
+class _Template(msgspec.Struct, eq=False):
     """A request without its data: of JSON the text after it, its reader and writer; of binary data the cuts."""
 
     request: Request
-    form: Form
+    layout: RawLayout
     tail: bytes = b""
     read: Callable[[bytes], list[Any]] = list
     pack: Callable[..., bytes] = bytes
@@ -40,32 +40,32 @@ class _Blank(msgspec.Struct, eq=False):
         """The request with this data."""
         old = self.request
         return Request(
-            old.model, Packed(self.form, raws), old.version, "", dict(old.parameters), old.outputs, old.deadline,
+            old.model, RawInputs(self.layout, raws), old.version, "", dict(old.parameters), old.outputs, old.deadline,
             old.priority, {}, old.binary,
         )  # fmt: skip
 
 
-class Forms:
+class TemplateCache:
     """The bodies of one model and version; `length` is that of the JSON where binary data follow it, else None."""
 
     def __init__(self, length: int | None) -> None:
         self._length = length
-        self._known: dict[bytes, _Blank] = {}
+        self._known: dict[bytes, _Template] = {}
 
     def read(self, body: bytes) -> Request | None:
         """The request in a body that differs from a known one in its data; None for any other."""
         length = self._length
         if length is not None:
-            blank = self._known.get(body[:length])
-            if blank is None or blank.size != len(body):
+            template = self._known.get(body[:length])
+            if template is None or template.size != len(body):
                 return None
-            return blank.fill(tuple([body[start:end] for start, end in blank.cuts]))
+            return template.fill(tuple([body[start:end] for start, end in template.cuts]))
         start = body.find(_MARK) + 7
-        blank = self._known.get(body[:start])
-        if blank is None or not body.endswith(blank.tail):
+        template = self._known.get(body[:start])
+        if template is None or not body.endswith(template.tail):
             return None
         try:
-            return blank.fill((blank.pack(*blank.read(body[start : len(body) - len(blank.tail)])),))
+            return template.fill((template.pack(*template.read(body[start : len(body) - len(template.tail)])),))
         except (msgspec.MsgspecError, struct.error, OverflowError, RecursionError):
             return None  # the general way tells what is wrong: no list of numbers, too many, too large
 
@@ -78,36 +78,36 @@ class Forms:
             return
         given = list(arrays.values())
         dtypes, shapes = tuple([array.dtype for array in given]), tuple([array.shape for array in given])
-        form = Form(tuple(arrays), dtypes, shapes, [array.nbytes for array in given])
+        layout = RawLayout(tuple(arrays), dtypes, shapes, [array.nbytes for array in given])
         kept = msgspec.structs.replace(request, inputs={})
-        found = self._binary(body, kept, form) if self._length is not None else _text(body, kept, form)
+        found = self._binary(body, kept, layout) if self._length is not None else _text(body, kept, layout)
         if found is not None and len(found[0]) + len(found[1].tail) <= _LONGEST:
             if len(self._known) >= _MOST:
                 self._known.clear()
             self._known[found[0]] = found[1]
 
-    def _binary(self, body: bytes, request: Request, form: Form) -> tuple[bytes, _Blank] | None:
+    def _binary(self, body: bytes, request: Request, layout: RawLayout) -> tuple[bytes, _Template] | None:
         """All data follow the JSON, in the order of the inputs."""
         end = self._length or 0
         cuts = []
-        for size in form.sizes:
+        for size in layout.sizes:
             cuts.append((end, end + size))
             end += size
         if end != len(body):
             return None  # some are in the JSON
-        return body[: self._length], _Blank(request, form, cuts=tuple(cuts), size=end)
+        return body[: self._length], _Template(request, layout, cuts=tuple(cuts), size=end)
 
 
-def _text(body: bytes, request: Request, form: Form) -> tuple[bytes, _Blank] | None:
+def _text(body: bytes, request: Request, layout: RawLayout) -> tuple[bytes, _Template] | None:
     """One input, whose data are a flat list of numbers. What is taken for it is tried with other data first."""
     start = body.find(_MARK) + len(_MARK)
     data = reread(body)
-    if start < len(_MARK) or data is None or len(form.names) != 1:
+    if start < len(_MARK) or data is None or len(layout.names) != 1:
         return None
     begin = body.find(data, start)
     tail = body[begin + len(data) :]
     if body[start:begin].strip() or any(reread(body[:start] + other + tail) != other for other in (b"[7]", b"[8]")):
         return None
-    dtype = form.dtypes[0]
-    packer = struct.Struct(f"<{form.sizes[0] // dtype.itemsize}{_CODES[dtype.char]}")
-    return body[:start], _Blank(request, form, tail, _FLOATS if dtype.kind == "f" else _WHOLE, packer.pack)
+    dtype = layout.dtypes[0]
+    packer = struct.Struct(f"<{layout.sizes[0] // dtype.itemsize}{_CODES[dtype.char]}")
+    return body[:start], _Template(request, layout, tail, _FLOATS if dtype.kind == "f" else _WHOLE, packer.pack)
