@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from torchship import process
+from torchship import hardware, process
 
 
 class Failed(Exception):
@@ -90,7 +90,7 @@ def start(name: str, *, target: str, argument: dict[str, Any], threads: int) -> 
         fds=(read_ask, answer),
         output=log,
         threads=threads,
-        cpus=process.first_cpus(threads),
+        cpus=hardware.cpus(threads),
     )
     os.close(read_ask)
     os.close(answer)

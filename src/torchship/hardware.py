@@ -1,4 +1,9 @@
-"""What this machine is: processor, features, memory, devices; and the fingerprint that artifacts remember."""
+"""Facts of this machine: cores and memory that this process may use, processor features, GPUs, package versions.
+
+Containers limit a process by its control group, so the limits are read there: the group is the one that
+`/proc/self/cgroup` names, found below the mounts of version 1 and 2 in `/proc/self/mountinfo`, and every group above it
+counts too. Functions that read files take `root`, the folder in which `proc` and `sys` are looked for.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,20 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
 from pathlib import Path
 
 import msgspec
-import psutil
 
 _INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8",
                 "amx_bf16", "asimddp", "i8mm", "bf16", "sve", "sve2")  # fmt: skip
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_ROOT = Path("/")
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -58,32 +69,119 @@ class Hardware(msgspec.Struct, frozen=True):
 def here() -> Hardware:
     """This machine. Asks the kernel and `nvidia-smi`, never a CUDA library, so that no context is made."""
     name, features = _processor()
-    return Hardware(platform.machine(), name, len(os.sched_getaffinity(0)), _memory(), features, _gpus())
+    return Hardware(platform.machine(), name, cores(), memory(), features, _gpus())
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or an empty string."""
+    try:
+        return _version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def cores(*, root: Path = _ROOT) -> int:
+    """How many threads of this process can run at once: its CPUs, or the whole cores of its quota if they are fewer."""
+    granted = quota(root=root)
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if granted is None else max(1, min(allowed, int(granted)))
+
+
+def cpus(count: int) -> list[int]:
+    """The CPUs to pin a child of `count` threads to; none where a quota, not a set of CPUs, limits this process.
+
+    Every container of a host would pin to the same first CPUs otherwise.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[: count or None] if cores() == len(allowed) else []
+
+
+def quota(*, root: Path = _ROOT) -> float | None:
+    """The cores that the control group and those above it grant (a fraction is possible); None without a limit."""
+    granted = []
+    for version, group in _groups("cpu", root):
+        files = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = [word for name in files for word in _read(group / name).split()]
+        if len(words) == 2 and all(word.isdigit() and int(word) for word in words):  # no limit: "max" or -1
+            granted.append(int(words[0]) / int(words[1]))
+    return min(granted, default=None)
+
+
+def memory(*, root: Path = _ROOT) -> int:
+    """Memory in bytes that this process may use: the machine's, or the least limit of its control groups."""
+    return min([_meminfo("MemTotal", root), *(limit for limit, _ in _memory_groups(root))])
+
+
+def free_memory(*, root: Path = _ROOT) -> int:
+    """Bytes that this process can still take: the machine's, or what its control groups leave if that is less."""
+    return max(0, min([_meminfo("MemAvailable", root), *(limit - used for limit, used in _memory_groups(root))]))
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """The limit of each control group of this process and the bytes in use that the kernel cannot take back."""
+    for version, group in _groups("memory", root):
+        if version == 2:
+            names, cached = ("memory.max", "memory.current"), "inactive_file"
+        else:
+            names, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+        limit, used = (_read(group / name) for name in names)
+        if limit.isdigit() and used.isdigit():  # "max" where there is no limit
+            row = re.search(rf"^{cached} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+            yield int(limit), int(used) - (int(row[1]) if row else 0)
+
+
+@functools.cache
+def _groups(controller: str, root: Path) -> list[tuple[int, Path]]:
+    """The folders of this process's control groups, innermost first, with the version of their hierarchy.
+
+    Both hierarchies can be mounted at once, and either can limit a controller.
+    """
+    paths: dict[int, str] = {}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controller in controllers.split(","):
+            paths[1] = path
+        elif number == "0" and not controllers:
+            paths[2] = path
+    found = []
+    for line in _read(root / "proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        version = {"cgroup": 1, "cgroup2": 2}.get(kind[0] if kind else "", 0)
+        if version not in paths or len(fields) < 5 or (version == 1 and controller not in kind[-1].split(",")):
+            continue
+        mounted, top = (re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), field) for field in fields[3:5])
+        top_folder = root / top.lstrip("/")
+        inner = Path(paths[version])  # as seen from the hierarchy's root, of which `mounted` is mounted
+        inner = inner.relative_to(mounted) if inner.is_relative_to(mounted) else Path()
+        inner = Path() if ".." in inner.parts else inner
+        found += [(version, top_folder / part) for part in (inner, *inner.parents)]
+    return found
+
+
+def _meminfo(name: str, root: Path) -> int:
+    """A row of `/proc/meminfo` in bytes; where it cannot be read, all memory of the machine."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read(path: Path) -> str:
+    """The text of a file of the kernel, stripped; empty where it cannot be read."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _processor() -> tuple[str, tuple[str, ...]]:
     name, flags = platform.processor() or "unknown", set[str]()
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        text = ""
-    for line in text.splitlines():
+    for line in _read(_ROOT / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model"):
             name = value.strip()
         elif key.strip() in ("flags", "Features"):
             flags |= set(value.split())
     return name, tuple(sorted(flags.intersection(_INTERESTING)))
-
-
-def _memory() -> int:
-    """Memory in bytes that this process may use: the machine's, or its control group's limit if that is smaller."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def _gpus() -> tuple[Gpu, ...]:

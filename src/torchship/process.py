@@ -20,8 +20,9 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 import msgspec
 import psutil
 
+from torchship.hardware import THREAD_VARIABLES
+
 _PR_SET_PDEATHSIG = 1
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _LOG_TAIL = 4096
 
 
@@ -74,7 +75,7 @@ def spawn(
     """
     given = task(target, argument=argument, cpus=cpus, answer=answer)
     try:
-        environment = os.environ | {name: str(threads) for name in _THREAD_VARIABLES if threads} | dict(env)
+        environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES if threads} | dict(env)
         environment["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path)
         return subprocess.Popen(
             [sys.executable, "-c", f"from torchship.process import perform; perform({given})"],
@@ -137,11 +138,6 @@ def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outco
     finally:
         os.close(answer)
         os.close(log)
-
-
-def first_cpus(count: int) -> list[int]:
-    """The first `count` processors that this process may run on, to pin a child to."""
-    return sorted(os.sched_getaffinity(0))[: count or None]
 
 
 def _watch(child: Child, *, deadline: float, timeout: float, memory: int | None) -> tuple[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +89,7 @@ def _first(tensors: Tensors, rows: int | None) -> dict[str, Array]:
 
 
 def _versions(manifest: Manifest) -> dict[str, str]:
-    return {name: _version(name) for name in manifest.provenance.packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+    return {name: hardware.version(name) for name in manifest.provenance.packages}
 
 
 def _mark(manifest: Manifest, digest: str) -> Path:

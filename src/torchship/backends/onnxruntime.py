@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from torchship.errors import BadConfig, CorruptArtifact, Unavailable
-from torchship.hardware import Hardware
+from torchship.hardware import Hardware, cores
 from torchship.lowering.needs import missing
 from torchship.model import Model
 from torchship.recipe import Options, Recipe
@@ -97,7 +96,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 4 if options.get("provider") else 3  # a provider's failure is told below
-    settings.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    settings.intra_op_num_threads = threads or cores()
     settings.inter_op_num_threads = 1
     settings.graph_optimization_level = _level(str(options.get("optimization", "all")))
     if options.get("spin") is False:

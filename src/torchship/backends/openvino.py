@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, Unavailable
-from torchship.hardware import Hardware
+from torchship.hardware import Hardware, cores
 from torchship.lowering.needs import missing
 from torchship.lowering.quiet import quiet
 from torchship.model import Model
@@ -199,7 +198,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     hint = str(options.get("rest", "f32")) if precision.startswith("int8") else precision
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if target == "CPU":
-        settings |= {"INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0))}
+        settings |= {"INFERENCE_NUM_THREADS": threads or cores()}
     try:
         compiled = core.compile_model(core.read_model(str(path / FILE)), target, settings)
     except Exception as fault:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from torchship import hardware
 from torchship.lowering.ranges import Seen, kept_per_batch
 from torchship.tensors import Signature, Tensors
 
@@ -64,7 +64,7 @@ def run(graph: Any, names: Sequence[str], pieces: Sequence[Tensors], *, folder: 
     onnx.save(tapped, str(path))
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    settings.intra_op_num_threads = len(os.sched_getaffinity(0))
+    settings.intra_op_num_threads = hardware.cores()
     session = ort.InferenceSession(str(path), sess_options=settings, providers=["CPUExecutionProvider"])
     wanted = {node.name for node in session.get_inputs()}
     for piece in pieces:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchship import hardware
 from torchship.errors import Unavailable
 from torchship.model import to_numpy, to_torch
 from torchship.stage import Parameter, Parameters
@@ -82,13 +82,13 @@ class TorchStage:
 
 
 def prepare(*, device: str, threads: int, tf32: bool = False) -> None:
-    """Set the threads of torch (0: every core of this process) and make sure that `device` is there.
+    """Set the threads of torch (0: every core that this process may use) and make sure that `device` is there.
 
     Raises Unavailable.
     """
     import torch
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or hardware.cores())
     if device == "cpu":
         return
     if not torch.cuda.is_available():

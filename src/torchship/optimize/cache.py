@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache as once
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from torchship import __version__
 from torchship.artifact import folder as folders
+from torchship.hardware import version
 from torchship.model import Model, to_numpy
 from torchship.optimize.trial import Trial
 from torchship.tensors import Tensors
@@ -145,13 +145,8 @@ def _source(kind: type) -> str:
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Installed versions; a package that is not installed is left out."""
-    found = {"torchship": __version__}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: version(package) for package in packages}
+    return {"torchship": __version__} | {package: text for package, text in found.items() if text}
 
 
 @once

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from torchship import plugins, process
+from torchship import hardware, plugins, process
 from torchship.artifact import open_artifact, tensorfile
 from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
 from torchship.errors import BadInput, BuildFailed
@@ -107,7 +107,7 @@ def prove(task: ProofTask, *, limits: Limits, threads: int) -> process.Outcome:
         timeout=limits.timeout,
         memory=limits.memory,
         threads=threads,
-        cpus=process.first_cpus(threads),
+        cpus=hardware.cpus(threads),
     )
 
 

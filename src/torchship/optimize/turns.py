@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from torchship import process
+from torchship import hardware, process
 
 _ROUNDS = 7
 _TURN = 0.25
@@ -79,7 +79,7 @@ def _start(path: Path, batch: int, device: str, threads: int, stack: ExitStack) 
         fds=(hear, say),
         output=subprocess.DEVNULL,
         threads=threads,
-        cpus=process.first_cpus(threads),
+        cpus=hardware.cpus(threads),
     )
     stack.callback(process.stop, child)
     os.close(hear)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from torchship import hardware
+
 
 class Gauge(NamedTuple):
     """One number under Triton's name; `labels` are `key="value"` pairs, or empty."""
@@ -20,10 +22,10 @@ class Gauge(NamedTuple):
 
 def gauges() -> Iterator[Gauge]:
     """All that can be told here. Triton measures the processor between two looks at it; so does this."""
-    memory = psutil.virtual_memory()
+    memory = hardware.memory()
     yield Gauge("nv_cpu_utilization", "Share of the processor in use since the last look", psutil.cpu_percent() / 100)
-    yield Gauge("nv_cpu_memory_total_bytes", "Memory of the machine", memory.total)
-    yield Gauge("nv_cpu_memory_used_bytes", "Memory in use", memory.total - memory.available)
+    yield Gauge("nv_cpu_memory_total_bytes", "Memory that the server may use", memory)
+    yield Gauge("nv_cpu_memory_used_bytes", "Memory in use", memory - hardware.free_memory())
     yield from _gpus()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from torchship import hardware
 from torchship.errors import BadInput
 from torchship.serve.config import ModelConfig
 
@@ -63,7 +63,7 @@ def overridden(config: ModelConfig, text: Any, *, told: Mapping[str, Any]) -> Mo
         changes["max_wait"] = wish.dynamic_batching.max_queue_delay_microseconds / 1e6
     if wish.instance_group and fields["instance_group"] != told.get("instance_group"):
         changes["copies"] = wish.instance_group[0].count
-    most = {"max_batch": _ROWS, "copies": max(config.copies, 2 * (os.cpu_count() or 1)), "max_wait": 10}
+    most = {"max_batch": _ROWS, "copies": max(config.copies, 2 * hardware.cores()), "max_wait": 10}
     for name, value in changes.items():
         if not (0 if name == "max_wait" else 1) <= value <= most[name]:
             raise BadInput(f"config: {name} {value} is out of bounds", hint=f"at most {most[name]}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 
-from torchship.hardware import here
+from torchship.hardware import here, version
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = r"(?P<{0}>\d+(?:\.\d+)?)\s*(?P<{0}_unit>[KMG]i?B|bytes)"
@@ -90,12 +89,7 @@ def _features(text: str) -> list[str]:
 
 def _installed(*names: str) -> Callable[[str], list[str]]:
     def versions(text: str) -> list[str]:
-        found = []
-        for name in names:
-            try:
-                found.append(f"{name} {version(name)}")
-            except PackageNotFoundError:
-                continue
+        found = [f"{name} {version(name)}" for name in names if version(name)]
         return [f"installed here: {', '.join(found)}"] if found else []
 
     return versions

@@ -6,20 +6,17 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
 import psutil
 
 from torchship import plugins
-from torchship.hardware import Hardware, here
+from torchship.hardware import THREAD_VARIABLES, Hardware, free_memory, here, quota, version
 from torchship.optimize.doctor import features
 from torchship.optimize.doctor.features import Feature
 
 Level: TypeAlias = Literal["ok", "warn", "bad"]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")
 _GIB = 2**30
 _SHM = "/dev/shm"  # noqa: S108  # nothing is written there, its size is what we are after
@@ -64,20 +61,10 @@ def examine() -> Machine:
         BackendRow(name, plugins.reason_against("backends", name=name, hardware=hardware))
         for name in plugins.names("backends")
     ]
-    packages = _versions()
+    packages = {name: found for name in _PACKAGES if (found := version(name))}
     return Machine(
         hardware, hardware.fingerprint, facts, features.of(hardware), rows, packages, _advice(facts, packages)
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _advice(facts: list[Fact], packages: Mapping[str, str]) -> list[str]:
@@ -91,27 +78,20 @@ def _advice(facts: list[Fact], packages: Mapping[str, str]) -> list[str]:
     return advice
 
 
-def quota() -> float | None:
-    """The cores that the control group grants (a fraction is possible), None where it sets no limit."""
-    try:
-        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if allowed == "max" else int(allowed) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
 def _cores(hardware: Hardware) -> Iterator[Fact]:
     logical = os.cpu_count() or hardware.cores
     physical = psutil.cpu_count(logical=False) or logical
     yield Fact("processor", f"{hardware.processor} ({hardware.machine})")
     pinned = sorted(os.sched_getaffinity(0))
     text = f"{hardware.cores} usable of {logical} logical, {physical} physical"
-    if hardware.cores < logical:
+    if len(pinned) < logical:
         text += f"; pinned to {_ranges(pinned)}"
     granted = quota()
-    if granted is not None and granted < hardware.cores:
+    if granted is not None and granted < len(pinned):
+        threads = max(1, int(granted))
         advice = (
-            f"the control group grants {granted:g} of {hardware.cores} cores: run with --threads {max(1, int(granted))}"
+            f"the control group grants {granted:g} of {len(pinned)} cores: torchship runs with --threads {threads}, "
+            f"for other programs export OMP_NUM_THREADS={threads}"
         )
         yield Fact("cores", f"{text}; quota {granted:g}", "warn", advice)
     else:
@@ -154,7 +134,7 @@ def _load(hardware: Hardware) -> Iterator[Fact]:
 
 
 def _memory(hardware: Hardware) -> Iterator[Fact]:
-    free = min(int(psutil.virtual_memory().available), hardware.memory)
+    free = free_memory()
     text = f"{hardware.memory / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free"
     if free < 2 * _GIB:
         yield Fact(

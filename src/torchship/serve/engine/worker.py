@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from torchship import hardware
 from torchship.artifact import Store
 from torchship.errors import TorchshipError
 from torchship.pipeline.config import StageConfig
@@ -41,7 +42,7 @@ from torchship.stage import Stage
 from torchship.tensors import Array, Tensors, numpy_dtype
 
 _PATIENCE = 150_000  # nanoseconds; who has one quick caller looks for the next request so long before it sleeps
-_CORES = len(os.sched_getaffinity(0))
+_CORES = hardware.cores()
 
 
 class Post(msgspec.Struct, frozen=True):

@@ -15,12 +15,12 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from torchship.errors import StageFailed, Unavailable
+from torchship.hardware import free_memory
 from torchship.tensors import Array, TensorSpec, numpy_dtype
 
 ALIGN = 64
@@ -139,23 +139,6 @@ class Arena:
 def aligned(size: int) -> int:
     """`size` rounded up to where the next tensor may begin."""
     return -(-size // ALIGN) * ALIGN
-
-
-def free_memory() -> int:
-    """Bytes that this process can still take: the machine's, or what its control group leaves if that is less."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdigit():
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass
-    return free
 
 
 def size_of(array: Array) -> int:
