@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torchship
@@ -17,7 +17,8 @@ from torchship.serve.engine.queue import Job
 from torchship.serve.overrides import check_parameters, overridden
 from torchship.serve.tracing import Traces
 from torchship.stage import Value
-from torchship.wire.messages import Request, Response
+from torchship.tensors import Tensors
+from torchship.wire.messages import Request, Response, WantedOutput
 
 _log = logging.getLogger("torchship.serve")
 Answer: TypeAlias = Callable[[Any, Request, Response | Exception], None]
@@ -99,6 +100,13 @@ class Service:
         )
         async for tensors in answers:
             yield Response(request.model, version, _wanted(tensors, request), request.id)
+
+    async def infer(
+        self, model: str, inputs: Tensors, *, parameters: Mapping[str, Value] = {}, outputs: Sequence[str] = ()
+    ) -> Tensors:
+        """One inference for code in this process: the `outputs` that are named, else all. Raises what submit raises."""
+        request = Request(model, inputs, parameters=dict(parameters), outputs=tuple(map(WantedOutput, outputs)))
+        return (await self.submit(request)).outputs
 
     def server_metadata(self) -> dict[str, Any]:
         """`name`, `version`, `extensions`."""

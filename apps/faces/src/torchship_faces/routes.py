@@ -13,18 +13,14 @@ import msgspec
 import numpy as np
 
 from torchship.errors import BadInput, TorchshipError
-from torchship.serve.api.served import Served
-from torchship.serve.http import query as _query
-from torchship.serve.http import uploads as _uploads
-from torchship.serve.http.exchange import Exchange
-from torchship.serve.http.router import Route
+from torchship.serve.routes import Exchange, Route, Service, query_parameters, query_words
 from torchship.stage import Parameter, Value
 from torchship.tensors import Tensors
-from torchship.wire.messages import Request, WantedOutput
 from torchship_faces import enrolment, recipes
 from torchship_faces.embedders import Embedder, embedder
 from torchship_faces.gallery.gallery import Enrolment, Gallery
 from torchship_faces.quality import Gate
+from torchship_faces.uploads import Upload, read_upload
 
 _MOST_PICTURES = 32
 _THRESHOLD = Parameter("threshold", 0.0, -1.0, 1.0, "least cosine similarity to be one person")
@@ -56,7 +52,7 @@ def configuration(
 
 
 def mount(
-    service: Served,
+    service: Service,
     *,
     gallery: str,
     detect: str = "faces",
@@ -79,11 +75,11 @@ def mount(
         Route("POST", "/v1/faces/verify", pictures.verify, "infer"),
         Route("POST", "/v1/faces/identify", pictures.identify, "infer"),
         Route("GET", "/v1/people", people.page, "infer"),
-        Route("GET", "/v1/people/{person}", people.show, "infer"),
-        Route("PUT", "/v1/people/{person}", people.put, "manage"),
-        Route("POST", "/v1/people/{person}", people.add, "manage"),
-        Route("DELETE", "/v1/people/{person}", people.forget, "manage"),
-        Route("DELETE", "/v1/people/{person}/templates/{template}", people.forget, "manage"),
+        Route("GET", "/v1/people/{person:text}", people.show, "infer"),
+        Route("PUT", "/v1/people/{person:text}", people.put, "manage"),
+        Route("POST", "/v1/people/{person:text}", people.add, "manage"),
+        Route("DELETE", "/v1/people/{person:text}", people.forget, "manage"),
+        Route("DELETE", "/v1/people/{person:text}/templates/{template}", people.forget, "manage"),
         Route("GET", "/v1/gallery", people.count, "infer"),
         Route("POST", "/v1/gallery/compact", people.compact, "manage"),
     ]
@@ -92,7 +88,7 @@ def mount(
 class _Pictures:
     """What is done with pictures, by way of the served pipelines."""
 
-    def __init__(self, service: Served, model: Embedder, *, detect: str, embed: str, identify: str) -> None:
+    def __init__(self, service: Service, model: Embedder, *, detect: str, embed: str, identify: str) -> None:
         self._service, self._model = service, model
         self._detect, self.embed_model, self._identify = detect, embed, identify
 
@@ -112,7 +108,7 @@ class _Pictures:
 
     async def verify(self, exchange: Exchange) -> None:
         """Two pictures: whether their largest faces are one person's."""
-        upload = _uploads.read(exchange)
+        upload = read_upload(exchange)
         pair = [picture for picture in (upload.first, upload.second, *upload.images) if picture]
         if len(pair) != 2:
             raise BadInput(f"verify takes two pictures, here are {len(pair)}", hint="name them first and second")
@@ -140,16 +136,14 @@ class _Pictures:
 
     def _one(self, exchange: Exchange, model: str) -> tuple[bytes, dict[str, Value]]:
         """The one picture of a request, and its parameters."""
-        upload = _uploads.read(exchange)
+        upload = read_upload(exchange)
         if len(upload.images) != 1:
             raise BadInput(f"here are {len(upload.images)} pictures, expected one", hint="one request a picture")
         return upload.images[0], self.values(exchange, upload, model)
 
-    def values(
-        self, exchange: Exchange, upload: _uploads.Upload, model: str, *, also: Sequence[str] = ()
-    ) -> dict[str, Value]:
+    def values(self, exchange: Exchange, upload: Upload, model: str, *, also: Sequence[str] = ()) -> dict[str, Value]:
         """The parameters in the query and in a JSON body. Raises BadInput for one that the pipeline does not have."""
-        found = {**upload.parameters, **_query.parameters(exchange.head.query)}
+        found = {**upload.parameters, **query_parameters(exchange.head)}
         known = dict.fromkeys([*self._service.model_metadata(model)["parameters"], *also])
         unknown = sorted(found.keys() - known.keys())
         if unknown:
@@ -164,10 +158,8 @@ class _Pictures:
         self, model: str, picture: bytes, values: dict[str, Value], outputs: Sequence[str] = recipes.MATCH_OUTPUTS
     ) -> Tensors:
         """One picture through one of the pipelines."""
-        wanted = tuple(map(WantedOutput, outputs))
-        request = Request(model, {"image": np.array([picture], np.object_)}, parameters=values, outputs=wanted)
-        response = await self._service.submit(request)
-        return response.outputs
+        inputs = {"image": np.array([picture], np.object_)}
+        return await self._service.infer(model, inputs, parameters=values, outputs=outputs)
 
 
 class _People:
@@ -186,7 +178,7 @@ class _People:
 
     async def _enrol(self, exchange: Exchange, *, replace: bool) -> None:
         person = exchange.head.places["person"]
-        upload = _uploads.read(exchange)
+        upload = read_upload(exchange)
         pictures = upload.images + [picture for picture in (upload.first, upload.second) if picture]
         if not 1 <= len(pictures) <= _MOST_PICTURES:
             raise BadInput(f"here are {len(pictures)} pictures, expected 1 to {_MOST_PICTURES}")
@@ -236,7 +228,7 @@ class _People:
 
     async def page(self, exchange: Exchange) -> None:
         """Some of the people: `?limit=100&after=NAME&group=NAME`."""
-        query = _query.words(exchange.head.query)
+        query = query_words(exchange.head)
         limit = query.get("limit", "100")
         if not limit.isdigit() or not 1 <= int(limit) <= 1000:
             raise BadInput(f"limit is {limit[:20]!r}, expected 1 to 1000")
@@ -254,7 +246,7 @@ class _People:
         if not serial.isdigit():
             raise BadInput(f"{serial[:40]!r} is not the number of a template")
         gone = await asyncio.to_thread(self._book.forget, places["person"], serial=int(serial))
-        if _query.words(exchange.head.query).get("compact") == "true":
+        if query_words(exchange.head).get("compact") == "true":
             await asyncio.to_thread(self._book.compact)
         exchange.answer_json({"person": places["person"], "forgotten": gone})
 

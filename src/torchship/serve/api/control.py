@@ -9,11 +9,11 @@ import msgspec
 from torchship.errors import BadInput, NotFound, Unsupported
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
+from torchship.serve.http.content import json_object, read_json
 from torchship.serve.http.exchange import Exchange
 from torchship.serve.http.router import Route
 
 _NOTHING: dict[str, Any] = {}
-_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 class _Place(msgspec.Struct):
@@ -48,16 +48,6 @@ def control_routes(front: Front) -> list[Route]:
             Route(method, "/v2/models/{model}/trace/setting", settings.trace, "manage"),
         ]
     return routes
-
-
-def json_object(exchange: Exchange) -> dict[str, Any]:
-    """The body as a JSON object; an empty body is an empty one. Raises BadInput."""
-    if not len(exchange.body):
-        return {}
-    try:
-        return _OBJECT.decode(exchange.body)
-    except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
-        raise BadInput(f"request body: {fault}") from None
 
 
 class _Repository:
@@ -99,10 +89,7 @@ class _Memory:
         exchange.answer_json(self._regions.status(exchange.head.places.get("region", "")))
 
     def register(self, exchange: Exchange) -> None:
-        try:
-            place = msgspec.json.decode(exchange.body, type=_Place)
-        except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
-            raise BadInput(f"request body: {fault}") from None
+        place = read_json(exchange, _Place)
         if not self._on:
             raise Unsupported("shared memory is off", hint="set shared_memory = true in [control]")
         name = exchange.head.places["region"]

@@ -60,7 +60,7 @@ def render(front: Front, routes: list[Route], *, host: str) -> str:
     ]
     parts.append("<h2>All paths</h2><table>")
     for route in sorted(routes, key=lambda route: route.pattern):
-        cells = (route.method, route.pattern, route.scope, route.about)
+        cells = (route.method, route.path, route.scope, route.about)
         parts.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     parts.append("</table></html>")
     return "".join(parts)

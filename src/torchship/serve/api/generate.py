@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from torchship.errors import BadInput
-from torchship.serve.api.control import json_object
 from torchship.serve.api.front import Front
 from torchship.serve.api.infer import input_specs
 from torchship.serve.api.served import Served
+from torchship.serve.http.content import json_object
 from torchship.serve.http.exchange import Exchange
 from torchship.serve.http.router import Route
 from torchship.tensors import Array, TensorSpec

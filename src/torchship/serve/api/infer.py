@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torchship.errors import BadInput
 from torchship.serve.api.front import Front
 from torchship.serve.api.served import Served
-from torchship.serve.http import query as _query
+from torchship.serve.http.content import query_parameters
 from torchship.serve.http.exchange import JSON, Exchange, Head, Headers
 from torchship.stage import Value
 from torchship.tensors import Axis, Free, TensorSpec
@@ -100,7 +100,7 @@ class Inference:
         if key not in self._templates and len(self._templates) >= _KNOWN:
             self._templates.clear()
         templates = self._templates.setdefault(key, TemplateCache(number))
-        given = _query.parameters(head.query) if plain and head.query else {}
+        given = query_parameters(head) if plain and head.query else {}
         return _About(model, version, number, plain, self._front.forwarded(head), templates, vague, given)
 
     def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:

@@ -57,7 +57,7 @@ def describe(service: Served, routes: Iterable[Route]) -> dict[str, Any]:
     for route in routes:
         if route.pattern.startswith("/v2/models/{model}") and not route.pattern.endswith("/setting"):
             continue  # told for each model
-        paths.setdefault(route.pattern, {})[route.method.lower()] = _other(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _other(route)
     about = service.server_metadata()
     return {
         "openapi": "3.1.0",
@@ -96,9 +96,9 @@ def _operation(summary: str, model: dict[str, Any] | None = None) -> dict[str, A
 
 
 def _other(route: Route) -> dict[str, Any]:
-    operation = _operation(route.about or route.pattern)
+    operation = _operation(route.about or route.path)
     operation["responses"]["200"]["content"] = {"*/*": {"schema": {}}}
-    names = [part[1:-1] for part in route.pattern.split("/") if part.startswith("{")]
+    names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
     if names:
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names

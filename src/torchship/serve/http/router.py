@@ -15,14 +15,13 @@ from torchship.serve.http.exchange import Endpoint, Exchange, Head, HttpFault
 
 # A name from a URL ends up in look-ups, logs and metrics: nothing but this may pass.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.\-]{0,127}", re.ASCII)
-_PEOPLE = "person"  # people have names with spaces and accents; which, the gallery says
 
 
 class Route(NamedTuple):
-    """`pattern` is a path with {places}; `scope` is what a token must allow: "", infer, manage or metrics.
+    """`pattern` is a path with {places} for names, or {places:text} for printable text of at most 200 characters.
 
-    `about` is a sentence for readers. The endpoint takes an Exchange and answers it; a coroutine function runs as a
-    Task, and what it raises is sent.
+    `scope` is what a token must allow: "", infer, manage or metrics. `about` is a sentence for readers. The endpoint
+    takes an Exchange and answers it; a coroutine function runs as a Task, and what it raises is sent.
     """
 
     method: str
@@ -30,6 +29,11 @@ class Route(NamedTuple):
     endpoint: Endpoint
     scope: str = ""
     about: str = ""
+
+    @property
+    def path(self) -> str:
+        """The pattern with nothing but names in its places, as OpenAPI writes it."""
+        return self.pattern.replace(":text}", "}")
 
 
 @dataclass(slots=True)
@@ -75,7 +79,7 @@ class Router:
                 node = node.children[raw]
             elif node.below is not None:
                 node = node.below
-                places[node.place] = _checked(unquote(raw), node.place)
+                places[node.place.removesuffix(":text")] = _checked(unquote(raw), node.place)
             else:
                 raise HttpFault(404, "Not Found", hint="GET /docs lists what is served")
         if not node.routes:
@@ -89,10 +93,12 @@ class Router:
 
 
 def _checked(name: str, place: str) -> str:
-    if place == _PEOPLE and name.isprintable() and 0 < len(name) <= 200:
+    if place.endswith(":text") and name.isprintable() and 0 < len(name) <= 200:
         return name
     if not _NAME.fullmatch(name):
-        raise BadInput(f"{place} in the path is not a name", hint="letters, digits, dot, dash and underscore")
+        raise BadInput(
+            f"{place.removesuffix(':text')} in the path is not a name", hint="letters, digits, dot, dash and underscore"
+        )
     return name
 
 
