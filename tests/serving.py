@@ -16,7 +16,7 @@ import numpy as np
 from torchship.pipeline.config import PipelineConfig, convert
 from torchship.pipeline.planning import Plan, plan
 from torchship.stage import stage
-from torchship.tensors import Array
+from torchship.tensors import Array, bytes_array
 
 T = TypeVar("T")
 HERE = "tests.serving"
@@ -31,6 +31,13 @@ def double(x: Array) -> Array:
 @stage("y:FP32[-1,4] -> z:FP32[-1], w:INT64[-1]", batched=True, max_batch=5)
 def sums(y: Array, *, offset: Annotated[int, msgspec.Meta(ge=0, le=9)] = 0) -> tuple[Array, Array]:
     return y.sum(axis=1), np.arange(len(y)) * 0 + offset
+
+
+@stage("x:FP32[-1,4] -> y:FP32[-1,4], t:BYTES[-1]", batched=True, max_batch=8)
+def odd(x: Array) -> tuple[Array, Array]:
+    """Numbers in network byte order and reversed strides; BYTES of every kind that is taken, and one that is not."""
+    kinds: dict[float, Any] = {-2.0: b"a\0", -1.0: "\u00e9\0", 0.5: bytearray(b"x"), 2.0: memoryview(b"\xff"), 13.0: 13}
+    return (x * 2).astype(">f4")[:, ::-1], bytes_array([kinds.get(n, b"") for n in x[:, 0].tolist()])
 
 
 @stage("x:FP32[-1,4] -> y:FP32[0..,4]")

@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import msgspec
 import numpy as np
 
-from torchship.errors import BadConfig, BadInput
+from torchship.errors import BadConfig, BadInput, StageFailed
 from torchship.face import make_callable
-from torchship.tensors import Signature, Tensors
+from torchship.tensors import Signature, Tensors, as_array
 
 Value: TypeAlias = str | int | float | bool
 Parameters: TypeAlias = Mapping[str, Value]
@@ -193,7 +193,10 @@ class FunctionStage:
             raise BadConfig(
                 f"the stage returned {sorted(answer)} without {missing}", hint="return every declared output"
             )
-        return {name: np.asarray(answer[name]) for name in names}
+        try:
+            return {name: as_array(answer[name]) for name in names}
+        except BadInput as fault:  # the stage's, not the caller's
+            raise StageFailed(f"the stage returned what is no tensor: {fault}", hint=fault.hint) from None
 
     def close(self) -> None:
         """Close the instance, if it is one that can be closed."""

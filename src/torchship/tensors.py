@@ -71,6 +71,53 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
         raise BadInput(f"dtype {dtype} has no wire datatype", hint=f"use one of {', '.join(DTYPES)}") from None
 
 
+def as_bytes(item: object) -> bytes:
+    """One element of a BYTES tensor. Raises BadInput for what is neither bytes nor text."""
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str):
+        try:
+            return item.encode()
+        except UnicodeEncodeError as fault:
+            raise BadInput(f"a BYTES element is no text: {fault}", hint="surrogates cannot be encoded") from None
+    if isinstance(item, bytearray | memoryview):
+        return bytes(item)
+    raise BadInput(f"a BYTES element is {type(item).__name__}", hint="use bytes or str")
+
+
+def bytes_array(items: Sequence[Any]) -> Array:
+    """A one-dimensional BYTES tensor. One by one: numpy would cut trailing zeros off, and make rows of nested lists."""
+    array = np.empty(len(items), np.object_)
+    array[:] = items
+    return array
+
+
+def as_array(value: Any) -> Array:
+    """What people give for a tensor (nested lists, numbers, bytes, arrays of other libraries) as an array.
+
+    Raises BadInput for a masked array: what is under its mask is no value.
+    """
+    if isinstance(value, np.ma.MaskedArray) and value.mask.any():
+        raise BadInput("a masked array has elements without a value", hint="give array.filled(value)")
+    array = np.asarray(value)
+    if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):
+        return np.asarray(value, np.object_)  # an array of fixed width would lose trailing zeros
+    return array
+
+
+def plain(array: Array) -> Array:
+    """`array` as the wire, shared memory and engines take it: native byte order, BYTES as an object array of `bytes`.
+
+    Raises BadInput for an element that is neither bytes nor text.
+    """
+    if array.dtype.kind in "OSU":
+        items = array.ravel().tolist()
+        if array.dtype.kind == "O" and all(type(item) is bytes for item in items):
+            return array
+        return bytes_array([as_bytes(item) for item in items]).reshape(array.shape)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 class Free(msgspec.Struct, frozen=True, array_like=True):
     """An axis of varying length: `min` to `max` (None: unbounded). Axes with one `name` are equally long in a call."""
 

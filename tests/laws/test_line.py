@@ -24,6 +24,7 @@ VALUES = st.sampled_from([-2.0, -1.0, 0.5, 1.0, 2.0, 3.0, 13.0])
 PLANS: dict[str, tuple[dict[str, Any], ...]] = {
     "rows": ({"run": "double"}, {"run": "sums"}),
     "rows change": ({"run": "positive"}, {"run": "sums", "parameters": {"offset": 2}}),
+    "odd arrays": ({"run": "odd", "outputs": {"y": "twice"}}, {"run": "sums", "inputs": {"y": "twice"}}),
     "fault": ({"run": "moody", "copies": 2}, {"run": "sums"}),
     "branch": (
         {"run": "double"},

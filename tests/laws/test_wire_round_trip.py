@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from torchship.errors import BadInput
-from torchship.tensors import Array, dtype_name
+from torchship.tensors import Array, bytes_array, dtype_name
 from torchship.wire.json_arrays import decode_json_data
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_json import decode_request, encode_response
-from torchship.wire.raw import decode_raw, encode_raw, object_array
+from torchship.wire.raw import decode_raw, encode_raw
 
 _CALM = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 _PLAIN = ["?", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
@@ -31,7 +31,7 @@ def arrays(draw: st.DrawFn, *, text: bool = False) -> Array:
     if kind == "bytes":
         item = st.text().map(str.encode) if text else st.binary(max_size=9)
         count = int(np.prod(shape))
-        return object_array(draw(st.lists(item, min_size=count, max_size=count))).reshape(shape)
+        return bytes_array(draw(st.lists(item, min_size=count, max_size=count))).reshape(shape)
     if kind == "bf16":
         return draw(hnp.arrays(np.float32, shape, elements=st.integers(-256, 256))).astype(ml_dtypes.bfloat16)
     finite = {"allow_nan": False, "allow_infinity": False} if kind[0] == "f" else {}

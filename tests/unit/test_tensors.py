@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from torchship.errors import BadConfig, BadInput
-from torchship.tensors import DTYPES, Free, Signature, TensorSpec, dtype_name, numpy_dtype
+from torchship.tensors import DTYPES, Free, Signature, TensorSpec, as_array, bytes_array, dtype_name, numpy_dtype, plain
 
 IMAGES = Signature.parse("image:FP32[-1,3,4,4] -> y:FP32[-1,10]")
 TEXT = Signature.parse("ids:INT64[batch,seq:1..8], mask:INT64[batch,seq:1..8] -> y:FP32[-1,4]")
@@ -24,6 +24,30 @@ def test_byte_strings_are_bytes_and_big_endian_is_native() -> None:
     assert dtype_name(np.array(["a"]).dtype) == "BYTES"
     assert dtype_name(np.dtype(">f4")) == "FP32"
     assert numpy_dtype("BF16") == np.dtype(ml_dtypes.bfloat16)
+
+
+def test_what_people_give_becomes_plain() -> None:
+    turned = np.arange(6, dtype=">i4").reshape(2, 3).T[::-1]
+    assert plain(turned).dtype == np.int32
+    assert plain(turned).tolist() == turned.tolist()
+    words = plain(as_array([[b"a\0", "\u00e9"], [b"c", b""]]))
+    assert words.tolist() == [[b"a\0", "\u00e9".encode()], [b"c", b""]]
+    assert plain(bytes_array([bytearray(b"c"), memoryview(b"\xff")])).tolist() == [b"c", b"\xff"]
+    assert plain(as_array(["a\0", "b"])).tolist() == [b"a\0", b"b"]
+    assert plain(np.array(["a", "bc"])).tolist() == [b"a", b"bc"]
+    assert plain(words) is words
+    assert as_array(np.ma.masked_array([1, 2])).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("item", "fault"), [(3, "int"), (None, "NoneType"), (1.5, "float"), ("\ud800", "surrogates")])
+def test_what_is_no_element_of_bytes(item: object, fault: str) -> None:
+    with pytest.raises(BadInput, match=fault):
+        plain(np.array([b"a", item], object))
+
+
+def test_masked_values_are_not_made_up() -> None:
+    with pytest.raises(BadInput, match="without a value"):
+        as_array(np.ma.masked_array([1, 2], [False, True]))
 
 
 def test_unknown_dtypes_are_named() -> None:

@@ -17,11 +17,10 @@ from torchship.client.load import Connect, Outcome, Shot, closed_loop, http_lane
 from torchship.client.load_grpc import grpc_lanes
 from torchship.client.tls import caller_context
 from torchship.errors import BadInput
-from torchship.tensors import Array, Tensors, numpy_dtype
+from torchship.tensors import Array, Tensors, bytes_array, dtype_name, numpy_dtype
 from torchship.wire.asking import encode_grpc, encode_http
 from torchship.wire.json_arrays import encode_json_data
 from torchship.wire.messages import Request
-from torchship.wire.raw import datatype_of, object_array
 
 ENCODINGS = ("binary", "json", "grpc")
 
@@ -77,7 +76,7 @@ class Target:
                 {
                     "name": name,
                     "shape": list(array.shape),
-                    "datatype": datatype_of(array),
+                    "datatype": dtype_name(array.dtype),
                     "data": encode_json_data(array),
                 }
                 for name, array in tensors.items()
@@ -114,7 +113,7 @@ def _fill(name: str, datatype: str, shape: list[int], random: np.random.Generato
     if datatype == "BYTES":
         if file is None:
             raise BadInput(f"input {name!r} takes BYTES", hint="give a file: --input cat.jpg")
-        return object_array([file] * math.prod(shape)).reshape(shape)
+        return bytes_array([file] * math.prod(shape)).reshape(shape)
     if datatype == "BOOL":
         return random.integers(0, 2, shape).astype(np.bool_)
     if datatype.startswith(("FP", "BF")):

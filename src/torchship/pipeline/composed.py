@@ -13,7 +13,7 @@ from torchship.pipeline.describe import blame
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.planning import Node, Plan
 from torchship.stage import Parameters, Stage, select
-from torchship.tensors import Array, Tensors
+from torchship.tensors import Array, Tensors, plain
 
 
 class Composed:
@@ -67,7 +67,7 @@ class Composed:
 
     def _start(self, tensors: Tensors) -> dict[str, Array]:
         specs = self.plan.signature.inputs
-        return {key: tensors[spec.name] for key, spec in zip(self.plan.inputs, specs, strict=True)}
+        return {key: plain(tensors[spec.name]) for key, spec in zip(self.plan.inputs, specs, strict=True)}
 
     def _run(self, nodes: Sequence[Node], slots: dict[str, Array], parameters: Parameters) -> None:
         """Run `nodes`, each as soon as what it waits for is done; a chain lets go of tensors that nobody needs."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Parameters, Stage
-from torchship.tensors import Signature, Tensors, dtype_name, numpy_dtype
+from torchship.tensors import Signature, Tensors, dtype_name, numpy_dtype, plain
 
 
 def run(stage: Stage, tensors: Tensors, parameters: Parameters = {}, *, max_batch: int = 0) -> Tensors:
@@ -57,7 +57,12 @@ def empty(signature: Signature) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def check_outputs(signature: Signature, outputs: Tensors) -> Tensors:
-    """`outputs` when they are what the stage declared: names, datatypes, ranks and fixed axes. Raises StageFailed."""
+    """The declared outputs as the wire and shared memory take them (see `tensors.plain`).
+
+    Raises StageFailed where names, datatypes, ranks or fixed axes are not those that the stage declares, or an element
+    of BYTES is neither bytes nor text.
+    """
+    checked = {}
     for spec in signature.outputs:
         array = outputs.get(spec.name)
         if array is None:
@@ -70,4 +75,8 @@ def check_outputs(signature: Signature, outputs: Tensors) -> Tensors:
             raise StageFailed(
                 f"gave {spec.name!r} as {found[0]}{found[1]}, it declares {spec}", hint="mend the stage's signature"
             )
-    return outputs
+        try:
+            checked[spec.name] = plain(array)
+        except BadInput as fault:
+            raise StageFailed(f"gave {spec.name!r}: {fault}", hint=fault.hint) from None
+    return checked

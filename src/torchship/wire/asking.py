@@ -11,12 +11,12 @@ from google.protobuf.message import DecodeError
 
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
-from torchship.tensors import Array
+from torchship.tensors import Array, dtype_name
 from torchship.wire.json_arrays import decode_json_data
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import plain_parameters, set_parameters, typed_contents
 from torchship.wire.oip_json import Body
-from torchship.wire.raw import Buffer, datatype_of, decode_raw, encode_raw
+from torchship.wire.raw import Buffer, decode_raw, encode_raw
 from torchship.wire.schema import message
 
 
@@ -44,7 +44,7 @@ def encode_http(request: Request) -> Body:
     inputs, blobs = [], []
     for name, array in request.inputs.items():
         blobs.append(encode_raw(np.asarray(array)))
-        tensor = {"name": name, "shape": list(array.shape), "datatype": datatype_of(array)}
+        tensor = {"name": name, "shape": list(array.shape), "datatype": dtype_name(array.dtype)}
         inputs.append({**tensor, "parameters": {"binary_data_size": len(blobs[-1])}})
     parameters: dict[str, Value] = {**_timing(request), "binary_data_output": True}
     question: dict[str, Any] = {"inputs": inputs, "parameters": parameters}
@@ -100,7 +100,7 @@ def encode_grpc(request: Request) -> bytes:
     ask = message("inference.ModelInferRequest")(model_name=request.model, model_version=request.version, id=request.id)
     set_parameters(ask.parameters, _timing(request))
     for name, array in request.inputs.items():
-        ask.inputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
+        ask.inputs.add(name=name, datatype=dtype_name(array.dtype), shape=array.shape)
         ask.raw_input_contents.append(encode_raw(np.asarray(array)))
     for wish in request.outputs:
         output = ask.outputs.add(name=wish.name)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchship.errors import BadInput
-from torchship.tensors import Array
-from torchship.wire.raw import object_array
+from torchship.tensors import Array, bytes_array
 
 
 def classify(array: Array, *, top: int, labels: Sequence[str] = ()) -> Array:
@@ -29,7 +28,7 @@ def classify(array: Array, *, top: int, labels: Sequence[str] = ()) -> Array:
         for index in places
     ]
     shape = (rows.shape[0], top) if array.ndim > 1 else (top,)
-    return object_array(texts).reshape(shape)
+    return bytes_array(texts).reshape(shape)
 
 
 def _text(value: np.generic, index: int, labels: Sequence[str]) -> str:

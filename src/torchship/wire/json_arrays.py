@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 
 from torchship.errors import BadInput
-from torchship.tensors import Array, numpy_dtype
-from torchship.wire.raw import Buffer, as_bytes, element_count, object_array
+from torchship.tensors import Array, as_bytes, bytes_array, numpy_dtype
+from torchship.wire.raw import Buffer, element_count
 
 # The largest double that still rounds to a finite number of the type.
 _FLOAT_MAX = {"FP16": 65519.99999999999, "BF16": 3.3961775292304601e38, "FP32": 3.4028235677973362e38}
@@ -93,7 +93,7 @@ def _depth(text: memoryview) -> int:
 
 def _bytes_array(items: list[Any], depth: int) -> Array:
     if depth == 1:
-        return object_array([item.encode() for item in items])
+        return bytes_array([item.encode() for item in items])
     shape: list[int] = []
     for _ in range(depth):
         shape.append(len(items))
@@ -102,7 +102,7 @@ def _bytes_array(items: list[Any], depth: int) -> Array:
         if len({len(item) for item in items}) > 1:
             raise ValueError("nested lists differ in their length")
         items = [part for item in items for part in item]
-    flat = object_array([item.encode() for item in items])
+    flat = bytes_array([item.encode() for item in items])
     # `shape` counts flattened lists; turn counts into lengths
     lengths = [shape[0]] + [after // max(before, 1) for before, after in pairwise(shape)]
     return flat.reshape(lengths)

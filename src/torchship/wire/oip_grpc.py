@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from torchship.errors import BadInput
 from torchship.stage import Value
-from torchship.tensors import Array, numpy_dtype
+from torchship.tensors import Array, bytes_array, dtype_name, numpy_dtype
 from torchship.wire.messages import Request, Response, WantedOutput
 from torchship.wire.oip_json import (
     Regions,
@@ -24,7 +24,7 @@ from torchship.wire.oip_json import (
     wanted_output,
     write_region,
 )
-from torchship.wire.raw import Buffer, datatype_of, decode_raw, element_count, encode_raw, object_array
+from torchship.wire.raw import Buffer, decode_raw, element_count, encode_raw
 from torchship.wire.rows import BatchSlice, RawInputs, RawLayout
 from torchship.wire.schema import message
 
@@ -247,7 +247,7 @@ def _answer(response: Response, outputs: Iterable[tuple[str, Array, Mapping[str,
     """Model, version and outputs without their contents."""
     answer = message("inference.ModelInferResponse")(model_name=response.model, model_version=response.version)
     for name, array, parameters in outputs:
-        output = answer.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
+        output = answer.outputs.add(name=name, datatype=dtype_name(array.dtype), shape=array.shape)
         set_parameters(output.parameters, parameters)
     data: bytes = answer.SerializeToString()
     return data
@@ -264,7 +264,7 @@ def typed_contents(contents: Any, *, name: str, datatype: str, shape: list[int])
     if len(values) != count:
         raise BadInput(f"input {name!r} has {len(values)} elements in {field}, expected {count} of {shape}")
     if datatype == "BYTES":
-        return object_array(list(values)).reshape(shape)
+        return bytes_array(list(values)).reshape(shape)
     wide = np.array(values, {"int_contents": np.int32, "uint_contents": np.uint32}.get(field) or numpy_dtype(datatype))
     array = wide.astype(numpy_dtype(datatype))
     if wide.dtype.kind in "iu" and (array != wide).any():

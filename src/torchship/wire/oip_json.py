@@ -9,11 +9,11 @@ import msgspec
 
 from torchship.errors import BadInput
 from torchship.stage import Value
-from torchship.tensors import Array, Free, TensorSpec
+from torchship.tensors import Array, Free, TensorSpec, bytes_array, dtype_name
 from torchship.wire.classification import classify
 from torchship.wire.json_arrays import decode_json_data, encode_json_data
 from torchship.wire.messages import Request, Response, WantedOutput
-from torchship.wire.raw import Buffer, datatype_of, decode_raw, encode_raw, object_array
+from torchship.wire.raw import Buffer, decode_raw, encode_raw
 from torchship.wire.rows import BatchSlice
 
 
@@ -215,7 +215,7 @@ def decode_plain(body: Buffer, *, model: str, version: str, inputs: Sequence[Ten
     if spec.dtype == "BYTES":
         if any(length != 1 for length in shape):
             raise BadInput(f"a body without JSON is one element, input {spec.name!r} is {spec}")
-        return Request(model, {spec.name: object_array([bytes(body)]).reshape(shape)}, version)
+        return Request(model, {spec.name: bytes_array([bytes(body)]).reshape(shape)}, version)
     free = [place for place, axis in enumerate(spec.shape) if isinstance(axis, Free) and place > 0]
     if len(free) == 1:  # its length follows from the number of bytes
         shape[free[0]] = 1
@@ -245,7 +245,7 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
     else:
         for name, array in response.outputs.items():
             data = encode_json_data(array)
-            outputs.append(_Output(name, datatype_of(array), list(array.shape), None, data))
+            outputs.append(_Output(name, dtype_name(array.dtype), list(array.shape), None, data))
     answer = _Answer(response.model, response.version, outputs, response.id, response.parameters or None)
     text = _ANSWER.encode(answer)
     if not blobs and not any(wish.binary for wish in request.outputs):
@@ -290,7 +290,7 @@ def _keep(key: tuple[str, str, int, bool], part: BatchSlice, response: Response)
     for name, array in part.items():
         sizes = {"binary_data_size": array.nbytes} if key[-1] else None
         data: Any = msgspec.UNSET if key[-1] else []
-        outputs.append(_Output(name, datatype_of(array), list(array.shape), sizes, data))
+        outputs.append(_Output(name, dtype_name(array.dtype), list(array.shape), sizes, data))
     *befores, last = _ANSWER.encode(_Answer(response.model, response.version, outputs)).split(b"[]")
     if not key[-1]:
         befores = [before + b"[" if index == 0 else b"]" + before + b"[" for index, before in enumerate(befores)]
@@ -301,7 +301,7 @@ def _keep(key: tuple[str, str, int, bool], part: BatchSlice, response: Response)
 
 def _output(wish: WantedOutput, response: Response, blobs: list[bytes], regions: Regions | None) -> _Output:
     array = chosen_output(wish, response)
-    output = _Output(wish.name, datatype_of(array), list(array.shape))
+    output = _Output(wish.name, dtype_name(array.dtype), list(array.shape))
     if "shared_memory_region" in wish.parameters:
         # Triton's C++ client looks for a size of binary data wherever an output has parameters
         output.parameters = {**write_region(regions, wish, encode_raw(array)), "binary_data_size": 0}

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from torchship.errors import BadInput
-from torchship.tensors import Array, dtype_name, numpy_dtype
+from torchship.tensors import Array, as_bytes, bytes_array, numpy_dtype, plain
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 _LENGTH = struct.Struct("<I")
@@ -36,22 +36,14 @@ def decode_raw(data: Buffer, *, name: str, datatype: str, shape: Sequence[int]) 
 
 
 def encode_raw(array: Array) -> bytes:
-    """The bytes of an array as they go on the wire."""
+    """The bytes of an array as they go on the wire: row-major and little-endian, whatever its strides and byte order.
+
+    Raises BadInput for a BYTES element that is neither bytes nor text.
+    """
     if array.dtype.kind not in "OSU":
-        return array.tobytes()
+        return plain(array).tobytes()
     items = [as_bytes(item) for item in array.ravel().tolist()]
     return b"".join(part for item in items for part in (_LENGTH.pack(len(item)), item))
-
-
-def as_bytes(item: object) -> bytes:
-    """One element of a BYTES tensor. Raises BadInput for what is neither bytes nor text."""
-    if isinstance(item, bytes):
-        return item
-    if isinstance(item, str):
-        return item.encode()
-    if isinstance(item, bytearray | memoryview):
-        return bytes(item)
-    raise BadInput(f"a BYTES element is {type(item).__name__}", hint="use bytes or str")
 
 
 def element_count(shape: Sequence[int], *, name: str) -> int:
@@ -61,13 +53,6 @@ def element_count(shape: Sequence[int], *, name: str) -> int:
     if shape and (min(shape) < 0 or max(shape) > 1 << 40):
         raise BadInput(f"tensor {name!r} has shape {list(shape)}", hint="lengths are 0 or more in a request")
     return math.prod(shape)
-
-
-def object_array(items: Sequence[bytes]) -> Array:
-    """A one-dimensional BYTES tensor."""
-    array = np.empty(len(items), np.object_)
-    array[:] = items
-    return array
 
 
 def _decode_bytes(data: Buffer, *, name: str, count: int) -> Array:
@@ -87,9 +72,4 @@ def _decode_bytes(data: Buffer, *, name: str, count: int) -> Array:
         place += length
     if place != size:
         raise BadInput(f"tensor {name!r} has {size - place} bytes after its {count} BYTES elements")
-    return object_array(items)
-
-
-def datatype_of(array: Array) -> str:
-    """The wire datatype of an answer's array (object arrays are BYTES)."""
-    return "BYTES" if array.dtype.kind == "O" else dtype_name(array.dtype)
+    return bytes_array(items)

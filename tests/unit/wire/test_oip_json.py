@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from torchship.errors import BadInput
-from torchship.tensors import Signature, TensorSpec
+from torchship.tensors import Signature, TensorSpec, bytes_array
 from torchship.wire.messages import Request, Response, WantedOutput
 from torchship.wire.oip_json import decode_plain, decode_request, encode_response
-from torchship.wire.raw import encode_raw, object_array
+from torchship.wire.raw import encode_raw
 
 
 def body(datatype: str, shape: list[int], data: object, **extra: object) -> bytes:
@@ -114,7 +114,7 @@ def binary(head: dict[str, Any], *blobs: bytes) -> tuple[bytes, int]:
 
 def test_binary_tensors_are_views() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    words = object_array([b"a", b"\x00\xff"])
+    words = bytes_array([b"a", b"\x00\xff"])
     data, length = binary(
         {
             "inputs": [
@@ -217,8 +217,8 @@ def test_answers_in_binary() -> None:
 
 def test_bytes_that_are_no_text_need_binary() -> None:
     with pytest.raises(BadInput, match="UTF-8"):
-        answer(object_array([b"\xff"]))
-    assert answer(object_array([b"\xff"]), WantedOutput("y", binary=True))[1] == b"\x01\0\0\0\xff"
+        answer(bytes_array([b"\xff"]))
+    assert answer(bytes_array([b"\xff"]), WantedOutput("y", binary=True))[1] == b"\x01\0\0\0\xff"
 
 
 def test_classes() -> None:

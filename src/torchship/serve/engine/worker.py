@@ -113,8 +113,6 @@ class Bench:
         self._private = private
         signature = stage.signature
         self._inputs = [(spec.name, numpy_dtype(spec.dtype)) for spec in signature.inputs]
-        self._outputs = [spec.name for spec in signature.outputs]
-        self._text = {spec.name for spec in signature.outputs if spec.dtype == "BYTES"}
         self._batched = signature.batched
         self._lost = ""
         self._patience = 0
@@ -229,10 +227,7 @@ class Bench:
 
     def _checked(self, answer: Tensors) -> list[Array]:
         """The outputs in their order, of the declared datatype."""
-        if self._text:
-            answer = {name: _bytes(array) if name in self._text else array for name, array in answer.items()}
-        check_outputs(self._stage.signature, answer)
-        return [answer[name] for name in self._outputs]
+        return list(check_outputs(self._stage.signature, answer).values())
 
     def _stream(self, take: Take, region: Region, began: int) -> None:
         """Each answer of a generator is sent as soon as it is there, in memory of its own."""
@@ -294,17 +289,6 @@ def _place(answers: Sequence[tuple[int, list[int], list[Array]]], memory: memory
             offset += arena.aligned(block.size)
         pieces.append(Piece(first, rows, blocks))
     return pieces
-
-
-def _bytes(array: Array) -> Array:
-    """BYTES as the arena takes them: an object array of `bytes`."""
-    if array.dtype.kind not in "SUO":
-        return array
-    found = np.empty(array.shape, object)
-    flat = found.reshape(-1)
-    for index, item in enumerate(array.flat):  # one by one: numpy would cut trailing zeros off a list of bytes
-        flat[index] = item.encode() if isinstance(item, str) else bytes(item)
-    return found
 
 
 class Kit(msgspec.Struct, frozen=True):
