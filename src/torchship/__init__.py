@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_VERBS = ("optimize", "serve", "stage")  # rooms that can be called; see face.py
+_VERBS = ("optimize", "serve", "stage")  # modules that can be called: plugins.make_callable
 _ROOMS = {
     "Guard": "torchship.optimize.guard:Guard",
     "Recipe": "torchship.recipe:Recipe",

@@ -60,7 +60,7 @@ class Hardware(msgspec.Struct, frozen=True):
 
     @property
     def line(self) -> str:
-        """One line for people."""
+        """One line for readers."""
         cards = "".join(f", {gpu.name} {gpu.memory / 2**30:.0f} GiB" for gpu in self.gpus)
         return f"{self.processor} ({self.machine}), {self.cores} cores, {self.memory / 2**30:.0f} GiB{cards}"
 

@@ -1,14 +1,17 @@
-"""Finds plugins: a plugin is a module, its folder is its kind, its file name is its name.
+"""Modules as plugins and as functions.
 
-Outsiders add theirs by entry points of the group `torchship.<kind>`.
+A plugin is a module, its folder is its kind, its file name is its name; outsiders add theirs by entry points of the
+group `torchship.<kind>`. A callable module is a package that can be called as the function it is named for.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from importlib.metadata import entry_points
 from types import ModuleType
+from typing import Any
 
 from torchship.errors import BadConfig
 
@@ -45,3 +48,22 @@ def reason_against(kind: str, *, name: str, **facts: object) -> str:
         if isinstance(fault, KeyboardInterrupt):
             raise
         return f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+
+
+class _CallableModule(ModuleType):
+    """A module that passes calls on to the function that its attribute `__verb__` names."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        module, _, function = self.__verb__.partition(":")
+        return getattr(importlib.import_module(module), function)(*arguments, **options)
+
+
+def make_callable(module: str, *, verb: str) -> None:
+    """Let `torchship.optimize(...)` work while `torchship.optimize` is a package.
+
+    Importing a submodule binds its name in the package above, so a function of that name cannot live there. `verb` is
+    spelt `module:function` and imported at the first call.
+    """
+    found = sys.modules[module]
+    found.__class__ = _CallableModule
+    vars(found)["__verb__"] = verb

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from torchship.errors import BadConfig, BadInput, StageFailed
-from torchship.face import make_callable
+from torchship.plugins import make_callable
 from torchship.tensors import Signature, Tensors, as_array
 
 Value: TypeAlias = str | int | float | bool

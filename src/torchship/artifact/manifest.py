@@ -75,7 +75,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of `manifest.json`.
 
     `recipe` made the files under `backend/`; `fallback`, where there is one, those under `fallback/`, which open on
-    any machine. `hardware` is a line for people, `fingerprint` says where the timings hold, and `family` where native
+    any machine. `hardware` is a line for readers, `fingerprint` says where the timings hold, and `family` where native
     files may be opened.
     `labels` names the classes of a classifier, where known.
     """

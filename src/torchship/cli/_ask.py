@@ -1,4 +1,4 @@
-"""A served model as the command line asks it: by the URL that people paste."""
+"""A served model as the command line asks it: by a URL as it is pasted from a browser."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def console() -> Console:
 
 
 def human_size(count: float) -> str:
-    """Bytes for people: 512 B, 1.4 MB (decimal, as file systems count)."""
+    """Bytes for readers: 512 B, 1.4 MB (decimal, as file systems count)."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
@@ -53,7 +53,7 @@ def show_signature(out: Console, signature: Signature) -> None:
 
 
 def show_artifact(out: Console, artifact: Artifact) -> None:
-    """Everything the manifest says, for people."""
+    """Everything the manifest says, for readers."""
     from torchship import hardware
 
     manifest = artifact.manifest

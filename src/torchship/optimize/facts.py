@@ -121,10 +121,10 @@ def agreement_text(trial: Trial) -> str:
 
 
 def megabytes(size: int) -> str:
-    """Bytes as megabytes for people: three digits, however small."""
+    """Bytes as megabytes for readers: three digits, however small."""
     return f"{size / 1e6:.3g}" if size < 1e6 else f"{size / 1e6:,.1f}"
 
 
 def ms_text(value: float) -> str:
-    """Milliseconds for people."""
+    """Milliseconds for readers."""
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"

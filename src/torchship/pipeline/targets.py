@@ -44,4 +44,4 @@ def open_target(
     return Composed(plan_target(path, store=found, device=device, threads=threads, trust=trust), found)
 
 
-open = open_target  # its name in the face: torchship.open
+open = open_target  # as `torchship.open`

@@ -1,5 +1,5 @@
-"""The theatre: artifacts and pipelines served on lines of worker processes."""
+"""The serving half: artifacts and pipelines served on lines of worker processes."""
 
-from torchship.face import make_callable
+from torchship.plugins import make_callable
 
 make_callable(__name__, verb="torchship.serve.host:serve")

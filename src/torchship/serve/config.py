@@ -61,7 +61,7 @@ class StorePlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Logs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[log]`: how much is logged, and whether for people or as JSON lines."""
+    """`[log]`: how much is logged, and whether for readers or as JSON lines."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"

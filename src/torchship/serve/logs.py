@@ -1,4 +1,4 @@
-"""The server's log: lines for people, or JSON lines for machines, with model, stage, worker and request in fields."""
+"""The server's log: lines for readers, or JSON lines for machines, with model, stage, worker and request in fields."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Json:
 
 
 class _Text:
-    """Formats a record for people: time, level, where it comes from, message."""
+    """Formats a record for readers: time, level, where it comes from, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         place = getattr(record, "station", "")
