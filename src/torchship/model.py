@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchship.tensors import Free, Signature, Tensors
+from torchship.tensors import Array, Free, Signature, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def to_torch(array: object) -> torch.Tensor:
     return torch.from_numpy(data if data.flags.writeable else data.copy())
 
 
-def to_numpy(tensor: torch.Tensor) -> object:
+def to_numpy(tensor: torch.Tensor) -> Array:
     """A torch tensor as a numpy array on the host (BF16 as `ml_dtypes.bfloat16`)."""
     import torch
 

@@ -6,10 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
-
 from torchship import hardware
 from torchship.artifact.manifest import Manifest
+from torchship.difference import relative_error, share_equal
 from torchship.errors import WrongMachine
 from torchship.stage import Stage
 from torchship.tensors import FLOATS, Array, Signature, Tensors, dtype_name
@@ -65,19 +64,9 @@ def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: fl
             error = relative_error(theirs, ours)
             if not error <= allowed:
                 wrong[spec.name] = f"is off by {error:.3g} (relative L2 error, {allowed:.3g} allowed)"
-        elif theirs.size and np.mean(ours == theirs) < _SAME_SHARE:
-            wrong[spec.name] = f"agrees in {np.mean(ours == theirs):.0%} of its values"
+        elif (same := share_equal(theirs, ours)) < _SAME_SHARE:
+            wrong[spec.name] = f"agrees in {same:.0%} of its values"
     return wrong
-
-
-def relative_error(wanted: Array, found: Array) -> float:
-    """L2 norm of the difference over that of `wanted`; NaN in `found` alone makes it NaN."""
-    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    both = np.isnan(a) & np.isnan(b) | (a == b)
-    with np.errstate(invalid="ignore"):
-        difference = np.where(both, 0.0, a - b)
-    scale = float(np.linalg.norm(np.where(np.isfinite(a), a, 0.0)))
-    return float(np.linalg.norm(difference)) / max(scale, 1e-12)
 
 
 def _rows(tensors: Tensors) -> int:

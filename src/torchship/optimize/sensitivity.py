@@ -18,9 +18,10 @@ import msgspec
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from torchship.difference import relative_error
 from torchship.errors import OptimizeError
 from torchship.lowering import paths, program, surgery
-from torchship.model import Model
+from torchship.model import Model, to_numpy
 from torchship.tensors import Tensors
 
 _LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul",
@@ -186,11 +187,8 @@ def noise_db(wanted: Any, found: Any) -> float:
     """10 log10 of signal over noise power; 200 where there is no noise."""
     if not isinstance(wanted, torch.Tensor) or not wanted.is_floating_point():
         return _CLEAN
-    signal = float(wanted.double().square().sum())
-    noise = float((wanted.double() - found.double()).square().sum())
-    if not math.isfinite(noise):
-        return -_CLEAN
-    return min(_CLEAN, 10 * math.log10(signal / noise)) if noise > 0 and signal > 0 else _CLEAN
+    error = relative_error(to_numpy(wanted), to_numpy(found))
+    return max(-_CLEAN, min(_CLEAN, -20 * math.log10(error))) if error > 0 else _CLEAN
 
 
 def _flat(answer: Any) -> list[torch.Tensor]:

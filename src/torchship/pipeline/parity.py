@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from torchship.artifact import Store
-from torchship.artifact.recheck import faults, relative_error
+from torchship.artifact.recheck import faults
+from torchship.difference import relative_error
 from torchship.errors import BadConfig, GuardRefused
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.planning import Plan, plan
