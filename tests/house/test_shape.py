@@ -1,4 +1,7 @@
-"""The house keeps its shape: sizes, names, docstrings, the error tree, light imports."""
+"""The house keeps its shape: sizes, names, docstrings, the error tree, light imports.
+
+`benchmarks.size` measures; here are the bounds. The tables of what still breaks a rule may only become shorter.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from benchmarks import size
 
 from torchship import errors
 
@@ -21,6 +25,7 @@ EVERYTHING = [
     for folder in ("src", "apps", "tests", "benchmarks", "examples")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+FILES = size.sources()
 GENERATED = "_pb2.py"
 FORBIDDEN_NAMES = {
     "utils",
@@ -42,11 +47,11 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=relative)
-def test_a_file_has_at_most_400_lines_and_says_what_it_is(path: Path) -> None:
+def test_a_file_has_at_most_600_lines_and_says_what_it_is(path: Path) -> None:
     if path.name.endswith(GENERATED):
         return
     text = path.read_text()
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 600
     assert ast.get_docstring(ast.parse(text)), "a module begins with one sentence"
 
 
@@ -69,6 +74,105 @@ def test_a_function_has_at_most_50_lines(path: Path) -> None:
 def test_the_median_file_is_small() -> None:
     sizes = sorted(len(path.read_text().splitlines()) for path in SOURCES)
     assert sizes[len(sizes) // 2] < 200
+
+
+# Lines of code a room may have. Raised only by a commit that says what it took out in return.
+ENGINE = 32_000
+
+# What broke these rules when they were made.
+DOUBLED = {
+    "Bench",
+    "Block",
+    "Blueprint",
+    "Call",
+    "Embedder",
+    "Entry",
+    "Forget",
+    "Inference",
+    "Limits",
+    "Line",
+    "Manifest",
+    "Options",
+    "Outcome",
+    "Part",
+    "Plan",
+    "Refused",
+    "Region",
+    "Row",
+    "Seen",
+    "Slot",
+    "_Answer",
+    "_Output",
+    "_Question",
+    "_Watch",
+    "torchship_faces: stages.py",
+}
+SPLINTERS = {
+    "src/torchship/client/tls.py",
+    "src/torchship/lowering/contiguous.py",
+    "src/torchship/lowering/needs.py",
+    "src/torchship/lowering/quiet.py",
+    "src/torchship/pipeline/opening.py",
+    "src/torchship/pipeline/parity.py",
+    "src/torchship/serve/api/grpc.py",
+    "src/torchship/serve/descriptors.py",
+    "src/torchship/serve/http/tls.py",
+    "src/torchship/serve/routes.py",
+    "src/torchship/wire/classification.py",
+    "apps/faces/src/torchship_faces/drawing.py",
+}
+FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)
+SAYS_FORBIDDEN_WORDS = {
+    "src/torchship/serve/http/router.py",
+    "src/torchship/serve/api/rest.py",
+    "src/torchship/tensors.py",
+}
+
+
+def test_the_engine_keeps_to_its_budget() -> None:
+    assert sum(source.lines for source in FILES if source.engine) <= ENGINE
+
+
+def test_a_class_or_file_name_means_one_thing() -> None:
+    doubled = size.doubled_classes(FILES) | size.doubled_files(FILES)
+    assert {name: places for name, places in doubled.items() if name not in DOUBLED} == {}
+
+
+def test_no_package_takes_the_private_names_of_another() -> None:
+    assert size.private_imports(FILES) == []
+
+
+def test_private_names_of_other_packages_are_found(tmp_path: Path) -> None:
+    text = (
+        "from torchship.wire import raw\nfrom torchship.wire.raw import _join\nfrom torchship.cli import _shown\n"
+        "raw._split()\nfrom torchship.wire.raw import join\nraw.join()\n_shown.console\n"
+    )
+    path = size.ROOT / "src" / "torchship" / "cli" / "made_up.py"
+    made = size.Source(path, "torchship.cli.made_up", "torchship.cli")
+    vars(made)["text"] = text
+    others = [
+        size.Source(path, name, name.rpartition(".")[0])
+        for name in ("torchship.wire", "torchship.cli", "torchship.wire.raw", "torchship.cli._shown")
+    ]
+    for other in others:
+        vars(other)["text"] = ""
+    found = [use.split()[-1] for use in size.private_imports([made, *others])]
+    assert sorted(found) == ["torchship.wire.raw._join", "torchship.wire.raw._split"]
+
+
+@pytest.mark.parametrize("source", FILES, ids=lambda source: source.name)
+def test_a_file_holds_an_idea_not_a_splinter(source: size.Source) -> None:
+    plugin = source.package in ("torchship.backends", "torchship.optimize.transforms")
+    if source.path.name.startswith("__") or plugin or source.name in SPLINTERS:
+        return
+    assert source.lines >= 40
+
+
+@pytest.mark.parametrize("source", FILES, ids=lambda source: source.name)
+def test_the_engine_does_not_speak_of_its_applications(source: size.Source) -> None:
+    if not source.engine or source.name in SAYS_FORBIDDEN_WORDS:
+        return
+    assert FORBIDDEN_WORDS.findall(source.text) == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
