@@ -16,8 +16,6 @@ from torchship.artifact import tensorfile
 from torchship.errors import BadInput, NotFound
 from torchship.tensors import Array, Signature, Tensors, TensorSpec, dtype_name, numpy_dtype
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-
 
 def read(path: Path, *, signature: Signature, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Tensors:
     """Tensors for `signature` out of .npy, .npz, .json, .safetensors, a picture, or any file for a BYTES input.
@@ -46,6 +44,9 @@ def read_any(path: Path) -> Tensors:
 
 
 def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float], std: Sequence[float]) -> Tensors:
+    from torchship.stages.images import reader
+    from torchship.stages.picture import SUFFIXES
+
     suffix = path.suffix.lower()
     only = signature.inputs[0] if len(signature.inputs) == 1 else None
     if only and only.dtype == "BYTES" and suffix not in (".npy", ".npz", ".json", ".safetensors"):
@@ -62,8 +63,8 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
         raise BadInput(f"one tensor for {len(signature.inputs)} inputs", hint="use .npz, .json or .safetensors")
     if suffix == ".npy":
         return {only.name: _numpy(data)}
-    if suffix in PICTURES:
-        return {only.name: _picture(data, only, mean, std)}
+    if suffix in SUFFIXES:
+        return {only.name: reader(only, mean=mean, std=std)(data)[None]}
     raise BadInput(
         f"a {suffix or 'nameless'} file is not understood", hint="use npy, npz, json, safetensors, a picture"
     )
@@ -121,27 +122,6 @@ def _from_lists(value: Any, spec: TensorSpec | None, name: str, dtype: Any = Non
         return np.array(value, dtype=wanted)
     except (ValueError, TypeError, AttributeError, OverflowError) as fault:
         raise BadInput(f"input {name!r}: {fault}", hint="nested lists of equal lengths") from None
-
-
-def _picture(data: bytes, spec: TensorSpec, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """A picture for an input of [rows, channels, height, width], as torchvision's classifiers take it."""
-    from torchship.stages.images import IMAGENET_MEAN, IMAGENET_STD, Classify
-
-    shape = spec.shape
-    if spec.dtype != "FP32" or len(shape) != 4 or shape[1] not in (1, 3):
-        raise BadInput(f"a picture cannot become {spec}", hint="an input of FP32[-1,3,height,width] can take one")
-    height, width = (side if isinstance(side, int) else 224 for side in shape[2:])
-    grey = shape[1] == 1
-    stage = Classify(
-        size=[height, width],
-        resize=round(min(height, width) * 256 / 224),
-        colour="grey" if grey else "rgb",
-        mean=mean or ((0.0,) if grey else IMAGENET_MEAN),
-        std=std or ((1.0,) if grey else IMAGENET_STD),
-    )
-    rows = np.empty(1, object)
-    rows[0] = data
-    return stage(rows)
 
 
 def write(path: Path, tensors: Tensors) -> None:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import sys
 import tomllib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from torchship import process
-from torchship.errors import BadConfig, NotFound
+from torchship.errors import BadConfig, BadInput, NotFound
 from torchship.optimize.places import is_users, place_at
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
+from torchship.stages import images
+from torchship.stages.picture import SUFFIXES
 from torchship.tensors import Array, TensorSpec
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MOST_PICTURES = 256
 _DEFAULTS = {"goal": "latency", "budget": "10m", "threads": 0, "device": "cpu"}
-_MEAN, _SPREAD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
 @dataclass(frozen=True)
@@ -186,33 +186,32 @@ def data_at(target: str, *, specs: Sequence[TensorSpec]) -> Iterable[Any]:
 
 
 def pictures(folder: Path, *, specs: Sequence[TensorSpec]) -> Iterator[Array]:
-    """The pictures of a folder as single rows: resized, cropped, scaled and normalized as ImageNet models want it.
+    """The pictures of a folder as single rows, as `predict` and the stage `Classify` make them; what is none is left
+    out with a warning.
 
     Use a `--data` function where the model was trained with other preprocessing.
     """
-    if len(specs) != 1 or len(specs[0].shape) != 4 or specs[0].dtype not in ("FP32", "UINT8"):
+    try:
+        (spec,) = specs
+        read = images.reader(spec)
+    except (ValueError, BadInput):
         raise BadConfig(
             "--data: a folder of pictures needs one --input with a shape like FP32[-1,3,224,224]",
             hint="give a module:function that yields batches instead",
-        )
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)[:_MOST_PICTURES]
+        ) from None
+    shown = (path for path in folder.rglob("*") if not path.name.startswith("."))  # ._x.jpg is a Mac's note on x.jpg
+    paths = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)[:_MOST_PICTURES]
     if not paths:
-        raise NotFound(f"--data: no pictures in {folder}", hint=f"looked for {', '.join(_PICTURES)}")
-    return (_picture(path, specs[0]) for path in paths)
+        raise NotFound(f"--data: no pictures in {folder}", hint=f"looked for {', '.join(SUFFIXES)}")
+    return _rows(paths, read)
 
 
-def _picture(path: Path, spec: TensorSpec) -> Array:
-    from PIL import Image, ImageOps
-
-    axes = [axis if isinstance(axis, int) else 224 for axis in spec.shape[1:]]
-    height, width = axes[1], axes[2]
-    with Image.open(path) as image:
-        fitted = ImageOps.fit(image.convert("L" if axes[0] == 1 else "RGB"), (width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(fitted).reshape(height, width, -1).transpose(2, 0, 1)
-    if spec.dtype == "UINT8":
-        return np.ascontiguousarray(pixels)
-    scaled = pixels.astype(np.float32) / 255
-    return (scaled - _MEAN[: axes[0], None, None]) / _SPREAD[: axes[0], None, None]
+def _rows(paths: Sequence[Path], read: Callable[[bytes], Array]) -> Iterator[Array]:
+    for path in paths:
+        try:
+            yield read(path.read_bytes())
+        except BadInput as fault:
+            logging.getLogger(__name__).warning("--data: %s is left out: %s", path, fault)
 
 
 def recipes_at(text: str) -> list[Recipe]:

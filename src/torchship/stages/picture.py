@@ -6,23 +6,35 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from zlib import crc32
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from torchship.errors import BadInput
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _FORMATS = "JPEG, PNG, WebP, GIF or BMP"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _STARTS = (
     (b"\xff\xd8\xff", "Jpeg"),
-    (b"\x89PNG\r\n\x1a\n", "Png"),
+    (_PNG, "Png"),
     (b"RIFF", "WebP"),
     (b"GIF87a", "Gif"),
     (b"GIF89a", "Gif"),
     (b"BM", "Bmp"),
 )
 _EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -36,23 +48,33 @@ class Limits:
 def decode(data: bytes, *, limits: Limits = Limits(), at_least: int = 0) -> Image.Image:
     """The picture upright, as RGB or L: the first frame, turned as its EXIF says; transparency is dropped.
 
+    Broken or huge metadata (EXIF, profiles, comments) neither changes nor stops a picture.
     `at_least` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side stays that long:
     much faster, not the same numbers. Raises BadInput for everything that is no picture within the limits.
     """
     if len(data) > limits.size:
         raise BadInput(f"the picture has {len(data)} bytes, at most {limits.size} are taken", hint="send a smaller one")
+    reader = _reader(data)
     try:
-        picture = _reader(data)(io.BytesIO(data))
-        _check_size(picture, limits)
-        if at_least:
-            shrink = min(picture.size) / at_least
-            picture.draft("RGB", (int(picture.width / shrink), int(picture.height / shrink)))
-        picture.load()
+        picture = _loaded(reader, data, limits, at_least)
     except BadInput:
         raise
     except Exception as fault:  # decoders raise whatever they like on broken files
-        raise BadInput(f"the picture is broken: {fault}", hint="was it sent whole?") from None
+        try:
+            picture = _loaded(reader, without_metadata(data), limits, at_least)
+        except Exception:  # it was not the metadata
+            raise BadInput(f"the picture is broken: {fault}", hint="was it sent whole?") from None
     return _plain(_upright(picture))
+
+
+def _loaded(reader: Callable[[io.BytesIO], ImageFile], data: bytes, limits: Limits, at_least: int) -> ImageFile:
+    picture = reader(io.BytesIO(data))
+    check_size(*picture.size, limits=limits)
+    if at_least:
+        shrink = min(picture.size) / at_least
+        picture.draft("RGB", (int(picture.width / shrink), int(picture.height / shrink)))
+    picture.load()
+    return picture
 
 
 def _reader(data: bytes) -> Callable[[io.BytesIO], ImageFile]:
@@ -66,8 +88,8 @@ def _reader(data: bytes) -> Callable[[io.BytesIO], ImageFile]:
     raise BadInput(f"not a picture (it starts with {start_hex})", hint=f"send the bytes of a {_FORMATS} file")
 
 
-def _check_size(picture: Image.Image, limits: Limits) -> None:
-    width, height = picture.size
+def check_size(width: int, height: int, *, limits: Limits = Limits()) -> None:
+    """Raises BadInput for a picture, sent or to be made, of more pixels than `limits` allow."""
     if width * height > limits.pixels:
         raise BadInput(
             f"the picture has {width}x{height} pixels, at most {limits.pixels / 1e6:g} million are taken",
@@ -75,12 +97,40 @@ def _check_size(picture: Image.Image, limits: Limits) -> None:
         )
 
 
+def without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG with the parts alone that its upright pixels depend on; other files as they are.
+
+    Kept are the critical chunks of a PNG (PNG 3rd edition, 5.4) and its EXIF, of a JPEG all but its application
+    segments and comments (ITU-T T.81, B.2.4), of which EXIF (APP1) and the colour transform (Adobe's APP14) are kept.
+    """
+    kept = bytearray(data[:8] if data.startswith(_PNG) else data[:2])
+    place = len(kept)
+    if data.startswith(_PNG):
+        while place + 12 <= len(data):
+            end = place + 12 + int.from_bytes(data[place : place + 4])
+            name, checksum = data[place + 4 : place + 8], int.from_bytes(data[end - 4 : end])
+            if not name[0] & 0x20 or (name == b"eXIf" and crc32(data[place + 4 : end - 4]) == checksum):
+                kept += data[place:end]
+            place = end
+        return bytes(kept)
+    if not data.startswith(b"\xff\xd8"):
+        return data
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # up to the start of scan
+        marker = data[place + 1]
+        end = place + (1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4]))  # FF fills
+        exif = marker == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0"
+        if exif or marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept += data[place:end]
+        place = end
+    return bytes(kept) + data[place:]
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     try:
-        turn = picture.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block does not spoil the pixels
+        turn = _TURNS.get(picture.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block, or an orientation that is no number
         return picture
-    return ImageOps.exif_transpose(picture) if turn in range(2, 9) else picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _plain(picture: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ from torchship.optimize import facts, page, targets
 from torchship.optimize.choose import Choice, Constraints
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe, Step
+from torchship.stages.images import Classify
 from torchship.tensors import TensorSpec
 
 
@@ -172,6 +173,23 @@ def test_a_folder_of_pictures_becomes_rows(tmp_path: Path) -> None:
     assert raw.max() == 255
     with pytest.raises(BadConfig, match="folder of pictures"):
         targets.data_at(str(tmp_path), specs=[TensorSpec.parse("ids:INT64[-1,16]")])
+
+
+def test_a_folder_of_pictures_is_read_as_the_server_reads_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(np.stack([ramp, ramp // 2, ramp[::-1]], 2)).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)).save(tmp_path / "b.png")
+    (tmp_path / "._b.png").write_bytes(b"a Mac's note")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    served = [(tmp_path / name).read_bytes() for name in ("a.jpg", "b.png")]
+    wanted = Classify(size=[16, 24])(np.array([*served, None], object)[:2])
+    rows = list(targets.data_at(str(tmp_path), specs=[TensorSpec.parse("image:FP32[-1,3,16,24]")]))
+    np.testing.assert_array_equal(np.stack(rows), wanted)
+    assert "c.png is left out" in caplog.text
 
 
 def test_help_shows_examples_and_bad_words_exit_with_2() -> None:

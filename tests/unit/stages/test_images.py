@@ -15,9 +15,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as tv
 
 from torchship.errors import BadConfig, BadInput
-from torchship.stages.images import IMAGENET_MEAN, IMAGENET_STD, Classify, Decode, Letterbox, Normalize, Resize
+from torchship.stages.images import IMAGENET_MEAN, IMAGENET_STD, Classify, Decode, Letterbox, Normalize, Resize, reader
 from torchship.stages.picture import Limits, decode
-from torchship.tensors import Array
+from torchship.tensors import Array, TensorSpec
 
 RANDOM = np.random.default_rng(0)
 
@@ -121,12 +121,97 @@ def test_exif_turns_the_picture_upright(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(found), np.asarray(upright))
 
 
+def turned_by(kind: int, count: int, value: bytes) -> bytes:
+    """An EXIF block that says orientation 6, and beside it an odd resolution (a tag, its type, count and value)."""
+    inline = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 38)
+    entries = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI", 0x11A, kind, count) + inline
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4) + (value if len(value) > 4 else b"")
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    """One segment of a JPEG."""
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def chunk(name: bytes, data: bytes, *, off: int = 0) -> bytes:
+    """One chunk of a PNG; its checksum is wrong by `off`."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data) ^ off)
+
+
+SIX = turned_by(3, 1, b"\1")
+JPEG_PARTS = {
+    "a resolution of -1/0": segment(0xE1, turned_by(10, 1, struct.pack("<ii", -1, 0))),
+    "a resolution as text": segment(0xE1, turned_by(2, 3, b"72\0")),
+    "a block that ends early": segment(0xE1, SIX[:-8]),
+    "half a resource of Photoshop": segment(0xE1, SIX) + segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4"),
+    "a profile without a number": segment(0xE1, SIX) + segment(0xE2, b"ICC_PROFILE\0"),
+    "half a JFIF": segment(0xE0, b"JFIF\0") + segment(0xE1, SIX),
+}
+PNG_PARTS = {
+    "a profile of 2 MB": chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2 << 20))) + chunk(b"eXIf", SIX[6:]),
+    "a text of 2 MB": chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2 << 20))) + chunk(b"eXIf", SIX[6:]),
+    "a broken note": chunk(b"tIME", bytes(7), off=1) + chunk(b"eXIf", SIX[6:]),
+    "half a gamma": chunk(b"gAMA", b"\0") + chunk(b"eXIf", SIX[6:]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF")
+@pytest.mark.parametrize("what", [*JPEG_PARTS, *PNG_PARTS])
+def test_odd_metadata_neither_stops_nor_changes_a_picture(what: str) -> None:
+    stored = photo(32, 16)
+    if what in JPEG_PARTS:
+        plain = encoded(stored, "JPEG", quality=95)
+        data = plain[:2] + JPEG_PARTS[what] + plain[2:]
+    else:
+        plain = encoded(stored)
+        data = plain[:33] + PNG_PARTS[what] + plain[33:]
+    found, wanted = decode(data), decode(plain).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF")
+@pytest.mark.parametrize("data", [b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_exif_that_says_nothing_leaves_the_picture_as_it_is(data: bytes) -> None:
+    plain = encoded(photo(32, 16), "JPEG")
+    assert decode(plain[:2] + segment(0xE1, data) + plain[2:]).size == (32, 16)
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (65_000, 2)])
+def test_a_thin_picture_costs_no_more_than_what_is_kept(size: tuple[int, int]) -> None:
+    data = encoded(Image.new("RGB", size, (255, 0, 0)))
+    for resize in (0, 100, 300):
+        found = Classify(size=224, resize=resize, mean=[0.0], std=[1.0])(request(data))
+        assert found.shape == (1, 3, 224, 224)
+        assert found[0, :, 112, 112].tolist() == [1, 0, 0]
+    with pytest.raises(BadInput, match="pixels, at most 64 million"):
+        Resize(short=256)(decode_pixels(data))
+
+
+def decode_pixels(data: bytes) -> Array:
+    """The pixels of a file."""
+    pixels: Array = Decode()(request(data))[0]
+    return pixels
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "UINT8"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_input_is_filled_as_classify_fills_it(datatype: str, channels: int) -> None:
+    data = encoded(photo(50, 40))
+    found = reader(TensorSpec.parse(f"x:{datatype}[-1,{channels},16,24]"))(data)
+    colour: Any = "grey" if channels == 1 else "rgb"
+    plain = Classify(size=[16, 24], colour=colour, mean=[0.0], std=[1.0])(request(data))[0]
+    if datatype == "UINT8":
+        np.testing.assert_array_equal(found, np.rint(plain * 255))
+    elif channels == 1:
+        np.testing.assert_array_equal(found, plain)
+    else:
+        np.testing.assert_array_equal(found, Classify(size=[16, 24])(request(data))[0])
+    with pytest.raises(BadInput, match="cannot become"):
+        reader(TensorSpec.parse("x:FP32[-1,16,24,3]"))
+
+
 def png_of(width: int, height: int) -> bytes:
     """A PNG file that claims a size and holds next to nothing."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
