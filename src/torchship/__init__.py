@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torchship.moved import follow
+
 __version__ = "0.1.0"
 
 _VERBS = ("optimize", "serve", "stage")  # modules that can be called: plugins.make_callable
 _ROOMS = {
+    "Effort": "torchship.optimize.measure:Effort",
     "Guard": "torchship.optimize.guard:Guard",
     "Recipe": "torchship.recipe:Recipe",
     "Report": "torchship.optimize.report:Report",
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from torchship.stage import Stage as Stage
     from torchship.tensors import Signature as Signature
     from torchship.tensors import TensorSpec as TensorSpec
+
+
+follow()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Pipelines: stages in a row or a graph, as plain data, checked before anything starts."""
 
 from torchship.pipeline.composed import Composed
-from torchship.pipeline.config import PipelineConfig, StageConfig
+from torchship.pipeline.config import PipelineConfig, StageConfig, convert
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.packing import pack_pipeline
 from torchship.pipeline.planning import Node, Plan, plan
@@ -13,6 +13,7 @@ __all__ = [
     "PipelineConfig",
     "Plan",
     "StageConfig",
+    "convert",
     "open_stage",
     "open_target",
     "pack_pipeline",

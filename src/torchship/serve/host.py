@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -189,12 +190,18 @@ def _name(target: str) -> str:
     return target.partition("@")[0]
 
 
-def serve(*targets: str, **options: Unpack[Options]) -> int:
+def serve(*targets: str | Mapping[str, Any], **options: Unpack[Options]) -> int:
     """Serve a TOML configuration or artifacts until a signal says stop; the exit code.
 
+    A mapping is the configuration as plain data: what a TOML file would hold. It stands alone, without options.
     Raises BadConfig, NotFound, Unavailable (a port in use), and what a model raises that does not open.
     """
-    return run(configure(*targets, **options))
+    files = [target for target in targets if isinstance(target, str)]
+    if len(files) == len(targets):
+        return run(configure(*files, **options))
+    if len(targets) > 1 or options:
+        raise BadConfig("a configuration as data stands alone", hint="write the options into it")
+    return run(configs.convert(targets[0]))
 
 
 def run(config: ServerConfig) -> int:

@@ -53,10 +53,9 @@ def prepare(*, model: str, store: str, quick: bool, again: bool, **given: Any) -
     from torchship_faces.embedders import embedder
 
     try:
-        from torchship.optimize.report import line
         from torchship_faces import prepare as faces
     except ImportError as fault:
-        raise Unavailable(f"{fault.name} is not installed", hint="pip install torch onnx onnxscript") from None
+        raise Unavailable(f"{fault.name} is not installed", hint="pip install 'torchship-faces[prepare]'") from None
 
     def tell(text: str) -> None:
         click.echo(text, err=True)
@@ -65,7 +64,7 @@ def prepare(*, model: str, store: str, quick: bool, again: bool, **given: Any) -
     if quick:
         made = faces.build(place, model=chosen, again=again, tell=tell)
     else:
-        given["on_trial"] = lambda trial, _done, _total: tell(f"  {line(trial)}")
+        given["on_trial"] = lambda trial, _done, _total: tell(_told(trial))
         made = faces.prepare(place, model=chosen, again=again, tell=tell, **given)
     for artifact in made:
         click.echo(f"{artifact.manifest.name}: {artifact.manifest.recipe.label}  ({artifact.path})")
@@ -348,9 +347,15 @@ def serve(*, gallery: str, store: str, only_print: bool, **given: Any) -> int:
     if only_print:
         _print_json(data)
         return 0
-    from torchship.serve import config, host
+    import torchship
 
-    return host.run(config.convert(data))
+    return int(torchship.serve(data))
+
+
+def _told(trial: Any) -> str:
+    """One finished trial of a search in one line."""
+    what = f"{trial.timing.curve[0].p50_ms:.2f} ms" if trial.timing else trial.failure
+    return f"  {trial.status:8} {trial.recipe.label}: {what}"
 
 
 def _print_json(content: object) -> None:

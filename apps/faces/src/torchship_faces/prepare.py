@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchship.errors import BadInput, GuardRefused, NotFound
-from torchship.recipe import Recipe
+import torchship
+from torchship.artifact import Artifact, Store, open_artifact
+from torchship.errors import BadInput, BuildFailed, GuardRefused, NotFound
 from torchship.tensors import Array, Tensors
 from torchship_faces import Align, Find, Open, embedders, recipes, weights
 from torchship_faces.dlib_resnet import DlibResnet
 from torchship_faces.onnx_module import OnnxModule
 from torchship_faces.stages import SIDE
 
-if TYPE_CHECKING:
-    from torchship.artifact import Artifact, Store
-    from torchship.optimize.choose import Goal
-    from torchship.optimize.report import Report
-
 _PORTABLE = ("onnxruntime", "openvino")  # they serve without torch, and their files are data
 _VARIANTS = 12
+Goal: TypeAlias = Literal["latency", "throughput", "size", "memory"]
 
 
 class Detector(nn.Module):
@@ -105,54 +103,24 @@ def prepare(
         samples = canvases if finds else chips
         key, most = ("canvas", 8) if finds else ("chip", 16)
         report = _search(
-            store, name, module, key=key, samples=samples, most=most, budget=budget, goal=goal, on_trial=on_trial
+            store,
+            name,
+            module,
+            samples[:2],
+            calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
+            guard=torchship.Guard(cosine=0.985, error=0.2),
+            backends=_PORTABLE,
+            effort=torchship.Effort(seconds=0.5, max_batch=most),
+            budget=budget,
+            goal=goal,
+            on_trial=on_trial,
         )
-        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
+        if _runs_without_torch(report):
             tell(f"{name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
         else:
             tell(f"{name}: nothing that runs without torch was found in time, building ONNX Runtime fp32")
-            _build(name, module, samples[:2], store)
+            _build(store, name, module, samples[:2])
     return _published(store, model)
-
-
-def _search(
-    store: Store,
-    name: str,
-    module: nn.Module,
-    *,
-    key: str,
-    samples: Array,
-    most: int,
-    budget: float,
-    goal: Goal,
-    on_trial: Any,
-) -> Report:
-    """Search for one model; what is found is published when it runs without torch."""
-    from tempfile import TemporaryDirectory
-
-    from torchship.artifact import Store
-    from torchship.optimize.guard import Guard
-    from torchship.optimize.measure import Effort
-    from torchship.optimize.search import optimize
-
-    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
-        report = optimize(
-            module,
-            (torch.from_numpy(samples[:2]),),
-            calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
-            guard=Guard(cosine=0.985, error=0.2),
-            backends=_PORTABLE,
-            effort=Effort(seconds=0.5, max_batch=most),
-            budget=budget,
-            goal=goal,
-            store=Store(scratch),
-            name=name,
-            on_trial=on_trial,
-        )
-        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
-            assert report.artifact is not None  # noqa: S101  # a winner is published
-            store.publish(report.artifact.path, name=name)
-    return report
 
 
 def build(
@@ -175,8 +143,40 @@ def build(
         module: nn.Module = detector if name == recipes.DETECTOR else embedding
         side = SIDE if name == recipes.DETECTOR else model.side
         noise = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
-        _build(name, module, noise, store)
+        _build(store, name, module, noise)
     return _published(store, model)
+
+
+def _build(store: Store, name: str, module: nn.Module, samples: Array) -> None:
+    """One artifact on ONNX Runtime fp32: built, packed, opened from disk, compared, published."""
+    report = _search(
+        store,
+        name,
+        module,
+        samples,
+        recipes=[torchship.Recipe("onnxruntime", {"precision": "fp32"})],
+        guard=torchship.Guard(error=2e-3),
+        backends=_PORTABLE,
+        effort=torchship.Effort(seconds=0.01, calls=1, fewest=1, warm_up=0.01, max_batch=1),  # nothing to choose from
+    )
+    if _runs_without_torch(report):
+        return
+    trial = report.trials[-1]
+    failed = GuardRefused if trial.status == "refused" else BuildFailed
+    raise failed(f"{name}: {trial.recipe.label}: {trial.failure}", hint="report this")
+
+
+def _search(store: Store, name: str, module: nn.Module, samples: Array, **how: Any) -> Any:
+    """`torchship.optimize` for one model; what it finds is published in `store` when it runs without torch."""
+    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
+        report = torchship.optimize(module, (torch.from_numpy(samples),), store=Store(scratch), name=name, **how)
+        if report.artifact is not None and _runs_without_torch(report):
+            store.publish(report.artifact.path, name=name)
+    return report
+
+
+def _runs_without_torch(report: Any) -> bool:
+    return report.winner is not None and str(report.winner.recipe.backend) in _PORTABLE
 
 
 def _missing(store: Store, model: embedders.Embedder, *, again: bool, tell: Callable[[str], None]) -> list[str]:
@@ -188,8 +188,6 @@ def _missing(store: Store, model: embedders.Embedder, *, again: bool, tell: Call
 
 
 def _published(store: Store, model: embedders.Embedder) -> list[Artifact]:
-    from torchship.artifact import open_artifact
-
     return [open_artifact(store.resolve(name), verify=False) for name in (recipes.DETECTOR, model.artifact)]
 
 
@@ -197,48 +195,6 @@ def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[De
     """The detector, and the embedder `model`."""
     weights.fetch(model.weights, tell=tell)
     return Detector(weights.fetch("retinaface", tell=tell)).eval(), Embedder(model).eval()
-
-
-def _build(name: str, module: nn.Module, samples: Array, store: Store) -> None:
-    """One artifact on ONNX Runtime fp32: built, packed, opened from disk, compared, published."""
-    from datetime import UTC, datetime
-    from tempfile import TemporaryDirectory
-
-    from torchship import __version__
-    from torchship.artifact import open_artifact, package
-    from torchship.artifact.manifest import Provenance
-    from torchship.backends import onnxruntime
-    from torchship.optimize.cache import hash_model
-    from torchship.optimize.capture import capture
-    from torchship.optimize.reference import EagerStage
-
-    model = capture(module, (torch.from_numpy(samples),), name=name)
-    example = model.examples[0]
-    wanted = EagerStage(model)(example)
-    recipe = Recipe("onnxruntime", {"precision": "fp32"})
-    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
-        folder = Path(scratch) / "artifact"
-        (folder / "backend").mkdir(parents=True)
-        onnxruntime.build(model, options=dict(recipe.options), out=folder / "backend")
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        origin = Provenance(__version__, created, f"torchship_faces.prepare:{model.name}", hash_model(model))
-        package.pack(
-            folder,
-            name=model.name,
-            signature=model.signature,
-            recipe=recipe,
-            provenance=origin,
-            max_batch=16,
-            inputs=example,
-            outputs=wanted,
-        )
-        stage = open_artifact(folder).open()
-        for key, value in stage(example).items():
-            error = float(np.linalg.norm(value - wanted[key]) / max(float(np.linalg.norm(wanted[key])), 1e-9))
-            if error > 2e-3:
-                raise GuardRefused(f"{model.name}: output {key!r} is {error:.1%} off", hint="report this")
-        stage.close()
-        store.publish(folder, name=model.name)
 
 
 def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) -> tuple[Array, Array]:

@@ -10,8 +10,7 @@ import numpy as np
 
 from torchship.artifact import Store
 from torchship.errors import BadInput, NotFound
-from torchship.pipeline import Composed, plan
-from torchship.pipeline.config import convert
+from torchship.pipeline import Composed, convert, plan
 from torchship.tensors import Tensors
 from torchship_faces import recipes
 from torchship_faces.embedders import DEFAULT, Embedder, embedder

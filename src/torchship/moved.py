@@ -1,0 +1,85 @@
+"""Old module names of torchship that an application has taken with it: they import as the modules they became.
+
+An application claims them by entry points of the group `torchship.moved`: the name is the old module, the value the new
+one, and the modules below follow. TOML files, published pipelines and imports that say the old name go on working while
+the application is installed, and the log says once which name to write instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_GROUP = "torchship.moved"
+
+
+class MovedNames:
+    """An import finder that knows the claimed names and the modules below them."""
+
+    def __init__(self, claims: dict[str, str]) -> None:
+        self.claims = claims
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The import system asks for `fullname`; None when nobody claims it."""
+        for old, new in self.claims.items():
+            if fullname == old or fullname.startswith(f"{old}."):
+                alias = _Alias(new + fullname.removeprefix(old))
+                return ModuleSpec(fullname, alias)  # type: ignore[arg-type]  # importlib.abc would be slow to load
+        return None
+
+
+class MissingNames:
+    """An import finder that is asked last: who claims a module of torchship that is not there?
+
+    Nothing is looked up before a name is missing. From then on the claimed names are found before anything else is
+    asked: the path finder would load the modules below them a second time.
+    """
+
+    def __init__(self) -> None:
+        self._moved: MovedNames | None = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The import system asks for `fullname`; None when nobody claims it or a module below it."""
+        if not fullname.startswith("torchship."):
+            return None
+        if self._moved is None:
+            from importlib.metadata import entry_points
+
+            self._moved = MovedNames({point.name: point.value for point in entry_points(group=_GROUP)})
+            sys.meta_path.insert(0, self._moved)
+        if any(old.startswith(f"{fullname}.") for old in self._moved.claims):  # a package above has gone as well
+            above = ModuleSpec(fullname, None, is_package=True)
+            above.submodule_search_locations = []
+            return above
+        return self._moved.find_spec(fullname)
+
+
+class _Alias:
+    """Loads a module under its old name: the very module of the new name, so that its classes exist once."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        import logging
+        from importlib import import_module
+
+        module = import_module(self._name)
+        self._spec = module.__spec__
+        logging.getLogger("torchship").warning("%s has moved: write %s", spec.name, self._name)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # it ran under its new name; the import system has just given it the old one
+
+
+def follow() -> None:
+    """Let the import system ask for moved names, after everything else."""
+    sys.meta_path.append(MissingNames())
