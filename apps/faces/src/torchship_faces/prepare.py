@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torchship
 from torchship.artifact import Artifact, Store, open_artifact
-from torchship.errors import BadInput, BuildFailed, GuardRefused, NotFound
+from torchship.errors import BadInput, NotFound
 from torchship.tensors import Array, Tensors
 from torchship_faces import Align, Find, Open, embedders, recipes, weights
 from torchship_faces.dlib_resnet import DlibResnet
@@ -106,7 +106,7 @@ def prepare(
             store,
             name,
             module,
-            samples[:2],
+            (torch.from_numpy(samples[:2]),),
             calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
             guard=torchship.Guard(cosine=0.985, error=0.2),
             backends=_PORTABLE,
@@ -115,7 +115,7 @@ def prepare(
             goal=goal,
             on_trial=on_trial,
         )
-        if _runs_without_torch(report):
+        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
             tell(f"{name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
         else:
             tell(f"{name}: nothing that runs without torch was found in time, building ONNX Runtime fp32")
@@ -148,35 +148,19 @@ def build(
 
 
 def _build(store: Store, name: str, module: nn.Module, samples: Array) -> None:
-    """One artifact on ONNX Runtime fp32: built, packed, opened from disk, compared, published."""
-    report = _search(
-        store,
-        name,
-        module,
-        samples,
-        recipes=[torchship.Recipe("onnxruntime", {"precision": "fp32"})],
-        guard=torchship.Guard(error=2e-3),
-        backends=_PORTABLE,
-        effort=torchship.Effort(seconds=0.01, calls=1, fewest=1, warm_up=0.01, max_batch=1),  # nothing to choose from
-    )
-    if _runs_without_torch(report):
-        return
-    trial = report.trials[-1]
-    failed = GuardRefused if trial.status == "refused" else BuildFailed
-    raise failed(f"{name}: {trial.recipe.label}: {trial.failure}", hint="report this")
+    """One artifact on ONNX Runtime fp32, without a search."""
+    recipe = torchship.Recipe("onnxruntime", {"precision": "fp32"})
+    guard = torchship.Guard(error=2e-3)
+    torchship.build(module, (torch.from_numpy(samples),), recipe=recipe, name=name, store=store, guard=guard)
 
 
-def _search(store: Store, name: str, module: nn.Module, samples: Array, **how: Any) -> Any:
-    """`torchship.optimize` for one model; what it finds is published in `store` when it runs without torch."""
+def _search(store: Store, name: str, module: nn.Module, inputs: tuple[Tensor, ...], **how: Any) -> Any:
+    """The Report of `torchship.optimize` for one model; what it found is published in `store` if it needs no torch."""
     with TemporaryDirectory(prefix="torchship-faces-") as scratch:
-        report = torchship.optimize(module, (torch.from_numpy(samples),), store=Store(scratch), name=name, **how)
-        if report.artifact is not None and _runs_without_torch(report):
+        report = torchship.optimize(module, inputs, store=Store(scratch), name=name, **how)
+        if report.artifact is not None and report.winner.recipe.backend in _PORTABLE:
             store.publish(report.artifact.path, name=name)
     return report
-
-
-def _runs_without_torch(report: Any) -> bool:
-    return report.winner is not None and str(report.winner.recipe.backend) in _PORTABLE
 
 
 def _missing(store: Store, model: embedders.Embedder, *, again: bool, tell: Callable[[str], None]) -> list[str]:
