@@ -10,7 +10,7 @@ import numpy as np
 
 from torchship.errors import BadConfig
 from torchship.stage import stage
-from torchship.stages.labels import activate, read_labels
+from torchship.stages.labels import Labels, activate
 from torchship.tensors import Array
 
 Format: TypeAlias = Literal["xyxy", "xywh", "cxcywh"]
@@ -18,6 +18,8 @@ Soft: TypeAlias = Literal["", "linear", "gaussian"]
 _FORMATS = ("xyxy", "xywh", "cxcywh")
 _BLOCK = 256
 _FEW = 500
+_LARGE = 1e18  # above it float32 cannot hold an area
+_MAX_CLASSES = 10_000
 
 Score: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1, description="boxes below this score are left out")]
 Overlap: TypeAlias = Annotated[
@@ -34,7 +36,8 @@ class Nms:
     """The boxes of one picture that are left after suppression, best first, as xyxy in the units they came in.
 
     `boxes` is [1, anchors, 4] in `format`, `scores` [1, anchors, classes]. Boxes of different classes do not suppress
-    each other unless `together`. `soft` lowers scores instead of dropping boxes (Soft-NMS, Bodla et al. 2017).
+    each other unless `together`. A box or score that is not finite is left out. `soft` lowers scores instead of
+    dropping boxes (Soft-NMS, Bodla et al. 2017).
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Nms:
         if sigma <= 0 or candidates < 1:
             raise BadConfig("sigma and candidates must be positive")
         self._format = format
-        self._labels = [name.encode() for name in read_labels(labels)]
+        self._labels = Labels(labels)
         self._soft, self._sigma, self._candidates, self._together = soft, sigma, candidates, together
 
     def __call__(
@@ -66,11 +69,16 @@ class Nms:
         max_boxes: Most = 100,
     ) -> dict[str, Array]:
         least = max(score_threshold, 1e-9)
-        anchors, classes = np.nonzero(scores[0] >= least)
-        found = scores[0][anchors, classes]
-        best = np.argsort(-found, kind="stable")[: self._candidates]
+        with np.errstate(all="ignore"):
+            plain, likely = convert(boxes[0], given=self._format), scores[0]
+            if not np.isfinite(plain.sum()):
+                likely = np.where(np.isfinite(plain).all(axis=1, keepdims=True), likely, 0)
+        anchors, classes = np.nonzero(likely >= least)
+        found = likely[anchors, classes]
+        best = np.argsort(-found, kind="stable")
+        best = best[found[best] < np.inf][: self._candidates]
         anchors, classes, found = anchors[best], classes[best], found[best]
-        chosen = convert(boxes[0][anchors], given=self._format)
+        chosen = plain[anchors]
         groups = None if self._together else classes
         if self._soft:
             keep, found = soft_nms(
@@ -81,17 +89,12 @@ class Nms:
             keep = nms(chosen, found, groups=groups, overlap=iou_threshold)
             found = found[keep]
         keep, found = keep[:max_boxes], found[:max_boxes]
-        names = np.empty(len(keep), object)
-        names[:] = [self._name(index) for index in classes[keep].tolist()]
         return {
             "boxes": np.ascontiguousarray(chosen[keep], np.float32).reshape(-1, 4),
             "scores": found.astype(np.float32),
             "classes": classes[keep].astype(np.int64),
-            "labels": names,
+            "labels": self._labels(classes[keep]),
         }
-
-    def _name(self, index: int) -> bytes:
-        return self._labels[index] if index < len(self._labels) else str(index).encode()
 
 
 @stage(f"boxes:FP32[1,-1,4], scores:FP32[1,-1,-1], frame:FP32[1,5] -> {_GIVES}")
@@ -138,7 +141,9 @@ class Predictions:
     """Splits what a YOLO-style head gives, [1, anchors, 4 (+1) + classes], into boxes and scores.
 
     `columns` when it comes as [1, 4 + classes, anchors]; `objectness` when the fifth number is the score of there
-    being anything, which the class scores are multiplied by; `activation` when the scores are logits.
+    being anything, which the class scores are multiplied by; `activation` when the scores are logits; `end_to_end` for
+    a head that has suppressed doubles itself and gives [1, boxes, 6]: x1, y1, x2, y2, score, number of the class.
+    Raises BadConfig where the numbers can only be of such a head and `end_to_end` is not set.
     """
 
     def __init__(
@@ -147,20 +152,48 @@ class Predictions:
         columns: bool = False,
         objectness: bool = False,
         activation: Literal["none", "sigmoid", "softmax"] = "none",
+        end_to_end: bool = False,
     ) -> None:
         if activation not in ("none", "sigmoid", "softmax"):
             raise BadConfig(f"activation is {activation!r}", hint="use none, sigmoid or softmax")
+        if end_to_end and objectness:
+            raise BadConfig("a head that is end_to_end has no objectness", hint="set one of them")
         self._columns, self._objectness, self._activation = columns, objectness, activation
+        self._end_to_end = end_to_end
 
     def __call__(self, predictions: Array) -> tuple[Array, Array]:
         rows = predictions.transpose(0, 2, 1) if self._columns else predictions
         boxes, rest = rows[..., :4], rows[..., 4:]
-        if not self._objectness:
+        if rest.shape[-1] == 2 and not self._objectness and self._activation == "none":
+            numbers = rest[0, :, 1]
+            if not self._end_to_end and numbers.any() and (numbers == np.rint(numbers)).all():
+                raise BadConfig(
+                    "predictions end with a score and whole numbers, as of classes", hint="set end_to_end = true"
+                )
+        if self._end_to_end:
+            scores = spread(rest[0])
+        elif not self._objectness:
             scores = activate(rest, self._activation)
         else:
             anything = activate(rest[..., :1], "none" if self._activation == "none" else "sigmoid")
             scores = anything * activate(rest[..., 1:], self._activation)
         return np.ascontiguousarray(boxes), np.ascontiguousarray(scores, np.float32)
+
+
+def spread(ends: Array) -> Array:
+    """Scores [1, boxes, classes] of boxes that end with a score and the number of its class, [boxes, 2].
+
+    A class below 0, as heads fill up their boxes, has no score. Raises BadConfig for what is no class.
+    """
+    if ends.shape[-1] != 2:
+        raise BadConfig(f"a head that is end_to_end ends with 2 numbers, not {ends.shape[-1]}", hint="see its options")
+    real = np.flatnonzero(ends[:, 1] >= 0)
+    likely, classes = ends[real].T
+    if (classes != np.rint(classes)).any() or classes.max(initial=0) >= _MAX_CLASSES:
+        raise BadConfig(f"{classes.max():g} is the number of no class", hint="is the score the fifth number?")
+    scores = np.zeros((1, len(ends), int(classes.max(initial=0)) + 1), np.float32)
+    scores[0, real, classes.astype(np.int64)] = likely
+    return scores
 
 
 def check_format(name: str) -> None:
@@ -190,19 +223,20 @@ def areas(boxes: Array) -> Array:
 
 
 def overlaps(first: Array, second: Array) -> Array:
-    """Intersection over union of boxes [n, 4] with boxes [m, 4] in xyxy, as [n, m]."""
+    """Intersection over union of boxes [n, 4] with boxes [m, 4] in xyxy, as [n, m]; 0 where there is none."""
     a, b = np.ascontiguousarray(first.T)[:, :, None], np.ascontiguousarray(second.T)[:, None, :]
-    wide = np.minimum(a[2], b[2])
-    wide -= np.maximum(a[0], b[0])
-    np.maximum(wide, 0, out=wide)
-    shared = np.minimum(a[3], b[3])
-    shared -= np.maximum(a[1], b[1])
-    np.maximum(shared, 0, out=shared)
-    shared *= wide
-    union = areas(first)[:, None] + areas(second)[None]
-    union -= shared
-    np.maximum(union, 1e-9, out=union)
-    shared /= union
+    with np.errstate(all="ignore"):  # what is not finite gives NaN, which is larger than no limit
+        wide = np.minimum(a[2], b[2])
+        wide -= np.maximum(a[0], b[0])
+        np.maximum(wide, 0, out=wide)
+        shared = np.minimum(a[3], b[3])
+        shared -= np.maximum(a[1], b[1])
+        np.maximum(shared, 0, out=shared)
+        shared *= wide
+        union = areas(first)[:, None] + areas(second)[None]
+        union -= shared
+        np.maximum(union, np.finfo(union.dtype).tiny, out=union)
+        shared /= union
     return np.asarray(shared)
 
 
@@ -212,25 +246,25 @@ def nms(boxes: Array, scores: Array, *, overlap: float, groups: Array | None = N
     Boxes are [n, 4] in xyxy. The same boxes stay as with torchvision's `batched_nms`.
     """
     order = np.argsort(-scores, kind="stable")
-    plain = boxes[order].astype(np.float32)
+    plain = boxes[order].astype(np.float32 if np.abs(boxes).max(initial=0) < _LARGE else np.float64)
     if groups is None:
         return order[_greedy(plain, overlap)]
-    if len(boxes) <= _FEW:  # one block of all classes costs less than a block each
-        return order[_greedy(_apart(plain, groups[order]), overlap)]
     sorted_groups = groups[order]
+    if len(boxes) <= _FEW:  # one block of all classes costs less than a block each
+        return order[_greedy(plain, overlap, sorted_groups)]
     members = (np.flatnonzero(sorted_groups == group) for group in np.unique(sorted_groups))
-    kept = [part[_greedy(plain[part], overlap)] for part in members]
-    return order[np.sort(np.concatenate(kept))] if kept else order
+    kept = np.concatenate([part[_greedy(plain[part], overlap)] for part in members])
+    return np.asarray(order[np.sort(kept)])
 
 
-def _greedy(boxes: Array, overlap: float) -> Array:
-    """The same for one group of boxes, the best first: a block at a time, so that memory stays small."""
+def _greedy(boxes: Array, overlap: float, groups: Array | None = None) -> Array:
+    """The same for boxes that come the best first: a block at a time, so that memory stays small."""
     kept = np.empty(0, np.int64)
     for start in range(0, len(boxes), _BLOCK):
         block = np.arange(start, min(start + _BLOCK, len(boxes)))
         if len(kept):
-            block = block[(overlaps(boxes[kept], boxes[block]) <= overlap).all(axis=0)]
-        hits = overlaps(boxes[block], boxes[block]) > overlap
+            block = block[~_hits(boxes, groups, kept, block, overlap).any(axis=0)]
+        hits = _hits(boxes, groups, block, block, overlap)
         dead = np.zeros(len(block), bool)
         stay = []
         for place in range(len(block)):
@@ -239,6 +273,12 @@ def _greedy(boxes: Array, overlap: float) -> Array:
                 dead |= hits[place]
         kept = np.concatenate([kept, block[stay]])
     return kept
+
+
+def _hits(boxes: Array, groups: Array | None, first: Array, second: Array, overlap: float) -> Array:
+    """Which boxes of `first` suppress which of `second`: those of one group that overlap more."""
+    hits = overlaps(boxes[first], boxes[second]) > overlap
+    return np.asarray(hits if groups is None else hits & (groups[first][:, None] == groups[second]))
 
 
 def soft_nms(
@@ -254,7 +294,7 @@ def soft_nms(
 
     `linear` multiplies by 1 - IoU above `overlap`, `gaussian` by exp(-IoU^2 / sigma).
     """
-    apart = _apart(boxes, groups)
+    wide = boxes.astype(np.float64)
     lowered = scores.astype(np.float32)
     left = np.arange(len(scores))
     order = []
@@ -262,20 +302,13 @@ def soft_nms(
         best = left[np.argmax(lowered[left])]
         order.append(best)
         left = left[left != best]
-        shared = overlaps(apart[best][None], apart[left])[0]
+        shared = np.nan_to_num(overlaps(wide[best][None], wide[left])[0])
+        if groups is not None:
+            shared[groups[left] != groups[best]] = 0
         linear = np.where(shared > overlap, 1 - shared, 1.0)
         lowered[left] *= linear if how == "linear" else np.exp(-(shared**2) / sigma)
     found = np.asarray(order, np.int64)
     return found, lowered[found]
-
-
-def _apart(boxes: Array, groups: Array | None) -> Array:
-    """Boxes of different groups moved so far apart that they cannot overlap."""
-    wide = boxes.astype(np.float64)
-    if groups is None or not len(boxes):
-        return wide
-    span = float(wide.max() - wide.min()) + 1
-    return np.asarray(wide + (groups * span)[:, None])
 
 
 def scale_back(boxes: Array, frame: Array) -> Array:

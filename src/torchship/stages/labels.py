@@ -32,7 +32,7 @@ class TopK:
         if activation not in ("softmax", "sigmoid", "none"):
             raise BadConfig(f"activation is {activation!r}", hint="use softmax, sigmoid or none")
         self._activation = activation
-        self._labels = [name.encode() for name in read_labels(labels)]
+        self._labels = Labels(labels)
 
     def __call__(
         self,
@@ -42,19 +42,29 @@ class TopK:
     ) -> dict[str, Array]:
         scores = activate(logits, self._activation)
         indices = top(scores, top_k)
-        names = np.empty(indices.shape, object)
-        names.ravel()[:] = [self._name(index) for index in indices.ravel().tolist()]
         return {
-            "labels": names,
+            "labels": self._labels(indices),
             "scores": np.take_along_axis(scores, indices, axis=1),
             "indices": indices,
         }
 
-    def _name(self, index: int) -> bytes:
-        return self._labels[index] if index < len(self._labels) else str(index).encode()
-
 
 top_k = TopK
+
+
+class Labels:
+    """The names of classes by their numbers; the number itself where there is no name."""
+
+    def __init__(self, source: str | Sequence[str]) -> None:
+        """Raises what `read_labels` raises."""
+        self._names = [name.encode() for name in read_labels(source)]
+
+    def __call__(self, classes: Array) -> Array:
+        """A BYTES tensor, UTF-8, of the shape of `classes`."""
+        names = np.empty(classes.shape, object)
+        known = self._names
+        names.ravel()[:] = [known[n] if n < len(known) else str(n).encode() for n in classes.ravel().tolist()]
+        return names
 
 
 def activate(logits: Array, how: str) -> Array:

@@ -126,3 +126,65 @@ def test_predictions_are_split() -> None:
 def test_wrong_options_are_refused(make: Any) -> None:
     with pytest.raises(BadConfig):
         make()
+
+
+GOOD = np.array([[10, 10, 50, 50], [11, 11, 51, 51], [10, 10, 50, 51], [200, 200, 260, 260]], np.float32)
+GOOD_SCORES = [0.9, 0.8, 0.7, 0.6]
+
+
+@pytest.mark.parametrize("options", [{}, {"soft": "linear"}, {"together": True}, {"candidates": 4}])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 1e30, -3e38])
+def test_one_odd_box_spoils_nothing_else(odd: float, options: dict[str, Any]) -> None:
+    if np.isfinite(odd) and "candidates" in options:
+        options = {"candidates": 5}  # a large box is one of them
+    boxes = np.vstack([GOOD, np.array([[100, 100, odd, 120], [300, 300, 320, 320]], np.float32)])
+    scores = np.zeros((6, 2), np.float32)
+    scores[range(4), [1, 1, 1, 0]] = GOOD_SCORES
+    scores[4:, 0] = 0.95, np.nan
+    stage = FunctionStage(Nms, options=options)
+    found, wanted = stage(request(boxes, scores)), stage(request(GOOD, scores[:4]))
+    assert np.isfinite(found["boxes"]).all()
+    assert np.isfinite(found["scores"]).all()
+    rest = found["scores"] < 0.95
+    np.testing.assert_array_equal(found["boxes"][rest], wanted["boxes"])
+    np.testing.assert_array_equal(found["scores"][rest], wanted["scores"])
+    scores[4, 0] = np.inf
+    found = stage(request(boxes, scores))
+    np.testing.assert_array_equal(found["boxes"], wanted["boxes"])
+
+
+@pytest.mark.parametrize("count", [1, 300])  # one block, and a block for each class
+@pytest.mark.parametrize("size", [1e-5, 1e-12, 1.0, 1e25])
+def test_suppression_does_not_depend_on_the_unit(count: int, size: float) -> None:
+    boxes = np.repeat(np.array([[1, 1, 3, 3], [1, 1, 3, 3], [2.5, 2.5, 9, 9]], np.float32) * np.float32(size), count, 0)
+    scores = np.linspace(0.9, 0.5, 3 * count, dtype=np.float32)
+    found = nms(boxes, scores, groups=np.zeros(3 * count, np.int64), overlap=0.5)
+    assert found.tolist() == [0, 2 * count]
+
+
+def test_degenerate_boxes_suppress_nothing_as_in_torchvision() -> None:
+    boxes = np.array([[5, 5, 5, 5], [5, 5, 5, 5], [9, 9, 1, 1], [9, 9, 1, 1], [0, 0, 9, 9]], np.float32)
+    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5], np.float32)
+    wanted = batched_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.zeros(5), 0.5)
+    assert nms(boxes, scores, overlap=0.5).tolist() == wanted.tolist() == [0, 1, 2, 3, 4]
+    assert overlaps(boxes[:2], boxes[:2]).tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_head_that_ends_with_score_and_class() -> None:
+    rows = np.array([[[0, 0, 9, 9, 0.9, 7], [0, 0, 9, 9, 0.8, 0], [5, 5, 6, 6, 0.7, 7], [0, 0, 0, 0, 0, -1]]])
+    rows = rows.astype(np.float32)
+    boxes, scores = Predictions(end_to_end=True)(rows)
+    found = Nms()(boxes, scores, iou_threshold=1.0)
+    np.testing.assert_allclose(found["scores"], [0.9, 0.8, 0.7])
+    assert found["classes"].tolist() == [7, 0, 7]
+    assert found["boxes"].tolist() == rows[0, :3, :4].tolist()
+    boxes, scores = Predictions(end_to_end=True, columns=True)(rows.transpose(0, 2, 1))
+    assert scores.shape == (1, 4, 8)
+    with pytest.raises(BadConfig, match="score and whole numbers") as caught:
+        Predictions()(rows)
+    assert "end_to_end" in caught.value.hint
+    for wrong in (rows[..., :5], rows + np.float32(0.5), rows * np.float32(1e6)):
+        with pytest.raises(BadConfig):
+            Predictions(end_to_end=True)(wrong)
+    two = np.random.default_rng(0).random((1, 20, 6), np.float32)
+    assert Predictions()(two)[1].shape == (1, 20, 2)  # a detector of two classes is not taken for one
