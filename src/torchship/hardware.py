@@ -59,6 +59,11 @@ class Hardware(msgspec.Struct, frozen=True):
         return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether the processor multiplies bf16 in hardware."""
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(self.features))
+
+    @property
     def line(self) -> str:
         """One line for readers."""
         cards = "".join(f", {gpu.name} {gpu.memory / 2**30:.0f} GiB" for gpu in self.gpus)

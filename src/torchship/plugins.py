@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import sys
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +49,19 @@ def reason_against(kind: str, *, name: str, **facts: object) -> str:
         if isinstance(fault, KeyboardInterrupt):
             raise
         return f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+
+
+def missing(modules: str, *, pip: str = "") -> str:
+    """Which of the space-separated top-level `modules` are not installed, without importing any.
+
+    Empty when all are there, else one line with the pip command. `pip` names what to install where it
+    differs from the modules.
+    """
+    absent = [name for name in modules.split() if find_spec(name) is None]
+    if not absent:
+        return ""
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{', '.join(absent)} {verb} not installed: pip install {pip or ' '.join(absent)}"
 
 
 class _CallableModule(ModuleType):

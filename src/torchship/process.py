@@ -50,7 +50,7 @@ class Child(Protocol):
 Start: TypeAlias = Callable[[int, int], Child]  # takes the descriptors of the log and of the answer
 
 
-class _Answer(msgspec.Struct):
+class _ChildAnswer(msgspec.Struct):
     """What a child writes before it exits."""
 
     value: Any = None
@@ -131,7 +131,7 @@ def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outco
         finally:
             stop(child)
         size = os.fstat(answer).st_size
-        found = msgspec.json.decode(os.pread(answer, size, 0), type=_Answer) if size else _Answer()
+        found = msgspec.json.decode(os.pread(answer, size, 0), type=_ChildAnswer) if size else _ChildAnswer()
         code = child.wait()
         fault = fault or found.fault or ("" if code == 0 else describe_exit(code))
         return Outcome(found.value, fault, tail(log), time.monotonic() - started, peak)
@@ -226,14 +226,14 @@ def perform(given: int, *, parent: int = 0, answer: int | None = None) -> NoRetu
     if cpus:
         os.sched_setaffinity(0, cpus)
     try:
-        result = _Answer(value=resolve(target)(argument))
+        result = _ChildAnswer(value=resolve(target)(argument))
         code = 0
     except Exception as fault:
         import traceback
 
         traceback.print_exc()
         line = getattr(fault, "line", None) or f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}"
-        result, code = _Answer(fault=line), 1
+        result, code = _ChildAnswer(fault=line), 1
     if answer is not None:
         os.write(answer, msgspec.json.encode(result))
     sys.stdout.flush()

@@ -12,12 +12,12 @@ from torchship.recipe import Recipe, Step
 
 
 def test_a_recipe_is_plain_data_with_a_stable_key() -> None:
-    recipe = Recipe("onnxruntime", {"precision": "int8", "a": 1}, (Step("layout"),))
-    same = Recipe("onnxruntime", {"a": 1, "precision": "int8"}, (Step("layout"),))
+    recipe = Recipe("onnxruntime", {"precision": "int8", "a": 1}, (Step("fuse"),))
+    same = Recipe("onnxruntime", {"a": 1, "precision": "int8"}, (Step("fuse"),))
     assert recipe.key == same.key
     assert recipe.key != Recipe("onnxruntime").key
     assert msgspec.json.decode(msgspec.json.encode(recipe), type=Recipe) == recipe
-    assert recipe.label == "onnxruntime a=1 precision=int8 + layout"
+    assert recipe.label == "onnxruntime a=1 precision=int8 + fuse"
 
 
 def test_plugins_are_found_by_file_name() -> None:

@@ -7,18 +7,17 @@ from pathlib import Path
 
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
-from torchship.lowering import contiguous, program
-from torchship.lowering import device as place
-from torchship.lowering.needs import missing
+from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
 KIND = "native"
 PACKAGES = ("torch",)
-OPTIONS = place.OPTIONS
+OPTIONS = torch_stage.OPTIONS
 FILE = "model.pt2"
 
 
@@ -33,26 +32,26 @@ def probe(*, hardware: Hardware) -> str:
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     """bf16 where the processor has it, fp16 on a GPU, then fp32."""
-    layout: Options = {"channels_last": True} if place.pictures(model) else {}
+    layout: Options = {"channels_last": True} if torch_stage.takes_pictures(model) else {}
     wishes: list[Options] = []
     if hardware.gpus:
         wishes.append({"device": "cuda", "precision": "fp16", **layout})
-    if place.has_bf16(hardware):
+    if hardware.has_bf16:
         wishes.append({"precision": "bf16", "mode": "cast", **layout})
     wishes.append({"precision": "fp32"})
     return [Recipe("aoti", wish) for wish in wishes]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:
-    """Compile to `model.pt2`. Options: device, precision, mode, channels_last, keep (see `lowering.device`).
+    """Compile to `model.pt2`. Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`).
 
     Raises BuildFailed or BadConfig.
     """
     import torch
     import torch._inductor
 
-    exported = program.export(place.shaped(model, options), device=place.of(options))
-    contiguous.straighten(exported.graph_module)
+    exported = program.export(torch_stage.shaped(model, options), device=torch_stage.device_of(options))
+    program.straighten(exported.graph_module)
     try:
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
@@ -67,7 +66,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     import torch
     import torch._inductor
 
-    device = place.of(options, device=device)
+    device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     try:
         body = torch._inductor.aoti_load_package(str(path / FILE))

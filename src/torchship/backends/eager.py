@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from torchship.errors import BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
-from torchship.lowering import device as place
-from torchship.lowering import operators, program, script
-from torchship.lowering.needs import missing
+from torchship.lowering import program, script, torch_stage
 from torchship.lowering.safety import refuse_code_in_script
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 KIND = "data"
 PACKAGES = ("torch",)
-OPTIONS = place.OPTIONS
+OPTIONS = torch_stage.OPTIONS
 SCRIPT = "script.ts"
 
 
@@ -33,12 +32,12 @@ def probe(*, hardware: Hardware) -> str:
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     """The reference itself; then what helps without a compiler: layout and precision; half precision on a GPU."""
-    layout: Options = {"channels_last": True} if place.pictures(model) else {}
+    layout: Options = {"channels_last": True} if torch_stage.takes_pictures(model) else {}
     wishes: list[Options] = [{}]
     if hardware.gpus:
         gpu: Options = {"device": "cuda"}
         wishes += [gpu | {"precision": "fp16"} | layout, gpu | {"precision": "tf32"}, gpu]
-    if place.has_bf16(hardware):
+    if hardware.has_bf16:
         wishes.append({"precision": "bf16", **layout})
     elif layout:
         wishes.append(layout)
@@ -48,12 +47,12 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Save the exported program; a module that `torch.export` cannot take is saved as TorchScript.
 
-    Options: device, precision, mode, channels_last, keep (see `lowering.device`). Raises BuildFailed with both
+    Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`). Raises BuildFailed with both
     reasons, or BadConfig.
     """
-    shaped = place.shaped(model, options)
+    shaped = torch_stage.shaped(model, options)
     try:
-        program.save(program.export(shaped, device=place.of(options)), out)
+        program.save(program.export(shaped, device=torch_stage.device_of(options)), out)
     except BuildFailed as refusal:
         (out / program.PROGRAM).unlink(missing_ok=True)
         try:
@@ -66,7 +65,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Load the program as plain data. Raises UnsafeArtifact, CorruptArtifact, NotFound or Unavailable."""
-    device = place.of(options, device=device)
+    device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     if (path / program.PROGRAM).exists():
         module = program.load(path)
@@ -83,7 +82,7 @@ def _load_script(path: Path) -> torch.nn.Module:
     import torch
 
     refuse_code_in_script(path)
-    operators.register(path)
+    program.register_operators(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

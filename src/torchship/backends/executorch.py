@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torchship.errors import BadConfig, BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import paths, program
-from torchship.lowering.needs import missing
-from torchship.lowering.quiet import quiet
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -51,7 +50,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     rules = paths.rules(options, narrow=("int8",), module=model.module)
     exported = program.export(model, ceiling=_CEILING)
     try:
-        with quiet(), _any_rows():
+        with program.quiet(), _any_rows():
             ready = _int8(exported, model, rules) if precision == "int8" else exported
             data = _lowered(ready, reshapes=len(_free_names(model)) < 2)
     except Exception as fault:

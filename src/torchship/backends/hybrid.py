@@ -20,13 +20,11 @@ import msgspec
 from torchship import plugins, process
 from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
-from torchship.lowering import blueprint, excerpt, program
-from torchship.lowering import device as place
-from torchship.lowering.blueprint import Blueprint
-from torchship.lowering.holder import Holder
-from torchship.lowering.needs import missing
+from torchship.lowering import blueprint, program, torch_stage
+from torchship.lowering.blueprint import Blueprint, Holder
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model, to_numpy, to_torch
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -52,7 +50,7 @@ class Cut(msgspec.Struct, frozen=True):
     holder: Holder
 
 
-class Plan(msgspec.Struct, frozen=True):
+class HybridPlan(msgspec.Struct, frozen=True):
     """The content of `hybrid.json`. `args` and `kwargs` hold {"slot": n} where tensor n belongs.
 
     The module comes out of `drawn`, or is made by the function that `source` names. `digests` are those of the classes'
@@ -101,7 +99,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     flat: Any = model.module
     paths = [list(path) for path in flat.paths]
     digests = _digests({name: value for name, value in named.items() if name not in own})
-    plan = Plan(
+    plan = HybridPlan(
         source, drawing and drawing.blueprint, digests, args, kwargs, paths, list(flat.moves), list(flat.written), cuts
     )
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
@@ -125,7 +123,7 @@ def _script(named: dict[str, Any]) -> str:
     )
     for file in dict.fromkeys(file for value in named.values() for file in _files_of(value)):
         try:
-            return excerpt.excerpt(Path(file).read_text(), names=names, file=file)
+            return blueprint.excerpt(Path(file).read_text(), names=names, file=file)
         except OSError:
             continue
         except BuildFailed as found:  # decorators bring functions from elsewhere
@@ -238,7 +236,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     Raises NotFound when a class is not installed, CorruptArtifact when its code or the weights do not fit.
     """
     prepare(device=device, threads=threads)
-    plan = msgspec.json.decode((path / PLAN).read_bytes(), type=Plan)
+    plan = msgspec.json.decode((path / PLAN).read_bytes(), type=HybridPlan)
     module = _raised(plan, path).eval().requires_grad_(False)
     for number, cut in enumerate(plan.cuts):
         backend = plugins.load("backends", name=cut.recipe.backend)
@@ -252,10 +250,12 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         module.set_submodule(cut.path, _as_module(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
     half = not plan.cuts and options.get("precision") == "bf16"
-    return TorchStage(_body(module, plan, half=place.kind(device) if half else ""), signature=signature, device=device)
+    return TorchStage(
+        _body(module, plan, half=torch_stage.device_kind(device) if half else ""), signature=signature, device=device
+    )
 
 
-def _raised(plan: Plan, path: Path) -> torch.nn.Module:
+def _raised(plan: HybridPlan, path: Path) -> torch.nn.Module:
     import torch
     from safetensors import safe_open
 
@@ -335,7 +335,7 @@ def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Modul
     return Compiled()
 
 
-def _body(module: torch.nn.Module, plan: Plan, *, half: str) -> Any:
+def _body(module: torch.nn.Module, plan: HybridPlan, *, half: str) -> Any:
     import torch
 
     def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

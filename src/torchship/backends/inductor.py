@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig
 from torchship.hardware import Hardware
-from torchship.lowering import contiguous, program
-from torchship.lowering import device as place
-from torchship.lowering.needs import missing
+from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import TorchStage, blank, prepare
 from torchship.model import Model, to_torch
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 KIND = "data"
 PACKAGES = ("torch",)
-OPTIONS = (*place.OPTIONS, "compile_mode")
+OPTIONS = (*torch_stage.OPTIONS, "compile_mode")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 
@@ -38,13 +37,13 @@ def probe(*, hardware: Hardware) -> str:
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     """On a GPU half precision with CUDA graphs; bf16 where the processor has it; then fp32."""
-    layout: Options = {"channels_last": True} if place.pictures(model) else {}
+    layout: Options = {"channels_last": True} if torch_stage.takes_pictures(model) else {}
     wishes: list[Options] = []
     if hardware.gpus:
         fast: Options = {"device": "cuda", "compile_mode": "reduce-overhead"}
         wishes += [fast | {"precision": "fp16"} | layout, fast | {"precision": "bf16"} | layout]
         wishes.append({"device": "cuda", "precision": "tf32", "compile_mode": "reduce-overhead"})
-    if place.has_bf16(hardware):
+    if hardware.has_bf16:
         # under autocast a compiled encoder was no faster alone, and far slower at batch 8
         wishes.append({"precision": "bf16", "mode": "cast", **layout})
     wishes.append({"precision": "fp32"})
@@ -54,11 +53,11 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Save the exported program: it is compiled where it is opened.
 
-    Options: device, precision, mode, channels_last, keep (see `lowering.device`), compile_mode (default |
+    Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`), compile_mode (default |
     reduce-overhead, which is CUDA graphs | max-autotune-no-cudagraphs). Raises BuildFailed or BadConfig.
     """
     _compile_mode(options)
-    program.save(program.export(place.shaped(model, options), device=place.of(options)), out)
+    program.save(program.export(torch_stage.shaped(model, options), device=torch_stage.device_of(options)), out)
 
 
 def _compile_mode(options: Options) -> str:
@@ -76,11 +75,11 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     import torch
     import torch._inductor.config
 
-    device = place.of(options, device=device)
+    device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     torch._inductor.config.freezing = True
     graphs = _compile_mode(options) == "reduce-overhead" and device != "cpu"
-    compiled = torch.compile(contiguous.straighten(program.load(path)).to(device), mode=_compile_mode(options))
+    compiled = torch.compile(program.straighten(program.load(path)).to(device), mode=_compile_mode(options))
 
     def body(*inputs: torch.Tensor) -> Any:
         if graphs:

@@ -9,8 +9,8 @@ import numpy as np
 
 from torchship.errors import BadConfig, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware, cores
-from torchship.lowering.needs import missing
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Signature, Tensors

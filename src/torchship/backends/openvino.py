@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import numpy as np
 
 from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware, cores
-from torchship.lowering.needs import missing
-from torchship.lowering.quiet import quiet
+from torchship.lowering.program import quiet
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Free, Signature, Tensors, numpy_dtype
@@ -118,27 +116,25 @@ def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
     nncf = _nncf()
     batches = [_feed(batch, model.signature) for batch in model.calibration or model.examples]
     advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=_ranges(model, options))
-    with _silent():
-        return nncf.quantize(
-            graph,
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-            preset=nncf.QuantizationPreset(str(options.get("preset", "performance"))),
-            fast_bias_correction=options.get("bias_correction") is not True,
-            model_type=nncf.ModelType.TRANSFORMER if options.get("transformer", _attends(graph)) else None,
-            ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
-            advanced_parameters=advanced,
-        )
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(batches),
+        subset_size=len(batches),
+        preset=nncf.QuantizationPreset(str(options.get("preset", "performance"))),
+        fast_bias_correction=options.get("bias_correction") is not True,
+        model_type=nncf.ModelType.TRANSFORMER if options.get("transformer", _attends(graph)) else None,
+        ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
+        advanced_parameters=advanced,
+    )
 
 
 def _int8_weights(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
     nncf = _nncf()
-    with _silent():
-        return nncf.compress_weights(
-            graph,
-            mode=nncf.CompressWeightsMode.INT8_ASYM,
-            ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
-        )
+    return nncf.compress_weights(
+        graph,
+        mode=nncf.CompressWeightsMode.INT8_ASYM,
+        ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
+    )
 
 
 def _nncf() -> Any:
@@ -241,10 +237,3 @@ class _OpenvinoStage:
     def close(self) -> None:
         """Free the compiled model."""
         self._request = None
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """NNCF draws bars on both streams."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

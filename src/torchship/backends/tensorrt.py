@@ -14,10 +14,10 @@ from typing import Any
 
 from torchship.errors import BadConfig, BuildFailed, Unavailable, WrongMachine
 from torchship.hardware import Hardware
-from torchship.lowering import device as place
-from torchship.lowering.needs import missing
+from torchship.lowering import torch_stage
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Axis, Free, Signature, TensorSpec
@@ -147,7 +147,7 @@ def _extent(spec: TensorSpec, signature: Signature, which: str) -> tuple[int, ..
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Load the engine; torch holds its memory. Raises WrongMachine or Unavailable."""
     trt = _bindings()
-    device = place.of({**options, "device": "cuda"}, device=device)
+    device = torch_stage.device_of({**options, "device": "cuda"}, device=device)
     prepare(device=device, threads=threads)
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine((path / FILE).read_bytes())

@@ -8,20 +8,18 @@ from pathlib import Path
 
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
-from torchship.lowering import device as place
-from torchship.lowering import operators, script
-from torchship.lowering.needs import missing
-from torchship.lowering.program import one_line
+from torchship.lowering import program, script, torch_stage
 from torchship.lowering.safety import refuse_code_in_script
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
 KIND = "native"  # a program of its own: TorchScript can read and write files
 PACKAGES = ("torch",)
-OPTIONS = place.OPTIONS
+OPTIONS = torch_stage.OPTIONS
 FILE = "script.ts"
 
 
@@ -39,12 +37,12 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Trace (or script, where the data decides the path) and freeze. Options: device, precision, mode, channels_last,
-    keep (see `lowering.device`). Raises BuildFailed or BadConfig.
+    keep (see `lowering.torch_stage`). Raises BuildFailed or BadConfig.
     """
     import torch
 
-    device = place.of(options)
-    shaped = place.shaped(model, options)
+    device = torch_stage.device_of(options)
+    shaped = torch_stage.shaped(model, options)
     # optimize_for_inference would be faster still, but what it saves cannot be loaded again
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -55,21 +53,21 @@ def build(model: Model, *, options: Options, out: Path) -> None:
             traced = torch.jit.trace(flat.eval().to(device), inputs, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.freeze(traced.eval()).save(str(out / FILE))
         except Exception as fault:
-            raise BuildFailed(f"TorchScript cannot take this model: {one_line(fault)}") from fault
+            raise BuildFailed(f"TorchScript cannot take this model: {program.one_line(fault)}") from fault
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Load the script. Raises UnsafeArtifact, CorruptArtifact or Unavailable."""
     import torch
 
-    device = place.of(options, device=device)
+    device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     refuse_code_in_script(path / FILE)
-    operators.register(path / FILE)
+    program.register_operators(path / FILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             module = torch.jit.load(str(path / FILE), map_location=device)  # type: ignore[no-untyped-call]
         except RuntimeError as fault:
-            raise CorruptArtifact(f"{FILE} cannot be loaded: {one_line(fault)}") from fault
+            raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
     return TorchStage(module, signature=signature, device=device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from torchship.optimize.compare import Row
+    from torchship.optimize.compare import Comparison
 
 
 @click.command(
@@ -64,7 +64,7 @@ def command(
     _show(rows, a, b, as_json=as_json)
 
 
-def _show(rows: Sequence[Row], a: str, b: str, *, as_json: bool) -> None:
+def _show(rows: Sequence[Comparison], a: str, b: str, *, as_json: bool) -> None:
     import msgspec
     from rich.table import Table
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchship.errors import BadInput
-from torchship.lowering.holder import Holder, held
+from torchship.lowering.blueprint import Holder, held
 from torchship.lowering.variants import Wrapped
 from torchship.model import Model, to_numpy
 from torchship.tensors import Array, Axis, Free, Signature, Tensors, TensorSpec, dtype_name
@@ -32,7 +32,7 @@ class Calls:
     plain: bool = True
 
 
-class Part(Wrapped):
+class SubmoduleCall(Wrapped):
     """A submodule as a Model wants it: a tuple comes out."""
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -135,7 +135,7 @@ def as_model(module: nn.Module, seen: Calls, *, name: str, batched: bool) -> Mod
         for call in seen.inputs
     ]
     return Model(
-        module=Part(module, inputs=len(specs)).eval(),
+        module=SubmoduleCall(module, inputs=len(specs)).eval(),
         signature=signature,
         examples=examples,
         calibration=examples,

@@ -10,10 +10,9 @@ from typing import Any
 
 from torchship.errors import BuildFailed
 from torchship.lowering import script
-from torchship.lowering.needs import missing
-from torchship.lowering.program import one_line
-from torchship.lowering.quiet import quiet
+from torchship.lowering.program import one_line, quiet
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.tensors import Free
 
 OPSET = 18

@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass
-class Seen:
+class ObservedRange:
     """What one tensor held over the data: its extremes, and a sample of its values."""
 
     low: float = float("inf")
@@ -50,7 +50,7 @@ def kept_per_batch(batches: int) -> int:
     return max(64, _KEPT // max(batches, 1))
 
 
-def search(seen: Seen, *, method: str, percentile: float = 99.99) -> tuple[float, float]:
+def search(seen: ObservedRange, *, method: str, percentile: float = 99.99) -> tuple[float, float]:
     """The interval for `seen`; always holds zero, which padding and ReLU need exactly. Raises BadConfig."""
     if method not in METHODS:
         raise BadConfig(f"range {method!r} is unknown", hint=f"use one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""A torch callable as a Stage."""
+"""What the torch backends share: a torch callable as a Stage, and the options for device, precision and layout."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchship import hardware
-from torchship.errors import Unavailable
-from torchship.model import to_numpy, to_torch
+from torchship.errors import BadConfig, Unavailable
+from torchship.model import Model, to_numpy, to_torch
+from torchship.recipe import Options
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Free, Signature, Tensors, numpy_dtype
 
 if TYPE_CHECKING:
     import torch
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+OPTIONS = ("device", "precision", "mode", "channels_last", "keep", "modules")
 _SMALL = 1 << 20  # bytes; below this a page-locked buffer saves nothing
 
 
@@ -112,3 +115,38 @@ def blank(signature: Signature, *, rows: int) -> Tensors:
         spec.name: np.zeros([length(i, axis) for i, axis in enumerate(spec.shape)], numpy_dtype(spec.dtype))
         for spec in signature.inputs
     }
+
+
+def device_of(options: Options, *, device: str = "cpu") -> str:
+    """The device that the caller names, else the recipe's own, else the processor."""
+    return device if device != "cpu" else str(options.get("device", "cpu"))
+
+
+def device_kind(device: str) -> str:
+    """`cuda` for `cuda:1`."""
+    return device.partition(":")[0]
+
+
+def shaped(model: Model, options: Options) -> Model:
+    """The model as the options want it.
+
+    `precision` fp32 | tf32 | bf16 | fp16; `mode` autocast (the default on the processor) or cast (the default
+    elsewhere); `channels_last`; `keep` and `modules` (what stays in fp32, see `paths.rules`). Raises BadConfig.
+    """
+    from torchship.lowering import paths, variants
+
+    precision = str(options.get("precision", "fp32"))
+    if precision not in PRECISIONS:
+        raise BadConfig(f"precision {precision!r} is unknown here", hint=f"use one of {', '.join(PRECISIONS)}")
+    if options.get("channels_last"):
+        model = variants.channels_last(model)
+    keep = paths.rules(options, narrow=(precision,), key="keep", module=model.module)
+    target = device_kind(device_of(options))
+    mode = str(options.get("mode") or ("autocast" if target == "cpu" else "cast"))
+    narrow = "fp32" if precision == "tf32" else precision
+    return variants.in_precision(model, narrow, mode=mode, device=target, keep=keep)
+
+
+def takes_pictures(model: Model) -> bool:
+    """Whether an input looks like pictures, for which channels-last memory pays."""
+    return any(len(spec.shape) == 4 for spec in model.signature.inputs)

@@ -83,15 +83,11 @@ class _Cast(Wrapped):
         return tuple(answer.to(dtype) for answer, dtype in zip(answers, self.outputs, strict=True))
 
 
-class _LaidOut(Wrapped):
-    """Pictures and volumes enter in one memory layout, which then flows through the convolutions."""
-
-    def __init__(self, flat: torch.nn.Module, *, inputs: int, last: bool) -> None:
-        super().__init__(flat, inputs=inputs)
-        self.last = last
+class _ChannelsLast(Wrapped):
+    """Pictures and volumes enter in channels-last memory, which then flows through the convolutions."""
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        given = (t.contiguous(memory_format=_format(t, last=self.last)) for t in tensors)
+        given = (t.contiguous(memory_format=_channels_last(t)) for t in tensors)
         answers: tuple[torch.Tensor, ...] = self.flat(*given)
         return tuple(answer.contiguous() for answer in answers)
 
@@ -143,20 +139,17 @@ def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu"
     return replace(model, module=_Autocast(flat, inputs=count, device=device, dtype=dtype, outputs=outputs).eval())
 
 
-def laid_out(model: Model, *, last: bool) -> Model:
-    """`model` with the weights and inputs of two- and three-dimensional convolutions in channels-last memory, or with
-    all in plain contiguous memory.
-    """
-    given = model.module.flat if isinstance(model.module, _LaidOut) else model.module
-    flat = copy.deepcopy(given)
+def channels_last(model: Model) -> Model:
+    """`model` with the weights and inputs of two- and three-dimensional convolutions in channels-last memory."""
+    flat = copy.deepcopy(model.module)
     for tensor in (*flat.parameters(), *flat.buffers()):
-        if not tensor.is_contiguous(memory_format=_format(tensor, last=last)):
-            tensor.data = tensor.data.contiguous(memory_format=_format(tensor, last=last))
-    return replace(model, module=_LaidOut(flat, inputs=len(model.signature.inputs), last=last).eval())
+        if not tensor.is_contiguous(memory_format=_channels_last(tensor)):
+            tensor.data = tensor.data.contiguous(memory_format=_channels_last(tensor))
+    return replace(model, module=_ChannelsLast(flat, inputs=len(model.signature.inputs)).eval())
 
 
-def _format(tensor: torch.Tensor, *, last: bool) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
+def _channels_last(tensor: torch.Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return formats.get(tensor.ndim, torch.contiguous_format)
 
 

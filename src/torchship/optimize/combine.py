@@ -9,11 +9,11 @@ from typing import Any
 from torchship import plugins
 from torchship.errors import BuildFailed
 from torchship.hardware import Hardware
-from torchship.lowering import blueprint, device
-from torchship.lowering.needs import missing
+from torchship.lowering import blueprint
 from torchship.lowering.program import PROGRAM
 from torchship.model import Model
 from torchship.optimize.trial import Trial
+from torchship.plugins import missing
 from torchship.recipe import Options, Recipe, Step
 
 # Converters fuse, lay out and quantize by themselves; what stays torch gains from being changed before.
@@ -77,7 +77,7 @@ def cut(
     for backend in ("onnxruntime", "openvino", "inductor"):
         if backend in among and not plugins.reason_against("backends", name=backend, hardware=hardware):
             found.append(Recipe("hybrid", {**options, "parts": backend}))
-    if device.has_bf16(hardware):
+    if hardware.has_bf16:
         found.append(Recipe("hybrid", {**options, "precision": "bf16"}))
     return found
 

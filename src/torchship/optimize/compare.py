@@ -18,7 +18,7 @@ from torchship.optimize.measure import point
 from torchship.optimize.trial import Trial
 
 
-class Row(msgspec.Struct, frozen=True):
+class Comparison(msgspec.Struct, frozen=True):
     """One line: both values as text, and how many times better B is (above 1) where that can be said."""
 
     what: str
@@ -27,7 +27,7 @@ class Row(msgspec.Struct, frozen=True):
     better: float | None = None
 
 
-def of(a: Artifact | Manifest | Facts, b: Artifact | Manifest | Facts) -> list[Row]:
+def of(a: Artifact | Manifest | Facts, b: Artifact | Manifest | Facts) -> list[Comparison]:
     """Two artifacts or manifests, or two reports; beside a report an artifact gives the one that lies in it.
 
     Raises BadConfig where one side has a report only, and the other none.
@@ -50,18 +50,18 @@ def _report(side: Artifact | Manifest | Facts) -> Facts | None:
     return load(path) if path.is_file() else None
 
 
-def rows(a: Manifest, b: Manifest) -> list[Row]:
+def rows(a: Manifest, b: Manifest) -> list[Comparison]:
     """What the manifests say: recipe, machine, latency, throughput, size, memory, error."""
     found = [
-        Row("recipe", a.recipe.label, b.recipe.label),
-        Row("machine", a.hardware, b.hardware),
-        Row("signature", str(a.signature), "the same" if a.signature == b.signature else str(b.signature)),
-        Row(
+        Comparison("recipe", a.recipe.label, b.recipe.label),
+        Comparison("machine", a.hardware, b.hardware),
+        Comparison("signature", str(a.signature), "the same" if a.signature == b.signature else str(b.signature)),
+        Comparison(
             "weights",
             a.provenance.model_hash,
             "the same" if _same_model(a, b) else f"{b.provenance.model_hash} (another model)",
         ),
-        Row("packed", a.provenance.created, b.provenance.created),
+        Comparison("packed", a.provenance.created, b.provenance.created),
     ]
     if a.timing and b.timing:
         found += _timing_rows(a.timing, b.timing)
@@ -72,35 +72,35 @@ def _same_model(a: Manifest, b: Manifest) -> bool:
     return a.provenance.model_hash == b.provenance.model_hash
 
 
-def _timing_rows(a: Timing, b: Timing) -> list[Row]:
+def _timing_rows(a: Timing, b: Timing) -> list[Comparison]:
     found = []
     shared = sorted({point.batch for point in a.curve} & {point.batch for point in b.curve})
     for batch in shared:
         found += point_rows(_at(a, batch), _at(b, batch))
     found += _totals(a, b)
-    found.append(Row("load, s", f"{a.load_s:.2f}", f"{b.load_s:.2f}", a.load_s / b.load_s if b.load_s else None))
-    found.append(Row("threads", str(a.threads), str(b.threads)))
+    found.append(Comparison("load, s", f"{a.load_s:.2f}", f"{b.load_s:.2f}", a.load_s / b.load_s if b.load_s else None))
+    found.append(Comparison("threads", str(a.threads), str(b.threads)))
     return found
 
 
-def _totals(a: Timing, b: Timing) -> list[Row]:
+def _totals(a: Timing, b: Timing) -> list[Comparison]:
     """Best throughput, file size, peak memory."""
     fastest = [max(timing.curve, key=lambda p: p.rows_per_s) for timing in (a, b)]
     first, second = (f"{p.rows_per_s:,.0f} (batch {p.batch})" for p in fastest)
-    found = [Row("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s)]
+    found = [Comparison("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s)]
     for what, x, y in (
         ("file size, MB", a.file_size, b.file_size),
         ("peak memory, MB", a.peak_memory, b.peak_memory),
     ):
-        found.append(Row(what, f"{x / 1e6:.2f}", f"{y / 1e6:.2f}", x / y if y else None))
+        found.append(Comparison(what, f"{x / 1e6:.2f}", f"{y / 1e6:.2f}", x / y if y else None))
     return found
 
 
-def point_rows(a: BatchPoint, b: BatchPoint) -> list[Row]:
+def point_rows(a: BatchPoint, b: BatchPoint) -> list[Comparison]:
     """Median and tail of one batch size."""
     return [
-        Row(f"batch {a.batch} p50, ms", f"{a.p50_ms:.3f}", f"{b.p50_ms:.3f}", a.p50_ms / b.p50_ms),
-        Row(f"batch {a.batch} p99, ms", f"{a.p99_ms:.3f}", f"{b.p99_ms:.3f}", a.p99_ms / b.p99_ms),
+        Comparison(f"batch {a.batch} p50, ms", f"{a.p50_ms:.3f}", f"{b.p50_ms:.3f}", a.p50_ms / b.p50_ms),
+        Comparison(f"batch {a.batch} p99, ms", f"{a.p99_ms:.3f}", f"{b.p99_ms:.3f}", a.p99_ms / b.p99_ms),
     ]
 
 
@@ -108,21 +108,21 @@ def _at(timing: Timing, batch: int) -> BatchPoint:
     return next(found for found in timing.curve if found.batch == batch)
 
 
-def _verdict_rows(a: Manifest, b: Manifest) -> list[Row]:
+def _verdict_rows(a: Manifest, b: Manifest) -> list[Comparison]:
     if a.verdict is None or b.verdict is None:
         return []
     found = [
-        Row("output error", f"{a.verdict.error:.3g}", f"{b.verdict.error:.3g}"),
-        Row("cosine", f"{a.verdict.cosine:.6f}", f"{b.verdict.cosine:.6f}"),
+        Comparison("output error", f"{a.verdict.error:.3g}", f"{b.verdict.error:.3g}"),
+        Comparison("cosine", f"{a.verdict.cosine:.6f}", f"{b.verdict.cosine:.6f}"),
     ]
     if a.verdict.top1 is not None and b.verdict.top1 is not None:
-        found.append(Row("top-1 agreement", f"{a.verdict.top1:.2%}", f"{b.verdict.top1:.2%}"))
+        found.append(Comparison("top-1 agreement", f"{a.verdict.top1:.2%}", f"{b.verdict.top1:.2%}"))
     if a.verdict.metric is not None and b.verdict.metric is not None:
-        found.append(Row("metric", f"{a.verdict.metric:.5g}", f"{b.verdict.metric:.5g}"))
+        found.append(Comparison("metric", f"{a.verdict.metric:.5g}", f"{b.verdict.metric:.5g}"))
     return found
 
 
-def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int) -> list[Row]:
+def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int) -> list[Comparison]:
     """Both measured now on this machine, in turns, at batch 1 and 8 where they take it.
 
     Raises Unavailable when one of them does not run here.
@@ -140,7 +140,7 @@ def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int)
     return found
 
 
-def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Row:
+def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Comparison:
     """How far B's outputs are from A's on A's example inputs. Raises BadConfig when they take different inputs."""
     if a.manifest.signature != b.manifest.signature:
         raise BadConfig("the artifacts have different signatures", hint="compare artifacts of one model")
@@ -152,7 +152,7 @@ def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Row:
         for stage in stages:
             stage.close()
     found = agreement(answers[:1], answers[1:], signature=a.manifest.signature)
-    return Row("B's outputs against A's", "reference", f"error {found.error:.3g}, cosine {found.cosine:.6f}")
+    return Comparison("B's outputs against A's", "reference", f"error {found.error:.3g}, cosine {found.cosine:.6f}")
 
 
 def read(path: Path) -> Manifest | Facts:
@@ -171,19 +171,20 @@ def read(path: Path) -> Manifest | Facts:
         raise BadConfig(f"{path} is neither a manifest nor a report: {fault}") from fault
 
 
-def reports(a: Facts, b: Facts) -> list[Row]:
+def reports(a: Facts, b: Facts) -> list[Comparison]:
     """Two searches, as on two machines: the machines, the winners, and every recipe that either tried."""
     found = [
-        Row("machine", a.hardware, b.hardware),
-        Row("threads", str(a.threads or "all"), str(b.threads or "all")),
-        Row("signature", a.signature, "the same" if a.signature == b.signature else b.signature),
-        Row("created", a.created, b.created),
-        Row("winner", _winner(a), _winner(b)),
+        Comparison("machine", a.hardware, b.hardware),
+        Comparison("threads", str(a.threads or "all"), str(b.threads or "all")),
+        Comparison("signature", a.signature, "the same" if a.signature == b.signature else b.signature),
+        Comparison("created", a.created, b.created),
+        Comparison("winner", _winner(a), _winner(b)),
     ]
     best = [facts.trials[facts.choice.winner] for facts in (a, b) if facts.choice.winner is not None]
     if len(best) == 2:
         found += [
-            Row(f"winner, {row.what}", row.a, row.b, row.better) for row in _summary(best[0].timing, best[1].timing)
+            Comparison(f"winner, {row.what}", row.a, row.b, row.better)
+            for row in _summary(best[0].timing, best[1].timing)
         ]
     tried = [{trial.recipe.key: trial for trial in facts.trials} for facts in (a, b)]
     for key in dict.fromkeys([*tried[0], *tried[1]]):
@@ -191,11 +192,11 @@ def reports(a: Facts, b: Facts) -> list[Row]:
         either = [trial for trial in (first, second) if trial is not None]
         if any(trial.status != "skipped" for trial in either):
             label = either[0].recipe.label
-            found.append(Row(f"{label}, batch 1 p50, ms", _told(first), _told(second), _ratio(first, second)))
+            found.append(Comparison(f"{label}, batch 1 p50, ms", _told(first), _told(second), _ratio(first, second)))
     return found
 
 
-def _summary(a: Timing | None, b: Timing | None) -> list[Row]:
+def _summary(a: Timing | None, b: Timing | None) -> list[Comparison]:
     if a is None or b is None:
         return []
     return [point_rows(a.curve[0], b.curve[0])[0], *_totals(a, b)]

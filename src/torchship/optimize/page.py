@@ -169,7 +169,7 @@ def _dot(facts: Facts, trial: Trial, y: float) -> plots.Dot:
 
 def _curves(facts: Facts, measured: Sequence[Trial], *, rate: bool) -> str:
     series = [
-        plots.Line(
+        plots.Series(
             trial.recipe.label,
             [(point.batch, point.rows_per_s if rate else point.p50_ms) for point in trial.timing.curve],
             _colours(facts)[trial.recipe.backend],

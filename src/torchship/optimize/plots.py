@@ -25,7 +25,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Line:
+class Series:
     """One named series."""
 
     label: str
@@ -138,7 +138,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def lines(series: Sequence[Line], *, x_title: str, y_title: str) -> str:
+def lines(series: Sequence[Series], *, x_title: str, y_title: str) -> str:
     """Series on logarithmic axes, each point with its value on hover."""
     points = [point for line in series for point in line.points]
     if not points:

@@ -15,8 +15,7 @@ from torchship import plugins
 from torchship.backends import aoti, eager, onnxruntime, openvino, tensorrt, torchscript
 from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, Unavailable
 from torchship.hardware import Gpu, Hardware
-from torchship.lowering import device as place
-from torchship.lowering import needs
+from torchship.lowering import torch_stage
 from torchship.model import Model
 from torchship.optimize import wish
 from torchship.recipe import Options, Recipe, Step
@@ -44,9 +43,9 @@ def test_an_unknown_precision_is_named_with_the_known_ones(backend: str, tmp_pat
 
 
 def test_missing_packages_are_named_with_the_pip_line() -> None:
-    assert needs.missing("numpy") == ""
-    assert needs.missing("no_such_thing") == "no_such_thing is not installed: pip install no_such_thing"
-    assert needs.missing("no_such_thing numpy nor_this", pip="both").endswith("are not installed: pip install both")
+    assert plugins.missing("numpy") == ""
+    assert plugins.missing("no_such_thing") == "no_such_thing is not installed: pip install no_such_thing"
+    assert plugins.missing("no_such_thing numpy nor_this", pip="both").endswith("are not installed: pip install both")
 
 
 def test_tensorrt_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,9 +82,9 @@ def test_a_gpu_brings_recipes_for_it() -> None:
 
 
 def test_the_device_of_the_caller_wins_over_the_recipe() -> None:
-    assert place.of({}) == "cpu"
-    assert place.of({"device": "cuda"}) == "cuda"
-    assert place.of({"device": "cuda"}, device="cuda:1") == "cuda:1"
+    assert torch_stage.device_of({}) == "cpu"
+    assert torch_stage.device_of({"device": "cuda"}) == "cuda"
+    assert torch_stage.device_of({"device": "cuda"}, device="cuda:1") == "cuda:1"
 
 
 def test_a_device_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
@@ -158,7 +157,7 @@ def test_every_option_that_is_proposed_is_one_that_exists() -> None:
     ("recipe", "words"),
     [
         (Recipe("onnxruntime", {"precison": "int8"}), "onnxruntime has no option 'precison'"),
-        (Recipe("eager", {}, (Step("layout", {"format": "nhwc"}),)), "layout has no option 'format'"),
+        (Recipe("eager", {}, (Step("fuse", {"format": "nhwc"}),)), "fuse has no option 'format'"),
         (Recipe("eager", {}, (Step("fues"),)), "fues"),
         (Recipe("openvino", {"precision": "int8", "exclude": ["haed"]}), "no module fits 'haed'"),
     ],

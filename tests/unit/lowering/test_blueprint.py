@@ -14,8 +14,7 @@ from torch import nn
 
 from torchship.errors import BuildFailed, NotFound
 from torchship.lowering import blueprint
-from torchship.lowering.blueprint import Blueprint
-from torchship.lowering.excerpt import excerpt
+from torchship.lowering.blueprint import Blueprint, excerpt
 
 
 class Kind(enum.Enum):

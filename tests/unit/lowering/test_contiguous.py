@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torchship.lowering import contiguous, program
+from torchship.lowering import program
 from torchship.optimize.capture import capture
 from torchship.tensors import TensorSpec
 
@@ -25,7 +25,7 @@ class Turned(nn.Module):
 def test_only_what_lies_out_of_order_is_copied() -> None:
     model = capture(Turned(), [TensorSpec.parse("x:FP32[-1,5,6]")])
     plain, straight = program.export(model), program.export(model)
-    graph = contiguous.straighten(straight.graph_module).graph
+    graph = program.straighten(straight.graph_module).graph
     copies = [node for node in graph.nodes if node.target is torch.ops.aten.clone.default]
     linear = [node for node in graph.nodes if node.target is torch.ops.aten.linear.default]
     assert [node.args[0] in copies for node in linear] == [True, False]

@@ -15,7 +15,7 @@ from torch import nn
 from tests.contracts.test_backends import error, expected, picture, sentence, tensors_of
 from torchship.backends import eager, executorch, onnxruntime, openvino
 from torchship.errors import BadConfig
-from torchship.lowering import onnx_bias, onnx_graph, onnx_int8, paths
+from torchship.lowering import onnx_graph, onnx_int8, paths
 from torchship.model import Model
 from torchship.optimize.capture import capture
 from torchship.optimize.sensitivity import noise_db, round_signed, round_unsigned, sensitivity
@@ -195,10 +195,10 @@ def test_bias_correction_takes_the_mean_shift_away(tmp_path: Path) -> None:
     inside = onnx.helper.make_graph([node], "g", shapes[:1], shapes[1:], [onnx.numpy_helper.from_array(weight, "w")])
     graph = onnx.helper.make_model(inside, opset_imports=[onnx.helper.make_opsetid("", 18)])
     mean = np.array([1.0, 2.0, -3.0])
-    assert onnx_bias.inputs_of_layers(graph) == {"x": 1}
-    onnx_bias.correct(graph, {"x": mean})
+    assert onnx_int8.inputs_of_layers(graph) == {"x": 1}
+    onnx_int8.correct(graph, {"x": mean})
     bias = onnx.numpy_helper.to_array(graph.graph.initializer[-1])
-    shift = (onnx_bias.rounding_of(weight).sum((2, 3)) * mean).sum(1)
+    shift = (onnx_int8.rounding_of(weight).sum((2, 3)) * mean).sum(1)
     assert np.allclose(bias, -shift, atol=1e-6)
     assert np.abs(shift).max() > 1e-3
     onnx.checker.check_model(graph)
@@ -221,15 +221,15 @@ def test_bias_correction_reaches_matrix_products_and_spares_what_stays_in_float(
     graph = onnx.load(str(tmp_path / "m.onnx"))
     assert [node.op_type for node in graph.graph.node].count("MatMul") == 2
     skip = onnx_int8.excluded(graph, {"exclude": ["second"]}, module=model.module)
-    wanted = onnx_bias.inputs_of_layers(graph, skip=skip)
+    wanted = onnx_int8.inputs_of_layers(graph, skip=skip)
     assert len(wanted) == 1
     mean = np.concatenate(rows).mean((0, 1))
-    onnx_bias.correct(graph, dict.fromkeys(wanted, mean), skip=skip)
+    onnx_int8.correct(graph, dict.fromkeys(wanted, mean), skip=skip)
     onnx.checker.check_model(graph)
     found = [t.name for t in graph.graph.initializer if "_corrected_" in t.name]
     assert len(found) == 1
     assert "first" in found[0]
-    by_channel, by_tensor = (onnx_bias.rounding_of(np.diag([1.0, 0.003]), per_channel=one) for one in (True, False))
+    by_channel, by_tensor = (onnx_int8.rounding_of(np.diag([1.0, 0.003]), per_channel=one) for one in (True, False))
     assert abs(by_channel).max() < 1e-9 < 1e-3 < abs(by_tensor).max()
 
 

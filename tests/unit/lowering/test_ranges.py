@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from torchship.errors import BadConfig
 from torchship.lowering import ranges
-from torchship.lowering.ranges import METHODS, Floats, Seen
+from torchship.lowering.ranges import METHODS, Floats, ObservedRange
 
 
-def seen_of(values: Floats) -> Seen:
-    seen = Seen()
+def seen_of(values: Floats) -> ObservedRange:
+    seen = ObservedRange()
     seen.add(values, keep=100_000)
     return seen
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchship.errors import Unavailable
-from torchship.lowering import operators, script
+from torchship.lowering import program, script
 from torchship.model import Model
 from torchship.optimize.capture import capture
 from torchship.plugins import load
@@ -70,16 +70,16 @@ def test_packages_of_operators_are_imported(tmp_path: Path, monkeypatch: pytest.
         archive.writestr("a/code/y.py", "ops.torchvision.nms(x)")
         archive.writestr("a/code/x.py", "ops.torchao.quantize_affine(x)")
     imported: list[str] = []
-    monkeypatch.setattr("torchship.lowering.operators.import_module", imported.append)
-    operators.register(tmp_path / "a.pt2")
+    monkeypatch.setattr("torchship.lowering.program.import_module", imported.append)
+    program.register_operators(tmp_path / "a.pt2")
     assert imported == ["torchao", "torchvision"]
 
     def absent(name: str) -> None:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("torchship.lowering.operators.import_module", absent)
+    monkeypatch.setattr("torchship.lowering.program.import_module", absent)
     with pytest.raises(Unavailable, match="operators of torchao") as told:
-        operators.register(tmp_path / "a.pt2")
+        program.register_operators(tmp_path / "a.pt2")
     assert told.value.hint == "pip install torchao"
 
 
@@ -87,4 +87,4 @@ def test_operators_that_nothing_defines_are_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
         archive.writestr("a/models/model.json", '"torch.ops.aten.add.Tensor" "torch.ops.homemade.blur.default"')
     with pytest.raises(Unavailable, match="operators of 'homemade'"):
-        operators.register(tmp_path / "a.pt2")
+        program.register_operators(tmp_path / "a.pt2")

@@ -89,7 +89,7 @@ def test_the_pareto_front() -> None:
         plots.scatter(
             [plots.Dot(1, 2, "a<b", strong=True), plots.Dot(3, 1, "c", hollow=True)], x_title="x", y_title="y"
         ),
-        plots.lines([plots.Line("a", [(1, 10), (2, 30)], strong=True)], x_title="x", y_title="y"),
+        plots.lines([plots.Series("a", [(1, 10), (2, 30)], strong=True)], x_title="x", y_title="y"),
         plots.bars([("layer.0 & more", 12.0, True), ("layer.1", 40.0, False)], unit="dB"),
         plots.scatter([plots.Dot(1, 0, "zero")], x_title="x", y_title="y"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchship.errors import BadConfig, BuildFailed
 from torchship.hardware import Hardware
 from torchship.model import Model
+from torchship.plugins import missing
 from torchship.recipe import Options
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ def apply(model: Model, *, options: Options) -> Model:
     patterns of what stays in float, see `paths.rules`. Raises BadConfig, or BuildFailed with the quantizer's reason.
     """
     from torchship.lowering import paths
-    from torchship.lowering.needs import missing
     from torchship.lowering.program import one_line
 
     scheme = options.get("scheme", "dynamic")
