@@ -10,11 +10,10 @@ from torchship.serve.api.reflection import reflection_rpcs
 from torchship.serve.api.rpcs import protocol_rpcs
 from torchship.serve.api.served import Served
 from torchship.serve.http.exchange import Admit
-from torchship.serve.http.http2.calls import Rpc
 from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Router
-from torchship.serve.http.site import Limits, Site
+from torchship.serve.http.site import Limits, Rpc, Site
 
 
 async def listen(

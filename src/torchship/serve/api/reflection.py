@@ -7,7 +7,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from torchship.serve.http.http2.calls import Call, Rpc
+from torchship.serve.http.http2.calls import Call
+from torchship.serve.http.site import Rpc
 from torchship.wire.schema import descriptors, message, services
 
 

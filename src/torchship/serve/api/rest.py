@@ -15,10 +15,9 @@ from torchship.serve.api.openapi import openapi_route
 from torchship.serve.api.served import Served
 from torchship.serve.http.exchange import Admit, Exchange, HttpFault
 from torchship.serve.http.http1 import Connection
-from torchship.serve.http.listen import Listener, bind
+from torchship.serve.http.listen import Listener, bind, tls_context
 from torchship.serve.http.router import Route, Router
 from torchship.serve.http.site import Limits, Site
-from torchship.serve.http.tls import tls_context
 
 
 async def listen(

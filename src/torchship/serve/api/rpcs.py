@@ -14,7 +14,8 @@ from torchship.errors import BadInput, NotFound, Unsupported
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.streams import StreamInference
-from torchship.serve.http.http2.calls import Call, Rpc
+from torchship.serve.http.http2.calls import Call
+from torchship.serve.http.site import Rpc
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec
 from torchship.wire.raw import Buffer

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a socket: framing, order, limits and time-outs; what a request means is decided elsewhere.
+"""HTTP/1.1 on a socket (RFC 9112): framing, order, limits and time-outs; what a request means is decided elsewhere.
 
 A steady client sends the same head bytes again and again: a head is parsed and routed once and then looked up by
 its bytes, so that only a body costs anything.
@@ -7,16 +7,187 @@ its bytes, so that only a body costs anything.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from typing import cast
 
+import httptools
+
 from torchship.errors import TorchshipError
-from torchship.serve.http.chunks import Chunks
 from torchship.serve.http.coding import COMPRESS_FROM, enter, packs
 from torchship.serve.http.exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.site import Site
 from torchship.wire.raw import Buffer
+
+_DIGITS = re.compile(r"[0-9]{1,15}")
+
+
+class _Found:
+    """What llhttp reports."""
+
+    __slots__ = ("complete", "extra", "headers", "url")
+
+    def __init__(self) -> None:
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.complete = False
+        self.extra = False
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        self.extra = self.extra or self.complete
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+        self.extra = self.extra or self.complete
+
+    def on_headers_complete(self) -> None:
+        self.complete = True
+
+    def on_body(self, data: bytes) -> None:
+        self.extra = True
+
+
+def parse_head(data: bytes) -> Head:
+    """Read a head that ends in an empty line. Raises HttpFault: 400 for what is not HTTP/1, 501 or 505 else."""
+    found = _Found()
+    parser = httptools.HttpRequestParser(found)
+    try:
+        parser.feed_data(data)
+    except httptools.HttpParserUpgrade:
+        pass  # an offer to talk something else: we go on in HTTP/1.1
+    except (httptools.HttpParserError, UnicodeError) as fault:
+        raise HttpFault(400, f"not HTTP/1.1: {fault}") from None
+    if not found.complete or found.extra:
+        raise HttpFault(400, "not one request head")
+    method = parser.get_method().decode()
+    version = parser.get_http_version()
+    if version not in ("1.1", "1.0"):
+        raise HttpFault(505, f"HTTP version {version} is not spoken here")
+    try:
+        url = httptools.parse_url(found.url)
+        path, query = url.path.decode("ascii"), (url.query or b"").decode("ascii")
+    except (httptools.HttpParserInvalidURLError, UnicodeDecodeError, AttributeError):
+        raise HttpFault(400, "the request target is not a path") from None
+    headers: dict[str, str] = {}
+    lengths: set[str] = set()
+    for raw_name, raw_value in found.headers:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        if name == "content-length":
+            lengths.add(value)
+        elif name in ("host", "transfer-encoding", "authorization") and name in headers:
+            raise HttpFault(400, f"the header {name} is given twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    head = Head(method, path, query, headers)
+    head.old = version == "1.0"
+    _frame(head, lengths)
+    head.keep_alive = _asks_to_stay(head)
+    return head
+
+
+def _head_of(site: Site, data: bytes) -> Head:
+    """The parsed and routed head, remembered by its bytes."""
+    head = site.heads.get(data)
+    if head is None:
+        head = parse_head(data)
+        site.router.resolve(head)
+        if len(site.heads) >= 1024:
+            site.heads.clear()
+        if len(data) <= 2048:
+            site.heads[data] = head
+    return head
+
+
+def _frame(head: Head, lengths: set[str]) -> None:
+    """How long the body is. Two ways to say it are one too many (RFC 9112 section 6.3)."""
+    headers = head.headers
+    if not head.old and "host" not in headers:
+        raise HttpFault(400, "the header Host is missing")
+    if "transfer-encoding" in headers:
+        if lengths or head.old:
+            raise HttpFault(400, "Transfer-Encoding beside Content-Length or in HTTP/1.0")
+        if headers["transfer-encoding"].strip().lower() != "chunked":
+            raise HttpFault(501, "only the transfer coding chunked is understood")
+        head.length = -1
+    elif lengths:
+        if len(lengths) > 1 or not _DIGITS.fullmatch(next(iter(lengths))):
+            raise HttpFault(400, "Content-Length is not one number")
+        head.length = int(lengths.pop())
+    expect = headers.get("expect", "")
+    if expect and expect.lower() != "100-continue":
+        raise HttpFault(417, "only the expectation 100-continue is understood")
+    head.expects = bool(expect) and not head.old
+    head.encoding = headers.get("content-encoding", "").strip().lower()
+
+
+def _asks_to_stay(head: Head) -> bool:
+    """llhttp cannot say keep-alive before the body has come; the Connection header and the version can."""
+    wish = head.headers.get("connection", "").lower()
+    return "keep-alive" in wish if head.old else "close" not in wish
+
+
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?")
+_LINE_LIMIT = 1024
+_TRAILER_LIMIT = 8192
+
+
+class Chunks:
+    """Reads one chunked body piece by piece. Source: RFC 9112 section 7.1; trailers are dropped."""
+
+    __slots__ = ("_left", "_limit", "_state", "_trailers")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._left = 0
+        self._state = "size"
+        self._trailers = 0
+
+    def feed(self, buffer: bytes, place: int, body: bytearray) -> tuple[int, bool]:
+        """Append what is there to `body`; where reading stopped, and whether the body is complete.
+
+        Raises HttpFault 400 for anything but the grammar, 413 above the limit.
+        """
+        while True:
+            if self._state == "data":
+                take = min(self._left, len(buffer) - place)
+                body += memoryview(buffer)[place : place + take]
+                place += take
+                self._left -= take
+                if self._left:
+                    return place, False
+                self._state = "end"
+            if self._state == "end":
+                if len(buffer) - place < 2:
+                    return place, False
+                if buffer[place : place + 2] != b"\r\n":
+                    raise HttpFault(400, "a chunk is longer than it says")
+                place += 2
+                self._state = "size"
+            end = buffer.find(b"\r\n", place, place + _LINE_LIMIT + 2)
+            if end < 0:
+                if len(buffer) - place > _LINE_LIMIT:
+                    raise HttpFault(400, "a line of the chunked body is too long")
+                return place, False
+            line, place = buffer[place:end], end + 2
+            if self._state == "trailers":
+                self._trailers += len(line) + 2
+                if self._trailers > _TRAILER_LIMIT:
+                    raise HttpFault(431, "the trailers are too large")
+                if not line:
+                    return place, True
+            else:
+                self._size(line, len(body))
+
+    def _size(self, line: bytes, have: int) -> None:
+        found = _SIZE.fullmatch(line)
+        if not found:
+            raise HttpFault(400, "a chunk does not begin with its size")
+        self._left = int(found[1], 16)
+        if have + self._left > self._limit:
+            raise HttpFault(413, f"the body is larger than {self._limit} bytes")
+        self._state = "data" if self._left else "trailers"
+
 
 _COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it
 _LINGER = 2.0  # seconds that a refused peer may go on sending
@@ -161,7 +332,7 @@ class Connection(asyncio.Protocol):
                 raise HttpFault(431, f"the request head is larger than {limits.head} bytes")
             return place
         end += 4
-        head = self._site.head_of(buffer[place:end])
+        head = _head_of(self._site, buffer[place:end])
         length = head.length
         if 0 <= length <= len(buffer) - end:
             view = memoryview(buffer)[end : end + length]

@@ -1,12 +1,13 @@
-"""An open port: binds it, gives each connection its protocol, ticks its clock, and closes it in peace."""
+"""An open port: binds it, gives each connection its protocol, ticks its clock, and closes it in peace; and its TLS."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
+from pathlib import Path
 from typing import Any
 
-from torchship.errors import Unavailable
+from torchship.errors import BadConfig, Unavailable
 from torchship.serve.http.site import Site
 
 _HANDSHAKE = 10.0  # seconds
@@ -62,3 +63,28 @@ async def bind(
         text = f"cannot listen on {host}:{port}: {fault.strerror}"
         raise Unavailable(text, hint="is it in use? choose another port") from None
     return Listener(site, server)
+
+
+def tls_context(certificate: Path | str, *, key: Path | str, clients: Path | str = "") -> ssl.SSLContext:
+    """A context that offers HTTP/2 and HTTP/1.1, TLS 1.2 or newer.
+
+    `clients` is a file of certificate authorities: then only callers with a certificate of theirs get in (mTLS).
+    Raises BadConfig naming the file that cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as fault:
+        raise BadConfig(
+            f"tls: cannot use {certificate} with {key}: {fault}", hint="PEM files that belong together"
+        ) from None
+    if clients:
+        try:
+            context.load_verify_locations(clients)
+        except (OSError, ssl.SSLError) as fault:
+            raise BadConfig(f"tls: cannot use {clients}: {fault}", hint="a PEM file of certificates") from None
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context

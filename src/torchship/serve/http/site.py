@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torchship.serve.http.exchange import Admit, Head, Headers, HttpFault, header_lines, status_line
-from torchship.serve.http.heads import parse_head
-from torchship.serve.http.http2.calls import Rpc
 from torchship.serve.http.router import Router
+from torchship.wire.raw import Buffer
+
+
+class Rpc(NamedTuple):
+    """One gRPC method. `unary(call, message, start)` where the client sends one message, which begins at `start`;
+    `stream(call)` as a Task where it sends several."""
+
+    unary: Callable[[Any, Buffer, int], object] | None = None
+    stream: Callable[[Any], Coroutine[Any, Any, None]] | None = None
+    scope: str = ""
+
+    @property
+    def client_streams(self) -> bool:
+        """Whether the client sends several messages."""
+        return self.stream is not None
+
 
 _NO_RPC = Rpc()
 
@@ -103,15 +117,3 @@ class Site:
         self.connections.discard(connection)
         if self.empty is not None and not self.connections and not self.empty.done():
             self.empty.set_result(None)
-
-    def head_of(self, data: bytes) -> Head:
-        """The parsed head, remembered by its bytes."""
-        head = self.heads.get(data)
-        if head is None:
-            head = parse_head(data)
-            self.router.resolve(head)
-            if len(self.heads) >= 1024:
-                self.heads.clear()
-            if len(data) <= 2048:
-                self.heads[data] = head
-        return head

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
 
 from torchship.errors import TorchshipError
 from torchship.serve.http.coding import decompress, unpack
-from torchship.serve.http.exchange import Head, HttpFault
+from torchship.serve.http.exchange import HttpFault
+from torchship.serve.http.http2.streams import Stream
+from torchship.serve.http.site import Site
 from torchship.wire import frames as h2
 from torchship.wire.raw import Buffer
 from torchship.wire.status import status_of, text_of
@@ -21,48 +23,26 @@ _GOOD = h2.literal(b"grpc-status", b"0")
 _QUEUE = 16  # messages of a stream that are read ahead of their use
 
 
-class Rpc(NamedTuple):
-    """One gRPC method. `unary(call, message, start)` where the client sends one message, which begins at `start`;
-    `stream(call)` as a Task where it sends several."""
-
-    unary: Callable[[Call, Buffer, int], object] | None = None
-    stream: Callable[[Call], Coroutine[Any, Any, None]] | None = None
-    scope: str = ""
-
-    @property
-    def client_streams(self) -> bool:
-        """Whether the client sends several messages."""
-        return self.stream is not None
-
-
-class _Stream(Protocol):
-    number: int
-    head: Head
-    body: Buffer
-    size: int
-    ended: bool
-
-
 class _Link(Protocol):
     """The connection, as a call sees it."""
 
-    _site: Any
+    site: Site
 
     def put(self, stream: Any, head: bytes, data: bytes, tail: bytes) -> None: ...
 
     def give(self, stream: Any) -> None: ...
 
-    async def drained(self, stream: Any) -> None: ...
+    async def drained(self, partner: Any) -> None: ...
 
 
 class Call:
     """One gRPC call: `reply` once, or `write` several times and `finish`; `fail` instead of either."""
 
-    __slots__ = ("_begun", "_link", "_over", "_queue", "_stream", "_waiter", "gone", "head", "job")
+    __slots__ = ("_begun", "_link", "_over", "_queue", "_waiter", "gone", "head", "job", "stream")
 
-    def __init__(self, link: _Link, stream: _Stream) -> None:
+    def __init__(self, link: _Link, stream: Stream) -> None:
         self._link = link
-        self._stream = stream
+        self.stream = stream
         self.head = stream.head
         self.job: Any = None  # a future or task that is cancelled when the caller goes away
         self.gone = False
@@ -88,14 +68,14 @@ class Call:
 
     def feed(self) -> None:
         """Take the complete messages out of the stream's body."""
-        body, queue = self._stream.body, self._queue
+        body, queue = self.stream.body, self._queue
         if queue is None:
             return
         place = 0
         try:
             while len(body) - place >= 5:
                 size = int.from_bytes(body[place + 1 : place + 5], "big")
-                if size > self._link._site.limits.body:
+                if size > self._link.site.limits.body:
                     self.finish(_EXHAUSTED, f"the message has {size} bytes")
                     return
                 if len(body) - place - 5 < size:
@@ -107,9 +87,9 @@ class Call:
             self.finish(_INVALID, str(fault))
             return
         rest = bytearray(memoryview(body)[place:])
-        self._stream.body, self._stream.size = rest, len(rest)
+        self.stream.body, self.stream.size = rest, len(rest)
         if len(queue) < _QUEUE:
-            self._link.give(self._stream)
+            self._link.give(self.stream)
         self._wake()
 
     def complete(self) -> None:
@@ -117,7 +97,7 @@ class Call:
         if self._queue is not None:
             self._wake()
             return
-        body = self._stream.body
+        body = self.stream.body
         if len(body) < 5 or int.from_bytes(body[1:5], "big") != len(body) - 5:
             self.finish(_INVALID, "the call needs exactly one message")
             return
@@ -139,7 +119,7 @@ class Call:
             if not self.gone:
                 self.head.rpc.unary(self, bytes(5) + data, 5)
 
-        coding, limit = self._coding(body), self._link._site.limits.body
+        coding, limit = self._coding(body), self._link.site.limits.body
         work = unpack(memoryview(body)[5:], coding=coding, limit=limit, then=then, fail=self._refuse)
         if work is not None:
             self.job = work
@@ -155,8 +135,8 @@ class Call:
             if self.head.rpc.stream is None and self.head.rpc.unary is None:
                 self.finish(_UNIMPLEMENTED, "unknown method")
                 return False
-            if self._link._site.admit is not None:
-                self._link._site.admit(self.head.rpc.scope, self.head.headers)
+            if self._link.site.admit is not None:
+                self._link.site.admit(self.head.rpc.scope, self.head.headers)
         except TorchshipError as fault:
             self.fail(fault)
             return False
@@ -166,7 +146,7 @@ class Call:
         """A message with its prefix, unpacked where it was compressed. Raises HttpFault."""
         if not message[0]:
             return message
-        limit = self._link._site.limits.body
+        limit = self._link.site.limits.body
         return bytes(5) + decompress(memoryview(message)[5:], coding=self._coding(message), limit=limit)
 
     def _coding(self, message: Buffer) -> str:
@@ -184,8 +164,8 @@ class Call:
             while queue:
                 yield queue.popleft()
                 if len(queue) < _QUEUE:
-                    self._link.give(self._stream)
-            if self._stream.ended or self._over:
+                    self._link.give(self.stream)
+            if self.stream.ended or self._over:
                 return
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -205,10 +185,10 @@ class Call:
             self.finish(extra=h2.literal(b"traceparent", trace.encode()))
             return
         self._over = True
-        number = self._stream.number
+        number = self.stream.number
         size = len(data)
         self._link.put(
-            self._stream,
+            self.stream,
             _TOP_FRAME % number.to_bytes(4, "big"),
             b"".join((b"\0", size.to_bytes(4, "big"), data)),
             _GOOD_FRAME % number.to_bytes(4, "big"),
@@ -218,13 +198,13 @@ class Call:
         """Send one of several answers."""
         if self._over or self.gone:
             return
-        top = b"" if self._begun else _TOP_FRAME % self._stream.number.to_bytes(4, "big")
+        top = b"" if self._begun else _TOP_FRAME % self.stream.number.to_bytes(4, "big")
         self._begun = True
-        self._link.put(self._stream, top, b"".join((b"\0", len(data).to_bytes(4, "big"), data)), b"")
+        self._link.put(self.stream, top, b"".join((b"\0", len(data).to_bytes(4, "big"), data)), b"")
 
     async def drained(self) -> None:
         """Wait until the client has taken most of what was written."""
-        await self._link.drained(self._stream)
+        await self._link.drained(self)
 
     def finish(self, code: int = _OK, message: str = "", *, extra: bytes = b"") -> None:
         """End the call with a status; `extra` are encoded trailers."""
@@ -238,10 +218,10 @@ class Call:
         if not self._begun:
             fields = _TOP + fields
         self._link.put(
-            self._stream,
+            self.stream,
             b"",
             b"",
-            h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, self._stream.number, fields),
+            h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, self.stream.number, fields),
         )
         self._wake()
 

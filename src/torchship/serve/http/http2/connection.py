@@ -1,18 +1,16 @@
-"""HTTP/2 on a socket: frames, flow control and limits; streams become exchanges (REST) or calls (gRPC)."""
+"""HTTP/2 on a socket (RFC 9113): frames, flow control and limits; streams become exchanges (REST) or calls (gRPC)."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import cast
 
-from torchship.serve.http.exchange import HttpFault
-from torchship.serve.http.http2.answers import Answers
+from torchship.serve.http.coding import COMPRESS_FROM, enter, packs
+from torchship.serve.http.exchange import Exchange, Headers, HttpFault
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.fields import Fields, WrongHead, check_trailers, head_of
-from torchship.serve.http.http2.outflow import STREAM_WINDOW, Outflow, Stream
-from torchship.serve.http.http2.pace import Pace
-from torchship.serve.http.http2.reader import FRAME, Reader
-from torchship.serve.http.http2.rules import Late, Unfinished, check, header_block, unpad
+from torchship.serve.http.http2.framing import FRAME, Late, Pace, Reader, Unfinished, check, header_block, unpad
+from torchship.serve.http.http2.streams import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.http.site import Site
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
@@ -26,7 +24,7 @@ class Connection2(asyncio.Protocol):
     """One connection of HTTP/2."""
 
     def __init__(self, site: Site) -> None:
-        self._site = site
+        self.site = site
         self._reader = Reader()
         self._fields = Fields(limit=site.limits.head)
         self._streams: dict[int, Stream] = {}
@@ -41,7 +39,6 @@ class Connection2(asyncio.Protocol):
         self._writable = True
         self._since = site.now
         self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
-        self._answers = Answers(self, site)
         self._out: Outflow
         self.transport: asyncio.Transport
 
@@ -49,18 +46,18 @@ class Connection2(asyncio.Protocol):
         """A peer is there; too many of them are turned away."""
         self.transport = cast(asyncio.Transport, transport)
         self._out = Outflow(self.transport)
-        if self._site.closing or len(self._site.connections) >= self._site.limits.connections:
+        if self.site.closing or len(self.site.connections) >= self.site.limits.connections:
             self.transport.write(h2.settings(()) + h2.goaway(0, h2.ENHANCE_YOUR_CALM, "too many connections"))
             self.transport.close()
             self._closing = True
             return
-        self._site.connections.add(self)
-        pairs = ((3, self._site.limits.streams), (4, STREAM_WINDOW), (5, FRAME), (6, self._site.limits.head))
+        self.site.connections.add(self)
+        pairs = ((3, self.site.limits.streams), (4, STREAM_WINDOW), (5, FRAME), (6, self.site.limits.head))
         self.transport.write(h2.settings(pairs) + h2.window_update(0, _WINDOW - 65535))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer is gone, and all that it asked for with it."""
-        self._site.gone(self)
+        self.site.gone(self)
         self._closing = True
         self.resume_writing()
         for stream in tuple(self._streams.values()):
@@ -73,7 +70,7 @@ class Connection2(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The peer reads too slowly: read no more from it."""
         self._writable = False
-        self._since = self._site.now
+        self._since = self.site.now
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
@@ -83,8 +80,9 @@ class Connection2(asyncio.Protocol):
         if not self._closing and not self.transport.is_closing():
             self.transport.resume_reading()
 
-    async def drained(self, stream: Stream) -> None:
+    async def drained(self, partner: Exchange | Call) -> None:
         """Wait until the peer has taken most of what was written, and its windows let some of the rest through."""
+        stream: Stream = partner.stream
         while not self._writable or (stream.waiting is not None and len(stream.waiting) > _AHEAD):
             self._room.clear()
             await self._room.wait()
@@ -111,7 +109,7 @@ class Connection2(asyncio.Protocol):
             self._on_headers(flags, number, data, start, end)
         elif kind in _CONTROL:
             check(kind, flags, number, data[start:end])
-            self._pace.count(kind, self._site.now)
+            self._pace.count(kind, self.site.now)
             _CONTROL[kind](self, flags, number, data[start:end])
 
     def _on_headers(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
@@ -119,7 +117,7 @@ class Connection2(asyncio.Protocol):
         if flags & h2.END_HEADERS:
             self._head(number, flags, block)
         else:
-            self._block = Unfinished(number, flags, block, limit=self._site.limits.head)
+            self._block = Unfinished(number, flags, block, limit=self.site.limits.head)
 
     def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
         if self._block is None or self._block.number != number:
@@ -144,21 +142,21 @@ class Connection2(asyncio.Protocol):
                 self._fields.forget(block)
                 self._last = number
                 raise StreamFault(number, h2.PROTOCOL_ERROR) from None
-            self._site.route(head)
+            self.site.route(head)
             self._fields.remember(block, head)
         self._last = number
-        if self._retiring or len(self._streams) >= self._site.limits.streams:
-            self._pace.count(h2.HEADERS, self._site.now)
+        if self._retiring or len(self._streams) >= self.site.limits.streams:
+            self._pace.count(h2.HEADERS, self.site.now)
             raise StreamFault(number, h2.REFUSED_STREAM)
         stream = Stream(number, head, self._out.initial)
         self._streams[number] = stream
-        stream.since = self._since = self._site.now
+        stream.since = self._since = self.site.now
         if head.rpc is not None:
             stream.partner = Call(self, stream)
             if head.rpc.client_streams:
                 stream.partner.open()
-        elif head.length > self._site.limits.body:
-            self._answers.begin_exchange(stream, HttpFault(413, f"the body has {head.length} bytes"))
+        elif head.length > self.site.limits.body:
+            self._begin_exchange(stream, HttpFault(413, f"the body has {head.length} bytes"))
             return
         if ended:
             self._ended(stream)
@@ -169,7 +167,7 @@ class Connection2(asyncio.Protocol):
         stream = self._streams.get(number)
         if stream is None:
             self._late.check(number)
-            self._pace.count(h2.RST_STREAM, self._site.now)
+            self._pace.count(h2.RST_STREAM, self.site.now)
             return
         if stream.ended:
             raise StreamFault(number, h2.STREAM_CLOSED)
@@ -190,7 +188,7 @@ class Connection2(asyncio.Protocol):
             return
         ended = flags & h2.END_STREAM
         if start == end and not ended:
-            self._pace.count(h2.DATA, self._site.now)  # data that says nothing
+            self._pace.count(h2.DATA, self.site.now)  # data that says nothing
         if not stream.size and ended:
             stream.body = data[start:end]
         elif start < end:
@@ -199,8 +197,8 @@ class Connection2(asyncio.Protocol):
             cast(bytearray, stream.body).extend(memoryview(data)[start:end])
         stream.size += end - start
         if not ended:
-            stream.hold(self._site, stream.size)
-        if stream.size > self._site.limits.body + 5:
+            stream.hold(self.site, stream.size)
+        if stream.size > self.site.limits.body + 5:
             self._too_large(stream)
             return
         if stream.partner is not None and stream.head.rpc is not None and stream.head.rpc.client_streams:
@@ -225,7 +223,7 @@ class Connection2(asyncio.Protocol):
             if number > self._last or not number:
                 raise ConnectionFault(h2.PROTOCOL_ERROR, "DATA before HEADERS")
             self._late.check(number)
-            self._pace.count(h2.DATA, self._site.now)
+            self._pace.count(h2.DATA, self.site.now)
             return None
         if stream.ended:
             raise StreamFault(number, h2.STREAM_CLOSED)
@@ -243,23 +241,23 @@ class Connection2(asyncio.Protocol):
             stream.taken = 0
 
     def _too_large(self, stream: Stream) -> None:
-        text = f"there are more than {self._site.limits.body} bytes"
+        text = f"there are more than {self.site.limits.body} bytes"
         if stream.head.rpc is not None:
             stream.partner.finish(8, text)
         else:
-            self._answers.begin_exchange(stream, HttpFault(413, text))
+            self._begin_exchange(stream, HttpFault(413, text))
 
     def _ended(self, stream: Stream) -> None:
         """The peer has said all."""
         stream.ended = True
-        stream.hold(self._site, 0)
+        stream.hold(self.site, 0)
         head = stream.head
         if head.length >= 0 and head.length != stream.size:
             raise StreamFault(stream.number, h2.PROTOCOL_ERROR)
         if head.rpc is not None and stream.partner is not None:
             stream.partner.complete()
         elif stream.number in self._streams and stream.partner is None:
-            self._answers.begin_exchange(stream)
+            self._begin_exchange(stream)
 
     def _on_window(self, flags: int, number: int, payload: bytes) -> None:
         step = h2.WORD.unpack(payload)[0] & 0x7FFFFFFF
@@ -298,6 +296,62 @@ class Connection2(asyncio.Protocol):
     def _on_priority(self, flags: int, number: int, payload: bytes) -> None:
         """Priorities are read for their faults only: every stream is as urgent as the next. So are pushes."""
 
+    def _begin_exchange(self, stream: Stream, fault: HttpFault | None = None) -> None:
+        """A request that is not gRPC: to its endpoint."""
+        head = stream.head
+        exchange = Exchange(self, head, stream.body)
+        exchange.stream, stream.partner = stream, exchange
+        try:
+            if fault is not None:
+                raise fault
+            if self.site.admit is not None:
+                self.site.admit(head.scope, head.headers)
+            if head.encoding and stream.body:
+                enter(exchange, limit=self.site.limits.body)
+            else:
+                head.endpoint(exchange)
+        except Exception as error:
+            exchange.fail(error)
+
+    def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        """A whole answer of REST."""
+        if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
+
+            def then(data: bytes, told: Headers) -> None:
+                self._send(exchange, status, data, content_type, (*headers, *told))
+
+            if packs(exchange, body, then=then):
+                return
+        self._send(exchange, status, body, content_type, headers)
+
+    def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+        stream: Stream = exchange.stream
+        top = self._top(status, content_type, (*headers, ("content-length", str(len(body)))))
+        if exchange.head.method == "HEAD" or not body:
+            self.put(stream, b"", b"", h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, stream.number, top))
+            return
+        end = h2.frame(h2.DATA, h2.END_STREAM, stream.number)
+        self.put(stream, h2.frame(h2.HEADERS, h2.END_HEADERS, stream.number, top), body, end)
+
+    def _top(self, status: int, content_type: str, headers: Headers) -> bytes:
+        fields = [h2.status_field(status), h2.literal(b"server", b"torchship")]
+        for name, value in (("content-type", content_type), *headers):
+            fields.append(h2.literal(name.encode(), value.encode("latin-1")))
+        return b"".join(fields)
+
+    def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
+        """The head of a streamed answer of REST."""
+        top = self._top(status, content_type, headers)
+        self.put(exchange.stream, h2.frame(h2.HEADERS, h2.END_HEADERS, exchange.stream.number, top), b"", b"")
+
+    def write(self, exchange: Exchange, data: bytes) -> None:
+        """A piece of a streamed answer of REST."""
+        self.put(exchange.stream, b"", data, b"")
+
+    def end(self, exchange: Exchange) -> None:
+        """The end of a streamed answer of REST."""
+        self.put(exchange.stream, b"", b"", h2.frame(h2.DATA, h2.END_STREAM, exchange.stream.number))
+
     def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
         """Send ready header frames `head`, then `data` in DATA frames, then the ready frames `tail`.
 
@@ -306,13 +360,13 @@ class Connection2(asyncio.Protocol):
         if self._closing or stream.number not in self._streams:
             return
         if not self._out.put(stream, head, data, tail):
-            stream.since = self._site.now
+            stream.since = self.site.now
             self._pump()
         elif tail:
             self._finished(stream)
 
     def _pump(self) -> None:
-        for stream in self._out.pump(self._site.now):
+        for stream in self._out.pump(self.site.now):
             self._finished(stream)
         self._room.set()
 
@@ -321,10 +375,10 @@ class Connection2(asyncio.Protocol):
         if not stream.ended:
             self._late.add(stream.number)
             self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
-            stream.hold(self._site, 0)
+            stream.hold(self.site, 0)
         self._streams.pop(stream.number, None)
         stream.partner = None  # it knows the stream: no circles for the garbage collector
-        self._since = self._site.now
+        self._since = self.site.now
         if self._retiring and not self._streams:
             self._hang_up(h2.NO_ERROR, "")
 
@@ -332,13 +386,13 @@ class Connection2(asyncio.Protocol):
         if (stream := self._streams.get(number)) is not None:
             self._drop(stream)
         self._late.add(number)
-        self._pace.count(h2.RST_STREAM, self._site.now)
+        self._pace.count(h2.RST_STREAM, self.site.now)
         self.transport.write(h2.reset(number, code))
 
     def _drop(self, stream: Stream) -> None:
         """Nobody waits for this stream any more."""
         self._streams.pop(stream.number, None)
-        stream.hold(self._site, 0)
+        stream.hold(self.site, 0)
         self._out.forget(stream)
         if stream.partner is not None:
             stream.partner.leave()
@@ -350,7 +404,7 @@ class Connection2(asyncio.Protocol):
         if not self._closing:
             self._closing = True
             self.transport.write(h2.goaway(self._last, code, reason))
-            self._since = self._site.now
+            self._since = self.site.now
             if code and self.transport.can_write_eof():
                 self.transport.write_eof()  # it may still be sending, and would lose our reason if we closed at once
             else:
@@ -360,7 +414,7 @@ class Connection2(asyncio.Protocol):
 
     def overdue(self, now: float) -> None:
         """Hang up, or give up a stream, where the peer has kept us waiting for too long."""
-        limits = self._site.limits
+        limits = self.site.limits
         if self._closing and now - self._since > _LINGER:
             self.transport.abort()
         if not self._writable and now - self._since > limits.write_seconds:

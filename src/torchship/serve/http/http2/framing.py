@@ -1,9 +1,61 @@
-"""What RFC 9113 section 6 demands of each frame by itself: its size, and whether it belongs to a stream."""
+"""Frames of HTTP/2 (RFC 9113 sections 4 to 6): found in the bytes of a connection, checked, and counted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
+
+FRAME = 1 << 18  # the largest frame that we take
+
+
+class Reader:
+    """Collects what comes until a frame is complete; a large one is joined once, not once per piece."""
+
+    __slots__ = ("_have", "_need", "_parts", "started")
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._have = 0
+        self._need = len(h2.PREFACE)
+        self.started = False
+
+    def frames(self, data: bytes) -> Iterator[tuple[int, int, int, bytes, int, int]]:
+        """Type, flags, stream, and where the payload lies. Raises ConnectionFault for what is not HTTP/2."""
+        self._have += len(data)
+        if self._parts:
+            self._parts.append(data)
+            if self._have < self._need and self.started:
+                return
+            data = b"".join(self._parts)
+            self._parts.clear()
+        place = 0 if self.started else self._preface(data)
+        size = len(data)
+        while size - place >= 9 and self.started:
+            high, low, kind, flags, number = h2.TOP.unpack_from(data, place)
+            end = place + 9 + (high << 16 | low)
+            if end - place - 9 > FRAME:
+                raise ConnectionFault(h2.FRAME_SIZE_ERROR, "a frame is too large")
+            if end > size:
+                break
+            yield kind, flags, number & 0x7FFFFFFF, data, place + 9, end
+            place = end
+        self._have = size - place
+        self._need = 9
+        if self._have >= 9 and self.started:
+            self._need = 9 + int.from_bytes(data[place : place + 3], "big")
+        if self._have:
+            self._parts.append(data[place:] if place else data)
+
+    def _preface(self, data: bytes) -> int:
+        if not h2.PREFACE.startswith(data[: len(h2.PREFACE)]):
+            raise ConnectionFault(h2.PROTOCOL_ERROR, "this port speaks HTTP/2 with prior knowledge or ALPN")
+        if len(data) < len(h2.PREFACE):
+            return 0
+        self.started = True
+        return len(h2.PREFACE)
+
 
 _SIZES = {h2.RST_STREAM: 4, h2.WINDOW_UPDATE: 4, h2.PING: 8}
 _OF_THE_CONNECTION = (h2.SETTINGS, h2.PING, h2.GOAWAY)
@@ -85,3 +137,40 @@ class Late:
         """Raises ConnectionFault for a frame on any other stream that is over (RFC 9113 section 5.1)."""
         if number not in self._numbers:
             raise ConnectionFault(h2.STREAM_CLOSED, "a frame after the end of its stream")
+
+
+# a second and connection, with a burst of ten times that
+_ALLOWED = {
+    h2.RST_STREAM: 100.0,
+    h2.SETTINGS: 10.0,
+    h2.PING: 200.0,
+    h2.PRIORITY: 200.0,
+    h2.CONTINUATION: 1000.0,
+    h2.HEADERS: 500.0,
+    h2.DATA: 200.0,
+    h2.WINDOW_UPDATE: 20_000.0,
+}
+
+
+class Pace:
+    """Counts costly frames of one connection; each kind has a bucket that refills once a second."""
+
+    __slots__ = ("_counts", "_now")
+
+    def __init__(self) -> None:
+        self._counts: dict[int, float] = {}
+        self._now = 0.0
+
+    def count(self, kind: int, now: float) -> None:
+        """One more frame of a kind. Raises ConnectionFault ENHANCE_YOUR_CALM when it is too many."""
+        if now != self._now:
+            gone, self._now = now - self._now, now
+            self._counts = {
+                each: left
+                for each, used in self._counts.items()
+                if (left := used - _ALLOWED.get(each, 100.0) * gone) > 0
+            }
+        used = self._counts.get(kind, 0.0) + 1
+        self._counts[kind] = used
+        if used > 10 * _ALLOWED.get(kind, 100.0):
+            raise ConnectionFault(h2.ENHANCE_YOUR_CALM, "too many frames that cost more than they say")
