@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.serve.api import rest
+from torchship.serve.api.front import Front
+from torchship.serve.http.listen import Listener
 
 HOME = Path(sys.prefix) / "kserve"
 VERSION = "0.21.0"
@@ -40,8 +41,8 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    async def listen(service: FakeService) -> rest.Listener:
-        return await rest.listen(service, port=0)
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0)
 
     with running(listen) as found:
         yield found

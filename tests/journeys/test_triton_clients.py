@@ -6,7 +6,7 @@ import asyncio
 import os
 import queue
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException, shared_memory
 
 from tests.serving import Background
-from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.client import Client
 from torchship.serve.api import grpc, rest
+from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
-from torchship.serve.api.rest import Front
 from torchship.serve.config import convert
 from torchship.serve.host import Server
 from torchship.wire.schema import message
@@ -44,10 +43,10 @@ class Doors:
 def _fake() -> Iterator[Doors]:
     ports: dict[str, Any] = {}
 
-    async def listen(service: FakeService) -> Any:
-        front = Front(service, regions=SharedMemory())
-        ports["grpc"] = await grpc.listen(service, port=0, front=front)
-        return await rest.listen(service, port=0, front=front)
+    async def listen(front: Front) -> Any:
+        front = replace(front, regions=SharedMemory())
+        ports["grpc"] = await grpc.listen(front, port=0)
+        return await rest.listen(front, port=0)
 
     with running(listen) as found:
         yield Doors(f"127.0.0.1:{found.port}", f"127.0.0.1:{ports['grpc'].port}", found)

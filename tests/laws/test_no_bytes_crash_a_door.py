@@ -17,12 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.protocols.fake import FakeService
-from tests.unit.protocols.running import Running, running
+from tests.unit.protocols.running import Running, WatchedService, run, running
 from torchship.errors import BadInput, StageFailed
 from torchship.serve.api import grpc, rest
+from torchship.serve.api.front import Front
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.connection import Connection2
+from torchship.serve.http.listen import Listener
 from torchship.serve.http.router import Router
 from torchship.serve.http.site import Limits, Site
 from torchship.wire import frames as h2
@@ -74,8 +75,7 @@ class Wire(asyncio.Transport):
 def talk(kind: type[Connection] | type[Connection2], pieces: list[bytes]) -> bytes:
     """Feed a connection; everything it wrote, after its answers have come."""
 
-    async def main() -> bytes:
-        front = rest.Front(FakeService())
+    async def main(front: Front) -> bytes:
         limits = Limits(body=10_000, head=2000, streams=5, pipelined=3)
         site = Site(Router(rest.all_routes(front)), limits, rpcs=grpc.all_rpcs(front))
         site.tick(1.0)
@@ -95,11 +95,11 @@ def talk(kind: type[Connection] | type[Connection2], pieces: list[bytes]) -> byt
 
     problems: list[Any] = []
 
-    async def watched() -> bytes:
+    async def watched(service: WatchedService) -> bytes:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
-        return await main()
+        return await main(Front(service))
 
-    sent = asyncio.run(watched())
+    sent = run(watched)
     assert problems == []
     return sent
 
@@ -209,8 +209,8 @@ def test_answers(data: bytes, length: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    async def listen(service: FakeService) -> rest.Listener:
-        return await rest.listen(service, port=0)
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0)
 
     with running(listen) as found:
         yield found

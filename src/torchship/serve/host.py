@@ -21,11 +21,15 @@ from torchship.serve import config as configs
 from torchship.serve import logs
 from torchship.serve.access import check_places, gate
 from torchship.serve.api import grpc, rest
+from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import Tracing
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.descriptors import room_for_connections
+from torchship.serve.http.listen import Listener, tls_context
+from torchship.serve.http.router import Route
+from torchship.serve.http.site import Limits
 from torchship.serve.service import Service
 from torchship.serve.tracing import HEADERS, Traces
 
@@ -42,9 +46,9 @@ class Server:
         self.catalog = Catalog(store=Store(config.store.root or None))
         self._traces = Traces(config.trace) if config.trace else None
         self.service = Service(self.catalog, name=config.name, control=config.control.repository, traces=self._traces)
-        self.http: rest.Listener | None = None
-        self.grpc: rest.Listener | None = None
-        self.own: rest.Listener | None = None
+        self.http: Listener | None = None
+        self.grpc: Listener | None = None
+        self.own: Listener | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def open(self) -> Server:
@@ -76,34 +80,33 @@ class Server:
             raise
 
     async def _listen(self) -> None:
+        config, http, front = self.config, self.config.http, self._front()
+        given: dict[str, Any] = {
+            "admit": gate(config.token),
+            "tls": tls_context(config.tls.certificate, key=config.tls.key, clients=config.tls.clients)
+            if config.tls
+            else None,
+            "limits": Limits(body=http.max_body, connections=room_for_connections()),
+        }
+        routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
+        self.http = await rest.listen(front, host=http.host, port=http.port, routes=routes, shared=http.shared, **given)
+        if http.own_port is not None:
+            self.own = await rest.listen(front, host=http.host, port=http.own_port, routes=routes, **given)
+        if config.grpc:
+            host = config.grpc.host or http.host
+            self.grpc = await grpc.listen(front, host=host, port=config.grpc.port, shared=http.shared, **given)
+
+    def _front(self) -> Front:
+        """What all listeners share."""
         config, control = self.config, self.config.control
-        front = rest.Front(
+        return Front(
             self.service,
             regions=SharedMemory() if control.shared_memory else None,
-            tracing=Tracing(folder=Path(control.trace_folder)) if control.trace_folder else Tracing(),
+            tracing=Tracing(folder=Path(control.trace_folder) if control.trace_folder else None),
             scheme="https" if config.tls else "http",
             guarded=bool(config.token),
             forward="|".join(filter(None, (config.http.forward_headers, HEADERS if self._traces else ""))),
         )
-        given: dict[str, Any] = {
-            "admit": gate(config.token),
-            "tls": rest.tls_context(config.tls.certificate, key=config.tls.key, clients=config.tls.clients)
-            if config.tls
-            else None,
-            "limits": rest.Limits(body=config.http.max_body, connections=room_for_connections()),
-            "front": front,
-        }
-        routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
-        host, http = config.http.host, config.http
-        self.http = await rest.listen(
-            self.service, host=host, port=http.port, routes=routes, shared=http.shared, **given
-        )
-        if http.own_port is not None:
-            self.own = await rest.listen(self.service, host=host, port=http.own_port, routes=routes, **given)
-        if config.grpc:
-            self.grpc = await grpc.listen(
-                self.service, host=config.grpc.host or host, port=config.grpc.port, shared=http.shared, **given
-            )
 
     @property
     def url(self) -> str:
@@ -125,9 +128,9 @@ class Server:
             await asyncio.to_thread(self._traces.close)
 
 
-def _mounted(mount: Mount, service: Service) -> list[rest.Route]:
+def _mounted(mount: Mount, service: Service) -> list[Route]:
     try:
-        found: list[rest.Route] = resolve(mount.run)(service, **mount.options)
+        found: list[Route] = resolve(mount.run)(service, **mount.options)
     except (ImportError, AttributeError, TypeError) as fault:
         raise BadConfig(
             f"$.mount: {mount.run}: {fault}", hint="module:function(service, ...) that returns routes"

@@ -57,3 +57,13 @@ def methods() -> dict[str, Method]:
 def services() -> list[str]:
     """The full names of all services."""
     return [f"{file.package}.{service.name}" for file in descriptors().file for service in file.service]
+
+
+def file_of(name: str, *, symbol: bool) -> bytes:
+    """The serialized descriptor of a file by its name, or by the full name of what it declares; empty for none."""
+    try:
+        found = _pool().FindFileContainingSymbol(name) if symbol else _pool().FindFileByName(name)
+    except KeyError:
+        return b""
+    data: bytes = found.serialized_pb
+    return data

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.protocols.fake import FakeService
-from tests.unit.protocols.running import Running, running
+from tests.unit.protocols.running import STREAMS, Running, running
 from torchship.client import AsyncClient, Budget, Client
 from torchship.client.address import parse
 from torchship.errors import (
@@ -27,6 +26,7 @@ from torchship.errors import (
     Unsupported,
 )
 from torchship.serve.api import grpc, rest
+from torchship.serve.api.front import Front
 from torchship.wire.messages import Request
 
 ROW = np.arange(16, dtype=np.float32).reshape(1, 16)
@@ -48,9 +48,9 @@ def doors() -> Iterator[Doors]:
         if scope == "manage" and headers.get("authorization") != "Bearer boss":
             raise Denied("model control needs a token")
 
-    async def listen(service: FakeService) -> Any:
-        found["grpc"] = await grpc.listen(service, port=0, admit=admit)
-        return await rest.listen(service, port=0, admit=admit)
+    async def listen(front: Front) -> Any:
+        found["grpc"] = await grpc.listen(front, port=0, admit=admit)
+        return await rest.listen(front, port=0, admit=admit)
 
     with running(listen) as server:
         urls = {"http": f"http://127.0.0.1:{server.port}", "grpc": f"grpc://127.0.0.1:{found['grpc'].port}"}
@@ -148,9 +148,9 @@ def test_streams(doors: Doors) -> None:
     words = {"text_input": np.array([b"abc"], object)}
     for url in doors.urls.values():
         with Client(url) as client:
-            answers = list(client.stream("text", words, parameters={"count": 3}))
+            answers = list(client.stream(STREAMS, words, parameters={"count": 3}))
             assert [answer["text_output"].tolist() for answer in answers] == [[b"ABC"]] * 3
-            first = next(iter(client.stream("text", words, parameters={"count": 1000})))
+            first = next(iter(client.stream(STREAMS, words, parameters={"count": 1000})))
             assert first["text_output"][0] == b"ABC"
             with pytest.raises((StageFailed, NotFound), match="unknown model"):
                 list(client.stream("none", words))
@@ -174,21 +174,21 @@ def test_asyncio(doors: Doors) -> None:
 def test_a_busy_server_is_asked_again(doors: Doors, kind: str) -> None:
     service = doors.running.service
     refused: list[Request] = []
-    plain = service.submit
+    plain = service.start
 
-    def busy(request: Request) -> Any:
+    def busy(request: Request, *answer: Any) -> Any:
         if len(refused) < 2:
             refused.append(request)
             raise Unavailable("not yet")
-        return plain(request)
+        return plain(request, *answer)
 
-    service.submit = busy  # type: ignore[method-assign]
+    service.start = busy  # type: ignore[method-assign]
     try:
         with Client(doors.urls[kind], budget=Budget(tries=5, first_pause=0.01)) as client:
             assert (client.infer("echo", ROW)["y"] == ROW).all()
             assert len(refused) == 2
     finally:
-        del service.submit
+        del service.start
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.cli.bench import command
 from torchship.client.address import parse
@@ -23,12 +22,14 @@ from torchship.client.plot import render
 from torchship.client.tls import caller_context
 from torchship.errors import BadConfig, BadInput, NotFound, StageFailed, Unavailable
 from torchship.serve.api import rest
+from torchship.serve.api.front import Front
+from torchship.serve.http.listen import Listener
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    async def listen(service: FakeService) -> rest.Listener:
-        return await rest.listen(service, port=0)
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0)
 
     with running(listen) as found:
         yield found

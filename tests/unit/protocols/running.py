@@ -1,48 +1,135 @@
-"""A server with the fake service in a thread of its own, so that blocking clients can be tested against it."""
+"""The real Service with five small models, in a loop of its own: what the protocols and blocking clients are tested on.
+
+Its workers are started once for all tests of a process; each test file opens listeners of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
-from tests.unit.protocols.fake import FakeService
+from tests.serving import Background
+from torchship.artifact import Store
+from torchship.serve.api.front import Front
+from torchship.serve.catalog import Catalog
+from torchship.serve.config import ModelConfig
+from torchship.serve.http.listen import Listener
+from torchship.serve.service import Answer, Service
+from torchship.wire.messages import Request, Response
 
 T = TypeVar("T")
+MODELS = ("add_sub", "again", "echo", "picture", "text")
+STREAMS = "again"  # the one that answers several times
+
+
+class WatchedService(Service):
+    """The Service, which remembers its requests; a test may make it slow, or let every request fail."""
+
+    def __init__(self) -> None:
+        super().__init__(Catalog(store=Store()), control=True)
+        self.seen: list[Request] = []
+        self.fault: Exception | None = None
+        self.delay = 0.0
+        self.cancelled = 0
+
+    async def open(self) -> WatchedService:
+        """Start the workers."""
+        run = "tests.unit.protocols.stages:"
+        models = [ModelConfig(name=name, run=run + name, queue_rows=2**20) for name in MODELS]
+        await asyncio.gather(*map(self.catalog.load, models))
+        return self
+
+    def start(self, request: Request, answer: Answer, whom: Any) -> Any:
+        self.catalog.line(request.model, request.version)
+        if not self.delay and self.fault is None:
+            self.seen.append(request)
+            return super().start(request, answer, whom)
+        self.seen.append(request)
+        return _Later(self, lambda: self._end(request, answer, whom))
+
+    def _end(self, request: Request, answer: Answer, whom: Any) -> None:
+        if self.fault is not None:
+            answer(whom, request, self.fault)
+        else:
+            super().start(request, answer, whom)
+
+    async def stream(self, request: Request) -> AsyncIterator[Response]:
+        async for response in super().stream(request):
+            yield response
+        if self.fault is not None:
+            raise self.fault
+
+
+class _Later:
+    """A request that begins after a while, unless its caller leaves first."""
+
+    gone: Any = None
+
+    def __init__(self, service: WatchedService, begin: Callable[[], None]) -> None:
+        self._service = service
+        self._timer = asyncio.get_running_loop().call_later(service.delay, begin)
+
+    def cancel(self) -> None:
+        if self._timer.when() > asyncio.get_running_loop().time():
+            self._service.cancelled += 1
+        self._timer.cancel()
+
+
+@lru_cache(maxsize=1)
+def backend() -> tuple[Background, WatchedService]:
+    """The loop and the service, started at the first call. tests/conftest.py closes them."""
+    background = Background()
+
+    async def opened() -> WatchedService:
+        return await WatchedService().open()
+
+    return background, background.run(opened())
+
+
+def close() -> None:
+    """Stop the workers and the loop, if they were ever started."""
+    if backend.cache_info().currsize:
+        background, service = backend()
+
+        async def closed() -> None:
+            await service.catalog.close()
+            await asyncio.get_running_loop().shutdown_default_executor()
+
+        background.run(closed())
+        background.close()
 
 
 @dataclass
 class Running:
     """A listener, its service, and the loop they live in."""
 
-    service: FakeService
-    loop: asyncio.AbstractEventLoop
-    listener: Any
+    service: WatchedService
+    background: Background
+    listener: Listener
     port: int
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the server's loop."""
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self.loop)
-        return future.result(20)
+        return self.background.run(work, timeout=20)
+
+
+def run(work: Callable[[WatchedService], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine in the loop of the service."""
+    background, service = backend()
+    return background.run(work(service))
 
 
 @contextmanager
-def running(listen: Callable[[FakeService], Coroutine[Any, Any, Any]]) -> Iterator[Running]:
-    """Listen in a thread until the block ends."""
-    service = FakeService()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
+def running(listen: Callable[[Front], Coroutine[Any, Any, Listener]]) -> Iterator[Running]:
+    """Listen until the block ends."""
+    background, service = backend()
+    listener = background.run(listen(Front(service)))
     try:
-        listener = asyncio.run_coroutine_threadsafe(listen(service), loop).result(20)
-        yield Running(service, loop, listener, listener.port)
-        asyncio.run_coroutine_threadsafe(listener.close(grace=1), loop).result(20)
+        yield Running(service, background, listener, listener.port)
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+        service.fault, service.delay = None, 0.0
+        background.run(listener.close(grace=1))

@@ -8,20 +8,21 @@ import os
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.unit.protocols.fake import FakeService
-from tests.unit.protocols.running import Running, running
+from tests.unit.protocols.running import MODELS, STREAMS, Running, running
 from torchship.errors import BadConfig, BadInput, StageFailed, Unsupported
 from torchship.serve.api import rest
 from torchship.serve.api.docs import examples
+from torchship.serve.api.front import Front
+from torchship.serve.api.openapi import models
 from torchship.serve.api.regions import SharedMemory
-from torchship.serve.api.rest import Front
 from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.wire.messages import Request
 
@@ -30,9 +31,8 @@ from torchship.wire.messages import Request
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("traces")
 
-    async def listen(service: FakeService) -> Any:
-        front = Front(service, tracing=Tracing(folder=folder), forward="x-.*")
-        return await rest.listen(service, port=0, front=front)
+    async def listen(front: Front) -> Any:
+        return await rest.listen(replace(front, tracing=Tracing(folder=folder), forward="x-.*"), port=0)
 
     with running(listen) as found:
         found.service.folder = folder  # type: ignore[attr-defined]
@@ -49,15 +49,16 @@ def test_every_example_of_the_docs_works(server: Running, client: httpx.Client, 
     (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8")
     assert client.get("/", follow_redirects=True).text == client.get("/docs").text
     ran = 0
-    for name in sorted(server.service.loaded):
-        model = server.service.model_metadata(name)
+    assert [model["name"] for model in models(server.service)] == [*MODELS]
+    for model in models(server.service):
+        name = model["name"]
         assert name in client.get("/docs").text
         for command in examples(model, base=f"http://127.0.0.1:{server.port}"):
             done = subprocess.run(
                 ["bash", "-c", command.replace("curl", "curl -sS -f", 1)],
                 cwd=tmp_path, capture_output=True, timeout=30, check=True,
             )  # fmt: skip
-            assert json.loads(done.stdout)["model_name"] == name
+            assert json.loads(done.stdout.removeprefix(b"data: "))["model_name"] == name
             ran += 1
     assert ran >= 5
 
@@ -77,12 +78,12 @@ def test_a_host_that_is_no_host(client: httpx.Client) -> None:
 
 
 def test_names_of_all_models(client: httpx.Client) -> None:
-    assert client.get("/v2/models").json() == {"models": ["add_sub", "echo", "picture", "text"]}
+    assert client.get("/v2/models").json() == {"models": ["add_sub", "again", "echo", "picture", "text"]}
 
 
 def test_a_pattern_that_is_none() -> None:
     with pytest.raises(BadConfig, match="forward_headers"):
-        Front(FakeService(), forward="(")
+        Front(cast(Any, None), forward="(")
 
 
 def test_openapi(client: httpx.Client) -> None:
@@ -111,7 +112,7 @@ def test_generate(client: httpx.Client) -> None:
     assert answer == {"model_name": "text", "model_version": "1", "id": "a", "text_output": "HI"}
     numbers = client.post("/v2/models/echo/versions/1/generate", json={"x": list(range(16))}).json()
     assert numbers["y"] == list(range(16))
-    several = client.post("/v2/models/text/generate", json={"text_input": "hi", "parameters": {"count": 2}})
+    several = client.post(f"/v2/models/{STREAMS}/generate", json={"text_input": "hi", "parameters": {"count": 2}})
     assert several.status_code == 400
     assert "generate_stream" in several.json()["error"]
 
@@ -128,13 +129,13 @@ def test_generate_with_wrong_bodies(client: httpx.Client, body: bytes) -> None:
 
 def test_generate_stream(server: Running, client: httpx.Client) -> None:
     ask = {"text_input": "hi", "count": 3}
-    answer = client.post("/v2/models/text/generate_stream", json=ask)
+    answer = client.post(f"/v2/models/{STREAMS}/generate_stream", json=ask)
     assert answer.headers["content-type"] == "text/event-stream"
     events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
     assert [event["text_output"] for event in events] == ["HI"] * 3
     server.service.fault = StageFailed("it broke")
     try:
-        events = client.post("/v2/models/text/generate_stream", json=ask).text.split("\n\n")
+        events = client.post(f"/v2/models/{STREAMS}/generate_stream", json=ask).text.split("\n\n")
     finally:
         server.service.fault = None
     assert json.loads(events[3].removeprefix("data: ")) == {"error": "it broke"}

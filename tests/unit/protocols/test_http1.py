@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.unit.protocols.fake import FakeService
-from tests.unit.protocols.running import Running, running
+from tests.unit.protocols.running import Running, WatchedService, run, running
 from torchship.errors import Busy, Expired, StageFailed, Unauthenticated, Unavailable
 from torchship.serve.api import rest
-from torchship.serve.api.rest import Limits, Route
+from torchship.serve.api.front import Front
+from torchship.serve.http.listen import Listener
+from torchship.serve.http.router import Route
+from torchship.serve.http.site import Limits
 
 LIMITS = Limits(body=100_000, head=4096, connections=8, pipelined=4)
 ASK = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": list(range(16))}]}).encode()
@@ -38,9 +40,9 @@ def server() -> Iterator[Running]:
     def bye(exchange: Any) -> None:
         exchange.answer(b"bye", content_type="text/plain")
 
-    async def listen(service: FakeService) -> rest.Listener:
+    async def listen(front: Front) -> Listener:
         extra = [Route("GET", "/hello", hello), Route("GET", "/bye", bye)]
-        return await rest.listen(service, port=0, limits=LIMITS, routes=extra)
+        return await rest.listen(front, port=0, limits=LIMITS, routes=extra)
 
     with running(listen) as found:
         yield found
@@ -286,9 +288,9 @@ def test_too_many_connections(server: Running) -> None:
 
 
 def test_slow_peers_are_dropped() -> None:
-    async def main() -> None:
+    async def main(service: WatchedService) -> None:
         limits = Limits(head_seconds=0.0, body_seconds=0.0, idle_seconds=0.0)
-        listener = await rest.listen(FakeService(), port=0, limits=limits)
+        listener = await rest.listen(Front(service), port=0, limits=limits)
         for start, expected in ((b"GET /v2 HT", b"408"), (post(ASK)[:-5], b"408"), (b"", b"")):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
             writer.write(start)
@@ -298,13 +300,12 @@ def test_slow_peers_are_dropped() -> None:
             await writer.wait_closed()
         await listener.close()
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_reader_that_does_not_read_is_dropped() -> None:
-    async def main() -> None:
-        service = FakeService()
-        listener = await rest.listen(service, port=0, limits=Limits(write_seconds=0.0))
+    async def main(service: WatchedService) -> None:
+        listener = await rest.listen(Front(service), port=0, limits=Limits(write_seconds=0.0))
         reader, writer = await asyncio.open_connection("127.0.0.1", listener.port, limit=1000)
         item = {"name": "x", "shape": [20_000, 16], "datatype": "FP32", "data": [0.125] * 320_000}
         ask = post(json.dumps({"inputs": [item]}).encode())
@@ -321,12 +322,12 @@ def test_a_reader_that_does_not_read_is_dropped() -> None:
         writer.close()
         await listener.close(grace=0.2)
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_all_bodies_together_are_bounded() -> None:
-    async def main() -> None:
-        listener = await rest.listen(FakeService(), port=0, limits=Limits(bodies=50_000))
+    async def main(service: WatchedService) -> None:
+        listener = await rest.listen(Front(service), port=0, limits=Limits(bodies=50_000))
         half = post(bytes(60_000))[:40_000]
         first, second = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(2)]
         first[1].write(half)
@@ -344,14 +345,13 @@ def test_all_bodies_together_are_bounded() -> None:
             writer.close()
         await listener.close()
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_closing_waits_for_answers() -> None:
-    async def main() -> None:
-        service = FakeService()
+    async def main(service: WatchedService) -> None:
         service.delay = 0.2
-        listener = await rest.listen(service, port=0)
+        listener = await rest.listen(Front(service), port=0)
         reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
         writer.write(post(ASK))
         await asyncio.sleep(0.05)
@@ -359,12 +359,12 @@ def test_closing_waits_for_answers() -> None:
         assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
         writer.close()
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_port_in_use(server: Running) -> None:
     with pytest.raises(Unavailable, match="cannot listen"):
-        asyncio.run(rest.listen(FakeService(), port=server.port))
+        run(lambda service: rest.listen(Front(service), port=server.port))
 
 
 def test_admission() -> None:
@@ -372,8 +372,8 @@ def test_admission() -> None:
         if scope == "infer" and headers.get("authorization") != "Bearer t":
             raise Unauthenticated("no token")
 
-    async def listen(service: FakeService) -> rest.Listener:
-        return await rest.listen(service, port=0, admit=admit)
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0, admit=admit)
 
     with running(listen) as found:
         refused = talk(found, post(ASK))

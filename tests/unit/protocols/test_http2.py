@@ -6,16 +6,17 @@ import asyncio
 import gzip
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import hpack
 import numpy as np
 import pytest
 
-from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.peer import LIVE, Peer
-from tests.unit.protocols.running import Running, running
+from tests.unit.protocols.running import STREAMS, Running, WatchedService, run, running
 from torchship.serve.api import grpc, rest
+from torchship.serve.api.front import Front
 from torchship.serve.http.http2.fields import changes_table
 from torchship.serve.http.site import Limits
 from torchship.wire import frames as h2
@@ -27,8 +28,8 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    async def listen(service: FakeService) -> Any:
-        return await grpc.listen(service, port=0, limits=Limits(body=300_000, head=8192, streams=20))
+    async def listen(front: Front) -> Any:
+        return await grpc.listen(front, port=0, limits=Limits(body=300_000, head=8192, streams=20))
 
     with running(listen) as found:
         yield found
@@ -202,8 +203,8 @@ def test_more_than_the_stream_window(server: Running) -> None:
 
 
 def test_all_bodies_together_are_bounded() -> None:
-    async def listen(service: FakeService) -> Any:
-        return await grpc.listen(service, port=0, limits=Limits(bodies=50_000))
+    async def listen(front: Front) -> Any:
+        return await grpc.listen(front, port=0, limits=Limits(bodies=50_000))
 
     with running(listen) as found, Peer(found) as peer:
         blob = bytes(16_000)
@@ -323,8 +324,8 @@ def test_goaway_drains(server: Running) -> None:
 
 
 def test_rest_over_http2(server: Running) -> None:
-    async def listen(service: FakeService) -> Any:
-        return await rest.listen(service, port=0)
+    async def listen(front: Front) -> Any:
+        return await rest.listen(front, port=0)
 
     with running(listen) as found, Peer(found) as peer:
         fields = [(":method", "GET"), (":scheme", "http"), (":path", "/v2/models/echo"), (":authority", "x")]
@@ -345,7 +346,7 @@ def test_rest_over_http2(server: Running) -> None:
 
 def test_a_stream_waits_for_its_window(server: Running) -> None:
     """A model that could give a million answers gives only so many to a caller that takes none."""
-    ask = message("inference.ModelInferRequest")(model_name="text")
+    ask = message("inference.ModelInferRequest")(model_name=STREAMS)
     ask.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a" * 1000)
     ask.parameters["count"].int64_param = 1_000_000
     blob = ask.SerializeToString()
@@ -362,8 +363,8 @@ def test_a_stream_waits_for_its_window(server: Running) -> None:
 
 
 def test_headers_are_forwarded_and_deadlines_kept() -> None:
-    async def listen(service: FakeService) -> Any:
-        return await grpc.listen(service, port=0, front=rest.Front(service, forward="x-.*"))
+    async def listen(front: Front) -> Any:
+        return await grpc.listen(replace(front, forward="x-.*"), port=0)
 
     with running(listen) as found, Peer(found) as peer:
         blob = echo()
@@ -376,8 +377,8 @@ def test_headers_are_forwarded_and_deadlines_kept() -> None:
 
 
 def test_slow_peers_are_dropped() -> None:
-    async def main() -> None:
-        listener = await grpc.listen(FakeService(), port=0, limits=Limits(head_seconds=0.0, idle_seconds=0.0))
+    async def main(service: WatchedService) -> None:
+        listener = await grpc.listen(Front(service), port=0, limits=Limits(head_seconds=0.0, idle_seconds=0.0))
         for start in (b"", h2.PREFACE[:9], h2.PREFACE + h2.settings(())):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
             writer.write(start)
@@ -388,4 +389,4 @@ def test_slow_peers_are_dropped() -> None:
                 await writer.wait_closed()
         await listener.close()
 
-    asyncio.run(main())
+    run(main)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.protocols.fake import FakeService
 from tests.unit.protocols.running import Running, running
 from torchship.errors import BadConfig
 from torchship.serve.api import rest
-from torchship.serve.api.rest import tls_context
+from torchship.serve.api.front import Front
+from torchship.serve.http.listen import tls_context
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(papers: Path) -> Iterator[Running]:
-    async def listen(service: FakeService) -> Any:
+    async def listen(front: Front) -> Any:
         tls = tls_context(papers / "server.pem", key=papers / "server.key", clients=papers / "ca.pem")
-        return await rest.listen(service, port=0, tls=tls)
+        return await rest.listen(front, port=0, tls=tls)
 
     with running(listen) as found:
         yield found

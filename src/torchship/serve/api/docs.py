@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from html import escape
+from functools import lru_cache
 from typing import Any
 
 from torchship.serve.api.front import Front
@@ -14,14 +14,6 @@ from torchship.serve.api.openapi import example_body, models
 from torchship.serve.http.exchange import Exchange
 from torchship.serve.http.router import Route
 
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.5rem;border-bottom:1px solid #ddd}
-pre{background:#f4f4f4;padding:.8rem;overflow-x:auto;border-radius:4px;font-size:.9rem}
-table{border-collapse:collapse;width:100%;font-size:.9rem}td,th{text-align:left;padding:.2rem .8rem .2rem 0}
-th{font-weight:600;color:#666}code{font-size:.9rem}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}pre{background:#262626}h2{border-color:#444}a{color:#8cf}}
-"""
 _HOST = re.compile(r"[A-Za-z0-9.\-:\[\]]{1,255}")
 _PICTURE = re.compile("image|picture|photo|frame|jpe?g|png", re.IGNORECASE)
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -45,47 +37,23 @@ def docs_routes(front: Front, routes: Iterable[Route]) -> list[Route]:
 
 def render(front: Front, routes: list[Route], *, host: str) -> str:
     """The page as HTML."""
-    about = front.service.server_metadata()
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>torchship</title>",
-        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
-        f"<h1>torchship {escape(about['version'])}</h1>",
-        "<p>Open Inference Protocol v2 with the extensions ",
-        f"{', '.join(f'<code>{escape(name)}</code>' for name in about.get('extensions', ()))}. ",
-        "Machine-readable: <a href=/openapi.json>/openapi.json</a>, <a href=/metrics>/metrics</a>.</p>",
+    curl = "curl -H 'Authorization: Bearer TOKEN'" if front.guarded else "curl"
+    found = [
+        model | {"commands": examples(model, curl=curl, base=f"{front.scheme}://{host}")}
+        for model in models(front.service)
     ]
-    found = models(front.service)
-    parts += [_model(model, curl=_curl(front), base=f"{front.scheme}://{host}") for model in found] or [
-        "<p>No model is ready yet.</p>"
-    ]
-    parts.append("<h2>All paths</h2><table>")
-    for route in sorted(routes, key=lambda route: route.pattern):
-        cells = (route.method, route.path, route.scope, route.about)
-        parts.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    parts.append("</table></html>")
-    return "".join(parts)
+    known = sorted(routes, key=lambda route: route.path)
+    page: str = _page().render(about=front.service.server_metadata(), models=found, routes=known)
+    return page
 
 
-def _curl(front: Front) -> str:
-    """The beginning of each command."""
-    return "curl -H 'Authorization: Bearer TOKEN'" if front.guarded else "curl"
+@lru_cache(maxsize=1)
+def _page() -> Any:
+    """The template, which writes what it is given as text, never as HTML."""
+    import jinja2
 
-
-def _model(model: dict[str, Any], *, curl: str, base: str) -> str:
-    rows = [
-        f"<tr><td>{side}</td><td><code>{escape(item['name'])}</code></td><td>{escape(item['datatype'])}</td>"
-        f"<td>{escape(str(item['shape']))}</td></tr>"
-        for side, items in (("input", model["inputs"]), ("output", model["outputs"]))
-        for item in items
-    ]
-    for name, facts in model.get("parameters", {}).items():
-        known = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "description")
-        rows.append(
-            f"<tr><td>parameter</td><td><code>{escape(name)}</code></td><td>{escape(known)}</td>"
-            f"<td>{escape(str(facts.get('description', '')))}</td></tr>"
-        )
-    commands = "\n\n".join(escape(command) for command in examples(model, curl=curl, base=base))
-    return f"<h2>{escape(model['name'])}</h2><table>{''.join(rows)}</table><pre>{commands}</pre>"
+    loader = jinja2.PackageLoader("torchship.serve.api")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("docs.html")
 
 
 def examples(model: dict[str, Any], *, curl: str = "curl", base: str) -> list[str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torchship.errors import BadConfig
 from torchship.serve.api.regions import SharedMemory
-from torchship.serve.api.served import Served
 from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.serve.http.exchange import Head
+from torchship.serve.service import Service
 from torchship.wire.messages import Request
 
 
@@ -19,7 +19,7 @@ class Front:
     """One for a server; every listener gets the same. `forward` is a regular expression: headers whose whole name
     matches travel with a request. `scheme` and `guarded` (a token is asked for) are told in the examples of /docs."""
 
-    service: Served
+    service: Service
     regions: SharedMemory | None = None
     tracing: Tracing = field(default_factory=Tracing)
     logs: LogSettings = field(default_factory=LogSettings)

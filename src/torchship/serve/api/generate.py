@@ -11,10 +11,10 @@ import msgspec
 from torchship.errors import BadInput
 from torchship.serve.api.front import Front
 from torchship.serve.api.infer import input_specs
-from torchship.serve.api.served import Served
 from torchship.serve.http.content import json_object
 from torchship.serve.http.exchange import Exchange
 from torchship.serve.http.router import Route
+from torchship.serve.service import Service
 from torchship.tensors import Array, TensorSpec
 from torchship.wire.json_arrays import decode_json_data, encode_json_data
 from torchship.wire.messages import Request, Response
@@ -34,7 +34,7 @@ def generate_routes(front: Front) -> list[Route]:
 class _Generation:
     def __init__(self, front: Front) -> None:
         self._front = front
-        self._service: Served = front.service
+        self._service: Service = front.service
 
     async def once(self, exchange: Exchange) -> None:
         """The one answer of a model. Raises BadInput when it gives several."""

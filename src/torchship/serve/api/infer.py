@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torchship.errors import BadInput
 from torchship.serve.api.front import Front
-from torchship.serve.api.served import Served
 from torchship.serve.http.content import query_parameters
 from torchship.serve.http.exchange import JSON, Exchange, Head, Headers
+from torchship.serve.service import Service
 from torchship.stage import Value
 from torchship.tensors import Axis, Free, TensorSpec
 from torchship.wire.messages import Request, Response
@@ -144,7 +144,7 @@ def _told(length: int) -> Headers:
     return (("inference-header-content-length", str(length)),)
 
 
-def input_specs(service: Served, model: str, version: str) -> list[TensorSpec]:
+def input_specs(service: Service, model: str, version: str) -> list[TensorSpec]:
     """The inputs of a model as its metadata tells them."""
     inputs = service.model_metadata(model, version)["inputs"]
     return [TensorSpec(item["name"], item["datatype"], tuple(map(_axis, item["shape"]))) for item in inputs]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torchship.errors import TorchshipError
 from torchship.serve.api.front import Front
-from torchship.serve.api.served import Served
 from torchship.serve.http.exchange import Exchange
 from torchship.serve.http.router import Route
+from torchship.serve.service import Service
 
 _SMALL = 64  # elements of a tensor that are written out in an example
 _OBJECT = {"type": "object"}
@@ -36,7 +36,7 @@ def _answer(exchange: Exchange, front: Front, routes: list[Route]) -> None:
     exchange.answer_json(describe(front.service, routes))
 
 
-def models(service: Served) -> list[dict[str, Any]]:
+def models(service: Service) -> list[dict[str, Any]]:
     """The metadata of every model that can be asked now, by name, and whether it `streams`."""
     found = []
     for name in sorted({entry["name"] for entry in service.repository_index(ready=True)}):
@@ -48,7 +48,7 @@ def models(service: Served) -> list[dict[str, Any]]:
     return found
 
 
-def describe(service: Served, routes: Iterable[Route]) -> dict[str, Any]:
+def describe(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
     """The OpenAPI document."""
     paths: dict[str, dict[str, Any]] = {}
     for model in models(service):

@@ -1,15 +1,16 @@
-"""gRPC server reflection, so that grpcurl and its kin need no .proto files. Source: grpc.reflection.v1."""
+"""gRPC server reflection (grpc.reflection.v1 and v1alpha), so that grpcurl and its kin need no .proto files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.site import Rpc
-from torchship.wire.schema import descriptors, message, services
+from torchship.wire.schema import file_of, message, services
+
+_INVALID, _NOT_FOUND, _UNIMPLEMENTED = 3, 5, 12
 
 
 def reflection_rpcs() -> dict[str, Rpc]:
@@ -32,7 +33,7 @@ class _Reflection:
             try:
                 ask = self._ask.FromString(bytes(body[5:]))
             except DecodeError:
-                call.finish(3, "not a ServerReflectionRequest")
+                call.finish(_INVALID, "not a ServerReflectionRequest")
                 return
             call.write(self._answer(ask).SerializeToString())
             await call.drained()
@@ -44,37 +45,13 @@ class _Reflection:
                 for name in services():
                     tell.list_services_response.service.add(name=name)
             case "file_by_filename" | "file_containing_symbol" as wish:
-                found = [
-                    file for file in descriptors().file if _holds(file, getattr(ask, wish), by_name=wish[5] == "b")
-                ]
-                tell.file_descriptor_response.file_descriptor_proto.extend(file.SerializeToString() for file in found)
-                if not found:
-                    tell.error_response.error_code = 5
+                found = file_of(getattr(ask, wish), symbol=wish == "file_containing_symbol")
+                if found:
+                    tell.file_descriptor_response.file_descriptor_proto.append(found)
+                else:
+                    tell.error_response.error_code = _NOT_FOUND
                     tell.error_response.error_message = f"not found: {getattr(ask, wish)}"
             case other:
-                tell.error_response.error_code = 12
+                tell.error_response.error_code = _UNIMPLEMENTED
                 tell.error_response.error_message = f"{other} is not answered: there are no extensions"
         return tell
-
-
-def _holds(file: Any, wish: str, *, by_name: bool) -> bool:
-    if by_name:
-        return bool(file.name == wish)
-    return wish in _symbols(file)
-
-
-def _symbols(file: Any) -> Iterator[str]:
-    for service in file.service:
-        yield f"{file.package}.{service.name}"
-        yield from (f"{file.package}.{service.name}.{method.name}" for method in service.method)
-    yield from (f"{file.package}.{enum.name}" for enum in file.enum_type)
-    for found in file.message_type:
-        yield from _nested(found, file.package)
-
-
-def _nested(found: Any, prefix: str) -> Iterator[str]:
-    name = f"{prefix}.{found.name}"
-    yield name
-    yield from (f"{name}.{enum.name}" for enum in found.enum_type)
-    for inner in found.nested_type:
-        yield from _nested(inner, name)

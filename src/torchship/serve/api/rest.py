@@ -1,27 +1,34 @@
-"""The Open Inference Protocol over HTTP, and everything else that shares its port."""
+"""The Open Inference Protocol over HTTP with Triton's extensions, and everything else that shares its port."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torchship.serve.api.control import control_routes
+import msgspec
+
+from torchship.serve.api.admin import Admin
 from torchship.serve.api.docs import docs_routes
 from torchship.serve.api.front import Front
 from torchship.serve.api.generate import generate_routes
 from torchship.serve.api.grpc import all_rpcs
 from torchship.serve.api.infer import Inference
 from torchship.serve.api.openapi import openapi_route
-from torchship.serve.api.served import Served
-from torchship.serve.http.exchange import Admit, Exchange, HttpFault
+from torchship.serve.http.content import json_object, read_json
+from torchship.serve.http.exchange import Admit, Endpoint, Exchange
 from torchship.serve.http.http1 import Connection
-from torchship.serve.http.listen import Listener, bind, tls_context
+from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Route, Router
 from torchship.serve.http.site import Limits, Site
 
+_MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+
 
 async def listen(
-    service: Served,
+    front: Front,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -29,76 +36,84 @@ async def listen(
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
     shared: bool = False,
-    front: Front | None = None,
     routes: Sequence[Route] = (),
 ) -> Listener:
     """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter) until the listener is closed.
 
-    `routes` adds endpoints of other faces to the same port. Raises Unavailable where the port cannot be bound.
+    `routes` adds endpoints of applications to the same port. Raises Unavailable where the port cannot be bound.
     """
-    front = front or Front(service)
     site = Site(Router(all_routes(front, routes)), limits or Limits(), admit, rpcs=all_rpcs(front))
     return await bind(site, Connection, host=host, port=port, tls=tls, shared=shared)
 
 
 def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:
     """Everything that the port answers, and its description."""
-    known = [*protocol_routes(front), *control_routes(front), *generate_routes(front), *extra]
+    known = [*_protocol_routes(front), *_admin_routes(front), *generate_routes(front), *extra]
     return [*known, openapi_route(front, known), *docs_routes(front, known)]
 
 
-def protocol_routes(front: Front) -> list[Route]:
+def _answering(work: Callable[[Exchange], Any]) -> Endpoint:
+    """An endpoint that answers with what `work` gives, at once or by a coroutine, as JSON; nothing is `{}`."""
+
+    def endpoint(exchange: Exchange) -> None:
+        found = work(exchange)
+        if inspect.isawaitable(found):
+            exchange.job = asyncio.ensure_future(later(exchange, found))
+        else:
+            exchange.answer_json({} if found is None else found)
+
+    async def later(exchange: Exchange, found: Any) -> None:
+        try:
+            answer = await found
+            exchange.answer_json({} if answer is None else answer)
+        except Exception as fault:
+            exchange.fail(fault)
+
+    return endpoint
+
+
+def _protocol_routes(front: Front) -> list[Route]:
     """The paths of the Open Inference Protocol, and /metrics."""
     service, inference = front.service, Inference(front)
+
+    def metrics(exchange: Exchange) -> None:
+        exchange.answer(service.metrics().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def live(exchange: Exchange) -> None:
+        exchange.answer_json({"live": service.live}, status=200 if service.live else 503)
+
+    def ready(exchange: Exchange) -> None:
+        good = service.ready
+        exchange.answer_json({"ready": good}, status=200 if good else 503)
+
+    def model_ready(exchange: Exchange) -> None:
+        name, version = _which(exchange)
+        good = service.model_ready(name, version)
+        exchange.answer_json({"name": name, "ready": good}, status=200 if good else 503)
+
+    def models(_: Exchange) -> dict[str, Any]:
+        return {"models": sorted({entry["name"] for entry in service.repository_index()})}
+
+    def get(path: str, work: Callable[[Exchange], Any], scope: str = "", about: str = "") -> Route:
+        return Route("GET", path, _answering(work), scope, about)
+
     routes = [
-        Route(
-            "GET",
-            "/v2",
-            lambda exchange: exchange.answer_json(service.server_metadata()),
-            about="Name, version and extensions.",
-        ),
-        Route(
-            "GET",
-            "/v2/health/live",
-            lambda exchange: _health(exchange, "live", service.live),
-            about="Whether the server lives.",
-        ),
-        Route(
-            "GET",
-            "/v2/health/ready",
-            lambda exchange: _health(exchange, "ready", service.ready),
-            about="Whether every model answers.",
-        ),
-        Route("GET", "/metrics", lambda exchange: _metrics(exchange, service), "metrics", "Prometheus metrics."),
-        Route(
-            "GET",
-            "/v2/models/stats",
-            lambda exchange: exchange.answer_json(service.statistics()),
-            "metrics",
-            "Statistics of all models.",
-        ),
+        get("/v2", lambda _: service.server_metadata(), about="Name, version and extensions."),
+        Route("GET", "/v2/health/live", live, about="Whether the server lives."),
+        Route("GET", "/v2/health/ready", ready, about="Whether every model answers."),
+        Route("GET", "/metrics", metrics, "metrics", "Prometheus metrics."),
+        get("/v2/models/stats", lambda _: service.statistics(), "metrics", "Statistics of all models."),
+        get("/v2/models", models, about="Names of all models."),
     ]
-    routes.append(Route("GET", "/v2/models", lambda exchange: _models(exchange, service), about="Names of all models."))
-    for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+    for base in _MODEL:
         routes += [
             Route("POST", f"{base}/infer", inference, "infer", "One inference: JSON, binary tensors, or a picture."),
-            Route("GET", base, lambda exchange: exchange.answer_json(service.model_metadata(*_which(exchange)))),
-            Route("GET", f"{base}/ready", lambda exchange: _model_ready(exchange, service)),
-            Route(
-                "GET", f"{base}/config", lambda exchange: exchange.answer_json(service.model_config(*_which(exchange)))
-            ),
-            Route(
-                "GET",
-                f"{base}/stats",
-                lambda exchange: exchange.answer_json(service.statistics(*_which(exchange))),
-                "metrics",
-            ),
+            get(base, lambda exchange: service.model_metadata(*_which(exchange))),
+            Route("GET", f"{base}/ready", model_ready),
+            get(f"{base}/config", lambda exchange: service.model_config(*_which(exchange))),
+            get(f"{base}/stats", lambda exchange: service.statistics(*_which(exchange)), "metrics"),
         ]
     return routes
-
-
-def _models(exchange: Exchange, service: Served) -> None:
-    exchange.answer_json({"models": sorted({entry["name"] for entry in service.repository_index()})})
 
 
 def _which(exchange: Exchange) -> tuple[str, str]:
@@ -106,18 +121,55 @@ def _which(exchange: Exchange) -> tuple[str, str]:
     return places["model"], places.get("version", "")
 
 
-def _health(exchange: Exchange, name: str, good: bool) -> None:
-    exchange.answer_json({name: good}, status=200 if good else 503)
+class _SharedFile(msgspec.Struct):
+    """What a caller says of system shared memory."""
+
+    key: str
+    byte_size: int
+    offset: int = 0
 
 
-def _model_ready(exchange: Exchange, service: Served) -> None:
-    name, version = _which(exchange)
-    ready = service.model_ready(name, version)
-    exchange.answer_json({"name": name, "ready": ready}, status=200 if ready else 503)
+def _admin_routes(front: Front) -> list[Route]:
+    """Triton's extensions to look after a server, which a token with the scope manage may use."""
+    admin = Admin(front)
 
+    def place(exchange: Exchange, name: str = "region") -> str:
+        return exchange.head.places.get(name, "")
 
-def _metrics(exchange: Exchange, service: Served) -> None:
-    exchange.answer(service.metrics().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+    def changes(exchange: Exchange) -> dict[str, Any]:
+        return json_object(exchange) if exchange.head.method == "POST" else {}
 
+    def register(exchange: Exchange) -> None:
+        file = read_json(exchange, _SharedFile)
+        admin.register(place(exchange), key=file.key, offset=file.offset, size=file.byte_size)
 
-__all__ = ["Front", "HttpFault", "Limits", "Listener", "Route", "listen", "protocol_routes", "tls_context"]
+    def model(exchange: Exchange) -> tuple[str, Any]:
+        return place(exchange, "model"), json_object(exchange).get("parameters", {})
+
+    repository, shared, cuda = "/v2/repository", "/v2/systemsharedmemory", "/v2/cudasharedmemory"
+    table: list[tuple[str, str, Callable[[Exchange], Any]]] = [
+        ("POST", f"{repository}/index", lambda exchange: admin.index(ready=json_object(exchange).get("ready", False))),
+        ("POST", f"{repository}/models/{{model}}/load", lambda exchange: admin.load(*model(exchange))),
+        ("POST", f"{repository}/models/{{model}}/unload", lambda exchange: admin.unload(*model(exchange))),
+        ("GET", f"{shared}/status", lambda _: admin.regions()),
+        ("GET", f"{shared}/region/{{region}}/status", lambda exchange: admin.regions(place(exchange))),
+        ("POST", f"{shared}/region/{{region}}/register", register),
+        ("POST", f"{shared}/region/{{region}}/unregister", lambda exchange: admin.unregister(place(exchange))),
+        ("POST", f"{shared}/unregister", lambda _: admin.unregister()),
+        ("GET", f"{cuda}/status", lambda _: admin.cuda_regions()),
+        ("GET", f"{cuda}/region/{{region}}/status", lambda exchange: admin.cuda_regions(place(exchange))),
+        ("POST", f"{cuda}/region/{{region}}/register", lambda exchange: admin.register_cuda(place(exchange))),
+        ("POST", f"{cuda}/region/{{region}}/unregister", lambda _: None),
+        ("POST", f"{cuda}/unregister", lambda _: None),
+    ]
+    for method in ("GET", "POST"):
+        table += [
+            (method, "/v2/logging", lambda exchange: admin.logging(changes(exchange))),
+            (method, "/v2/trace/setting", lambda exchange: admin.trace(changes(exchange))),
+            (
+                method,
+                "/v2/models/{model}/trace/setting",
+                lambda exchange: admin.trace(changes(exchange), place(exchange, "model")),
+            ),
+        ]
+    return [Route(method, path, _answering(work), "manage") for method, path, work in table]

@@ -11,7 +11,7 @@ from time import time_ns
 from typing import Any
 
 from torchship.errors import BadInput, Unsupported
-from torchship.serve.api.served import Answer
+from torchship.serve.service import Answer
 from torchship.wire.messages import Request, Response
 
 _FILE = re.compile(r"[A-Za-z0-9_][\w.\-]{0,100}", re.ASCII)
