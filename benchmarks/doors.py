@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -30,7 +30,8 @@ from torchship.client.address import parse
 from torchship.client.load import Outcome, closed_loop
 from torchship.client.measuring import Target
 from torchship.serve.api import rest
-from torchship.serve.api.served import Answer
+from torchship.serve.api.front import Front
+from torchship.serve.service import Answer
 from torchship.tensors import Signature
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec
@@ -66,7 +67,7 @@ class Echo:
 
 async def serve_ours(port: int) -> None:
     """Our HTTP and gRPC on one port."""
-    await rest.listen(Echo(), port=port)  # type: ignore[arg-type]  # what is not asked needs no answer
+    await rest.listen(Front(cast(Any, Echo())), port=port)  # what is not asked needs no answer
     await asyncio.Event().wait()
 
 

@@ -25,7 +25,7 @@ from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.listen import Listener
 from torchship.serve.http.router import Router
-from torchship.serve.http.site import Limits, Site
+from torchship.serve.http.site import ConnectionLimits, Site
 from torchship.wire import frames as h2
 from torchship.wire.asking import decode_grpc, decode_grpc_stream, decode_http
 from torchship.wire.oip_grpc import InferCodec
@@ -76,7 +76,7 @@ def talk(kind: type[Connection] | type[Connection2], pieces: list[bytes]) -> byt
     """Feed a connection; everything it wrote, after its answers have come."""
 
     async def main(front: Front) -> bytes:
-        limits = Limits(body=10_000, head=2000, streams=5, pipelined=3)
+        limits = ConnectionLimits(body=10_000, head=2000, streams=5, pipelined=3)
         site = Site(Router(rest.all_routes(front)), limits, rpcs=grpc.all_rpcs(front))
         site.tick(1.0)
         wire = Wire()

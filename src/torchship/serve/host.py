@@ -29,7 +29,7 @@ from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.descriptors import room_for_connections
 from torchship.serve.http.listen import Listener, tls_context
 from torchship.serve.http.router import Route
-from torchship.serve.http.site import Limits
+from torchship.serve.http.site import ConnectionLimits
 from torchship.serve.service import Service
 from torchship.serve.tracing import HEADERS, Traces
 
@@ -86,7 +86,7 @@ class Server:
             "tls": tls_context(config.tls.certificate, key=config.tls.key, clients=config.tls.clients)
             if config.tls
             else None,
-            "limits": Limits(body=http.max_body, connections=room_for_connections()),
+            "limits": ConnectionLimits(body=http.max_body, connections=room_for_connections()),
         }
         routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
         self.http = await rest.listen(front, host=http.host, port=http.port, routes=routes, shared=http.shared, **given)
@@ -138,7 +138,7 @@ def _mounted(mount: Mount, service: Service) -> list[Route]:
     return found
 
 
-class Options(TypedDict, total=False):
+class ServeOptions(TypedDict, total=False):
     """What a command line may say beside its targets; it wins over the file.
 
     `trust` allows native code in the artifacts that are named; a file says so itself.
@@ -153,14 +153,14 @@ class Options(TypedDict, total=False):
     trust: bool
 
 
-def configure(*targets: str, **options: Unpack[Options]) -> ServerConfig:
+def configure(*targets: str, **options: Unpack[ServeOptions]) -> ServerConfig:
     """The configuration for command line targets: one TOML file, or artifacts (names in the store, or folders).
 
     Raises BadConfig, NotFound.
     """
-    if unknown := options.keys() - Options.__annotations__.keys():
+    if unknown := options.keys() - ServeOptions.__annotations__.keys():
         raise BadConfig(
-            f"no option {', '.join(sorted(unknown))}", hint=f"there is {', '.join(Options.__annotations__)}"
+            f"no option {', '.join(sorted(unknown))}", hint=f"there is {', '.join(ServeOptions.__annotations__)}"
         )
     files = [target for target in targets if target.endswith(".toml")]
     trust = options.get("trust", False)
@@ -193,7 +193,7 @@ def _name(target: str) -> str:
     return target.partition("@")[0]
 
 
-def serve(*targets: str | Mapping[str, Any], **options: Unpack[Options]) -> int:
+def serve(*targets: str | Mapping[str, Any], **options: Unpack[ServeOptions]) -> int:
     """Serve a TOML configuration or artifacts until a signal says stop; the exit code.
 
     A mapping is the configuration as plain data: what a TOML file would hold. It stands alone, without options.

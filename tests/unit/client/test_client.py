@@ -182,7 +182,7 @@ def test_a_busy_server_is_asked_again(doors: Doors, kind: str) -> None:
             raise Unavailable("not yet")
         return plain(request, *answer)
 
-    service.start = busy  # type: ignore[method-assign]
+    service.start = busy  # type: ignore[assignment,method-assign]
     try:
         with Client(doors.urls[kind], budget=Budget(tries=5, first_pause=0.01)) as client:
             assert (client.infer("echo", ROW)["y"] == ROW).all()

@@ -20,9 +20,9 @@ from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.http.listen import Listener
 from torchship.serve.http.router import Route
-from torchship.serve.http.site import Limits
+from torchship.serve.http.site import ConnectionLimits
 
-LIMITS = Limits(body=100_000, head=4096, connections=8, pipelined=4)
+LIMITS = ConnectionLimits(body=100_000, head=4096, connections=8, pipelined=4)
 ASK = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": list(range(16))}]}).encode()
 BYE = b"GET /bye HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 ECHO = "/v2/models/echo/infer"
@@ -289,7 +289,7 @@ def test_too_many_connections(server: Running) -> None:
 
 def test_slow_peers_are_dropped() -> None:
     async def main(service: WatchedService) -> None:
-        limits = Limits(head_seconds=0.0, body_seconds=0.0, idle_seconds=0.0)
+        limits = ConnectionLimits(head_seconds=0.0, body_seconds=0.0, idle_seconds=0.0)
         listener = await rest.listen(Front(service), port=0, limits=limits)
         for start, expected in ((b"GET /v2 HT", b"408"), (post(ASK)[:-5], b"408"), (b"", b"")):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
@@ -305,7 +305,7 @@ def test_slow_peers_are_dropped() -> None:
 
 def test_a_reader_that_does_not_read_is_dropped() -> None:
     async def main(service: WatchedService) -> None:
-        listener = await rest.listen(Front(service), port=0, limits=Limits(write_seconds=0.0))
+        listener = await rest.listen(Front(service), port=0, limits=ConnectionLimits(write_seconds=0.0))
         reader, writer = await asyncio.open_connection("127.0.0.1", listener.port, limit=1000)
         item = {"name": "x", "shape": [20_000, 16], "datatype": "FP32", "data": [0.125] * 320_000}
         ask = post(json.dumps({"inputs": [item]}).encode())
@@ -327,7 +327,7 @@ def test_a_reader_that_does_not_read_is_dropped() -> None:
 
 def test_all_bodies_together_are_bounded() -> None:
     async def main(service: WatchedService) -> None:
-        listener = await rest.listen(Front(service), port=0, limits=Limits(bodies=50_000))
+        listener = await rest.listen(Front(service), port=0, limits=ConnectionLimits(bodies=50_000))
         half = post(bytes(60_000))[:40_000]
         first, second = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(2)]
         first[1].write(half)

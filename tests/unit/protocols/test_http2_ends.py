@@ -11,14 +11,14 @@ from tests.unit.protocols.peer import Peer
 from tests.unit.protocols.running import Running, running
 from torchship.serve.api import grpc
 from torchship.serve.api.front import Front
-from torchship.serve.http.site import Limits
+from torchship.serve.http.site import ConnectionLimits
 from torchship.wire import frames as h2
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        return await grpc.listen(front, port=0, limits=Limits(body=300_000))
+        return await grpc.listen(front, port=0, limits=ConnectionLimits(body=300_000))
 
     with running(listen) as found:
         yield found

@@ -21,7 +21,7 @@ from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Router
-from torchship.serve.http.site import Limits, Rpc, Site
+from torchship.serve.http.site import ConnectionLimits, Rpc, Site
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec
 from torchship.wire.raw import Buffer
@@ -38,13 +38,13 @@ async def listen(
     *,
     host: str = "127.0.0.1",
     port: int = 8001,
-    limits: Limits | None = None,
+    limits: ConnectionLimits | None = None,
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
     shared: bool = False,
 ) -> Listener:
     """Serve gRPC until the listener is closed. Raises Unavailable where the port cannot be bound."""
-    site = Site(Router(()), limits or Limits(), admit, rpcs=all_rpcs(front))
+    site = Site(Router(()), limits or ConnectionLimits(), admit, rpcs=all_rpcs(front))
     return await bind(site, Connection2, host=host, port=port, tls=tls, shared=shared)
 
 
@@ -57,7 +57,7 @@ def all_rpcs(front: Front) -> Mapping[str, Rpc]:
         **{path: Rpc(_Plain(known[path], work), scope=scope) for path, (work, scope) in plain.items()},
         _OIP + "ModelInfer": Rpc(GrpcInference(front, codec), scope="infer"),
         _OIP + "ModelStreamInfer": Rpc(stream=StreamInference(front, codec), scope="infer"),
-        _HEALTH + "Watch": Rpc(_Watch(front)),
+        _HEALTH + "Watch": Rpc(_HealthWatch(front)),
         **reflection_rpcs(),
     }
 
@@ -180,7 +180,7 @@ class _Plain:
         call.reply(told.SerializeToString())
 
 
-class _Watch:
+class _HealthWatch:
     """Health's Watch: the status now, and whenever it changes."""
 
     def __init__(self, front: Front) -> None:

@@ -21,7 +21,7 @@ _MOST = 256
 
 
 @dataclass(slots=True)
-class Region:
+class SharedRegion:
     """A registered part of a shared memory file."""
 
     name: str
@@ -38,7 +38,7 @@ class SharedMemory:
         """Only files of `folder` whose name begins with `prefix` can be registered."""
         self._folder = folder
         self._prefix = prefix
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[str, SharedRegion] = {}
 
     def register(self, name: str, *, key: str, offset: int, size: int) -> None:
         """Open the shared memory `key` and give `size` bytes from `offset` on a name.
@@ -64,7 +64,7 @@ class SharedMemory:
         if not stat.S_ISREG(about.st_mode) or about.st_uid not in (os.getuid(), os.geteuid()) or not fits:
             os.close(descriptor)
             raise BadInput(f"shared memory region '{name}' is not {size} bytes at {offset} of a file of this user")
-        self._regions[name] = Region(name, key, offset, size, descriptor)
+        self._regions[name] = SharedRegion(name, key, offset, size, descriptor)
 
     def unregister(self, name: str = "") -> None:
         """Forget one region, or all of them; an unknown name is no error."""
@@ -82,7 +82,7 @@ class SharedMemory:
             if name in ("", one.name)
         ]
 
-    def _range(self, region: str, offset: int, size: int) -> Region:
+    def _range(self, region: str, offset: int, size: int) -> SharedRegion:
         found = self._regions.get(region)
         if found is None:
             raise BadInput(f"Unable to find shared memory region: '{region}'", hint="register it first")

@@ -22,7 +22,7 @@ from torchship.serve.http.exchange import Admit, Endpoint, Exchange
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Route, Router
-from torchship.serve.http.site import Limits, Site
+from torchship.serve.http.site import ConnectionLimits, Site
 
 _MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
@@ -32,7 +32,7 @@ async def listen(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    limits: Limits | None = None,
+    limits: ConnectionLimits | None = None,
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
     shared: bool = False,
@@ -42,7 +42,7 @@ async def listen(
 
     `routes` adds endpoints of applications to the same port. Raises Unavailable where the port cannot be bound.
     """
-    site = Site(Router(all_routes(front, routes)), limits or Limits(), admit, rpcs=all_rpcs(front))
+    site = Site(Router(all_routes(front, routes)), limits or ConnectionLimits(), admit, rpcs=all_rpcs(front))
     return await bind(site, Connection, host=host, port=port, tls=tls, shared=shared)
 
 

@@ -45,7 +45,7 @@ class Peer(Protocol):
 
 
 @dataclass(slots=True, frozen=True)
-class Limits:
+class ConnectionLimits:
     """What one caller may use. Sizes in bytes, times in seconds."""
 
     body: int = 64 << 20
@@ -66,7 +66,7 @@ class Site:
     """What the connections of one listener share."""
 
     router: Router
-    limits: Limits = field(default_factory=Limits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     admit: Admit | None = None
     connections: set[Peer] = field(default_factory=set)
     heads: dict[bytes, Head] = field(default_factory=dict)

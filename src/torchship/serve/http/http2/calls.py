@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torchship.errors import TorchshipError
 from torchship.serve.http.coding import decompress, unpack
 from torchship.serve.http.exchange import HttpFault
-from torchship.serve.http.http2.streams import Stream
+from torchship.serve.http.http2.outflow import Stream
 from torchship.serve.http.site import Site
 from torchship.wire import frames as h2
 from torchship.wire.raw import Buffer

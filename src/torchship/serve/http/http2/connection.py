@@ -10,7 +10,7 @@ from torchship.serve.http.exchange import Exchange, Headers, HttpFault
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.fields import Fields, WrongHead, check_trailers, head_of
 from torchship.serve.http.http2.framing import FRAME, Late, Pace, Reader, Unfinished, check, header_block, unpad
-from torchship.serve.http.http2.streams import STREAM_WINDOW, Outflow, Stream
+from torchship.serve.http.http2.outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.http.site import Site
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault

@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 from torchship.serve.http.exchange import Head, HttpFault
-from torchship.serve.http.site import Limits, Site
+from torchship.serve.http.site import ConnectionLimits, Site
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
 from torchship.wire.raw import Buffer
@@ -43,7 +43,7 @@ class Stream:
         except HttpFault:
             raise StreamFault(self.number, h2.ENHANCE_YOUR_CALM) from None
 
-    def late(self, now: float, limits: Limits) -> bool:
+    def late(self, now: float, limits: ConnectionLimits) -> bool:
         """Whether the peer takes too long to read, or to send the body of a request that is not gRPC."""
         waited = now - self.since
         if self.waiting is not None:

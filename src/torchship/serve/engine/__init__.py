@@ -1,0 +1,1 @@
+"""Lines of worker processes: admission, queues, batches, replicas."""
