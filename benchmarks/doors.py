@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchship.client.address import parse
-from torchship.client.load import Outcome, closed_loop
-from torchship.client.measuring import Target
+from torchship.client.load import Outcome, Target, closed_loop
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.service import Answer

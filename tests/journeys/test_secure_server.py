@@ -17,8 +17,7 @@ import tritonclient.http
 
 from tests.journeys.test_server_process import ROOT, Running
 from tests.unit.protocols.test_tls import papers
-from torchship.client import Client
-from torchship.client.tls import caller_context
+from torchship.client import Client, caller_context
 from torchship.errors import Denied, Unauthenticated, Unavailable
 from torchship.serve.access import new_token
 

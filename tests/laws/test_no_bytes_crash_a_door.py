@@ -27,7 +27,7 @@ from torchship.serve.http.listen import Listener
 from torchship.serve.http.router import Router
 from torchship.serve.http.site import ConnectionLimits, Site
 from torchship.wire import frames as h2
-from torchship.wire.asking import decode_grpc, decode_grpc_stream, decode_http
+from torchship.wire import oip_grpc, oip_json
 from torchship.wire.oip_grpc import InferCodec
 from torchship.wire.schema import message
 
@@ -195,16 +195,16 @@ def test_protobuf(changes: list[tuple[int, int, bytes]]) -> None:
         with suppress(BadInput):
             request = codec.decode(b"\0" * 5 + data, 5)
             assert all(array.size >= 0 for array in request.inputs.values())
-    for decode in (decode_grpc, decode_grpc_stream):
+    for streamed in (False, True):
         with suppress(StageFailed):
-            decode(data)
+            oip_grpc.decode_response(data, streamed=streamed)
 
 
 @CALM
 @given(st.one_of(st.binary(max_size=80), st.just(BODY.replace(b"inputs", b"outputs"))), st.none() | st.integers(0, 90))
 def test_answers(data: bytes, length: int | None) -> None:
     with suppress(StageFailed):
-        decode_http(data, header_length=length)
+        oip_json.decode_response(data, header_length=length)
 
 
 @pytest.fixture(scope="module")

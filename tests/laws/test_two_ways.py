@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from torchship.errors import BadInput
 from torchship.tensors import Array, numpy_dtype
-from torchship.wire.messages import Request, Response
+from torchship.wire.messages import Batch, BatchSlice, Outline, RawInputs, Request, Response
 from torchship.wire.oip_grpc import InferCodec
 from torchship.wire.oip_json import decode_request, encode_response
-from torchship.wire.rows import Batch, BatchSlice, Outline, RawInputs
 from torchship.wire.schema import message
 from torchship.wire.templates import TemplateCache
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from torchship.client.measuring import Row, Target
+    from torchship.client.load import Row, Target
 
 
 @click.command(
@@ -60,16 +60,15 @@ def command(*, target: str, store: str, as_json: bool, html: Path | None, **opti
 
         click.echo(json.dumps({"target": target, "runs": plain}, indent=2))
     if html is not None:
-        from torchship.client.plot import render
+        from torchship.client.report import render
 
         html.write_text(render(plain, title=f"torchship bench {target}"))
     return 0 if all(row.outcome.latencies for row in rows) else 1
 
 
 async def _measure(url: str, *, quiet: bool, **options: Any) -> list[Row]:
-    from torchship.client import measuring
-    from torchship.client.address import parse
-    from torchship.client.tls import caller_context
+    from torchship.client import load
+    from torchship.client.address import caller_context, parse
     from torchship.errors import BadConfig
 
     address = parse(url)
@@ -78,9 +77,9 @@ async def _measure(url: str, *, quiet: bool, **options: Any) -> list[Row]:
     encoding = "grpc" if address.grpc else options["encoding"]
     papers = {name: options[name] for name in ("authority", "certificate", "key")}
     tls = caller_context(**papers) if address.secure else None
-    target = measuring.Target(address, address.model, encoding, options["token"], tls)
+    target = load.Target(address, address.model, encoding, options["token"], tls)
     file = options["file"].read_bytes() if options["file"] else None
-    tensors = await measuring.example(target, rows=options["rows"], file=file, free=options["free_axis"])
+    tensors = await load.example(target, rows=options["rows"], file=file, free=options["free_axis"])
     rows: list[Row] = []
     if not quiet:
         click.echo(f"{'load':>14} {'answers/s':>10} {'p50 ms':>9} {'p90 ms':>9} {'p99 ms':>9} {'p99.9 ms':>9}  faults")
@@ -90,23 +89,23 @@ async def _measure(url: str, *, quiet: bool, **options: Any) -> list[Row]:
             click.echo(_line(row))
     if options["sweep"] and not quiet:
         percent, limit = _goal(options["sweep"])
-        good = [row for row in rows if row.kind == "open" and measuring.meets(row, percent=percent, limit=limit)]
+        good = [row for row in rows if row.kind == "open" and load.meets(row, percent=percent, limit=limit)]
         most = max((row.outcome.rate for row in good), default=0.0)
         click.echo(f"within {options['sweep']}: {most:.0f} requests/s")
     return rows
 
 
 def _runs(target: Target, shot: Any, **options: Any) -> Any:
-    from torchship.client import measuring
+    from torchship.client import load
 
     seconds, warm_up = options["seconds"], options["warm_up"]
     if options["sweep"]:
         percent, limit = _goal(options["sweep"])
-        return measuring.sweep(target, shot, percent=percent, limit=limit, seconds=seconds, warm_up=warm_up)
+        return load.sweep(target, shot, percent=percent, limit=limit, seconds=seconds, warm_up=warm_up)
     if options["rate"]:
-        return measuring.by_rate(target, shot, rates=_numbers(options["rate"]), seconds=seconds, lanes=128)
+        return load.by_rate(target, shot, rates=_numbers(options["rate"]), seconds=seconds, lanes=128)
     callers = [int(number) for number in _numbers(options["concurrency"])]
-    return measuring.by_concurrency(target, shot, callers=callers, seconds=seconds, warm_up=warm_up)
+    return load.by_concurrency(target, shot, callers=callers, seconds=seconds, warm_up=warm_up)
 
 
 def _line(row: Row) -> str:

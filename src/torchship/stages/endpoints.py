@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
+from torchship.client.address import Address, parse
+from torchship.client.retry import Budget
 from torchship.errors import BadConfig
-
-_URL = re.compile(
-    r"(?P<scheme>grpcs?)://(?P<address>[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5})"
-    r"/(?P<model>[A-Za-z][\w.-]*)(/(?P<version>\w[\w.-]*))?"
-)
 
 
 @dataclass
 class Endpoint:
     """One server. After `failures` failures in a row it is not asked for a while; then one request may try it."""
 
-    address: str
-    model: str
-    version: str = ""
-    secure: bool = False
+    address: Address
     failures: int = 0
     opens_at: float = 0.0
     pause: float = 0.0
@@ -30,19 +23,23 @@ class Endpoint:
     @classmethod
     def parse(cls, url: str) -> Endpoint:
         """Read `grpc://host:port/model` or `grpcs://host:port/model/version`. Raises BadConfig."""
-        found = _URL.fullmatch(url)
-        if not found or int(found["address"].rpartition(":")[2]) > 65_535:
-            raise BadConfig(f"{url!r} is not an endpoint", hint="as in grpc://127.0.0.1:8001/classify")
-        return cls(found["address"], found["model"], found["version"] or "", secure=found["scheme"] == "grpcs")
+        hint = "as in grpc://127.0.0.1:8001/classify"
+        try:
+            found = parse(url)
+        except BadConfig as fault:
+            raise BadConfig(f"{url!r} is not an endpoint: {fault}", hint=hint) from None
+        if not found.grpc or not found.model or f"{found.netloc}/" not in url:
+            raise BadConfig(f"{url!r} is not an endpoint: scheme, port or model is missing", hint=hint)
+        return cls(found)
 
     def __str__(self) -> str:
-        return f"{self.address}/{self.model}"
+        return f"{self.address.netloc}/{self.address.model}"
 
 
 @dataclass
 class Endpoints:
     """Servers in turn. `failures` in a row open the circuit of one for `pause` seconds, twice as long each time up to
-    half a minute. Retries may be `ratio` of all requests, with a small reserve (a retry budget, as in Finagle).
+    half a minute. Retries are taken out of one budget.
     All methods may be called from any thread.
     """
 
@@ -50,39 +47,28 @@ class Endpoints:
     clock: Callable[[], float]
     failures: int = 5
     pause: float = 1.0
-    ratio: float = 0.2
-    reserve: float = 10.0
-    tokens: float = field(init=False)
+    budget: Budget = field(default_factory=Budget)
     turn: int = 0
     lock: Lock = field(default_factory=Lock)
-
-    def __post_init__(self) -> None:
-        self.tokens = self.reserve
 
     def attempts(self, most: int) -> Iterator[Endpoint]:
         """The endpoints to ask for one request, the first in turn and then, while the budget lasts, others.
 
         None comes when all circuits are open; a second look at one endpoint only when there is no other.
         """
+        self.budget.request()
         with self.lock:
-            self.tokens = min(self.tokens + self.ratio, self.reserve)
             self.turn += 1
             turn = self.turn
         order = [self.all[(turn + i) % len(self.all)] for i in range(len(self.all))]
         for attempt in range(most):
             now = self.clock()
             able = [one for one in order if one.opens_at <= now]
-            if not able or (attempt and not self._may_retry()):
+            if not able or (attempt and not self.budget.retry()):
                 return
             chosen = able[0]
             order.append(order.pop(order.index(chosen)))
             yield chosen
-
-    def _may_retry(self) -> bool:
-        with self.lock:
-            paid = self.tokens >= 1
-            self.tokens -= paid
-            return paid
 
     def succeeded(self, one: Endpoint) -> None:
         """It answered: its circuit is closed."""

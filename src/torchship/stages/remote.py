@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from torchship.errors import (
-    BadConfig,
-    BadInput,
-    Busy,
-    Denied,
-    Expired,
-    NotFound,
-    StageFailed,
-    TorchshipError,
-    Unavailable,
-    Unsupported,
-)
+from torchship.client.address import caller_context
+from torchship.client.grpc import GrpcChannel, ask_metadata
+from torchship.client.retry import Budget
+from torchship.errors import BadConfig, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.stage import Parameter, Parameters, Value, join
 from torchship.stages.endpoints import Endpoint, Endpoints
-from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec
+from torchship.tensors import Free, Signature, Tensors
+from torchship.wire.messages import Request
+from torchship.wire.oip_grpc import decode_response, encode_request
+from torchship.wire.oip_json import signature_of
 
-_SERVICE = "/inference.GRPCInferenceService"
-_AGAIN = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED")
-_SICK = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN", "DATA_LOSS")
+T = TypeVar("T")
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,11 +76,6 @@ class Remote:
 
         Raises BadConfig, Unavailable, NotFound.
         """
-        try:
-            import grpc
-        except ImportError:
-            raise Unavailable("remote stages need the package grpcio", hint="pip install grpcio") from None
-        self._grpc = grpc
         self._options = options
         found = [Endpoint.parse(url) for url in urls]
         self._endpoints = Endpoints(
@@ -96,13 +83,13 @@ class Remote:
             clock=time.monotonic,
             failures=options.breaker_failures,
             pause=options.breaker_pause,
-            ratio=options.retry_ratio,
+            budget=Budget(ratio=options.retry_ratio),
         )
-        self._channels = {id(one): self._channel(one) for one in found}
-        self._headers = self._credentials()
+        headers = self._credentials()
+        self._channels = {id(one): self._channel(one, headers) for one in found}
         self.parameters: tuple[Parameter, ...] = ()
         try:
-            self.signature = signature or self._metadata()
+            self.signature = signature or signature_of(self._ask(self._about))
         except BaseException:
             self._hang_up()
             raise
@@ -128,18 +115,19 @@ class Remote:
         return join([one.result() for one in asked])
 
     def _infer(self, tensors: Tensors, given: dict[str, Value]) -> Tensors:
-        from torchship.wire.asking import decode_grpc, encode_grpc
-        from torchship.wire.messages import Request
-
         bodies: dict[tuple[str, str], bytes] = {}
 
-        def body(one: Endpoint) -> bytes:
-            key = one.model, one.version
-            if key not in bodies:
-                bodies[key] = encode_grpc(Request(one.model, tensors, one.version, parameters=given))
-            return bodies[key]
+        def infer(channel: GrpcChannel, one: Endpoint, timeout: float) -> bytes:
+            model, version = one.address.model, one.address.version
+            if (model, version) not in bodies:
+                bodies[model, version] = encode_request(Request(model, tensors, version, parameters=given))
+            return channel.call("ModelInfer", bodies[model, version], timeout=timeout)
 
-        return decode_grpc(self._ask("ModelInfer", body)).outputs
+        return decode_response(self._ask(infer)).outputs
+
+    @staticmethod
+    def _about(channel: GrpcChannel, one: Endpoint, timeout: float) -> dict[str, Any]:
+        return ask_metadata(channel, one.address.model, one.address.version, timeout=timeout)
 
     def close(self) -> None:
         """Close all connections."""
@@ -150,30 +138,24 @@ class Remote:
         for channel in self._channels.values():
             channel.close()
 
-    def _metadata(self) -> Signature:
-        from torchship.wire.schema import message
-
-        def body(one: Endpoint) -> bytes:
-            asked = message("inference.ModelMetadataRequest")(name=one.model, version=one.version)
-            return bytes(asked.SerializeToString())
-
-        answer = message("inference.ModelMetadataResponse").FromString(self._ask("ModelMetadata", body))
-        return _signature(answer)
-
-    def _ask(self, method: str, body: Any) -> bytes:
+    def _ask(self, call: Callable[[GrpcChannel, Endpoint, float], T]) -> T:
         ends = time.monotonic() + self._options.patience
         fault: TorchshipError | None = None
         for one in self._endpoints.attempts(self._options.attempts):
             left = ends - time.monotonic()
             if left <= 0:
                 break
-            call = self._channels[id(one)].unary_unary(f"{_SERVICE}/{method}")
             try:
-                answer: bytes = call(body(one), timeout=min(self._options.timeout, left), metadata=self._headers)
-            except self._grpc.RpcError as refusal:
-                fault, again = self._judge(one, refusal)
-                if not again:
-                    raise fault from None
+                answer = call(self._channels[id(one)], one, min(self._options.timeout, left))
+            except TorchshipError as refusal:
+                refusal.args = (f"{one}: {refusal}",)
+                fault = refusal
+                if isinstance(fault, Unavailable | Expired | StageFailed):
+                    self._endpoints.failed(one)
+                else:
+                    self._endpoints.succeeded(one)  # it is alive: it said no
+                if not isinstance(fault, Unavailable | Expired | Busy):
+                    raise
                 continue
             self._endpoints.succeeded(one)
             return answer
@@ -183,63 +165,24 @@ class Remote:
         names = ", ".join(map(str, self._endpoints.all))
         raise Busy(f"no endpoint of {names} answers", hint="they failed again and again", retry_after=max(pause, 0.1))
 
-    def _judge(self, one: Endpoint, refusal: Any) -> tuple[TorchshipError, bool]:
-        """Our error for the server's, and whether another attempt may help."""
-        code = refusal.code().name
-        if code in _SICK:
-            self._endpoints.failed(one)
-        else:
-            self._endpoints.succeeded(one)  # it is alive: it said no
-        return _error(code, f"{one}: {refusal.details() or code}"), code in _AGAIN
-
-    def _channel(self, one: Endpoint) -> Any:
-        sizes = [(f"grpc.max_{way}_message_length", self._options.max_message) for way in ("send", "receive")]
-        pace = [("grpc.enable_retries", 0), ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000)]  # fmt: skip
-        if not one.secure:
-            return self._grpc.insecure_channel(one.address, [*sizes, *pace])
+    def _channel(self, one: Endpoint, headers: Mapping[str, str]) -> GrpcChannel:
         try:
-            roots = Path(self._options.ca).read_bytes() if self._options.ca else None
-        except OSError as fault:
+            tls = caller_context(authority=self._options.ca) if one.address.secure else None
+        except BadConfig as fault:
             raise BadConfig(f"options.ca: {fault}") from None
-        return self._grpc.secure_channel(one.address, self._grpc.ssl_channel_credentials(roots), [*sizes, *pace])
+        return GrpcChannel(one.address, tls=tls, headers=headers, max_message=self._options.max_message)
 
-    def _credentials(self) -> tuple[tuple[str, str], ...]:
+    def _credentials(self) -> dict[str, str]:
         if not self._options.token_env:
-            return ()
+            return {}
         token = os.environ.get(self._options.token_env)
         if not token:
             raise BadConfig(f"the environment has no {self._options.token_env}", hint="set it to the server's token")
-        return (("authorization", f"Bearer {token}"),)
+        return {"authorization": f"Bearer {token}"}
 
 
 def _splits(signature: Signature) -> bool:
     """Whether a batch may be cut: its answers can be joined again, for all of them have rows of one shape."""
-    axes = [axis for spec in signature.outputs for axis in spec.shape[1:]]
-    return signature.batched and all(isinstance(axis, int) for axis in axes)
-
-
-def _error(code: str, message: str) -> TorchshipError:
-    kinds: dict[str, type[TorchshipError]] = {
-        "INVALID_ARGUMENT": BadInput,
-        "NOT_FOUND": NotFound,
-        "UNIMPLEMENTED": Unsupported,
-        "PERMISSION_DENIED": Denied,
-        "UNAUTHENTICATED": Denied,
-        "DEADLINE_EXCEEDED": Expired,
-        "UNAVAILABLE": Unavailable,
-        "RESOURCE_EXHAUSTED": Busy,
-    }
-    return kinds.get(code, StageFailed)(message)
-
-
-def _signature(answer: Any) -> Signature:
-    """The signature in a model's metadata: batched where every tensor's first axis is free."""
-    inputs, outputs = (tuple(map(_spec, side)) for side in (answer.inputs, answer.outputs))
-    free = [bool(spec.shape) and isinstance(spec.shape[0], Free) for spec in (*inputs, *outputs)]
-    return Signature(inputs, outputs, batched=bool(free) and all(free))
-
-
-def _spec(item: Any) -> TensorSpec:
-    shape: tuple[Axis, ...] = tuple(axis if axis >= 0 else Free() for axis in item.shape)
-    return TensorSpec(item.name, item.datatype, shape)
+    return signature.batched and not any(
+        isinstance(axis, Free) for spec in signature.outputs for axis in spec.shape[1:]
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
+from torchship.wire.raw import read_varint, varint
+
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM, END_HEADERS, PADDED, PRIORITY_FLAG, ACK = 0x1, 0x4, 0x8, 0x20, 0x1
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR = 0, 1, 2, 3
@@ -59,7 +61,7 @@ def goaway(last: int, code: int, reason: str = "") -> bytes:
 
 def literal(name: bytes, value: bytes) -> bytes:
     """A header field that touches no table, without Huffman coding (RFC 7541 section 6.2.2)."""
-    return b"\x00" + _integer(len(name)) + name + _integer(len(value)) + value
+    return b"\x00" + integer(len(name)) + name + integer(len(value)) + value
 
 
 def status_field(status: int) -> bytes:
@@ -70,12 +72,17 @@ def status_field(status: int) -> bytes:
     return b"\x08\x03" + str(status).encode()
 
 
-def _integer(value: int) -> bytes:
-    """A string length with its 7-bit prefix (RFC 7541 section 5.1)."""
-    if value < 127:
-        return bytes([value])
-    out, value = [127], value - 127
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
+def integer(value: int, *, bits: int = 7, flags: int = 0) -> bytes:
+    """An integer behind the `flags` of its first byte, whose lowest `bits` it begins in (RFC 7541 section 5.1)."""
+    top = (1 << bits) - 1
+    return bytes((flags | value,)) if value < top else bytes((flags | top,)) + varint(value - top)
+
+
+def read_integer(block: bytes, place: int, *, bits: int = 7) -> tuple[int, int]:
+    """The integer whose first byte is at `place`, and the place after it; what never ends lies beyond the block."""
+    top = (1 << bits) - 1
+    value = block[place] & top
+    if value < top:
+        return value, place + 1
+    more, place = read_varint(block, place + 1)
+    return top + more, place

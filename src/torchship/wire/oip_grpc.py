@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC: infer messages to and from ours.
+"""The Open Inference Protocol over gRPC: infer messages to and from ours, the server's side first, then the caller's.
 
 A steady client's request differs from its last one in the raw tensors alone, and those come last in its bytes: what
 comes before them is parsed once and then known by its bytes. Anything else goes through protobuf.
@@ -12,20 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from torchship.errors import BadInput
+from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
 from torchship.tensors import Array, bytes_array, dtype_name, numpy_dtype
-from torchship.wire.messages import Request, Response, WantedOutput
+from torchship.wire.messages import BatchSlice, RawInputs, RawLayout, Request, Response
 from torchship.wire.oip_json import (
     Regions,
     apply_parameters,
     chosen_output,
     read_region,
+    timing_parameters,
     wanted_output,
+    wish_parameters,
     write_region,
 )
-from torchship.wire.raw import Buffer, decode_raw, element_count, encode_raw
-from torchship.wire.rows import BatchSlice, RawInputs, RawLayout
+from torchship.wire.raw import Buffer, decode_raw, element_count, encode_raw, read_varint, varint
 from torchship.wire.schema import message
 
 _CONTENTS = {
@@ -87,7 +88,7 @@ class InferCodec:
                 return self._decode_slowly(data[start:])
             place += 2
             if length > 127:
-                length, place = _varint(data, place - 1)
+                length, place = read_varint(data, place - 1)
             if tag == _RAW_TAG:
                 raws.append((place, place + length))
             place += length
@@ -181,14 +182,14 @@ class InferCodec:
         parts = [top]
         if response.id:
             text = response.id.encode()
-            parts += (b"\x1a", _put_varint(len(text)), text)
+            parts += (b"\x1a", varint(len(text)), text)
         if response.parameters:
             extra = message("inference.ModelInferResponse")()
             set_parameters(extra.parameters, response.parameters)
             parts.append(extra.SerializeToString())
         for array in arrays.values():
             raw = encode_raw(array)
-            parts += (b"\x32", _put_varint(len(raw)), raw)
+            parts += (b"\x32", varint(len(raw)), raw)
         return b"".join(parts)
 
     @staticmethod
@@ -199,7 +200,7 @@ class InferCodec:
         tops = batch.outline.recall(key)
         if tops is None:
             top = _answer(response, [(name, array, {}) for name, array in part.items()])
-            tops = [b"\x32" + _put_varint(array.nbytes) for array in part.values()]
+            tops = [b"\x32" + varint(array.nbytes) for array in part.values()]
             tops[0] = top + tops[0]
             batch.outline.keep(key, tops)
         parts: list[bytes] = []
@@ -207,7 +208,7 @@ class InferCodec:
             parts += (top, raw[start * step : end * step])
         if response.id:
             text = response.id.encode()
-            parts += (b"\x1a", _put_varint(len(text)), text)
+            parts += (b"\x1a", varint(len(text)), text)
         return b"".join(parts)
 
     def _encode_chosen(self, response: Response, request: Request) -> bytes:
@@ -296,28 +297,40 @@ def set_parameters(target: Any, values: Mapping[str, Any]) -> None:
             target[name].string_param = str(value)
 
 
-def _varint(data: Buffer, place: int) -> tuple[int, int]:
-    """A varint of up to five bytes. An unfinished one ends beyond the data, where the caller notices."""
-    value = shift = 0
-    while place < len(data) and shift < 35:
-        byte = data[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-        shift += 7
-    return 1 << 62, place
+def encode_request(request: Request) -> bytes:
+    """A ModelInferRequest with raw contents."""
+    ask = message("inference.ModelInferRequest")(model_name=request.model, model_version=request.version, id=request.id)
+    set_parameters(ask.parameters, timing_parameters(request))
+    for name, array in request.inputs.items():
+        ask.inputs.add(name=name, datatype=dtype_name(array.dtype), shape=array.shape)
+        ask.raw_input_contents.append(encode_raw(array))
+    for wish in request.outputs:
+        set_parameters(ask.outputs.add(name=wish.name).parameters, wish_parameters(wish))
+    data: bytes = ask.SerializeToString()
+    return data
 
 
-def _put_varint(value: int) -> bytes:
-    if value < 128:
-        return bytes((value,))
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+def decode_response(data: Buffer, *, streamed: bool = False) -> Response:
+    """A ModelInferResponse, or a ModelStreamInferResponse where `streamed`.
 
-
-__all__ = ["InferCodec", "WantedOutput", "plain_parameters", "set_parameters", "typed_contents"]
+    Raises StageFailed for bytes that are none: the server is at fault; with its message where it tells an error.
+    """
+    kind = message("inference.ModelStreamInferResponse" if streamed else "inference.ModelInferResponse")
+    try:
+        answer = kind.FromString(bytes(data))
+        if streamed:
+            if answer.error_message:
+                raise StageFailed(answer.error_message)
+            answer = answer.infer_response
+        outputs: dict[str, Array] = {}
+        raws = list(answer.raw_output_contents)
+        for item in answer.outputs:
+            about = {"name": item.name, "datatype": item.datatype, "shape": list(item.shape)}
+            if item.HasField("contents"):
+                outputs[item.name] = typed_contents(item.contents, **about)
+            else:
+                outputs[item.name] = decode_raw(raws.pop(0), **about)
+        parameters = plain_parameters(answer.parameters)
+    except (DecodeError, BadInput, IndexError) as fault:
+        raise StageFailed(f"the server's answer cannot be read: {fault}") from None
+    return Response(answer.model_name, answer.model_version, outputs, answer.id, parameters)

@@ -1,4 +1,7 @@
-"""The Open Inference Protocol over HTTP: bodies of JSON with the binary tensor extension, to messages and back."""
+"""The Open Inference Protocol over HTTP: bodies of JSON with the binary tensor extension, to messages and back.
+
+The server's side first, then the caller's.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 
-from torchship.errors import BadInput
+from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
-from torchship.tensors import Array, Free, TensorSpec, bytes_array, dtype_name
-from torchship.wire.classification import classify
+from torchship.tensors import Array, Free, Signature, TensorSpec, bytes_array, dtype_name
 from torchship.wire.json_arrays import decode_json_data, encode_json_data
-from torchship.wire.messages import Request, Response, WantedOutput
+from torchship.wire.messages import BatchSlice, Request, Response, WantedOutput
 from torchship.wire.raw import Buffer, decode_raw, encode_raw
-from torchship.wire.rows import BatchSlice
 
 
 class Regions(Protocol):
@@ -36,7 +38,7 @@ class Body(NamedTuple):
     header_length: int | None
 
 
-class _Input(msgspec.Struct, gc=False):
+class _Input(msgspec.Struct, gc=False, omit_defaults=True):
     name: str
     shape: list[int]
     datatype: str
@@ -44,12 +46,12 @@ class _Input(msgspec.Struct, gc=False):
     parameters: dict[str, Value] | None = None
 
 
-class _Wanted(msgspec.Struct, gc=False):
+class _Wanted(msgspec.Struct, gc=False, omit_defaults=True):
     name: str
     parameters: dict[str, Value] | None = None
 
 
-class _Question(msgspec.Struct, gc=False):
+class _Question(msgspec.Struct, gc=False, omit_defaults=True):
     inputs: list[_Input]
     id: str = ""
     parameters: dict[str, Value] | None = None
@@ -72,7 +74,18 @@ class _Answer(msgspec.Struct, gc=False, omit_defaults=True):
     parameters: dict[str, Any] | None = None
 
 
+class _Told(msgspec.Struct, gc=False):
+    """An answer as a client reads it: of any server, so that what it need not say may be missing."""
+
+    model_name: str
+    outputs: list[_Input]
+    model_version: str = ""
+    id: str = ""
+    parameters: dict[str, Any] | None = None
+
+
 _QUESTION = msgspec.json.Decoder(_Question)
+_TOLD = msgspec.json.Decoder(_Told)
 _ANSWER = msgspec.json.Encoder()
 
 
@@ -333,3 +346,92 @@ def write_region(regions: Regions | None, wish: WantedOutput, data: bytes) -> di
     if offset:
         place["shared_memory_offset"] = offset
     return place
+
+
+def classify(array: Array, *, top: int, labels: Sequence[str] = ()) -> Array:
+    """The `top` largest values of each row as BYTES `value:index[:label]` of shape [rows, top], largest first.
+
+    An output of one axis is one row and keeps it. Source: Triton's classification extension. Raises BadInput for an
+    output that holds no numbers.
+    """
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise BadInput("only an output of numbers can be asked for as classes")
+    rows = array.reshape(array.shape[0], -1) if array.ndim > 1 else array.reshape(1, -1)
+    if array.dtype.name == "bfloat16":
+        rows = rows.astype(np.float32)
+    top = min(top, rows.shape[1])
+    order = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :top]
+    texts = [
+        _class(row[index], int(index), labels).encode()
+        for row, places in zip(rows, order, strict=True)
+        for index in places
+    ]
+    shape = (rows.shape[0], top) if array.ndim > 1 else (top,)
+    return bytes_array(texts).reshape(shape)
+
+
+def _class(value: np.generic, index: int, labels: Sequence[str]) -> str:
+    number = f"{float(value.item()):f}" if value.dtype.kind == "f" else f"{value.item()}"
+    label = labels[index] if index < len(labels) else ""
+    return f"{number}:{index}:{label}" if label else f"{number}:{index}"
+
+
+def encode_request(request: Request) -> Body:
+    """A request as JSON with binary tensors behind it; the outputs are asked for in binary too."""
+    inputs, blobs = [], []
+    for name, array in request.inputs.items():
+        blobs.append(encode_raw(array))
+        sizes: dict[str, Value] = {"binary_data_size": len(blobs[-1])}
+        inputs.append(_Input(name, list(array.shape), dtype_name(array.dtype), parameters=sizes))
+    wanted = [_Wanted(wish.name, {**wish_parameters(wish), "binary_data": True}) for wish in request.outputs]
+    parameters = {**timing_parameters(request), "binary_data_output": True}
+    text = _ANSWER.encode(_Question(inputs, request.id, parameters, wanted or None))
+    return Body(b"".join([text, *blobs]), len(text))
+
+
+def timing_parameters(request: Request) -> dict[str, Value]:
+    """The parameters of a request as it is sent, those of the protocol among them."""
+    found: dict[str, Value] = dict(request.parameters)
+    if request.deadline:
+        found["timeout"] = max(1, round(request.deadline * 1e6))
+    if request.priority:
+        found["priority"] = request.priority
+    return found
+
+
+def wish_parameters(wish: WantedOutput) -> dict[str, Value]:
+    """The parameters of an output that is asked for."""
+    return {**wish.parameters, **({"classification": wish.classification} if wish.classification else {})}
+
+
+def decode_response(body: Buffer, *, header_length: int | None) -> Response:
+    """The answer to an infer call. Raises StageFailed for a body that is none: the server is at fault."""
+    view = memoryview(body)
+    text, rest = (view, view[:0]) if header_length is None else (view[:header_length], view[header_length:])
+    try:
+        answer = _TOLD.decode(text)
+        outputs: dict[str, Array] = {}
+        for item in answer.outputs:
+            outputs[item.name], rest = _input(item, rest, None)
+    except (msgspec.MsgspecError, BadInput, ValueError, TypeError) as fault:
+        raise StageFailed(f"the server's answer cannot be read: {fault}") from None
+    return Response(answer.model_name, answer.model_version, outputs, answer.id, answer.parameters or {})
+
+
+def signature_of(metadata: Mapping[str, Any]) -> Signature:
+    """The signature in a model's metadata: batched where every tensor's first axis is free.
+
+    Raises StageFailed for what is no metadata: the server is at fault.
+    """
+    try:
+        inputs, outputs = (
+            tuple(
+                TensorSpec(item["name"], item["datatype"], tuple(n if n >= 0 else Free() for n in item["shape"]))
+                for item in metadata.get(side, ())
+            )
+            for side in ("inputs", "outputs")
+        )
+    except (KeyError, TypeError) as fault:
+        raise StageFailed(f"the server's metadata cannot be read: {fault!r}") from None
+    free = [bool(spec.shape) and isinstance(spec.shape[0], Free) for spec in (*inputs, *outputs)]
+    return Signature(inputs, outputs, batched=bool(free) and all(free))

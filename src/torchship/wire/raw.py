@@ -73,3 +73,28 @@ def _decode_bytes(data: Buffer, *, name: str, count: int) -> Array:
     if place != size:
         raise BadInput(f"tensor {name!r} has {size - place} bytes after its {count} BYTES elements")
     return bytes_array(items)
+
+
+def varint(value: int) -> bytes:
+    """An integer of 0 or more in groups of seven bits, the lowest first (protobuf; RFC 7541 section 5.1)."""
+    if value < 128:
+        return bytes((value,))
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def read_varint(data: Buffer, place: int) -> tuple[int, int]:
+    """An integer of up to five such bytes and the place after it. An unfinished one is too large for any data."""
+    value = shift = 0
+    while place < len(data) and shift < 35:
+        byte = data[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+        shift += 7
+    return 1 << 62, place

@@ -1,4 +1,4 @@
-"""The one table from an error of the tree to its HTTP status and its gRPC code."""
+"""The one table between the errors of the tree and the statuses of HTTP and gRPC, and the way back for clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Status(NamedTuple):
 
 
 # gRPC codes: 1 CANCELLED, 3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, 5 NOT_FOUND, 7 PERMISSION_DENIED,
-# 12 UNIMPLEMENTED, 13 INTERNAL, 14 UNAVAILABLE, 16 UNAUTHENTICATED.
+# 8 RESOURCE_EXHAUSTED, 10 ABORTED, 11 OUT_OF_RANGE, 12 UNIMPLEMENTED, 13 INTERNAL, 14 UNAVAILABLE, 16 UNAUTHENTICATED.
 _TABLE: dict[type[BaseException], Status] = {
     errors.BadInput: Status(400, 3),
     errors.BadConfig: Status(400, 3),
@@ -31,6 +31,30 @@ _TABLE: dict[type[BaseException], Status] = {
     errors.TorchshipError: Status(500, 13),
 }
 _UNKNOWN = Status(500, 13)
+_BY_CODE: dict[int, type[errors.TorchshipError]] = {
+    1: errors.Cancelled,
+    3: errors.BadInput,
+    4: errors.Expired,
+    5: errors.NotFound,
+    7: errors.Denied,
+    8: errors.Busy,
+    10: errors.Unavailable,
+    11: errors.BadInput,
+    12: errors.Unsupported,
+    14: errors.Unavailable,
+    16: errors.Unauthenticated,
+}
+_BY_HTTP: dict[int, type[errors.TorchshipError]] = {
+    401: errors.Unauthenticated,
+    403: errors.Denied,
+    404: errors.NotFound,
+    408: errors.Expired,
+    429: errors.Busy,
+    501: errors.Unsupported,
+    502: errors.Unavailable,
+    503: errors.Unavailable,
+    504: errors.Expired,
+}
 
 
 def status_of(error: BaseException) -> Status:
@@ -52,26 +76,16 @@ def text_of(error: BaseException) -> str:
 
 
 def error_of(status: Status, message: str, *, retry_after: float = 0.0) -> errors.TorchshipError:
-    """The error that a client raises for an answer with this status: the way back through the table."""
-    if status.http == 503 and retry_after > 0:
+    """The error that every client raises for an answer with this status; a gRPC code of 0 leaves it to HTTP's.
+
+    `retry_after` in seconds is what the server says about trying again; below 0 it says that this will not help.
+    """
+    if status.grpc:
+        kind = _BY_CODE.get(status.grpc, errors.StageFailed)
+    else:
+        kind = _BY_HTTP.get(status.http) or (errors.BadInput if 400 <= status.http < 500 else errors.StageFailed)
+    if kind is errors.Busy and retry_after < 0:
+        return errors.BadInput(message)
+    if kind in (errors.Busy, errors.Unavailable) and retry_after > 0:
         return errors.Busy(message, retry_after=retry_after)
-    by_status: dict[int, type[errors.TorchshipError]] = {
-        400: errors.BadInput,
-        401: errors.Unauthenticated,
-        500: errors.StageFailed,
-        503: errors.Unavailable,
-    }
-    by_code: dict[int, type[errors.TorchshipError]] = {
-        1: errors.Cancelled,
-        4: errors.Expired,
-        12: errors.Unsupported,
-        16: errors.Unauthenticated,
-    }
-    if status.grpc in by_code:
-        return by_code[status.grpc](message)
-    if status.http in by_status:
-        return by_status[status.http](message)
-    for kind, row in _TABLE.items():
-        if status.http == row.http and issubclass(kind, errors.TorchshipError):
-            return kind(message)
-    return errors.BadInput(message) if 400 <= status.http < 500 else errors.StageFailed(message)
+    return kind(message)

@@ -13,9 +13,8 @@ from typing import Any
 import msgspec
 
 from torchship.tensors import Array
-from torchship.wire.messages import Request
+from torchship.wire.messages import RawInputs, RawLayout, Request
 from torchship.wire.oip_json import reread
-from torchship.wire.rows import RawInputs, RawLayout
 
 _MARK = b'"data":'
 _LONGEST = 1024  # bytes of what is remembered of a body

@@ -200,18 +200,17 @@ def test_nobody_is_there(kind: str) -> None:
 
 
 def test_the_budget() -> None:
-    budget = Budget(tries=100, tokens=4.0, first_pause=0.1, longest_pause=0.3)
+    budget = Budget(tries=100, tokens=1.0, first_pause=0.1, longest_pause=0.3)
     down = Unavailable("down")
     first = budget.pause(down, attempt=1, left=10)
     assert first is not None
     assert 0.05 <= first <= 0.1
     assert budget.pause(BadInput("no"), attempt=1, left=10) is None
-    assert budget.pause(down, attempt=3, left=10) is None  # half of the tokens are gone
+    assert budget.pause(down, attempt=3, left=10) is None  # the reserve is gone
     for _ in range(20):
-        budget.good()
+        budget.request()
     busy = Busy("full", retry_after=2.0)
     assert budget.pause(busy, attempt=1, left=10) == 2.0
-    budget.good()
     assert Budget().pause(busy, attempt=1, left=1.0) is None
     assert Budget(tries=2).pause(down, attempt=2, left=10) is None
 

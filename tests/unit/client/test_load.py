@@ -14,12 +14,10 @@ from click.testing import CliRunner
 
 from tests.unit.protocols.running import Running, running
 from torchship.cli.bench import command
-from torchship.client.address import parse
-from torchship.client.load import Outcome, Shot, closed_loop, http_lanes, http_request, open_loop
-from torchship.client.load_grpc import grpc_lanes
-from torchship.client.measuring import Row, Target, example, meets
-from torchship.client.plot import render
-from torchship.client.tls import caller_context
+from torchship.client.address import caller_context, parse
+from torchship.client.lanes import grpc_lanes, http_lanes, http_request
+from torchship.client.load import Outcome, Row, Shot, Target, closed_loop, example, meets, open_loop
+from torchship.client.report import render
 from torchship.errors import BadConfig, BadInput, NotFound, StageFailed, Unavailable
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front

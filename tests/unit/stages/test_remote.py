@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.pipeline.test_plan import BODIES
 from tests.unit.stages.oip_server import Behaviour, serve
+from torchship.client import Budget
 from torchship.errors import BadConfig, BadInput, Busy, Expired, NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.pipeline import Composed, PipelineConfig, StageConfig, plan
 from torchship.pipeline.describe import describe_apart
@@ -226,6 +227,11 @@ def test_faults_of_configuration(url: str) -> None:
     planned(remote=DEAD, signature="x:FP32[-1,2] -> y:FP32[-1,2]")  # a declared signature needs no server
 
 
+def endpoint(host: str) -> Endpoint:
+    """The model `m` on a host."""
+    return Endpoint.parse(f"grpc://{host}:1/m")
+
+
 class Clock:
     """Time that only moves when told."""
 
@@ -236,14 +242,14 @@ class Clock:
 
 
 def test_the_retry_budget_bounds_retries() -> None:
-    pool = Endpoints([Endpoint("a:1", "m"), Endpoint("b:1", "m")], clock=Clock(), ratio=0.5, reserve=2)
+    pool = Endpoints([endpoint("a"), endpoint("b")], clock=Clock(), budget=Budget(tokens=2, ratio=0.5))
     counts = [len(list(pool.attempts(3))) for _ in range(5)]
     assert counts == [3, 1, 2, 1, 2]  # two in reserve, then one for every two requests
 
 
 def test_a_circuit_opens_pauses_tries_and_closes() -> None:
     clock = Clock()
-    one = Endpoint("a:1", "m")
+    one = endpoint("a")
     pool = Endpoints([one], clock=clock, failures=3, pause=1.0)
     for _ in range(2):
         pool.failed(one)
@@ -269,4 +275,5 @@ def test_what_is_no_endpoint(url: str) -> None:
 
 def test_endpoints_are_read() -> None:
     found = Endpoint.parse("grpcs://[::1]:443/net-1.b/3")
-    assert (found.address, found.model, found.version, found.secure) == ("[::1]:443", "net-1.b", "3", True)
+    where = found.address
+    assert (where.netloc, where.model, where.version, where.secure) == ("[::1]:443", "net-1.b", "3", True)

@@ -12,7 +12,7 @@ from torchship.serve.engine.ipc.arena import size_of
 from torchship.serve.engine.queue import Job
 from torchship.stage import Parameter, Value
 from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
-from torchship.wire.rows import RawInputs
+from torchship.wire.messages import RawInputs
 
 
 class Edge:

@@ -23,7 +23,7 @@ from torchship.serve.engine.sequences import Sequences
 from torchship.serve.metrics import LineMeter
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
-from torchship.wire.rows import Batch, BatchSlice, Outline, RawInputs
+from torchship.wire.messages import Batch, BatchSlice, Outline, RawInputs
 
 _LATE = 2.5  # seconds without a turn of our own, which comes at least once a second
 _SWEEP = 0.01  # seconds between two looks at deadlines and hangs

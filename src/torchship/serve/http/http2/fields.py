@@ -7,7 +7,7 @@ import re
 import hpack
 
 from torchship.serve.http.exchange import Head
-from torchship.wire.frames import COMPRESSION_ERROR, ENHANCE_YOUR_CALM, ConnectionFault
+from torchship.wire.frames import COMPRESSION_ERROR, ENHANCE_YOUR_CALM, ConnectionFault, read_integer
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
@@ -67,32 +67,15 @@ def changes_table(block: bytes) -> bool:
     while place < size:
         first = block[place]
         if first & 0x80:
-            _, place = _integer(block, place, 7)
+            _, place = read_integer(block, place)
         elif first & 0x40 or first & 0x20:
             return True
         else:
-            index, place = _integer(block, place, 4)
+            index, place = read_integer(block, place, bits=4)
             for _ in range(1 if index else 2):
-                length, place = _integer(block, place, 7)
+                length, place = read_integer(block, place)
                 place += length
     return False
-
-
-def _integer(block: bytes, place: int, bits: int) -> tuple[int, int]:
-    top = (1 << bits) - 1
-    value = block[place] & top
-    place += 1
-    if value < top:
-        return value, place
-    shift = 0
-    while place < len(block):
-        byte = block[place]
-        place += 1
-        value += (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            break
-    return value, place
 
 
 def head_of(fields: list[tuple[bytes, bytes]]) -> Head:
