@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchship.stage import Stage, Value
     from torchship.tensors import Tensors
 
@@ -51,26 +54,35 @@ def _run(*, target: str, file: Path, parameters: tuple[str, ...], mean: str, std
     from torchship.cli import _tensorfiles
 
     chosen = dict(map(_parameter, parameters))
-    numbers = {"mean": _numbers(mean), "std": _numbers(std)}
+    read = partial(_tensorfiles.read, file, mean=_numbers(mean), std=_numbers(std))
     token = opening.pop("token")
     if "://" in target:
-        from torchship.cli._ask import ServedModel
-
-        model = ServedModel(target, token=token)
-        try:
-            return model(_tensorfiles.read(file, signature=model.signature, **numbers), chosen), ()
-        finally:
-            model.close()
+        return _ask(target, chosen, token=token, read=read), ()
     from torchship.pipeline import Composed, rows
 
     stage, labels = _open(target, **opening)
     try:
-        tensors = _tensorfiles.read(file, signature=stage.signature, **numbers)
+        tensors = read(signature=stage.signature)
         stage.signature.check(tensors)
         alone = isinstance(stage, Composed)  # it cuts its jobs into batches itself
         return stage(tensors, chosen) if alone else rows.run(stage, tensors, chosen), labels
     finally:
         stage.close()
+
+
+def _ask(url: str, parameters: dict[str, Value], *, token: str, read: Callable[..., Tensors]) -> Tensors:
+    """The answer of a served model, by the URL that people paste, to what `read` gives for its signature."""
+    from torchship.client import Client
+    from torchship.client.address import parse
+    from torchship.errors import BadInput
+    from torchship.wire.oip_json import signature_of
+
+    found = parse(url)
+    if not found.model:
+        raise BadInput(f"{url} names no model", hint="as in http://127.0.0.1:8000/v2/models/classify")
+    with Client(found.server, token=token) as client:
+        tensors = read(signature=signature_of(client.metadata(found.model, found.version)))
+        return client.infer(found.model, tensors, version=found.version, parameters=parameters)
 
 
 def _open(target: str, *, store: str | None, **opening: Any) -> tuple[Stage, tuple[str, ...]]:
