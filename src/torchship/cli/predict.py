@@ -71,7 +71,7 @@ def _run(*, target: str, file: Path, parameters: tuple[str, ...], mean: str, std
 
 
 def _ask(url: str, parameters: dict[str, Value], *, token: str, read: Callable[..., Tensors]) -> Tensors:
-    """The answer of a served model, by the URL that people paste, to what `read` gives for its signature."""
+    """The answer of a served model, by any URL of it, to what `read` gives for its signature."""
     from torchship.client import Client
     from torchship.client.address import parse
     from torchship.errors import BadInput
