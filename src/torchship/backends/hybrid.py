@@ -7,6 +7,7 @@ package must be installed there; what a script defines itself goes along as sour
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import shutil
@@ -22,7 +23,7 @@ from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, 
 from torchship.hardware import Hardware
 from torchship.lowering import blueprint, program, torch_stage
 from torchship.lowering.blueprint import Blueprint, Holder
-from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.lowering.torch_stage import TorchStage, no_fast_path, prepare
 from torchship.model import Model, to_numpy, to_torch
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
@@ -51,7 +52,7 @@ class Cut(msgspec.Struct, frozen=True):
 
 
 class HybridPlan(msgspec.Struct, frozen=True):
-    """The content of `hybrid.json`. `args` and `kwargs` hold {"slot": n} where tensor n belongs.
+    """The content of `hybrid.json`. `call` is the pair of arguments and keyword arguments, with slots for tensors.
 
     The module comes out of `drawn`, or is made by the function that `source` names. `digests` are those of the classes'
     source code.
@@ -60,8 +61,7 @@ class HybridPlan(msgspec.Struct, frozen=True):
     source: str
     drawn: Blueprint | None
     digests: dict[str, str]
-    args: list[Any]
-    kwargs: dict[str, Any]
+    call: Blueprint
     paths: list[list[tuple[str, str | int]]]
     moves: list[int]
     written: list[int]
@@ -89,9 +89,10 @@ def build(model: Model, *, options: Options, out: Path) -> None:
         raise BadConfig(f"hybrid: precision {options['precision']!r} is unknown", hint=f"use {', '.join(_PRECISIONS)}")
     drawing = None if source else blueprint.draw(inner)
     tensors = _by_source(source, inner) if drawing is None else drawing.tensors
-    named = {} if drawing is None else drawing.named
+    named = {} if drawing is None else dict(drawing.named)
     frame: Any = model.module.frame
-    args, kwargs = [_emptied(value) for value in frame.args], {k: _emptied(v) for k, v in frame.kwargs.items()}
+    call = blueprint.draw((frame.args, frame.kwargs))
+    named |= call.named
     cuts = _cut(model, options, out) if options.get("parts") else []
     own = {name: value for name, value in named.items() if name.startswith("__main__:")}
     if own:
@@ -100,7 +101,14 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     paths = [list(path) for path in flat.paths]
     digests = _digests({name: value for name, value in named.items() if name not in own})
     plan = HybridPlan(
-        source, drawing and drawing.blueprint, digests, args, kwargs, paths, list(flat.moves), list(flat.written), cuts
+        source,
+        drawing and drawing.blueprint,
+        digests,
+        call.blueprint,
+        paths,
+        list(flat.moves),
+        list(flat.written),
+        cuts,
     )
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
     _save(tensors, out / WEIGHTS)
@@ -145,7 +153,13 @@ def _digests(named: dict[str, Any]) -> dict[str, str]:
 
 def _source_of(value: Any) -> str:
     """Empty for Python's and torch's own, which come with a version, and for what was not written in Python."""
-    if str(value.__module__).partition(".")[0] in (*sys.stdlib_module_names, "torch", "torchvision", "torchaudio"):
+    if str(value.__module__).partition(".")[0] in (
+        *sys.stdlib_module_names,
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "torchship",
+    ):
         return ""
     try:
         return inspect.getsource(value)
@@ -176,31 +190,6 @@ def _make(source: str) -> torch.nn.Module:
     if not isinstance(found, torch.nn.Module):
         raise NotFound(f"hybrid: {source!r} makes a {type(found).__name__}, not a module")
     return found
-
-
-def _emptied(value: Any) -> Any:
-    """An argument as JSON, slots instead of tensors."""
-    if hasattr(value, "index") and type(value).__name__ == "Slot":
-        return {"slot": value.index}
-    if isinstance(value, dict):
-        return {"dict": {str(key): _emptied(item) for key, item in value.items()}}
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_emptied(item) for item in value]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"is": value}
-    raise BuildFailed(f"hybrid: an argument of type {type(value).__name__} cannot be written down")
-
-
-def _filled(value: dict[str, Any], tensors: tuple[Any, ...]) -> Any:
-    ((kind, content),) = value.items()
-    if kind == "slot":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _filled(item, tensors) for key, item in content.items()}
-    if kind in ("list", "tuple"):
-        items = [_filled(item, tensors) for item in content]
-        return items if kind == "list" else tuple(items)
-    return content
 
 
 def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
@@ -237,7 +226,8 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     """
     prepare(device=device, threads=threads)
     plan = msgspec.json.decode((path / PLAN).read_bytes(), type=HybridPlan)
-    module = _raised(plan, path).eval().requires_grad_(False)
+    module, call = _raised(plan, path)
+    module.eval().requires_grad_(False)
     for number, cut in enumerate(plan.cuts):
         backend = plugins.load("backends", name=cut.recipe.backend)
         stage = backend.open(
@@ -250,25 +240,18 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         module.set_submodule(cut.path, _as_module(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
     half = not plan.cuts and options.get("precision") == "bf16"
-    return TorchStage(
-        _body(module, plan, half=torch_stage.device_kind(device) if half else ""), signature=signature, device=device
-    )
+    body = _body(module, plan, call, half=torch_stage.device_kind(device) if half else "")
+    return TorchStage(body, signature=signature, device=device)
 
 
-def _raised(plan: HybridPlan, path: Path) -> torch.nn.Module:
+def _raised(plan: HybridPlan, path: Path) -> tuple[torch.nn.Module, Any]:
+    """The module, and the arguments and keyword arguments of its call."""
     import torch
     from safetensors import safe_open
 
     with safe_open(str(path / WEIGHTS), "pt") as file:
         names = (file.metadata() or {}).get("complex", "").split()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-    if plan.drawn is None:
-        module = _make(plan.source)
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as fault:
-            raise CorruptArtifact(f"the weights do not fit {plan.source}: {str(fault)[:300]}") from fault
-        return module
     named: dict[str, Any] = {}
     script = _run_script(path / SCRIPT) if (path / SCRIPT).is_file() else None
 
@@ -277,21 +260,26 @@ def _raised(plan: HybridPlan, path: Path) -> torch.nn.Module:
         if home != "__main__" or script is None:
             named[name] = process.resolve(name)
             return named[name]
-        found: Any = script
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        return found
+        return functools.reduce(getattr, attribute.split("."), script)
 
-    for name in names:
-        weights[name] = torch.view_as_complex(weights[name])
-    module = blueprint.raise_up(plan.drawn, weights, resolve=resolve)
+    call = blueprint.raise_up(plan.call, {}, resolve=resolve)
+    if plan.drawn is None:
+        module = _make(plan.source)
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as fault:
+            raise CorruptArtifact(f"the weights do not fit {plan.source}: {str(fault)[:300]}") from fault
+    else:
+        for name in names:
+            weights[name] = torch.view_as_complex(weights[name])
+        module = blueprint.raise_up(plan.drawn, weights, resolve=resolve)
     changed = [name for name, digest in _digests(named).items() if plan.digests.get(name, digest) != digest]
     if changed:
         raise CorruptArtifact(
             f"the code of {changed[0]} is not what it was when the artifact was made",
             hint="install that version of it, or optimize the model again",
         )
-    return module  # type: ignore[no-any-return]
+    return module, call
 
 
 def _run_script(path: Path) -> types.ModuleType:
@@ -335,21 +323,19 @@ def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Modul
     return Compiled()
 
 
-def _body(module: torch.nn.Module, plan: HybridPlan, *, half: str) -> Any:
+def _body(module: torch.nn.Module, plan: HybridPlan, call: Any, *, half: str) -> Any:
     import torch
+
+    from torchship.lowering import tree
+
+    moves = plan.moves or [0] * len(plan.paths)
 
     def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tensors = tuple(tensor.clone() if i in plan.written else tensor for i, tensor in enumerate(tensors))
-        args = [_filled(value, tensors) for value in plan.args]
-        with torch.autocast(half or "cpu", dtype=torch.bfloat16, enabled=bool(half)):
-            answer = module(*args, **{name: _filled(value, tensors) for name, value in plan.kwargs.items()})
-        found = []
-        for path in plan.paths:
-            value = answer
-            for how, key in path:
-                value = getattr(value, str(key)) if how == "field" else value[key]
-            found.append(value)
-        moves = plan.moves or [0] * len(found)
+        args, kwargs = tree.fill(call, tensors)
+        with torch.autocast(half or "cpu", dtype=torch.bfloat16, enabled=bool(half)), no_fast_path():
+            answer = module(*args, **kwargs)
+        found = (tree.follow(answer, tuple(path)) for path in plan.paths)
         return tuple(out.movedim(axis, 0) if axis else out for out, axis in zip(found, moves, strict=True))
 
     return body

@@ -167,8 +167,9 @@ def _state_of(module: torch.nn.Module, path: str) -> Iterator[tuple[str, Any]]:
         raise _refusal(path, f"a {type(module).__name__}, which says: {str(fault).partition('. ')[0]}") from fault
     for name, value in state.items():
         if "hooks" in name and name in fresh:
-            if value:
-                raise _refusal(path, f"a module with {name.strip('_').replace('_', ' ')}")
+            for hook in value.values() if name in ("_forward_hooks", "_forward_pre_hooks") else ():
+                words = name.strip("_").replace("_", " ")
+                raise _refusal(path, f"a module with {words} ({getattr(hook, '__qualname__', type(hook).__name__)})")
         elif name in _PLACES or name not in fresh or value != fresh[name]:
             yield name, value
 

@@ -23,7 +23,8 @@ _PLAIN = re.compile(
     r"|archive_format|archive_version|version|\.data/version|byteorder|\.data/serialization_id)$"
 )
 _OPERATOR = re.compile(
-    r"^(torch\.ops\.(?!(?:aten\.(?:from_file|save)|inductor|profiler)\b)[a-z]\w*\.(?!_*__)\w+(\.(?!__)\w+)?"
+    r"^(torch\.ops\.(?!(?:aten\.(?:from_file|save)|inductor|profiler)\b)[a-z]\w*\."
+    r"(?:(?!_*__)\w+|__i?(?:and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
     r"|torch\.(sym_\w+|_sym_\w+)|_operator\.(?!attrgetter|methodcaller|call\b)\w+|math\.\w+)$"
 )
 _HIGHER_ORDER = re.compile(r"^torch\.ops\.higher_order\.\w+$")

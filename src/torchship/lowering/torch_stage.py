@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,6 +83,22 @@ class TorchStage:
             import torch
 
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Without the short cut of torch's own transformer layers, which answers 0 where a mask leaves a place out.
+
+    What is exported computes these places; they are nobody's, and the reference is not to differ there.
+    """
+    import torch
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def prepare(*, device: str, threads: int, tf32: bool = False) -> None:

@@ -6,14 +6,18 @@ The one place where pickle is used; docs/decisions/0003-capsule.md says why and 
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import Context, ContextVar
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from torchship.errors import CaptureFailed, Denied
@@ -55,10 +59,9 @@ def _sweep(parent: Path) -> None:
 
 def put(path: Path, value: Any, *, what: str) -> None:
     """Write `value` for a child of this process. Raises CaptureFailed when it cannot be pickled."""
-    import cloudpickle
-
+    buffer = io.BytesIO()
     try:
-        data = cloudpickle.dumps(value)
+        _pickler(buffer).dump(value)
     except Exception as fault:
         raise CaptureFailed(
             f"{what} cannot be sent to a child process: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}",
@@ -66,7 +69,41 @@ def put(path: Path, value: Any, *, what: str) -> None:
         ) from fault
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        file.write(buffer.getbuffer())
+
+
+def _pickler(buffer: io.BytesIO) -> Any:
+    """cloudpickle's, where code keeps the name of its file, and what has no content of its own is made anew."""
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, CodeType):
+                # cloudpickle writes <dynamic-code>: lines could not be named, nor a script's source be found again
+                make, arguments = self.dispatch_table[CodeType](value)
+                return make, tuple(value.co_filename if item == "<dynamic-code>" else item for item in arguments)
+            if isinstance(value, ContextVar):
+                return _context_variable, (value.name, *Context().run(_default, value))
+            for kind, name in _EMPTY.items():
+                if isinstance(value, kind):
+                    return getattr(threading, name), ()
+            return super().reducer_override(value)
+
+    return Pickler(buffer)
+
+
+_EMPTY = {type(threading.Lock()): "Lock", type(threading.RLock()): "RLock", threading.local: "local"}
+
+
+def _default(variable: ContextVar[Any]) -> tuple[Any, ...]:
+    try:
+        return (variable.get(),)
+    except LookupError:
+        return ()
+
+
+def _context_variable(name: str, *default: Any) -> ContextVar[Any]:
+    return ContextVar(name, default=default[0]) if default else ContextVar(name)
 
 
 def take(path: Path) -> Any:

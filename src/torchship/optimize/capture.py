@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from torchship.errors import BadInput, CaptureFailed
+from torchship.lowering.torch_stage import no_fast_path
+from torchship.lowering.tree import Parts
 from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import axes, decisions, freeze
-from torchship.optimize.flatten import Flat, Frame, outline, take_apart
-from torchship.optimize.places import Place
+from torchship.optimize.flatten import Flat, Frame, kind_of, outline, take_apart
+from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
 from torchship.optimize.samples import as_call, flatten_samples, random_inputs, vocabulary_of
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
@@ -65,7 +67,11 @@ def capture(
     model = Model(
         module=flat, signature=signature, examples=_longer(flat, arrays, signature), name=name or type(module).__name__
     )
-    flat.notes, flat.moves, flat.steady = [*study.notes, *_on_buffers(changed)], study.moves, study.steady
+    flat.notes, flat.moves, flat.steady = (
+        [*study.notes, *flat.dropped, *_on_buffers(changed)],
+        study.moves,
+        study.steady,
+    )
     flat.decided = tuple(decided)
     if calibration is None:
         return model
@@ -126,21 +132,51 @@ def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: 
     given = [tensor.clone() for tensor in tensors]
     args, kwargs = frame.fill(given)
     try:
-        with torch.no_grad():
-            leaves = outline(module(*args, **kwargs))
+        with torch.inference_mode(), no_fast_path():
+            answer = module(*args, **kwargs)
     except Exception as fault:
-        shapes = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True))
+        raise _failed(module, frame, names, tensors, fault) from fault
+    parts = Parts()
+    leaves = outline(answer, parts)
+    for leaf in parts.hiding:
+        name = f"output {leaf.name!r}" if leaf.name else f"what {type(module).__name__} returns"
         raise CaptureFailed(
-            f"{type(module).__name__} fails on its example inputs ({shapes}): {type(fault).__name__}: {fault}",
-            hint="call the module with the same inputs in plain Python first",
-        ) from fault
+            f"{name} is a {kind_of(leaf.value)}: its tensors are out of reach",
+            hint="return tensors, in lists, dicts, dataclasses or objects that keep them as attributes",
+        )
     if not leaves:
         raise CaptureFailed(f"{type(module).__name__} returns no tensor", hint="return tensors, or containers of them")
-    flat: Any = Flat(module, frame=frame, names=names, paths=[path for _, path, _ in leaves])
-    flat.output_names = [name for name, _, _ in leaves]
+    flat: Any = Flat(module, frame=frame, names=names, paths=[leaf.path for leaf in leaves])
+    flat.output_names = [leaf.name for leaf in leaves]
+    flat.dropped = [
+        f"output {leaf.name!r} is a {kind_of(leaf.value)}, no tensor: it is left out" for leaf in parts.others
+    ]
     versions = zip(given, tensors, strict=True)
     flat.written = tuple(i for i, (now, was) in enumerate(versions) if now._version or not freeze.same(now, was))
     return flat.eval()
+
+
+def _failed(
+    module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: Sequence[torch.Tensor], fault: Exception
+) -> CaptureFailed:
+    """What to say of a module that fails on its examples: where, and whether it is for want of gradients."""
+    name, where = type(module).__name__, innermost(fault)
+    at = f" at {where}: {where.code}" if where else ""
+    args, kwargs = frame.fill([tensor.clone() for tensor in tensors])
+    try:
+        with torch.enable_grad():
+            module(*args, **kwargs)
+    except Exception:  # it fails with gradients as well
+        shapes = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True))
+        return CaptureFailed(
+            f"{name} fails on its example inputs ({shapes}){at}: {type(fault).__name__}: {fault}",
+            hint="are these the shapes and dtypes that forward takes? in eval mode?",
+        )
+    return CaptureFailed(
+        f"{name} computes gradients in its forward (torch.autograd.grad, backward or requires_grad){at}: an artifact "
+        "runs without autograd",
+        hint="use torch.func.grad, which needs no autograd around it, or return the energy and differentiate outside",
+    )
 
 
 def _watched(flat: Any) -> Run:
@@ -148,7 +184,7 @@ def _watched(flat: Any) -> Run:
 
     def run(call: Call) -> tuple[torch.Tensor, ...]:
         output = flat.answer(call)
-        found = [name for name, _, _ in outline(output)]
+        found = [leaf.name for leaf in outline(output)]
         if found != flat.output_names:
             raise CaptureFailed(
                 f"the outputs change with the input: {', '.join(flat.output_names)} for the first example, "

@@ -105,8 +105,8 @@ def _distillation(teacher: nn.Module) -> Distill:
     def distill(outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
             wanted = outline(teacher(*args, **kwargs))
-        found = outline(outputs)
-        parts = [_apart(w, f) for (_, _, w), (_, _, f) in zip(wanted, found, strict=True) if w.is_floating_point()]
+        pairs = ((w.value, f.value) for w, f in zip(wanted, outline(outputs), strict=True))
+        parts = [_apart(w, f) for w, f in pairs if w.is_floating_point()]
         return torch.stack(parts).mean()
 
     return distill

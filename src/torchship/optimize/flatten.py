@@ -8,21 +8,13 @@ import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from torchship.errors import CaptureFailed
-
-Path: TypeAlias = tuple[tuple[str, Any], ...]
-Leaf: TypeAlias = tuple[str, Path, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """Where tensor number `index` belongs in a call."""
-
-    index: int
+from torchship.lowering import tree
+from torchship.lowering.torch_stage import no_fast_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +26,16 @@ class Frame:
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments with `tensors` in their slots."""
-        args = tuple(_fill(value, tensors) for value in self.args)
-        return args, {name: _fill(value, tensors) for name, value in self.kwargs.items()}
+        args, kwargs = tree.fill((self.args, self.kwargs), tensors)
+        return args, kwargs
 
 
 class Flat(torch.nn.Module):
     """`inner` behind flat tensors: `forward(a, b, ...)` returns a tuple with one tensor for each of `paths`."""
 
-    def __init__(self, inner: torch.nn.Module, *, frame: Frame, names: Sequence[str], paths: Sequence[Path]) -> None:
+    def __init__(
+        self, inner: torch.nn.Module, *, frame: Frame, names: Sequence[str], paths: Sequence[tree.Path]
+    ) -> None:
         super().__init__()
         self.inner = inner
         self.frame = frame
@@ -61,11 +55,12 @@ class Flat(torch.nn.Module):
         if self.written:
             tensors = [tensor.clone() if i in self.written else tensor for i, tensor in enumerate(tensors)]
         args, kwargs = self.frame.fill(tensors)
-        return self.inner(*args, **kwargs)
+        with no_fast_path():
+            return self.inner(*args, **kwargs)
 
     def take(self, output: Any) -> tuple[torch.Tensor, ...]:
         """The tensors of an answer, in the order of `paths`."""
-        found = tuple(follow(output, path) for path in self.paths)
+        found = tuple(tree.follow(output, path) for path in self.paths)
         if any(self.moves):
             return tuple(out.movedim(axis, 0) for out, axis in zip(found, self.moves, strict=True))
         return found
@@ -100,16 +95,25 @@ def take_apart(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Frame, list[tuple[str, torch.Tensor]]]:
     """The Frame of a call and its tensors with their names: the parameter's, then keys and indices inside it."""
-    found: list[tuple[str, torch.Tensor]] = []
-    names = _parameter_names(module, args)
-    frame = Frame(
-        tuple(_empty(value, name, found) for name, value in zip(names, args, strict=True)),
-        {name: _empty(value, name, found) for name, value in kwargs.items()},
-    )
-    if not found:
+    parts = tree.Parts()
+    named = [*zip(_parameter_names(module, args), args, strict=True), *kwargs.items()]
+    given = [tree.take_apart(value, parts, name=name, numbered=True) for name, value in named]
+    frame = Frame(tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True)))
+    for leaf in parts.hiding:
+        raise CaptureFailed(
+            f"argument {leaf.name!r} is a {kind_of(leaf.value)}: tensors in it would be constants of the artifact",
+            hint="give its tensors by themselves, in a list, a dict or a dataclass",
+        )
+    if not parts.tensors:
         raise CaptureFailed("the example inputs hold no tensor", hint="give tensors as the model's forward takes them")
-    words = identifiers([name for name, _ in found])
-    return frame, [(word, tensor) for word, (_, tensor) in zip(words, found, strict=True)]
+    words = identifiers([leaf.name for leaf in parts.tensors])
+    return frame, [(word, leaf.value) for word, leaf in zip(words, parts.tensors, strict=True)]
+
+
+def kind_of(value: object) -> str:
+    """The type of a value as its module and name."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _parameter_names(module: torch.nn.Module, args: Sequence[Any]) -> list[str]:
@@ -127,63 +131,9 @@ def _parameter_names(module: torch.nn.Module, args: Sequence[Any]) -> list[str]:
     return names
 
 
-def _empty(value: Any, name: str, found: list[tuple[str, torch.Tensor]]) -> Any:
-    """`value` with its tensors replaced by slots; the tensors are appended to `found`."""
-    if isinstance(value, torch.Tensor):
-        found.append((name, value))
-        return Slot(len(found) - 1)
-    if isinstance(value, dict):
-        return {key: _empty(item, f"{name}_{key}", found) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_empty(item, f"{name}_{i}", found) for i, item in enumerate(value)))
-    if isinstance(value, list | tuple):
-        return type(value)(_empty(item, f"{name}_{i}", found) for i, item in enumerate(value))
-    return value
-
-
-def _fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    if isinstance(value, Slot):
-        return tensors[value.index]
-    if isinstance(value, dict):
-        return {key: _fill(item, tensors) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_fill(item, tensors) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)([_fill(item, tensors) for item in value])
-    return value
-
-
-def outline(output: Any) -> list[Leaf]:
-    """Name, path and value of every tensor in an output; names are stable and distinct, None and plain values drop."""
-    found: list[Leaf] = []
-    _outline(output, "", (), found)
-    words = identifiers([name or "output" for name, _, _ in found])
-    return [(word, path, tensor) for word, (_, path, tensor) in zip(words, found, strict=True)]
-
-
-def _outline(value: Any, name: str, path: Path, found: list[Leaf]) -> None:
-    def inside(key: object, how: str, item: Any) -> None:
-        _outline(item, f"{name}_{key}" if name else str(key), (*path, (how, key)), found)
-
-    if isinstance(value, torch.Tensor):
-        found.append((name, path, value))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            inside(key, "item", item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for entry in dataclasses.fields(value):
-            inside(entry.name, "field", getattr(value, entry.name))
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for key in value._fields:
-            inside(key, "field", getattr(value, key))
-    elif isinstance(value, list | tuple):
-        name = name or "output"
-        for index, item in enumerate(value):
-            inside(index, "item", item)
-
-
-def follow(value: Any, path: Path) -> Any:
-    """What `path` leads to inside an output."""
-    for how, key in path:
-        value = getattr(value, key) if how == "field" else value[key]
-    return value
+def outline(output: Any, parts: tree.Parts | None = None) -> list[tree.Leaf]:
+    """Every tensor of an output with its way there, under stable and distinct names; `parts` takes in all the rest."""
+    parts = parts or tree.Parts()
+    tree.take_apart(output, parts)
+    words = identifiers([leaf.name or "output" for leaf in parts.tensors])
+    return [tree.Leaf(word, leaf.path, leaf.value) for word, leaf in zip(words, parts.tensors, strict=True)]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import CellType, FunctionType
 from typing import Any
 
@@ -22,6 +26,18 @@ _SETTLED: dict[type, tuple[Callable[[Any, str], Any], str]] = {
     SpectralNorm: (remove_spectral_norm, "name"),
     prune.BasePruningMethod: (prune.remove, "_tensor_name"),
 }
+# what nothing asks for while a model runs without gradients
+_IDLE_HOOKS = frozenset(name for name in vars(torch.nn.Module()) if "hooks" in name) - {
+    *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    "_forward_pre_hooks_with_kwargs",
+}
+_SHARED = (
+    ContextVar,
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.local,
+    logging.Logger,
+)  # no copies of these are made
 
 
 def frozen(module: torch.nn.Module) -> torch.nn.Module:
@@ -43,7 +59,7 @@ def frozen(module: torch.nn.Module) -> torch.nn.Module:
                 hint="module.to_empty(device='cpu'), then load_state_dict",
             )
     with torch.no_grad():  # else the copies of TorchScript's weights are computed ones
-        made = _copied(module).cpu().eval()
+        made = _bare(_copied(module)).cpu().eval()
         for weight in made.parameters():  # TorchScript's modules have no requires_grad_ of their own
             weight.requires_grad_(False)
         _settle(made)
@@ -58,14 +74,27 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     return module if inner is None else _unwrapped(inner)
 
 
+def _bare(module: torch.nn.Module) -> torch.nn.Module:
+    """Without what only compiles, loads or trains: inner wrappers of torch.compile, hooks that serve no forward."""
+    for part in list(module.modules()):
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        for name, child in part._modules.items():
+            part._modules[name] = child if child is None else _unwrapped(child)
+        part._compiled_call_impl = None
+        for name in _IDLE_HOOKS.intersection(vars(part)):
+            vars(part)[name].clear()
+    return module
+
+
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
-    computed = [
-        value
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    ]
+    values = [value for part in module.modules() for value in vars(part).values()]
+    computed = [value for value in values if isinstance(value, torch.Tensor) and not value.is_leaf]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    cells = [
+        cell for part in module.modules() for hook in _hooks(part) for cell in getattr(hook, "__closure__", ()) or ()
+    ]
+    memo |= {id(value): value for value in (*values, *(c.cell_contents for c in cells)) if isinstance(value, _SHARED)}
     try:
         made = copy.deepcopy(module, memo)
         for part in made.modules():
@@ -75,9 +104,25 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
         return made
     except Exception as fault:
         raise CaptureFailed(
-            f"{type(module).__name__} cannot be copied: {type(fault).__name__}: {fault}",
-            hint="it holds something that is no weight: an open file, a lock, or a tensor that gradients flow through",
+            f"{_culprit(module, memo)} cannot be copied: {type(fault).__name__}: {fault}",
+            hint="it holds something that is no weight: an open file, or a tensor that gradients flow through",
         ) from fault
+
+
+def _hooks(part: torch.nn.Module) -> list[Any]:
+    return [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+
+
+def _culprit(module: torch.nn.Module, memo: dict[int, Any]) -> str:
+    """The path of the attribute that stops the copy."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            try:
+                if name != "_modules":
+                    copy.deepcopy(value, dict(memo))
+            except Exception:  # whatever it is
+                return ".".join(word for word in (type(module).__name__, path, name) if word)
+    return type(module).__name__
 
 
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
@@ -138,13 +183,13 @@ def remember(module: torch.nn.Module) -> Callable[[], list[str]]:
 
 
 def _own(part: torch.nn.Module) -> dict[str, Any]:
-    """A module's attributes but those that every module has."""
+    """A module's attributes but those that every module has; its hooks are its own."""
     fresh = vars(torch.nn.Module())
-    return {name: value for name, value in vars(part).items() if name not in fresh}
+    return {name: value for name, value in vars(part).items() if name not in fresh or "hooks" in name}
 
 
 def _content(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set) else None
+    return copy.copy(value) if type(value) in (list, dict, set, OrderedDict) else None
 
 
 def _given_back(module: torch.nn.Module, path: str, before: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import sysconfig
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -59,6 +60,14 @@ def is_users(file: str) -> bool:
 def is_installed(file: str) -> bool:
     """Whether a file lies in an installed package, so that its user is not the one to edit it."""
     return "site-packages" in file or "dist-packages" in file
+
+
+def innermost(fault: BaseException) -> Place | None:
+    """The innermost line of the user's own code, or of a package's, that an error came through."""
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(fault.__traceback__)]
+    users = [place_at(code.co_filename, line, code.co_name) for code, line in frames if is_users(code.co_filename)]
+    own = [place for place in users if not is_installed(place.file)]
+    return (own or users)[-1] if users else None
 
 
 def place_now() -> Place | None:

@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from torchship.errors import BadInput
+from torchship.lowering.tree import Parts, take_apart
 from torchship.model import to_numpy, to_torch
 from torchship.tensors import Array, Free, Signature, Tensors, TensorSpec, dtype_name, numpy_dtype
 
@@ -27,15 +29,7 @@ def as_call(example: Any) -> Call:
 
 def _tensors(value: Any) -> Any:
     """Numpy arrays become tensors, wherever they sit."""
-    if isinstance(value, np.ndarray):
-        return to_torch(value)
-    if isinstance(value, dict):
-        return {key: _tensors(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_tensors, value))
-    if isinstance(value, list | tuple):
-        return type(value)([_tensors(item) for item in value])
-    return value
+    return pytree.tree_map(lambda leaf: to_torch(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
 
 
 def random_inputs(
@@ -110,10 +104,14 @@ def _fit(samples: Iterable[Any], signature: Signature) -> Iterator[Tensors]:
 
 def _flat(sample: Any, signature: Signature) -> Tensors:
     specs = signature.inputs
+    if isinstance(sample, Mapping) and not all(spec.name in sample for spec in specs):
+        sample = list(as_call(sample)[1].values())
     if isinstance(sample, Mapping):
-        values: Sequence[Any] = [sample[spec.name] for spec in specs if spec.name in sample]
+        values: Sequence[Any] = [sample[spec.name] for spec in specs]
     else:
-        values = list(sample) if isinstance(sample, tuple | list) else [sample]
+        parts = Parts()
+        take_apart(as_call(sample)[0] if isinstance(sample, tuple) else _tensors(sample), parts)
+        values = [leaf.value for leaf in parts.tensors]
     if len(values) < len(specs):
         raise BadInput(
             f"a calibration sample holds {len(values)} tensors, the model takes {len(specs)}",

@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import tomllib
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +19,7 @@ import torch
 
 from torchship import process
 from torchship.errors import BadConfig, BadInput, NotFound
-from torchship.optimize.places import is_users, place_at
+from torchship.optimize.places import innermost
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
 from torchship.stages import images
@@ -136,8 +135,7 @@ def found_at(target: str, *, what: str) -> Any:
 
 def _told(fault: BaseException) -> str:
     """An error in one line, with the innermost line of the user's code that it came through."""
-    frames = [place_at(frame.f_code.co_filename, line, "") for frame, line in traceback.walk_tb(fault.__traceback__)]
-    place = next((place for place in reversed(frames) if is_users(place.file)), None)
+    place = innermost(fault)
     where = f" [{place}: {place.code}]" if place else ""
     return f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}{where}"
 
@@ -167,7 +165,9 @@ def module_at(target: str) -> torch.nn.Module:
             wanting = isinstance(fault, TypeError) and "argument" in str(fault)
             raise BadConfig(
                 f"TARGET: {target!r} {'needs arguments' if wanting else 'fails when it is called'}: {_told(fault)}",
-                hint="write a small function that returns the module" if wanting else "call it in plain Python first",
+                hint="write a small function that returns the module"
+                if wanting
+                else "the line above is where it stops",
             ) from fault
     if not isinstance(found, torch.nn.Module):
         raise BadConfig(f"TARGET: {target!r} returned something of type {type(found).__name__}, not an nn.Module")

@@ -123,7 +123,7 @@ def _script(patient: Patient) -> Any:
     scripted = torch.jit.script(flat.inner)
 
     def run(*tensors: torch.Tensor) -> Any:
-        from torchship.optimize.flatten import follow
+        from torchship.lowering.tree import follow
 
         args, kwargs = flat.frame.fill(tensors)
         output = scripted(*args, **kwargs)
