@@ -26,13 +26,15 @@ class Model:
     """`module(*inputs)` takes torch tensors in the order of `signature.inputs` and returns a tuple in the order of
     `signature.outputs`: keyword arguments, dicts and nested outputs were flattened by capture; the user's own module
     is `module.inner`. `examples` holds sample inputs (the first has two rows or more where the signature is batched),
-    `calibration` real data for quantizers, in batches.
+    `calibration` real data for quantizers, in batches, `edges` inputs at the ends of what a caller may send: a
+    candidate is judged on them, and never fitted to them.
     """
 
     module: torch.nn.Module
     signature: Signature
     examples: Sequence[Tensors]
     calibration: Sequence[Tensors] = field(default=())
+    edges: Sequence[Tensors] = field(default=())
     name: str = "model"
     shelf: Shelf | None = None
 

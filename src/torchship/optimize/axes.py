@@ -10,7 +10,8 @@ from typing import TypeAlias
 import torch
 
 from torchship.errors import CaptureFailed
-from torchship.optimize import decisions, rows
+from torchship.optimize import decisions, edges, rows
+from torchship.optimize.edges import Symbols
 from torchship.optimize.places import Place
 from torchship.optimize.rows import Call, Rows, Run, Shape
 from torchship.tensors import Axis, Free
@@ -26,6 +27,7 @@ class Study:
 
     `moves` tells for each output which of its axes holds the rows; one that is not 0 is to be moved to the front.
     `steady`: two runs on the same input agree. `tried`: calls of other lengths, and of other values where those decide.
+    `edges`: calls at the ends of what a caller may send.
     """
 
     inputs: tuple[Shape, ...]
@@ -36,6 +38,7 @@ class Study:
     steady: bool = True
     notes: list[str] = field(default_factory=list)
     tried: list[Call] = field(default_factory=list)
+    edges: list[Call] = field(default_factory=list)
 
 
 def input_shapes(
@@ -111,8 +114,39 @@ def study(
     first = shapes[0][0] if alone else None
     ends = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
     moves = found.moves if alone else ()
-    inputs, tried = tuple(_unnamed(shapes, ends)), [call for call, _ in probes[len(calls) :]]
-    return Study(inputs, outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes, tried)
+    tried = [call for call, _ in probes[len(calls) :]]
+    shapes, beyond = _edges(run, calls[0], shapes, symbols, rows=alone, names=names, notes=notes)
+    inputs = tuple(_unnamed(shapes, ends))
+    return Study(inputs, outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes, tried, beyond)
+
+
+def _edges(
+    run: Run,
+    call: Call,
+    shapes: Sequence[Shape],
+    symbols: Symbols,
+    *,
+    rows: bool,
+    names: Sequence[str],
+    notes: list[str],
+) -> tuple[list[Shape], list[Call]]:
+    """The shapes within the bounds that the module has of its own, and calls at the edge of what may be sent."""
+    lengths = edges.Lengths(run, call, shapes, symbols, batched=rows)
+    bounds: dict[str, tuple[int, int | None]] = {}
+    made = [list(shape) for shape in shapes]
+    for symbol, places in symbols.items():
+        i, position = places[0]
+        told = f"axis {position} of {names[i]!r}" if symbol.startswith("?") or _OURS.fullmatch(symbol) else symbol
+        least, most = bounds[symbol] = lengths.bounds(symbol)
+        axis = lengths.axes[symbol]
+        if any(not tensor.is_floating_point() for tensor in call):
+            least = axis.min  # too short for the values that the example has, perhaps
+        if (least, most) == (max(axis.min, 1), axis.max):
+            continue
+        notes.append(f"{told} is {least}..{most or ''}: the module refuses other lengths")
+        for j, p in places:
+            made[j][p] = Free(least, most, axis.name)
+    return [tuple(shape) for shape in made], lengths.ends(bounds) + edges.values(run, call, names=names)
 
 
 def _rows(

@@ -75,6 +75,7 @@ def put(path: Path, value: Any, *, what: str) -> None:
 def _pickler(buffer: io.BytesIO) -> Any:
     """cloudpickle's, where code keeps the name of its file, and what has no content of its own is made anew."""
     import cloudpickle
+    import torch
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def reducer_override(self, value: Any) -> Any:
@@ -84,6 +85,10 @@ def _pickler(buffer: io.BytesIO) -> Any:
                 return make, tuple(value.co_filename if item == "<dynamic-code>" else item for item in arguments)
             if isinstance(value, ContextVar):
                 return _context_variable, (value.name, *Context().run(_default, value))
+            if isinstance(value, torch.jit.ScriptModule):
+                script = io.BytesIO()
+                torch.jit.save(value, script)
+                return _script, (script.getvalue(),)
             for kind, name in _EMPTY.items():
                 if isinstance(value, kind):
                     return getattr(threading, name), ()
@@ -100,6 +105,12 @@ def _default(variable: ContextVar[Any]) -> tuple[Any, ...]:
         return (variable.get(),)
     except LookupError:
         return ()
+
+
+def _script(data: bytes) -> Any:
+    import torch
+
+    return torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
 
 def _context_variable(name: str, *default: Any) -> ContextVar[Any]:

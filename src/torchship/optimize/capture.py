@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from torchship.optimize import axes, decisions, freeze
 from torchship.optimize.flatten import Flat, Frame, kind_of, outline, take_apart
 from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
-from torchship.optimize.samples import as_call, flatten_samples, random_inputs, vocabulary_of
+from torchship.optimize.samples import as_call, flatten_samples, masked, random_inputs, vocabulary_of
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
 CALIBRATION_ROWS = 512
@@ -62,10 +63,16 @@ def capture(
     inputs = _specs(names, calls[0], study.inputs)
     signature = Signature(inputs, _specs(flat.output_names, study.outputs, study.output_shapes), study.batched)
     # other lengths and values are examples too: the guard is to see them
-    every = (*calls, *study.tried)
-    arrays = [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in every]
+    arrays, edges = (
+        [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in every]
+        for every in ((*calls, *study.tried), study.edges)
+    )
     model = Model(
-        module=flat, signature=signature, examples=_longer(flat, arrays, signature), name=name or type(module).__name__
+        module=flat,
+        signature=signature,
+        examples=_longer(flat, arrays, signature),
+        edges=edges,
+        name=name or type(module).__name__,
     )
     flat.notes, flat.moves, flat.steady = (
         [*study.notes, *flat.dropped, *_on_buffers(changed)],
@@ -107,12 +114,23 @@ def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], li
     ):
         specs = [given] if isinstance(given, TensorSpec) else list(given)
         tensors = random_inputs(specs, vocabulary=vocabulary_of(module))
-        return specs, [_by_name(module, specs, tensors)]
+        calls = [_by_name(module, specs, call) for call in masked(specs, tensors)]
+        return specs, [next((call for call in calls if _has_numbers(module, call)), calls[0])]
     if not several:
         raise CaptureFailed("there are no example inputs", hint="give a tensor, a tuple, a dict, or TensorSpecs")
     calls = [as_call(example) for example in several]
     order = calls[0][1]
     return [], [(args, {**{name: kw[name] for name in order if name in kw}, **kw}) for args, kw in calls]
+
+
+def _has_numbers(module: torch.nn.Module, call: Any) -> bool:
+    """Whether the module answers without NaN: it does not where a mask leaves a row nothing to attend to."""
+    args, kwargs = copy.deepcopy(call)
+    try:
+        with torch.inference_mode(), no_fast_path():
+            return not any(bool(torch.isnan(leaf.value).any()) for leaf in outline(module(*args, **kwargs)))
+    except Exception:  # what it is will be told where the example is run
+        return False
 
 
 def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Any:

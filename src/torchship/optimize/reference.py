@@ -66,7 +66,7 @@ def split_calibration(samples: Sequence[Tensors]) -> tuple[list[Tensors], list[T
 def judged_batches(model: Model, *, held_back: Sequence[Tensors], rows: int = JUDGED_ROWS) -> list[Tensors]:
     """What the guard compares on: every example, one row by itself, and real data (random rows where there is none)."""
     signature = model.signature
-    found = list(model.examples)
+    found = [*model.examples, *model.edges]
     if not signature.batched:
         return found + list(held_back)[:rows]
     first = found[0]

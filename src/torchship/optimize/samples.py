@@ -48,6 +48,23 @@ def random_inputs(
     ]
 
 
+def masked(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """`tensors` with masks for which some places count and some do not, whichever way round they are meant.
+
+    A quarter at the end of every second row differs from the rest; then masks of ones, and of zeros.
+    """
+    masks = [i for i, spec in enumerate(specs) if "mask" in spec.name.lower() and not tensors[i].is_floating_point()]
+    for kept, tail in ((1, 0), (0, 1), (1, 1), (0, 0)):
+        made = list(tensors)
+        for i in masks:
+            made[i] = torch.full_like(tensors[i], kept)
+            if tensors[i].dim() > 1:
+                made[i][1::2, ..., tensors[i].shape[-1] - tensors[i].shape[-1] // 4 :] = tail
+        yield made
+        if not masks:
+            return
+
+
 def _shape(spec: TensorSpec, lengths: dict[str, int], *, rows: int, free: int) -> list[int]:
     shape = []
     for position, axis in enumerate(spec.shape):
