@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,8 +51,7 @@ def capture(
     restore = freeze.remember(inner)
     flat = _flat(inner, frame, names, calls[0])
     changed = restore()
-    script = Place("TorchScript", 0, code="its code") if isinstance(inner, torch.jit.ScriptModule) else None
-    decided = decisions.decisions(flat.run, calls[0], outside=script)
+    decided = decisions.decisions(flat.run, calls[0], outside=_outside(inner))
     with torch.inference_mode():
         shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
         if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
@@ -63,26 +61,26 @@ def capture(
     inputs = _specs(names, calls[0], study.inputs)
     signature = Signature(inputs, _specs(flat.output_names, study.outputs, study.output_shapes), study.batched)
     # other lengths and values are examples too: the guard is to see them
-    arrays, edges = (
-        [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in every]
-        for every in ((*calls, *study.tried), study.edges)
-    )
-    model = Model(
-        module=flat,
-        signature=signature,
-        examples=_longer(flat, arrays, signature),
-        edges=edges,
-        name=name or type(module).__name__,
-    )
+    examples = _longer(flat, _arrays(names, [*calls, *study.tried]), signature)
+    edges = _arrays(names, study.edges)
     flat.notes, flat.moves, flat.steady = (
         [*study.notes, *flat.dropped, *_on_buffers(changed)],
         study.moves,
         study.steady,
     )
     flat.decided = tuple(decided)
-    if calibration is None:
-        return model
-    return replace(model, calibration=flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS))
+    fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
+    name = name or type(module).__name__
+    return Model(module=flat, signature=signature, examples=examples, edges=edges, calibration=fit, name=name)
+
+
+def _outside(module: torch.nn.Module) -> Place | None:
+    """What stands for the lines of a module that has none of Python."""
+    return Place("TorchScript", 0, code="its code") if isinstance(module, torch.jit.ScriptModule) else None
+
+
+def _arrays(names: Sequence[str], calls: Iterable[Call]) -> list[Tensors]:
+    return [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in calls]
 
 
 def _specs(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> tuple[TensorSpec, ...]:
