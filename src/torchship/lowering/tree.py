@@ -32,7 +32,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Opened:
+class Hollow:
     """An object without its tensors. `how` its `content` is kept: fields (a named tuple), items or attributes."""
 
     kind: Any
@@ -85,7 +85,7 @@ def fill(template: Any, tensors: Sequence[torch.Tensor]) -> Any:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Slot):
             return tensors[leaf.index]
-        if isinstance(leaf, Opened):
+        if isinstance(leaf, Hollow):
             return leaf.filled(tensors)
         return leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf)  # forward may write into it
 
@@ -137,7 +137,7 @@ class _Walk:
                 below = Leaf(f"{at.name}_{word}" if at.name else str(word), (*at.path, step), item)
                 content[key] = self.over(item, below, (*above, id(value)))
             if len(found) > count:
-                return Opened(type(value), how, content)
+                return Hollow(type(value), how, content)
         if value is not None and not above:
             (self.parts.hiding if isinstance(value, _HIDING) else self.parts.others).append(at)
         return value
