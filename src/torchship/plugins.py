@@ -2,19 +2,25 @@
 
 A plugin is a module, its folder is its kind, its file name is its name; outsiders add theirs by entry points of the
 group `torchship.<kind>`. A callable module is a package that can be called as the function it is named for.
+Pages are templates that lie in a package.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig
+
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
 
 _FOLDERS = {
     "backends": "torchship.backends",
@@ -62,6 +68,24 @@ def missing(modules: str, *, pip: str = "") -> str:
         return ""
     verb = "is" if len(absent) == 1 else "are"
     return f"{', '.join(absent)} {verb} not installed: pip install {pip or ' '.join(absent)}"
+
+
+def rendered(package: str, template: str, **values: Any) -> Markup:
+    """A page or a drawing: a template of `package`'s folder `templates` with its values filled in.
+
+    Values are written as text; only Markup, which this returns, goes in as it is.
+    """
+    from markupsafe import Markup
+
+    return Markup(_templates(package).get_template(template).render(values))  # noqa: S704  # escaped by the template
+
+
+@functools.cache
+def _templates(package: str) -> jinja2.Environment:
+    import jinja2
+
+    loader = jinja2.PackageLoader(package)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 class _CallableModule(ModuleType):

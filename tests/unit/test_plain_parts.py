@@ -49,3 +49,11 @@ def test_the_face_is_complete() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         torchship.nope  # noqa: B018
     assert all(callable(getattr(torchship, verb)) for verb in ("optimize", "open", "serve", "stage"))
+
+
+def test_a_template_writes_values_as_text() -> None:
+    bars = [{"name": "<b>", "short": "a&b", "width": 2.0, "value": "1 dB", "marked": False}]
+    svg = plugins.rendered("torchship.optimize", "bars.svg.j2", width=100, bars=bars)
+    assert "&lt;b&gt;" in svg
+    assert "a&amp;b" in svg
+    assert "<b>" not in svg
