@@ -22,12 +22,22 @@ from rich.console import Console
 from rich.table import Table
 
 from torchship import process
-from torchship.serve.engine.ipc.arena import Block, Region
-from torchship.serve.engine.ipc.signals import Call, Gave, Inbox, Piece, Take, decode_order, decode_report, encode, send
+from torchship.serve.engine.ipc.arena import ArenaBlock, MemoryRegion
+from torchship.serve.engine.ipc.messages import (
+    BatchDone,
+    Inbox,
+    PackedCall,
+    Result,
+    RunBatch,
+    decode_order,
+    decode_report,
+    encode,
+    send,
+)
 
 ROUNDS, TRIPS, DEPTH = 5, 2000, 64
-TAKE = Take(1, 0, [Call([1] * 32, [Block((32, 16), 0, 2048)])])
-GAVE = Gave(1, 0, 0, [Piece(0, [1] * 32, [Block((32, 10), 4096, 1280)])])
+RUN = RunBatch(1, 0, [PackedCall([1] * 32, [ArenaBlock((32, 16), 0, 2048)])])
+DONE = BatchDone(1, 0, 0, [Result(0, [1] * 32, [ArenaBlock((32, 10), 4096, 1280)])])
 SLOT = struct.Struct("<II")
 
 
@@ -38,7 +48,7 @@ class End(Protocol):
         """Send one descriptor."""
 
     def get(self) -> None:
-        """Take one descriptor and decode it."""
+        """RunBatch one descriptor and decode it."""
 
 
 class ZeroMq:
@@ -50,7 +60,7 @@ class ZeroMq:
         self._context = zmq.Context()
         self._sock = self._context.socket(zmq.PAIR)
         (self._sock.bind if host else self._sock.connect)(address)
-        self._message: Take | Gave = TAKE if host else GAVE
+        self._message: RunBatch | BatchDone = RUN if host else DONE
         self._decode: Callable[[bytes | memoryview], object] = decode_report if host else decode_order
 
     def put(self) -> None:
@@ -66,7 +76,7 @@ class SeqPacket:
     def __init__(self, sock: socket.socket, *, host: bool) -> None:
         self._sock = sock
         self._inbox = Inbox(sock)
-        self._message: Take | Gave = TAKE if host else GAVE
+        self._message: RunBatch | BatchDone = RUN if host else DONE
         self._decode: Callable[[bytes | memoryview], object] = decode_report if host else decode_order
 
     def put(self) -> None:
@@ -98,10 +108,10 @@ class SeqPacketStruct:
 class EventFd:
     """An eventfd each way, the msgpack descriptors in a ring of shared memory."""
 
-    def __init__(self, region: Region, *, fds: tuple[int, int], host: bool) -> None:
+    def __init__(self, region: MemoryRegion, *, fds: tuple[int, int], host: bool) -> None:
         self._memory = region.memory
         self._out, self._in = fds if host else fds[::-1]
-        self._message: Take | Gave = TAKE if host else GAVE
+        self._message: RunBatch | BatchDone = RUN if host else DONE
         self._decode: Callable[[bytes | memoryview], object] = decode_report if host else decode_order
         self._write, self._read = (0, 2**15) if host else (2**15, 0)
         self._sent = self._got = 0
@@ -136,7 +146,7 @@ def join(kind: str, given: Any) -> End:
         return ZeroMq(given, host=False)
     if kind == "eventfd":
         memory, *fds = given
-        return EventFd(Region.take(memory), fds=(fds[0], fds[1]), host=False)
+        return EventFd(MemoryRegion.take(memory), fds=(fds[0], fds[1]), host=False)
     sock = socket.socket(fileno=given)
     return SeqPacket(sock, host=False) if kind == "seqpacket" else SeqPacketStruct(sock, host=False)
 
@@ -147,7 +157,7 @@ def make(kind: str, folder: Path) -> tuple[End, Any, tuple[int, ...], Callable[[
         address = f"ipc://{folder}/signal"
         return ZeroMq(address, host=True), address, (), lambda: None
     if kind == "eventfd":
-        region = Region.make(2**16)
+        region = MemoryRegion.make(2**16)
         fds = (os.eventfd(0, os.EFD_SEMAPHORE), os.eventfd(0, os.EFD_SEMAPHORE))
         return EventFd(region, fds=fds, host=True), [region.fd, *fds], (region.fd, *fds), lambda: None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -220,5 +230,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert len(msgspec.msgpack.encode(TAKE)) < 250  # a ring entry of the eventfd way
+    assert len(msgspec.msgpack.encode(RUN)) < 250  # a ring entry of the eventfd way
     main()

@@ -12,13 +12,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from torchship.serve.engine.ipc import arena
 from torchship.serve.engine.ipc.arena import Arena
-from torchship.serve.engine.queue import Dispatch, Job, Visit
+from torchship.serve.engine.queue import Dispatch, Job, StageCall
 
 
-def visit(rows: int, *, priority: int = 0, key: Any = None, deadline: float = 1e9) -> Visit:
+def call(rows: int, *, priority: int = 0, key: Any = None, deadline: float = 1e9) -> StageCall:
     job = Job({}, lambda job: None, {}, 0.0, priority)
     job.deadline = deadline
-    return Visit(job, [], rows, lambda visit, outputs: None, {}, key)
+    return StageCall(job, [], rows, lambda call, outputs: None, {}, key)
 
 
 class Queueing(RuleBasedStateMachine):
@@ -27,8 +27,8 @@ class Queueing(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.queue = Dispatch(max_batch=8)
-        self.inside: dict[int, Visit] = {}
-        self.out: dict[int, Visit] = {}
+        self.inside: dict[int, StageCall] = {}
+        self.out: dict[int, StageCall] = {}
         self.now = 0.0
 
     @rule(
@@ -38,7 +38,7 @@ class Queueing(RuleBasedStateMachine):
         patience=st.sampled_from([1.0, 5.0, 1e9]),
     )
     def put(self, rows: int, priority: int, key: Any, patience: float) -> None:
-        made = visit(rows, priority=priority, key=key, deadline=self.now + patience)
+        made = call(rows, priority=priority, key=key, deadline=self.now + patience)
         self.queue.put(made)
         self.inside[id(made)] = made
 

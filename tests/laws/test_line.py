@@ -11,12 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.replicas import InProcessReplica
 from tests.serving import Background, planned
 from torchship.errors import Expired, StageFailed, TorchshipError
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.planning import Plan
-from torchship.serve.engine.layout import Limits
 from torchship.serve.engine.line import Line
+from torchship.serve.engine.replica import LocalReplica, StartReplica
+from torchship.serve.engine.spec import Limits
 from torchship.tensors import Tensors
 
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -43,17 +45,19 @@ def background() -> Iterator[Background]:
 
 
 @pytest.fixture(scope="module", params=PLANS)
-def pair(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Composed]]:
+def trio(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Line, Composed]]:
+    """A line of processes, one of replicas in this process, and no line at all."""
     plan = planned(*PLANS[request.param])
-    line = background.run(opened(plan))
+    line, inside = background.run(opened(plan)), background.run(opened(plan, start=InProcessReplica))
     composed = Composed(plan)
-    yield line, composed
+    yield line, inside, composed
     background.run(line.close())
+    background.run(inside.close())
     composed.close()
 
 
-async def opened(plan: Plan, **limits: Any) -> Line:
-    return await Line(plan, limits=Limits(**limits)).open()
+async def opened(plan: Plan, *, start: StartReplica = LocalReplica) -> Line:
+    return await Line(plan, limits=Limits(), start=start).open()
 
 
 async def ask(line: Line, tensors: Tensors, **options: Any) -> Tensors | TorchshipError:
@@ -86,12 +90,14 @@ def same(found: Tensors | TorchshipError, expected: Tensors | TorchshipError) ->
 @RELAXED
 @given(rows=st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=1, max_size=20), offset=st.integers(0, 9))
 def test_line_equals_composed(
-    pair: tuple[Line, Composed], background: Background, rows: list[list[float]], offset: int
+    trio: tuple[Line, Line, Composed], background: Background, rows: list[list[float]], offset: int
 ) -> None:
-    line, composed = pair
+    line, inside, composed = trio
     tensors = {"x": np.array(rows, np.float32)}
     parameters = {"offset": offset} if offset else {}
-    same(background.run(ask(line, tensors, parameters=parameters)), attempt(composed, tensors, parameters))
+    expected = attempt(composed, tensors, parameters)
+    same(background.run(ask(line, tensors, parameters=parameters)), expected)
+    same(background.run(ask(inside, tensors, parameters=parameters)), expected)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +131,8 @@ def test_every_caller_gets_its_own_rows(
             asked.append(asyncio.ensure_future(ask(moody, {"x": x}, deadline=deadline, priority=priority)))
         await asyncio.sleep(0)
         if kill:
-            for leg in moody.legs:
-                leg.station.workers[0].kill("a test wants it")
+            for node in moody.nodes:
+                node.station.replicas[0].kill("a test wants it")
         return await asyncio.gather(*asked)
 
     for index, ((rows, fate, _), found) in enumerate(zip(jobs, background.run(all_of_them()), strict=True)):
@@ -138,17 +144,18 @@ def test_every_caller_gets_its_own_rows(
         else:
             assert not isinstance(found, TorchshipError), found
             assert np.array_equal(found["y"], np.full((rows, 4), 2 * (index + 20_000) + 1, np.float32))
-    assert (moody.door.jobs, moody.door.rows, moody.door.size) == (0, 0, 0)
+    assert (moody.admission.jobs, moody.admission.rows, moody.admission.size) == (0, 0, 0)
 
 
 def test_no_slot_is_lost(moody: Line, background: Background) -> None:
     """After all that, every slot of every worker is free again."""
 
     async def settle() -> list[tuple[int, int]]:
-        for _ in range(500):
-            if all(leg.station.idle and leg.station.ready for leg in moody.legs):
+        for _ in range(1500):
+            replicas = [replica for node in moody.nodes for replica in node.station.replicas]
+            if len(replicas) == 4 and all(one.state == "ready" and not one.in_flight for one in replicas):
                 break
             await asyncio.sleep(0.02)
-        return [(w.arena.free, w.arena.depth) for leg in moody.legs for w in leg.station.workers]
+        return [(one.room, one.slots) for one in replicas]
 
     assert all(free == depth for free, depth in background.run(settle()))

@@ -10,8 +10,8 @@ import pytest
 from tests.serving import Background
 from torchship.pipeline.config import convert
 from torchship.pipeline.planning import plan
-from torchship.serve.engine.layout import Limits
 from torchship.serve.engine.line import Line
+from torchship.serve.engine.spec import Limits
 from torchship.stage import stage
 from torchship.tensors import Array, Tensors
 

@@ -119,7 +119,7 @@ def publish(
     if expect and not example:
         raise BadInput("--expect needs --example", hint="give the input that the expected tensors belong to")
     if expect:
-        from torchship.pipeline.parity import check_parity
+        from torchship.pipeline.packing import check_parity
 
         expected = _tensorfiles.read_any(expect)
         errors = check_parity(plan, inputs=inputs, expected=expected, store=store, tolerance=tolerance)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from torchship.artifact import Store
-from torchship.errors import BadInput, StageFailed, TorchshipError
+from torchship.errors import BadInput
 from torchship.pipeline import rows
 from torchship.pipeline.config import StageConfig
-from torchship.pipeline.describe import blame
+from torchship.pipeline.faults import blame, describe, revive
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.planning import Node, Plan
 from torchship.stage import Parameters, Stage, select
@@ -137,24 +137,25 @@ def run_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Para
     values = select(node.parameters, parameters, node.defaults)
     try:
         return rows.check_outputs(node.signature, rows.run(stage, taken, values, max_batch=node.max_batch))
-    except TorchshipError as fault:
-        raise blame(fault, where=f"stage {node.name!r}") from fault
-    except Exception as fault:
-        raise _failed(node, fault) from fault
+    except KeyboardInterrupt:
+        raise
+    except BaseException as fault:  # SystemExit too: a stage may fail, but not end the process
+        raise revive(describe(fault), stage=node.name) from fault
 
 
 def stream_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Parameters) -> Iterator[Tensors]:
     """The same for a node that streams."""
     taken = take(node, slots)
     values = select(node.parameters, parameters, node.defaults)
-    try:
-        for outputs in stage.stream(taken, values):  # type: ignore[attr-defined]
-            yield rows.check_outputs(node.signature, outputs)
-    except TorchshipError as fault:
-        raise blame(fault, where=f"stage {node.name!r}") from fault
-    except Exception as fault:
-        raise _failed(node, fault) from fault
-
-
-def _failed(node: Node, fault: Exception) -> StageFailed:
-    return StageFailed(f"stage {node.name!r} raised {type(fault).__name__}: {' '.join(str(fault).split())[:500]}")
+    answers = stage.stream(taken, values)  # type: ignore[attr-defined]
+    while True:
+        try:
+            answer = next(answers, None)
+            outputs = None if answer is None else rows.check_outputs(node.signature, answer)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as fault:
+            raise revive(describe(fault), stage=node.name) from fault
+        if outputs is None:
+            return
+        yield outputs

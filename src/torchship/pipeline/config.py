@@ -18,7 +18,8 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     `inputs` maps the stage's own input names to tensors of the pipeline (`pixels`, or `decode.pixels` for those of
     one stage), `outputs` its own output names to the names under which later stages find them. `parameters` are this
     pipeline's defaults for values that a request may set. `buckets` are lengths by the name of an axis: a server fills
-    rows up to the next one, so that rows of different lengths share a batch.
+    rows up to the next one, so that rows of different lengths share a batch. Several `device`s are dealt out to the
+    copies in turn.
     """
 
     run: str = ""
@@ -31,11 +32,16 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     outputs: dict[str, str] = {}
     signature: str = ""
     copies: int = 1
-    device: str = "cpu"
+    device: str | tuple[str, ...] = "cpu"
     threads: int = 0
     max_batch: int = 0
     buckets: dict[str, tuple[int, ...]] = {}
     trust: bool = False
+
+    @property
+    def first_device(self) -> str:
+        """The device of whoever opens one copy only."""
+        return self.device if isinstance(self.device, str) else self.device[0]
 
 
 class PipelineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

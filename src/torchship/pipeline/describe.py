@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -12,10 +15,10 @@ from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
 from torchship.pipeline import embedded
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.pipeline.options import check_options
+from torchship.pipeline.faults import words_of
+from torchship.pipeline.opening import load_body, open_remote, remote_signature
 from torchship.stage import Parameter, called, declaration, declared_parameters
-from torchship.stages.remote import Remote, read_options
-from torchship.tensors import Free, Signature
+from torchship.tensors import Signature
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -31,7 +34,9 @@ class Description(msgspec.Struct, frozen=True):
     pipeline: PipelineConfig | None = None
 
 
-_PLAIN = StageConfig()
+_DEFAULT = StageConfig()
+_DATA_TYPES = {str, int, float, bool, list, dict, tuple, type(None), Any, object, Sequence, Mapping, typing.Union,
+          types.UnionType}  # fmt: skip
 _UNUSED = {"run": ("device", "signature"), "artifact": ("options", "signature"), "remote": ("device", "threads")}
 
 
@@ -54,27 +59,14 @@ def describe(config: StageConfig, store: Store) -> Description:
 
 def _check_fields(config: StageConfig, kind: str) -> None:
     """Raise BadConfig for a field that means nothing for such a stage, and for numbers that cannot be."""
-    unused = [name for name in _UNUSED[kind] if getattr(config, name) != getattr(_PLAIN, name)]
+    unused = [name for name in _UNUSED[kind] if getattr(config, name) != getattr(_DEFAULT, name)]
     if unused:
         raise BadConfig(f"{', '.join(unused)}: means nothing for a stage that is {kind}", hint="leave it out")
+    if not config.device:
+        raise BadConfig("device is empty", hint="name one, or several for the copies to be dealt out to")
     for name, least in (("copies", 1), ("threads", 0), ("max_batch", 0)):
         if getattr(config, name) < least:
             raise BadConfig(f"{name} is {getattr(config, name)}, expected {least} or more")
-
-
-def load_body(target: str) -> Any:
-    """The function or class that `module:name` means. Raises BadConfig saying what is missing."""
-    if ":" not in target:
-        raise BadConfig(f"{target!r} is not module:name", hint='as in run = "torchship.stages.images:Decode"')
-    try:
-        return process.resolve(target)
-    except ModuleNotFoundError as fault:
-        raise BadConfig(f"{target!r}: no module named {fault.name!r}", hint="is it on PYTHONPATH?") from None
-    except AttributeError as fault:
-        raise BadConfig(f"{target!r}: {fault}") from None
-    except Exception as fault:  # whatever a module does when it is imported
-        words = " ".join(str(fault).split())[:300]
-        raise BadConfig(f"{target!r} cannot be imported: {type(fault).__name__}: {words}") from fault
 
 
 def _of_python(config: StageConfig) -> Description:
@@ -85,8 +77,7 @@ def _of_python(config: StageConfig) -> Description:
     except TorchshipError:
         raise
     except Exception as fault:  # whatever a class does when it is asked to declare its signature
-        words = " ".join(str(fault).split())[:300]
-        raise BadConfig(f"options of {config.run}: {type(fault).__name__}: {words}") from fault
+        raise BadConfig(f"options of {config.run}: {type(fault).__name__}: {words_of(fault, most=300)}") from fault
     call = called(body)
     takes_labels = inspect.isclass(body) and "labels" in inspect.signature(body).parameters
     return Description(
@@ -111,7 +102,7 @@ def _of_artifact(config: StageConfig, store: Store) -> Description:
 def _of_remote(config: StageConfig) -> Description:
     """What another server's model declares is not known here: the parameters that are given here are passed on."""
     passed = tuple(Parameter(name, value) for name, value in config.parameters.items())
-    signature = _remote_signature(config)
+    signature = remote_signature(config)
     if signature is not None:
         return Description(signature, config.max_batch or (64 if signature.batched else 1), passed)
     asked = open_remote(config)
@@ -119,23 +110,6 @@ def _of_remote(config: StageConfig) -> Description:
         return Description(asked.signature, asked.max_batch, passed)
     finally:
         asked.close()
-
-
-def open_remote(config: StageConfig) -> Remote:
-    """The remote stage that `config` describes. Raises BadConfig, Unavailable, NotFound."""
-    urls = (config.remote,) if isinstance(config.remote, str) else config.remote
-    options = read_options(config.options)
-    return Remote(urls, signature=_remote_signature(config), options=options, max_batch=config.max_batch)
-
-
-def _remote_signature(config: StageConfig) -> Signature | None:
-    """The declared signature, batched where every tensor's first axis is free; None: the server is to be asked."""
-    if not config.signature:
-        return None
-    found = Signature.parse(config.signature)
-    rows = [spec.shape[:1] for spec in (*found.inputs, *found.outputs)]
-    batched = all(first and isinstance(first[0], Free) for first in rows)
-    return msgspec.structs.replace(found, batched=batched)
 
 
 class _Question(msgspec.Struct):
@@ -163,6 +137,40 @@ def answer(question: object) -> object:
     return msgspec.to_builtins(describe(asked.config, Store(asked.root)))
 
 
-def blame(fault: TorchshipError, *, where: str) -> TorchshipError:
-    """The same error with the path of the stage in front."""
-    return type(fault)(f"{where}: {fault}", hint=fault.hint)
+def check_options(body: Any, options: Mapping[str, Any]) -> None:
+    """Raise BadConfig for an option that its class does not have, or that is not of the type it wants.
+
+    Annotations that are not made of plain data (a Path, a class) are the class's own affair.
+    """
+    if not options or not isinstance(body, type) or not hasattr(body, "torchship_stage"):
+        return
+    known = inspect.signature(body).parameters.values()
+    unknown = sorted(set(options) - {parameter.name for parameter in known})
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        hint = f"it has {', '.join(parameter.name for parameter in known) or 'none'}"
+        raise BadConfig(f"options: {body.__qualname__} has no option {unknown}", hint=hint)
+    try:
+        wanted = typing.get_type_hints(vars(body).get("__init__"), include_extras=True)
+    except Exception:  # annotations that only a type checker can read
+        return
+    for name, value in options.items():
+        if name not in wanted or not _is_plain(wanted[name]):
+            continue
+        try:
+            msgspec.convert(value, wanted[name])
+        except msgspec.ValidationError as fault:
+            raise BadConfig(
+                f"options.{name} of {body.__qualname__}: {str(fault)[:1].lower()}{str(fault)[1:]}"
+            ) from None
+        except TypeError:  # a type that msgspec does not know
+            continue
+
+
+def _is_plain(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return True
+    if origin is typing.Annotated:
+        return _is_plain(typing.get_args(annotation)[0])
+    parts = [part for part in typing.get_args(annotation) if part is not Ellipsis]
+    return (origin or annotation) in _DATA_TYPES and all(map(_is_plain, parts))

@@ -67,16 +67,15 @@ def check_outputs(signature: Signature, outputs: Tensors) -> Tensors:
         array = outputs.get(spec.name)
         if array is None:
             raise StageFailed(f"gave no {spec.name!r}, which it declares", hint=f"it gave {sorted(outputs)}")
-        found = [dtype_name(array.dtype), list(array.shape)]
+        try:
+            found, given = dtype_name(array.dtype), plain(array)
+        except BadInput as fault:
+            raise StageFailed(f"gave {spec.name!r}: {fault}", hint=fault.hint) from None
         fits = array.ndim == len(spec.shape) and all(
             length == axis for length, axis in zip(array.shape, spec.shape, strict=False) if isinstance(axis, int)
         )
-        if found[0] != spec.dtype or not fits:
-            raise StageFailed(
-                f"gave {spec.name!r} as {found[0]}{found[1]}, it declares {spec}", hint="mend the stage's signature"
-            )
-        try:
-            checked[spec.name] = plain(array)
-        except BadInput as fault:
-            raise StageFailed(f"gave {spec.name!r}: {fault}", hint=fault.hint) from None
+        if found != spec.dtype or not fits:
+            text = f"gave {spec.name!r} as {found}{list(array.shape)}, it declares {spec}"
+            raise StageFailed(text, hint="mend the stage's signature")
+        checked[spec.name] = given
     return checked

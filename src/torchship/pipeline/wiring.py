@@ -27,7 +27,7 @@ class Slot:
 
 
 @dataclass
-class Bench:
+class SlotTable:
     """The tensors at hand at some point of the pipeline, the latest of each name first in reach."""
 
     by_name: dict[str, Slot] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Bench:
         return ", ".join(self.by_name) or "nothing"
 
 
-def connect(signature: Signature, given: Mapping[str, str], bench: Bench, *, where: str) -> tuple[Slot, ...]:
+def connect(signature: Signature, given: Mapping[str, str], table: SlotTable, *, where: str) -> tuple[Slot, ...]:
     """The slot for every input of `signature`.
 
     An input takes the tensor that `given` names for it, else the latest tensor of its own name, datatype and rank;
@@ -65,11 +65,11 @@ def connect(signature: Signature, given: Mapping[str, str], bench: Bench, *, whe
             f"{where}.inputs: the stage has no input {sorted(unknown)}",
             hint=f"its inputs are {', '.join(spec.name for spec in signature.inputs)}",
         )
-    named = {spec.name: _named(spec, given, bench, where) for spec in signature.inputs}
+    named = {spec.name: _named(spec, given, table, where) for spec in signature.inputs}
     taken = {slot.key for slot in named.values() if slot}
     for spec in signature.inputs:
         if named[spec.name] is None:
-            named[spec.name] = guess = _guess(spec, bench, taken, where)
+            named[spec.name] = guess = _guess(spec, table, taken, where)
             taken.add(guess.key)
     slots = tuple(slot for slot in named.values() if slot is not None)
     for spec, slot in zip(signature.inputs, slots, strict=True):
@@ -83,26 +83,26 @@ def connect(signature: Signature, given: Mapping[str, str], bench: Bench, *, whe
     return slots
 
 
-def _named(spec: TensorSpec, given: Mapping[str, str], bench: Bench, where: str) -> Slot | None:
+def _named(spec: TensorSpec, given: Mapping[str, str], table: SlotTable, where: str) -> Slot | None:
     if spec.name not in given:
-        own = bench.by_name.get(spec.name)
+        own = table.by_name.get(spec.name)
         return own if own and _is_alike(own.spec, spec) else None
-    found = bench.find(given[spec.name])
+    found = table.find(given[spec.name])
     if found is None:
         raise BadConfig(
-            f"{where}.inputs.{spec.name}: no earlier stage gives {given[spec.name]!r}", hint=f"there is {bench.names}"
+            f"{where}.inputs.{spec.name}: no earlier stage gives {given[spec.name]!r}", hint=f"there is {table.names}"
         )
     return found
 
 
-def _guess(spec: TensorSpec, bench: Bench, taken: set[str], where: str) -> Slot:
-    fits = [slot for slot in bench.last if slot.key not in taken and _is_alike(slot.spec, spec)]
+def _guess(spec: TensorSpec, table: SlotTable, taken: set[str], where: str) -> Slot:
+    fits = [slot for slot in table.last if slot.key not in taken and _is_alike(slot.spec, spec)]
     if len(fits) == 1:
         return fits[0]
     found = f"{len(fits)} outputs of the stage before fit" if fits else "no output of the stage before fits"
     raise BadConfig(
         f"{where}.inputs: nothing alike is named {spec.name!r} and {found} ({spec}); at hand: "
-        + (", ".join(str(slot.spec) for slot in bench.by_name.values()) or "nothing"),
+        + (", ".join(str(slot.spec) for slot in table.by_name.values()) or "nothing"),
         hint=f'say which: inputs = {{{spec.name} = "..."}}',
     )
 

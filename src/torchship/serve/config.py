@@ -10,14 +10,11 @@ import msgspec
 
 from torchship.errors import BadConfig, NotFound
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.serve.engine.layout import Limits
+from torchship.serve.engine.spec import Count, Limits
 from torchship.stage import Value
-from torchship.tensors import NanPolicy
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][\w.\-]{0,127}$")]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
 _LOOPBACK = "127.0.0.1"
 
 
@@ -113,12 +110,12 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: str = ""
 
 
-class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`[[model]]`: exactly one of `stages`, `artifact` and `run`. Times in seconds; 0 copies: what the stages say.
+class ModelConfig(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[model]]`: exactly one of `stages`, `artifact` and `run`, and the Limits of its line. 0 copies: what the stages
+    say.
 
-    `nice` lets other models go first where they share cores, `cpus` pins the workers to some, and a worker that
-    takes more than `memory` bytes is replaced; `latency_target` bounds the batch by what was measured when the
-    artifact was made. `labels` name the classes for callers who ask for classes: a list, a file, or `imagenet`.
+    `latency_target` bounds the batch by what was measured when the artifact was made. `labels` name the classes for
+    callers who ask for classes: a list, a file, or `imagenet`.
     """
 
     name: Name
@@ -130,24 +127,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     copies: Annotated[int, msgspec.Meta(ge=0)] = 0
-    device: str = "cpu"
+    device: str | tuple[str, ...] = "cpu"
     threads: int = 0
     max_batch: Annotated[int, msgspec.Meta(ge=0)] = 0
     trust: bool = False
-    max_wait: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
-    timeout: Seconds = 60.0
-    run_timeout: Seconds = 60.0
-    open_timeout: Seconds = 120.0
-    queue_rows: Count = 4096
-    queue_bytes: Count = 2**28
-    nan: NanPolicy = "allow"
     versions: Versions = Versions()
-    sequence_idle: Seconds = 60.0
-    priority: Count = 2
     latency_target: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    memory: Annotated[int, msgspec.Meta(ge=0)] = 0
-    nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
-    cpus: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
     labels: str | tuple[str, ...] = ()
 
     def pipeline(self) -> PipelineConfig:
@@ -169,20 +154,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def limits(self) -> Limits:
         """What its line takes."""
-        return Limits(
-            queue_rows=self.queue_rows,
-            queue_bytes=self.queue_bytes,
-            timeout=self.timeout,
-            max_wait=self.max_wait,
-            run_timeout=self.run_timeout,
-            open_timeout=self.open_timeout,
-            sequence_idle=self.sequence_idle,
-            priority=self.priority,
-            memory=self.memory,
-            nice=self.nice,
-            cpus=self.cpus,
-            nan=self.nan,
-        )
+        return msgspec.convert(self, Limits, from_attributes=True)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

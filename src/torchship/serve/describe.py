@@ -53,7 +53,7 @@ def configuration(line: Line, *, name: str) -> dict[str, Any]:
         return {"name": spec.name, "data_type": _TYPES.get(spec.dtype, f"TYPE_{spec.dtype}"), "dims": dims}
 
     scheduler: dict[str, Any] = {"dynamic_batching": {"max_queue_delay_microseconds": int(line.limits.max_wait * 1e6)}}
-    if any(leg.sequential for leg in line.legs):
+    if any(node.sequential for node in line.nodes):
         scheduler = {"sequence_batching": {"max_sequence_idle_microseconds": int(line.limits.sequence_idle * 1e6)}}
     return {
         "name": name,
@@ -64,7 +64,7 @@ def configuration(line: Line, *, name: str) -> dict[str, Any]:
         "output": [tensor(spec) for spec in plan.signature.outputs],
         **scheduler,
         "instance_group": [
-            {"name": leg.station.name, "kind": "KIND_CPU", "count": leg.station.crew.copies} for leg in line.legs
+            {"name": node.station.name, "kind": "KIND_CPU", "count": node.station.copies} for node in line.nodes
         ],
         "model_transaction_policy": {"decoupled": plan.streams},
     }
@@ -84,7 +84,7 @@ def _format(spec: TensorSpec, batched: bool) -> dict[str, str]:
 def statistics(line: Line, *, name: str, version: str) -> dict[str, Any]:
     """One entry of `model_stats`; durations in nanoseconds, summed over requests."""
     meter = line.meter
-    stations = [leg.station.meter for leg in line.legs]
+    stations = [node.station.meter for node in line.nodes]
 
     def duration(count: int, seconds: float) -> dict[str, int]:
         return {"count": count, "ns": int(seconds * 1e9)}

@@ -32,21 +32,21 @@ def _failures(line: Line) -> Iterable[tuple[_Labels, float]]:
 
 
 def _stations(read: Callable[[Station], float]) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
-    return lambda line: [((("stage", leg.station.name),), read(leg.station)) for leg in line.legs]
+    return lambda line: [((("stage", node.station.name),), read(node.station)) for node in line.nodes]
 
 
 def _batches(line: Line) -> Iterable[tuple[_Labels, float]]:
-    for leg in line.legs:
-        for size, batch in sorted(leg.station.meter.batches.items()):
-            yield (("stage", leg.station.name), ("rows", str(size))), batch.calls
+    for node in line.nodes:
+        for size, batch in sorted(node.station.meter.batches.items()):
+            yield (("stage", node.station.name), ("rows", str(size))), batch.calls
 
 
 def _slots(station: Station, *, used: bool) -> int:
-    return sum(worker.arena.depth - worker.arena.free * used for worker in station.workers)
+    return sum(len(replica.in_flight) if used else replica.slots for replica in station.replicas)
 
 
 def _sum(name: str) -> Callable[[Line], Iterable[tuple[_Labels, float]]]:
-    return _plain(lambda line: round(1e6 * sum(getattr(leg.station.meter, name) for leg in line.legs)))
+    return _plain(lambda line: round(1e6 * sum(getattr(node.station.meter, name) for node in line.nodes)))
 
 
 _FAMILIES = (
@@ -57,13 +57,13 @@ _FAMILIES = (
         "nv_inference_exec_count",
         "counter",
         "Calls of the model, each with a batch",
-        _plain(lambda line: sum(leg.station.meter.calls for leg in line.legs)),
+        _plain(lambda line: sum(node.station.meter.calls for node in line.nodes)),
     ),
     _Family(
         "nv_inference_pending_request_count",
         "gauge",
         "Requests on the line",
-        _plain(lambda line: line.door.jobs),
+        _plain(lambda line: line.admission.jobs),
     ),
     _Family(
         "nv_inference_request_duration_us",
@@ -90,7 +90,7 @@ _FAMILIES = (
         "torchship_workers_ready",
         "gauge",
         "Workers that can take a batch",
-        _stations(lambda s: sum(worker.state == "ready" for worker in s.workers)),
+        _stations(lambda s: sum(replica.state == "ready" for replica in s.replicas)),
     ),
     _Family("torchship_arena_slots", "gauge", "Slots of shared memory", _stations(lambda s: _slots(s, used=False))),
     _Family("torchship_arena_slots_used", "gauge", "Slots with a batch", _stations(lambda s: _slots(s, used=True))),
@@ -98,13 +98,13 @@ _FAMILIES = (
         "torchship_arena_bytes",
         "gauge",
         "Shared memory reserved",
-        _stations(lambda s: sum(worker.arena.region.size for worker in s.workers)),
+        _stations(lambda s: sum(replica.shared for replica in s.replicas)),
     ),
     _Family(
         "torchship_workers_resident_bytes",
         "gauge",
         "Memory of the workers",
-        _stations(lambda s: sum(worker.size for worker in s.workers)),
+        _stations(lambda s: sum(replica.size for replica in s.replicas)),
     ),
 )
 

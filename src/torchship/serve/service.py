@@ -78,7 +78,7 @@ class Service:
             line.refuse_stream()
         if request.outputs:
             _check_outputs(line, request)
-        values = line.edge.values(request.parameters) if request.parameters else {}
+        values = line.validator.values(request.parameters) if request.parameters else {}
         context = (answer, whom, request, version, self._traces)
         job = Job(request.inputs, _reply, values, time.monotonic(), request.priority or line.limits.priority, context)
         if self._traces is not None and self._traces.wanted(request):

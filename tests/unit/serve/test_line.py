@@ -15,8 +15,8 @@ import uvloop
 from tests.serving import planned
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.serve import prometheus
-from torchship.serve.engine.layout import Limits
 from torchship.serve.engine.line import Line
+from torchship.serve.engine.spec import Limits
 
 ROW = np.array([[1, 2, 3, 4]], np.float32)
 
@@ -77,7 +77,7 @@ def test_a_deadly_input_is_blamed_alone_with_signal_and_last_lines() -> None:
             assert [isinstance(answer, BaseException) for answer in found] == [value == 666 for value in (
                 1, 2, 666, 4, 5, 6, 7, 8)]  # fmt: skip
             await until(lambda: line.ready)
-            assert line.legs[0].station.meter.restarts >= 2
+            assert line.nodes[0].station.meter.restarts >= 2
 
     run(work)
 
@@ -102,7 +102,7 @@ def test_late_jobs_are_answered_in_time_and_never_run() -> None:
             assert all(isinstance(fault, Expired) for fault in found)
             assert asyncio.get_running_loop().time() - started < 0.39  # before the slow one was done
             await slow
-            assert line.legs[0].station.meter.jobs <= 2  # the one that had been sent ahead, at most
+            assert line.nodes[0].station.meter.jobs <= 2  # the one that had been sent ahead, at most
 
     run(work)
 
@@ -137,7 +137,7 @@ def test_inputs_are_checked_at_the_edge() -> None:
                     line.submit(tensors)
             with pytest.raises(BadInput, match="offset"):
                 line.submit({"x": ROW}, parameters={"offset": 10})
-            assert line.door.jobs == 0
+            assert line.admission.jobs == 0
 
     run(work)
 
@@ -150,8 +150,8 @@ def test_cancelled_jobs_leave_the_line() -> None:
             for future in asked:
                 future.cancel()
             await slow
-            await until(lambda: line.door.jobs == 0)
-            assert line.legs[0].station.meter.jobs <= 2
+            await until(lambda: line.admission.jobs == 0)
+            assert line.nodes[0].station.meter.jobs <= 2
             assert line.meter.failures == {"CANCELED": 10}
 
     run(work)
@@ -216,7 +216,7 @@ def test_closing_answers_everybody_and_leaves_nothing() -> None:
         me = psutil.Process()
         descriptors = len(os.listdir("/proc/self/fd"))
         async with Opened({"run": "sleeper", "copies": 2}) as line:
-            pids = {worker.pid for worker in line.legs[0].station.workers}
+            pids = {worker.pid for worker in line.nodes[0].station.replicas}
             asked = [line.submit({"ms": np.array([50], np.int32)}) for _ in range(4)]
             await line.drain()
             found = await asyncio.gather(*asked)
@@ -242,7 +242,7 @@ def test_replicas_share_the_work() -> None:
 def test_a_crash_loop_opens_the_circuit_and_it_closes_again() -> None:
     async def work() -> None:
         async with Opened({"run": "moody"}) as line:
-            station = line.legs[0].station
+            station = line.nodes[0].station
             for _ in range(40):
                 if station.broken:
                     break
@@ -266,7 +266,7 @@ def test_a_worker_that_takes_too_much_memory_or_loses_its_device_is_replaced() -
         async with Opened({"run": "Hog"}, memory=400 * 2**20) as line:
             first = await ask(line, 1)
             await ask(line, 500)
-            station = line.legs[0].station
+            station = line.nodes[0].station
             await until(lambda: station.meter.restarts == 1 and line.ready)
             second = await ask(line, 1)
             assert second != first
@@ -327,7 +327,7 @@ def test_a_station_does_not_run_ahead_and_nothing_stalls() -> None:
     async def work() -> None:
         stages = ({"run": "double"}, {"run": "moody", "inputs": {"x": "y"}})
         async with Opened(*stages, run_timeout=0.5) as line:
-            ahead, behind = (leg.station for leg in line.legs)
+            ahead, behind = (node.station for node in line.nodes)
             rows = np.ones((8, 4), np.float32)
             hang = line.submit({"x": rows * 388.5}, deadline=2.0)
             await asyncio.sleep(0.1)
@@ -339,7 +339,7 @@ def test_a_station_does_not_run_ahead_and_nothing_stalls() -> None:
             assert all(isinstance(fault, Expired | StageFailed) for fault in found)
             await until(lambda: line.ready)
             assert np.array_equal((await line.submit({"x": rows}))["y"], rows * 2 + 1)
-            assert line.door.jobs == 0
+            assert line.admission.jobs == 0
 
     run(work)
 
@@ -359,7 +359,7 @@ def test_a_flooded_model_does_not_hold_up_another() -> None:
 def test_a_host_that_was_held_up_does_not_blame_its_workers() -> None:
     async def work() -> None:
         async with Opened({"run": "moody"}) as line:
-            (worker,) = line.legs[0].station.workers
+            (worker,) = line.nodes[0].station.replicas
             line._beat -= 60.0
             worker.heard -= 60.0
             line._ping()
@@ -376,7 +376,7 @@ def test_workers_keep_to_their_cores_and_let_others_go_first() -> None:
     async def work() -> None:
         core = max(os.sched_getaffinity(0))
         async with Opened({"run": "moody", "copies": 2}, cpus=(core,), nice=5) as line:
-            for worker in line.legs[0].station.workers:
+            for worker in line.nodes[0].station.replicas:
                 assert os.sched_getaffinity(worker.pid) == {core}
                 assert os.getpriority(os.PRIO_PROCESS, worker.pid) >= 5
 

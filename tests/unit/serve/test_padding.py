@@ -33,7 +33,7 @@ def test_different_lengths_share_a_batch_and_come_back_as_they_were() -> None:
             for length, answer in zip(asked, found, strict=True):
                 assert np.array_equal(answer["y"], given(length)["x"] * 2)
                 assert answer["width"] == [8 if length <= 8 else 16 if length <= 16 else length]
-            assert line.legs[0].station.meter.calls < len(asked)
+            assert line.nodes[0].station.meter.calls < len(asked)
             many = await line.submit(given(5, rows=20))  # more than a batch
             assert many["y"].shape == (20, 5)
             assert set(many["width"]) == {8}

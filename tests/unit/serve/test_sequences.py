@@ -33,7 +33,7 @@ def test_each_sequence_has_its_worker_and_its_order() -> None:
             assert len({int(answer["pid"][0]) for _, answer in answers}) == 2
             with pytest.raises(BadInput, match="was not started"):
                 ask(line, 1, "a")
-            assert line.door.jobs == 0
+            assert line.admission.jobs == 0
 
     run(work)
 

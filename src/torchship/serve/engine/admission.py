@@ -1,4 +1,5 @@
-"""The edge: requests are checked here, once, in the fast way for what is right and the explaining way for the rest."""
+"""Admission: requests are checked, once, in the fast way for what is right and the explaining way for the rest, and
+only so many are let onto a line at once."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torchship.errors import BadInput
+from torchship.errors import BadInput, Busy
 from torchship.serve.engine.ipc.arena import size_of
 from torchship.serve.engine.queue import Job
 from torchship.stage import Parameter, Value
@@ -15,7 +16,7 @@ from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_
 from torchship.wire.messages import RawInputs
 
 
-class Edge:
+class RequestValidator:
     """Checks the tensors and parameters of requests against a signature."""
 
     def __init__(
@@ -98,3 +99,40 @@ def _check_bytes(name: str, array: Array) -> None:
     for item in array.flat:
         if not isinstance(item, bytes):
             raise BadInput(f"tensor {name!r} holds {type(item).__name__}, expected bytes")
+
+
+class AdmissionLimit:
+    """Counts the rows and bytes that are on a line, and turns away what would be too much."""
+
+    __slots__ = ("jobs", "max_bytes", "max_rows", "rows", "size")
+
+    def __init__(self, *, max_rows: int, max_bytes: int) -> None:
+        self.max_rows = max_rows
+        self.max_bytes = max_bytes
+        self.jobs = 0
+        self.rows = 0
+        self.size = 0
+
+    def enter(self, job: Job) -> None:
+        """Count a job in. Raises Busy when it does not fit; an empty line takes any job."""
+        rows, size = self.rows + job.rows, self.size + job.size
+        if self.jobs and (rows > self.max_rows or size > self.max_bytes):
+            raise Busy(
+                f"the line is full: {self.rows} rows and {self.size / 2**20:.1f} MiB are on it",
+                hint=f"it holds {self.max_rows} rows and {self.max_bytes / 2**20:.0f} MiB; try again later",
+            )
+        self.jobs += 1
+        self.rows = rows
+        self.size = size
+
+    def leave(self, job: Job) -> None:
+        """Count a job out."""
+        self.jobs -= 1
+        self.rows -= job.rows
+        self.size -= job.size
+
+    def leave_together(self, jobs: int, rows: int, size: int) -> None:
+        """Count several jobs out."""
+        self.jobs -= jobs
+        self.rows -= rows
+        self.size -= size

@@ -11,20 +11,24 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from torchship import hardware
 from torchship.artifact import Store
 from torchship.errors import BadInput, Busy, Cancelled, Expired, StageFailed, TorchshipError, Unavailable, Unsupported
 from torchship.pipeline import rows as pipeline_rows
 from torchship.pipeline.composed import take
 from torchship.pipeline.planning import Plan
-from torchship.serve.engine.admission import Edge
-from torchship.serve.engine.layout import Leg, Limits, lay, shorten
-from torchship.serve.engine.queue import Door, Job, Visit
+from torchship.serve.engine.admission import AdmissionLimit, RequestValidator
+from torchship.serve.engine.nodes import StageNode, build, shorten
+from torchship.serve.engine.queue import Job, StageCall
+from torchship.serve.engine.replica import LocalReplica, StartReplica
 from torchship.serve.engine.sequences import Sequences
+from torchship.serve.engine.spec import Limits
 from torchship.serve.metrics import LineMeter
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
 from torchship.wire.messages import Batch, BatchSlice, Outline, RawInputs
 
+_LONGEST = 3600.0  # seconds; the most that a request can ask for, unless its model's own time-out is longer
 _LATE = 2.5  # seconds without a turn of our own, which comes at least once a second
 _SWEEP = 0.01  # seconds between two looks at deadlines and hangs
 
@@ -32,20 +36,37 @@ _SWEEP = 0.01  # seconds between two looks at deadlines and hangs
 class Line:
     """One version of one model, running. Everything but `open`, `drain` and `close` is synchronous."""
 
-    def __init__(self, plan: Plan, *, store: Store | None = None, limits: Limits | None = None) -> None:
-        """Lays the line out; `open` starts the processes."""
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        store: Store | None = None,
+        limits: Limits | None = None,
+        start: StartReplica = LocalReplica,
+        turns: asyncio.Semaphore | None = None,
+    ) -> None:
+        """`open` starts the replicas, each by a call of `start`: by default, processes on this machine.
+
+        `turns` bounds how many open at once, of all lines that share it: by default, one for each core.
+        """
         self.plan = plan
         self.limits = limits or Limits()
-        self.edge = Edge(plan.signature, parameters=plan.parameters, nan=self.limits.nan)
-        self.door = Door(max_rows=self.limits.queue_rows, max_bytes=self.limits.queue_bytes)
+        self.validator = RequestValidator(plan.signature, parameters=plan.parameters, nan=self.limits.nan)
+        self.admission = AdmissionLimit(max_rows=self.limits.queue_rows, max_bytes=self.limits.queue_bytes)
         self.meter = LineMeter()
         self.streams = plan.streams
         self.state = "opening"
-        self.legs: list[Leg] = []
-        self._only: Leg | None = None
+        self.nodes: list[StageNode] = []
+        self._only: StageNode | None = None
         self._outline = Outline(())
         self._sequences: Sequences | None = None
-        self._store = store or Store()
+        self._building: dict[str, Any] = {
+            "store": store or Store(),
+            "limits": self.limits,
+            "start": start,
+            "turns": turns or asyncio.Semaphore(hardware.cores()),
+            "fail": lambda call, fault: self._fail(call.job, fault),
+        }
         self._inputs = [(spec.name, key) for spec, key in zip(plan.signature.inputs, plan.inputs, strict=True)]
         self._outputs = [(spec.name, key) for spec, key in zip(plan.signature.outputs, plan.outputs, strict=True)]
         self._loop = asyncio.get_running_loop()
@@ -57,23 +78,21 @@ class Line:
 
     async def open(self) -> Line:
         """Start all workers and wait until they are ready. Raises what a stage raised when it was opened."""
-        for node in self.plan.nodes:
-            self.legs.append(
-                lay(node, store=self._store, limits=self.limits, fail=lambda visit, fault: self._fail(visit.job, fault))
-            )
-        for leg in self.legs:
-            for index in leg.node.after:
-                self.legs[index].followers.append(leg.node.index)
-                self.legs[index].station.after.append(leg.station)
-                leg.station.before.append(self.legs[index].station)
-        self._only = shorten(self.plan, self.legs)
+        for planned in self.plan.nodes:
+            self.nodes.append(build(planned, **self._building))
+        for node in self.nodes:
+            for index in node.planned.after:
+                self.nodes[index].followers.append(node.planned.index)
+                self.nodes[index].station.after.append(node.station)
+                node.station.before.append(self.nodes[index].station)
+        self._only = shorten(self.plan, self.nodes)
         self._sequences = self._sequential()
         if self._only is not None and self._only.station.fits and not self._only.special:
-            self.edge.order = self._only.takes
-        if self._only is not None and self._only.lands and self._sequences is None:
+            self.validator.order = self._only.takes
+        if self._only is not None and self._only.joined and self._sequences is None:
             self._outline = Outline(self._only.gives)
-            self._only.station.land = self._land
-        opening = [asyncio.ensure_future(leg.station.open()) for leg in self.legs]
+            self._only.station.on_done = self._on_batch_done
+        opening = [asyncio.ensure_future(node.station.open()) for node in self.nodes]
         try:
             await asyncio.gather(*opening)
         except BaseException:
@@ -88,7 +107,7 @@ class Line:
 
     def _sequential(self) -> Sequences | None:
         """The book of sequences, where a stage asks for them by naming the parameter `sequence_id`."""
-        stations = [leg.station for leg in self.legs if leg.sequential]
+        stations = [node.station for node in self.nodes if node.sequential]
         if not stations:
             return None
 
@@ -104,21 +123,21 @@ class Line:
 
         book = Sequences(idle=self.limits.sequence_idle, forget=forget)
         for station in stations:
-            station.lost = lost
+            station.on_lost = lost
         return book
 
     @property
     def ready(self) -> bool:
         """Whether every station has a worker that can take a batch."""
-        return self.state == "open" and all(leg.station.ready for leg in self.legs)
+        return self.state == "open" and all(node.station.ready for node in self.nodes)
 
     @property
     def reason(self) -> str:
         """Why the line is not ready; empty when it is."""
         if self.state != "open":
             return self.state
-        broken = [str(leg.station.broken) for leg in self.legs if leg.station.broken]
-        waiting = [f"stage {leg.station.name!r} has no worker" for leg in self.legs if not leg.station.ready]
+        broken = [str(node.station.broken) for node in self.nodes if node.station.broken]
+        waiting = [f"stage {node.station.name!r} has no worker" for node in self.nodes if not node.station.ready]
         return "; ".join(broken or waiting)
 
     def submit(
@@ -126,7 +145,7 @@ class Line:
     ) -> asyncio.Future[Tensors]:
         """The answer to come. `deadline` counts from now, in seconds. Raises BadInput, Busy, Unavailable at once."""
         future: asyncio.Future[Tensors] = self._loop.create_future()
-        values = self.edge.values(parameters) if parameters else {}
+        values = self.validator.values(parameters) if parameters else {}
         priority = priority or self.limits.priority
         self.start(Job(tensors, _settle, values, time.monotonic(), priority, future, future.cancelled), deadline)
         return future
@@ -136,15 +155,16 @@ class Line:
         try:
             if self.state != "open":
                 raise Unavailable(f"model {self.plan.name!r} is {self.state}", hint="try again, or another version")
-            self.edge.admit(job)
-            self.door.enter(job)
+            self.validator.admit(job)
+            self.admission.enter(job)
         except TorchshipError as fault:
             self.meter.lost("REJECTED", 0.0)
             if isinstance(fault, Busy):
-                fault.retry_after = self.meter.seconds_for(self.door.rows, job.arrived)
+                fault.retry_after = self.meter.seconds_for(self.admission.rows, job.arrived)
             raise
         limits = self.limits
-        job.deadline = job.arrived + (min(deadline, limits.max_timeout) if deadline > 0 else limits.timeout)
+        job.asked = min(deadline, max(_LONGEST, limits.timeout)) if deadline > 0 else 0.0
+        job.deadline = job.arrived + (job.asked or limits.timeout)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(_SWEEP, self._sweep)
         if self._sequences is None or self._in_turn(job, self._sequences):
@@ -155,7 +175,7 @@ class Line:
         try:
             return not (name := _sequence(job)) or sequences.enter(job, name)
         except BadInput:
-            self.door.leave(job)
+            self.admission.leave(job)
             self.meter.lost("REJECTED", 0.0)
             raise
 
@@ -166,115 +186,115 @@ class Line:
             return
         tensors = job.tensors
         job.tensors = {key: tensors[name] for name, key in self._inputs}
-        job.waiting = [len(leg.node.after) for leg in self.legs]
-        job.left = len(self.legs)
-        for leg in self.legs:
-            if not leg.node.after:
-                self._enter(job, leg, job.tensors, job.arrived)
+        job.waiting = [len(node.planned.after) for node in self.nodes]
+        job.left = len(self.nodes)
+        for node in self.nodes:
+            if not node.planned.after:
+                self._enter(job, node, job.tensors, job.arrived)
 
-    def _enter(self, job: Job, leg: Leg, tensors: Tensors, now: float) -> None:
+    def _enter(self, job: Job, node: StageNode, tensors: Tensors, now: float) -> None:
         """A job comes to a station."""
-        if type(tensors) is RawInputs and tensors.layout.usable and not job.parameters and job.rows <= leg.most:
-            leg.station.put(Visit(job, tensors.raws, job.rows, self._arrive, leg.defaults, None, leg), now)
+        if type(tensors) is RawInputs and tensors.layout.usable and not job.parameters and job.rows <= node.most:
+            node.station.put(StageCall(job, tensors.raws, job.rows, self._on_done, node.defaults, None, node), now)
             return
-        arrays = [tensors[key] for key in leg.takes]
-        count = len(arrays[0]) if leg.batched else 1
-        visit = Visit(job, arrays, count, self._arrive, leg.defaults, None, leg)
-        if leg.special or job.parameters or not 0 < count <= leg.most:
-            self._prepare(visit, leg, now)
+        arrays = [tensors[key] for key in node.takes]
+        count = len(arrays[0]) if node.batched else 1
+        call = StageCall(job, arrays, count, self._on_done, node.defaults, None, node)
+        if node.special or job.parameters or not 0 < count <= node.most:
+            self._prepare(call, node, now)
         else:
-            leg.station.put(visit, now)
+            node.station.put(call, now)
 
-    def _prepare(self, visit: Visit, leg: Leg, now: float) -> None:
-        """What most visits do not need: run-time checks, parameters, lanes, streams, no rows at all, or too many."""
-        job, node = visit.job, leg.node
-        if not node.checked and node.after:
+    def _prepare(self, call: StageCall, node: StageNode, now: float) -> None:
+        """What most calls do not need: run-time checks, parameters, lanes, streams, no rows at all, or too many."""
+        job, planned = call.job, node.planned
+        if not planned.checked and planned.after:
             try:
-                take(node, dict(job.tensors))
+                take(planned, dict(job.tensors))
             except TorchshipError as fault:
                 self._fail(job, fault)
                 return
-        if leg.batched and not visit.rows:
-            self._arrive(visit, list(pipeline_rows.empty(node.signature).values()))
+        if node.batched and not call.rows:
+            self._on_done(call, list(pipeline_rows.empty(planned.signature).values()))
             return
-        if job.parameters and node.parameters:
-            visit.values = select(node.parameters, job.parameters, node.defaults)
-        if leg.padding is not None:
-            visit.arrays, lengths = leg.padding.widen(visit.arrays)
-            visit.finish = leg.padding.narrowing(lengths, self._arrive)
-        if leg.loose or visit.values:
-            visit.key = (*[visit.arrays[i].shape[1:] for i in leg.loose], *visit.values.items())
-        if leg.sequential:
-            visit.sequence = _sequence(job)
-        if node.streams:
-            visit.part = self._part
-        for part in leg.cut(visit) if leg.batched and visit.rows > leg.most else [visit]:
-            leg.station.put(part, now)
+        if job.parameters and planned.parameters:
+            call.values = select(planned.parameters, job.parameters, planned.defaults)
+        if node.padding is not None:
+            call.arrays, lengths = node.padding.widen(call.arrays)
+            call.finish = node.padding.narrowing(lengths, self._on_done)
+        if node.loose or call.values:
+            call.key = (*[call.arrays[i].shape[1:] for i in node.loose], *call.values.items())
+        if node.sequential:
+            call.sequence = _sequence(job)
+        if planned.streams:
+            call.part = self._on_part
+        for part in node.cut(call) if node.batched and call.rows > node.most else [call]:
+            node.station.put(part, now)
 
-    def _arrive(self, visit: Visit, outputs: list[Array]) -> None:
+    def _on_done(self, call: StageCall, outputs: list[Array]) -> None:
         """A station has answered: on to the stations that waited for it, or home."""
-        job = visit.job
+        job = call.job
         if job.done:
             return
-        leg: Leg = visit.leg
+        node: StageNode = call.node
         if self._only is not None:
-            job.tensors = dict(zip(leg.gives, outputs, strict=False))
-            self._home(job)
+            job.tensors = dict(zip(node.gives, outputs, strict=False))
+            self._finish(job)
             return
         tensors: Any = job.tensors
         waiting: Any = job.waiting
-        for key, array in zip(leg.gives, outputs, strict=False):
+        for key, array in zip(node.gives, outputs, strict=False):
             tensors[key] = array
-        for key in leg.drops:
+        for key in node.drops:
             tensors.pop(key, None)
         job.left -= 1
         now = time.monotonic()
-        for index in leg.followers:
+        for index in node.followers:
             waiting[index] -= 1
             if not waiting[index] and not job.done:
-                self._enter(job, self.legs[index], tensors, now)
+                self._enter(job, self.nodes[index], tensors, now)
         if not job.left and not job.done:
             if not self.plan.streams:
                 job.tensors = {name: tensors[key] for name, key in self._outputs}
-            self._home(job)
+            self._finish(job)
 
-    def _land(self, visits: list[Visit], rows: list[int], arrays: list[Array]) -> None:
+    def _on_batch_done(self, calls: list[StageCall], rows: list[int], arrays: list[Array]) -> None:
         """A batch is back on a line of one station: each job goes home with its share."""
-        batch, leg, now = Batch(self._outline, arrays), self._only, time.monotonic()
+        batch, node, now = Batch(self._outline, arrays), self._only, time.monotonic()
         jobs: list[Job] = []
         end = size = 0
-        for visit, count in zip(visits, rows, strict=True):
-            start, end, job = end, end + count, visit.job
-            if visit.leg is not leg:
-                visit.finish(visit, [array[start:end] for array in arrays])
+        for call, count in zip(calls, rows, strict=True):
+            start, end, job = end, end + count, call.job
+            if call.node is not node:
+                call.finish(call, [array[start:end] for array in arrays])
             elif not job.done:
                 job.done, job.tensors = True, BatchSlice(batch, start, end)
                 size += job.size
                 jobs.append(job)
-        self.door.leave_together(len(jobs), sum([job.rows for job in jobs]), size)
+        self.admission.leave_together(len(jobs), sum([job.rows for job in jobs]), size)
         self.meter.succeeded_together([job.rows for job in jobs], [now - job.arrived for job in jobs])
-        if not self.door.jobs:
+        if not self.admission.jobs:
             self._empty.set()
         for job in jobs:
             job.reply(job)
 
-    def _part(self, visit: Visit, outputs: list[Array]) -> None:
+    def _on_part(self, call: StageCall, outputs: list[Array]) -> None:
         """One answer of a stream."""
-        job = visit.job
+        job = call.job
         if job.done or job.part is None:
             return
         if self._only is not None:
-            job.part(dict(zip(visit.leg.gives, outputs, strict=True)))
+            job.part(dict(zip(call.node.gives, outputs, strict=True)))
             return
-        tensors = {**job.tensors, **dict(zip(visit.leg.gives, outputs, strict=True))}
+        tensors = {**job.tensors, **dict(zip(call.node.gives, outputs, strict=True))}
         job.part({name: tensors[key] for name, key in self._outputs})
 
-    def _home(self, job: Job) -> None:
+    def _finish(self, job: Job) -> None:
         job.done = True
-        self.door.leave(job)
+        self.admission.leave(job)
         now = time.monotonic()
         self.meter.succeeded(job.rows, now - job.arrived)
-        if not self.door.jobs:
+        if not self.admission.jobs:
             self._empty.set()
         job.reply(job)
         if self._sequences is not None:
@@ -292,8 +312,10 @@ class Line:
         if job.done:
             return
         job.done = True
-        self.door.leave(job)
-        if not self.door.jobs:
+        if job.on_dropped is not None:
+            job.on_dropped()
+        self.admission.leave(job)
+        if not self.admission.jobs:
             self._empty.set()
         reason = {Cancelled: "CANCELED", Expired: "REJECTED"}.get(type(fault), "BACKEND")
         now = time.monotonic()
@@ -311,22 +333,22 @@ class Line:
     def _sweep(self) -> None:
         """Answer what is too late, drop what nobody waits for, kill what hangs. Runs only while jobs are there."""
         now = self._now()
-        jobs = [visit.job for leg in self.legs for visit in leg.station.sweep(now)]
+        jobs = [call.job for node in self.nodes for call in node.station.sweep(now)]
         jobs += self._sequences.waiting if self._sequences is not None else []
         for job in jobs:
             if job.deadline <= now and not job.done:
                 self._fail(job, job.expired())
             elif job.cancelled or (job.gone is not None and job.gone()):
                 self.cancel(job)
-        busy = self.door.jobs or any(not leg.station.idle for leg in self.legs)
+        busy = self.admission.jobs or any(not node.station.idle for node in self.nodes)
         self._sweeper = self._loop.call_later(_SWEEP, self._sweep) if busy else None
 
     def _now(self) -> float:
         """The time. When we were held up ourselves, workers are not blamed for what we did not hear meanwhile."""
         before, self._beat = self._beat, time.monotonic()
         if (late := self._beat - before) > _LATE:
-            for worker in [worker for leg in self.legs for worker in leg.station.workers]:
-                worker.heard += late
+            for replica in [replica for node in self.nodes for replica in node.station.replicas]:
+                replica.heard += late
         return self._beat
 
     def _ping(self) -> None:
@@ -335,8 +357,8 @@ class Line:
         self.meter.mark(now)
         if self._sequences is not None:
             self._sequences.sweep(now)
-        for leg in self.legs:
-            leg.station.ping(now, self._pings)
+        for node in self.nodes:
+            node.station.ping(now, self._pings)
         self._pinger = self._loop.call_later(1.0, self._ping)
 
     async def stream(
@@ -344,13 +366,15 @@ class Line:
     ) -> AsyncIterator[Tensors]:
         """All answers to one request. Raises as `submit` does, and what the stage raises between two answers."""
         answers: asyncio.Queue[Any] = asyncio.Queue()
-        values = self.edge.values(parameters)
+        values = self.validator.values(parameters)
         job = Job(tensors, answers.put_nowait, values, time.monotonic(), priority or self.limits.priority)
         job.part = answers.put_nowait
         self.start(job, deadline)
         try:
             while (answer := await answers.get()) is not job:
                 yield answer
+                if job.on_taken is not None:
+                    job.on_taken()
             if job.fault is not None:
                 raise job.fault
             if not self.plan.streams:
@@ -367,7 +391,7 @@ class Line:
         """Take nothing more, and wait until what is on the line has been answered."""
         self.state = "draining"
         self._empty.clear()
-        if self.door.jobs:
+        if self.admission.jobs:
             try:
                 await asyncio.wait_for(self._empty.wait(), patience)
             except TimeoutError:
@@ -378,7 +402,7 @@ class Line:
         if self.state == "closed":
             return
         self.state = "closed"
-        await asyncio.gather(*(leg.station.close(grace=grace) for leg in self.legs))
+        await asyncio.gather(*(node.station.close(grace=grace) for node in self.nodes))
         for handle in (self._sweeper, self._pinger):
             if handle:
                 handle.cancel()

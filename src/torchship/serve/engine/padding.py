@@ -54,8 +54,8 @@ class Padding:
     def narrowing(self, lengths: Mapping[str, int], finish: Callable[[Any, list[Array]], None]) -> Callable[..., None]:
         """`finish`, called with the outputs cut back."""
 
-        def narrow(visit: Any, outputs: list[Array]) -> None:
-            finish(visit, [_cut(array, axes, lengths) for array, axes in zip(outputs, self._outputs, strict=True)])
+        def narrow(call: Any, outputs: list[Array]) -> None:
+            finish(call, [_cut(array, axes, lengths) for array, axes in zip(outputs, self._outputs, strict=True)])
 
         return narrow
 

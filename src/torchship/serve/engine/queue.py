@@ -1,4 +1,4 @@
-"""Dispatch: the queue in front of a station, and which visits make the next batch; pure, without clocks or sockets.
+"""Dispatch: the queue in front of a station, and which calls make the next batch; pure, without clocks or sockets.
 
 Batches form by themselves while the workers are busy: whoever becomes free takes what waits, so `max_wait` is 0
 unless asked for. Visits whose shapes or parameters differ wait in lanes of their own, since they cannot be joined.
@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from torchship.errors import Busy, Expired, TorchshipError
+from torchship.errors import Expired, TorchshipError
 from torchship.stage import Value
 from torchship.tensors import Array, Tensors
 
@@ -25,6 +25,10 @@ class Job(msgspec.Struct, eq=False):
 
     `tensors` holds everything known so far, at the end the outputs; `reply` is called once, with `fault` set when
     there is no answer. `gone` tells whether the caller has left; `waiting` and `left` count the stations ahead.
+    `asked` is the time-out that the request itself has given. While a stage streams, `on_taken` lets it make one more
+    answer, and `on_dropped` ends it.
+    `asked` is the time-out that the request itself has given. While a stage streams, `on_taken` lets it make one more
+    answer, and `on_dropped` ends it.
     """
 
     tensors: Tensors
@@ -44,6 +48,9 @@ class Job(msgspec.Struct, eq=False):
     part: Callable[[dict[str, Array]], None] | None = None
     spans: list[Span] | None = None
     cancelled: bool = False
+    asked: float = 0.0
+    on_taken: Callable[[], None] | None = None
+    on_dropped: Callable[[], None] | None = None
 
     def cancel(self) -> None:
         """The caller has left: the job is dropped at the next sweep."""
@@ -68,64 +75,64 @@ class Span(msgspec.Struct, frozen=True):
     rows: int
 
 
-class Visit(msgspec.Struct, eq=False):
+class StageCall(msgspec.Struct, eq=False):
     """A job's call at one station: the tensors that it brings, in the order of the stage's inputs.
 
     Tensors that came in as bytes and are still bytes are given as a tuple of them.
-    `key` is equal for visits that may share a batch. `alone` is set after a crash: a suspect runs by itself.
+    `key` is equal for calls that may share a batch. `alone` is set after a crash: a suspect runs by itself.
     `finish` takes the outputs; a stream has its answers taken one by one by `part`, and `finish` ends it.
-    A visit of a `sequence` goes to the worker that holds the sequence's state.
+    A call of a `sequence` goes to the worker that holds the sequence's state.
     """
 
     job: Job
     arrays: Sequence[Any]
     rows: int
-    finish: Callable[[Visit, list[Array]], None]
+    finish: Callable[[StageCall, list[Array]], None]
     values: dict[str, Value]
     key: Hashable = None
-    leg: Any = None
+    node: Any = None
     order: int = 0
     since: float = 0.0
     crashes: int = 0
     alone: bool = False
-    part: Callable[[Visit, list[Array]], None] | None = None
+    part: Callable[[StageCall, list[Array]], None] | None = None
     sequence: str = ""
 
 
 class Dispatch:
-    """The visits that wait for one station. `max_batch` counts rows; a visit never has more than that."""
+    """The calls that wait for one station. `max_batch` counts rows; a call never has more than that."""
 
     def __init__(self, *, max_batch: int, max_wait: float = 0.0) -> None:
         self.max_batch = max_batch
         self.max_wait = max_wait
         self.rows = 0
-        self.dropped: list[Visit] = []
-        self._lanes: dict[tuple[int, Hashable], deque[Visit]] = {}
+        self.dropped: list[StageCall] = []
+        self._lanes: dict[tuple[int, Hashable], deque[StageCall]] = {}
         self._order = 0
 
-    def __iter__(self) -> Iterator[Visit]:
+    def __iter__(self) -> Iterator[StageCall]:
         for lane in self._lanes.values():
             yield from lane
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
 
-    def put(self, visit: Visit) -> None:
-        """Queue a visit. Raises ValueError for one that no batch can hold."""
-        if visit.rows > self.max_batch:
-            raise ValueError(f"{visit.rows} rows do not fit into a batch of {self.max_batch}")
-        visit.order = self._order = self._order + 1
-        name = (visit.job.priority, visit.key)
+    def put(self, call: StageCall) -> None:
+        """Queue a call. Raises ValueError for one that no batch can hold."""
+        if call.rows > self.max_batch:
+            raise ValueError(f"{call.rows} rows do not fit into a batch of {self.max_batch}")
+        call.order = self._order = self._order + 1
+        name = (call.job.priority, call.key)
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = deque()
-        lane.append(visit)
-        self.rows += visit.rows
+        lane.append(call)
+        self.rows += call.rows
 
-    def put_back(self, visit: Visit) -> None:
-        """Queue a visit that was taken before, ahead of those that came after it."""
-        self._lanes.setdefault((visit.job.priority, visit.key), deque()).appendleft(visit)
-        self.rows += visit.rows
+    def put_back(self, call: StageCall) -> None:
+        """Queue a call that was taken before, ahead of those that came after it."""
+        self._lanes.setdefault((call.job.priority, call.key), deque()).appendleft(call)
+        self.rows += call.rows
 
     def ready_at(self) -> float:
         """When the next batch may leave: the past if there is enough, FOREVER if nothing waits."""
@@ -135,8 +142,8 @@ class Dispatch:
             return 0.0
         return min(lane[0].since for lane in self._lanes.values()) + self.max_wait
 
-    def take(self, now: float, *, limit: int = 0) -> list[Visit]:
-        """The next batch: visits of one lane, at most `max_batch` rows (or `limit`, though always one visit).
+    def take(self, now: float, *, limit: int = 0) -> list[StageCall]:
+        """The next batch: calls of one lane, at most `max_batch` rows (or `limit`, though always one call).
 
         Visits that were answered meanwhile vanish; those that expired are put aside in `dropped`.
         """
@@ -157,68 +164,31 @@ class Dispatch:
             return next(iter(lanes))
         return min(lanes, key=lambda name: (name[0], lanes[name][0].order))
 
-    def _fill(self, lane: deque[Visit], now: float, limit: int) -> list[Visit]:
-        batch: list[Visit] = []
+    def _fill(self, lane: deque[StageCall], now: float, limit: int) -> list[StageCall]:
+        batch: list[StageCall] = []
         room = limit
         while lane:
-            visit = lane[0]
-            job = visit.job
+            call = lane[0]
+            job = call.job
             if job.done or job.deadline <= now:
                 lane.popleft()
-                self.rows -= visit.rows
+                self.rows -= call.rows
                 if not job.done:
-                    self.dropped.append(visit)
+                    self.dropped.append(call)
                 continue
-            if batch and (visit.rows > room or visit.alone):
+            if batch and (call.rows > room or call.alone):
                 break
             lane.popleft()
-            self.rows -= visit.rows
-            batch.append(visit)
-            room -= visit.rows
-            if visit.alone or room <= 0:
+            self.rows -= call.rows
+            batch.append(call)
+            room -= call.rows
+            if call.alone or room <= 0:
                 break
         return batch
 
-    def clear(self) -> list[Visit]:
+    def clear(self) -> list[StageCall]:
         """Take everything out, in no order."""
         found = list(self)
         self._lanes.clear()
         self.rows = 0
         return found
-
-
-class Door:
-    """Counts the rows and bytes that are on a line, and turns away what would be too much."""
-
-    __slots__ = ("jobs", "max_bytes", "max_rows", "rows", "size")
-
-    def __init__(self, *, max_rows: int, max_bytes: int) -> None:
-        self.max_rows = max_rows
-        self.max_bytes = max_bytes
-        self.jobs = 0
-        self.rows = 0
-        self.size = 0
-
-    def enter(self, job: Job) -> None:
-        """Count a job in. Raises Busy when it does not fit; an empty line takes any job."""
-        rows, size = self.rows + job.rows, self.size + job.size
-        if self.jobs and (rows > self.max_rows or size > self.max_bytes):
-            raise Busy(
-                f"the line is full: {self.rows} rows and {self.size / 2**20:.1f} MiB are on it",
-                hint=f"it holds {self.max_rows} rows and {self.max_bytes / 2**20:.0f} MiB; try again later",
-            )
-        self.jobs += 1
-        self.rows = rows
-        self.size = size
-
-    def leave(self, job: Job) -> None:
-        """Count a job out."""
-        self.jobs -= 1
-        self.rows -= job.rows
-        self.size -= job.size
-
-    def leave_together(self, jobs: int, rows: int, size: int) -> None:
-        """Count several jobs out."""
-        self.jobs -= jobs
-        self.rows -= rows
-        self.size -= size

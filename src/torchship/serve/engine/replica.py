@@ -1,4 +1,4 @@
-"""The host's side of one worker process: start it, hand it batches, collect its answers, notice its end."""
+"""Replicas: a copy of a stage as its station sees it, and the kind that is a process of its own on this machine."""
 
 from __future__ import annotations
 
@@ -6,173 +6,196 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
 
 from torchship import process
 from torchship.errors import StageFailed, TorchshipError, Unavailable
+from torchship.pipeline.faults import revive
 from torchship.serve.engine.ipc import arena
-from torchship.serve.engine.ipc.arena import Arena, Block, Region
-from torchship.serve.engine.ipc.signals import (
-    LIMIT,
-    Call,
-    Gave,
+from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
+from torchship.serve.engine.ipc.messages import (
+    INLINE,
+    BatchDone,
+    Drop,
     Inbox,
     Opened,
+    OpenFailed,
+    Order,
+    PackedCall,
     Ping,
-    Pong,
-    Refused,
+    RunBatch,
     Stop,
-    Take,
+    Taken,
     decode_report,
     encode,
-    revive,
     send,
 )
-from torchship.serve.engine.queue import Visit
-from torchship.serve.engine.worker import Post
+from torchship.serve.engine.output import WorkerOutput
+from torchship.serve.engine.queue import StageCall
+from torchship.serve.engine.spec import WorkerSpec
+from torchship.serve.engine.worker import WorkerStart
 from torchship.tensors import Array, numpy_dtype
 
 _RAW = {tuple}
-_LINES = 20
-_LINE = 2000
 
 
-class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
-    """How to make one worker of a station. Sizes are bytes a slot, times are seconds.
-
-    `fits`: every batch that the station makes fits into a slot, so that nothing needs to be measured; then `inputs`
-    are the datatype and the shape of a row of each input.
-    """
-
-    name: str
-    opener: str
-    stage: Any
-    signature: str
-    batched: bool
-    fits: bool = False
-    inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    depth: int = 2
-    input_size: int = 2**20
-    output_size: int = 2**20
-    private: bool = True
-    warm: bool = False
-    threads: int | None = None
-    cpus: tuple[int, ...] = ()
-    nice: int = 0
-    env: dict[str, str] = {}
-    open_timeout: float = 120.0
-
-
-class Flight(msgspec.Struct, eq=False):
-    """A batch that a worker holds."""
+class InFlightBatch(msgspec.Struct, eq=False):
+    """A batch that a replica holds. `unread` are the answers of a stream that its caller has not taken yet."""
 
     number: int
     slot: int
-    visits: list[Visit]
+    calls: list[StageCall]
     sent: float
     stream: bool = False
+    unread: int = 0
 
 
-class Boss(Protocol):
-    """What a worker reports to: its station."""
+class ReplicaEvents(Protocol):
+    """What a replica reports to: its station."""
 
-    def opened(self, worker: Worker) -> None:
-        """The worker is ready for its first batch."""
+    def on_open(self, replica: Replica) -> None:
+        """The replica is ready for its first batch."""
 
-    def gave(self, worker: Worker, flight: Flight, gave: Gave, memory: memoryview) -> None:
-        """An answer came. `memory` holds it until this call returns."""
+    def on_result(self, replica: Replica, batch: InFlightBatch, done: BatchDone, outputs: list[list[Array]]) -> None:
+        """An answer came; `outputs[i]` are the arrays of `done.results[i]`."""
 
-    def ended(self, worker: Worker, flights: list[Flight], reason: str) -> None:
-        """The worker is gone, and with it what it held, oldest first."""
+    def on_end(self, replica: Replica, batches: list[InFlightBatch], reason: str) -> None:
+        """The replica is gone, and with it what it held, oldest first."""
 
-    def said(self, worker: Worker, line: str) -> None:
-        """The worker printed a line."""
-
-
-@dataclass(slots=True)
-class _Tail:
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES))
-    rest: bytes = b""
+    def on_log(self, replica: Replica, line: str) -> None:
+        """The replica printed a line."""
 
 
-class Worker:
-    """One child process. `state` goes from opening to ready to stopping to ended, and never back."""
+class Replica(Protocol):
+    """One copy of a stage, wherever it runs. `state` goes from opening to ready to stopping to ended, never back.
 
-    def __init__(self, blueprint: Blueprint, *, boss: Boss, loop: asyncio.AbstractEventLoop) -> None:
-        """Starts the process. Raises Unavailable when memory or processes have run out."""
-        self.blueprint = blueprint
+    Batches come back in the order in which they were given. `heard` is when it last gave a sign of life, `served` how
+    many batches it has answered, `fault` why its stage could not be opened; `ended` is done when it is gone.
+    """
+
+    spec: WorkerSpec
+    state: str
+    in_flight: deque[InFlightBatch]
+    heard: float
+    served: int
+    fault: TorchshipError | None
+    ended: asyncio.Future[None]
+
+    @property
+    def pid(self) -> int:
+        """Its process id, for logs; 0 where it has none."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many more batches it takes now."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """How many batches it takes altogether."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Its resident memory in bytes; 0 where that is not known."""
+        ...
+
+    @property
+    def shared(self) -> int:
+        """Bytes of memory that are reserved to hand batches over."""
+        ...
+
+    def give(self, calls: list[StageCall], *, now: float) -> None:
+        """Take a batch on. Ask `room` first. Raises TorchshipError where it cannot be handed over."""
+        ...
+
+    def taken(self, batch: InFlightBatch) -> None:
+        """The caller of a stream has taken an answer: the replica may go on to make more."""
+        ...
+
+    def drop(self, batch: InFlightBatch) -> None:
+        """Nobody waits for the rest of a stream: end it at its next step."""
+        ...
+
+    def ping(self, number: int) -> None:
+        """Ask for a sign of life."""
+        ...
+
+    def stop(self, *, grace: float = 5.0) -> None:
+        """Let it finish what it holds and leave; end it after `grace` seconds."""
+        ...
+
+    def kill(self, reason: str) -> None:
+        """End it now."""
+        ...
+
+
+StartReplica: TypeAlias = Callable[[WorkerSpec, ReplicaEvents], Replica]
+
+
+class LocalReplica:
+    """A Replica in a child process on this machine, with which it shares memory."""
+
+    def __init__(self, spec: WorkerSpec, events: ReplicaEvents) -> None:
+        """Starts the process. Raises Unavailable when memory, processes or descriptors have run out."""
+        self.spec = spec
         self.state = "opening"
-        self.flights: deque[Flight] = deque()
-        self.began = time.monotonic()
-        self.heard = self.began
-        self.resident = 0
+        self.in_flight: deque[InFlightBatch] = deque()
+        self.heard = time.monotonic()
         self.fault: TorchshipError | None = None
         self.served = 0
         self._reason = ""
-        self._boss = boss
-        self._loop = loop
+        self._events = events
+        self._loop = asyncio.get_running_loop()
         self._number = 0
-        self._tail = _Tail()
-        self.arena = Arena.make(
-            depth=blueprint.depth, input_size=blueprint.input_size, output_size=blueprint.output_size
-        )
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._inbox = Inbox(self._sock)
         self._deaf = False
-        self._log, out = os.pipe()
+        signature = spec.model.signature
+        self._fits, self._batched = spec.model.fits, signature.batched
+        self._raw_inputs = [(numpy_dtype(given.dtype), tuple(given.wire_shape[1:])) for given in signature.inputs]
+        self._outputs = [numpy_dtype(given.dtype) for given in signature.outputs]
+        self._start()
+        self._timer = self._loop.call_later(spec.limits.open_timeout, self._late)
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+
+    def _start(self) -> None:
+        spec, model = self.spec, self.spec.model
+        undo: list[Callable[[], None]] = []
         try:
-            self._child = self._spawn(theirs.fileno(), out)
+            input_size, output_size = model.slot_sizes
+            self._arena = Arena.make(depth=spec.depth, input_size=input_size, output_size=output_size)
+            undo.append(self._arena.close)
+            self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo += [self._sock.close, theirs.close]
+            self._output = WorkerOutput(loop=self._loop, on_line=self._on_line)
+            undo += [self._output.close, lambda: os.close(self._output.inlet)]
+            self._child = process.spawn(
+                "torchship.serve.engine.worker:main",
+                argument=WorkerStart(theirs.fileno(), self._arena.region.fd, spec),
+                fds=(theirs.fileno(), self._arena.region.fd),
+                output=self._output.inlet,
+                threads=spec.placement.threads or None,
+                cpus=spec.placement.cpus,
+                env={"PYTHONUNBUFFERED": "1"},
+            )
+            undo.append(lambda: process.stop(self._child))
             self._pid = os.pidfd_open(self._child.pid)
         except OSError as fault:
-            self.arena.close()
-            self._sock.close()
-            os.close(self._log)
-            raise Unavailable(f"cannot start a worker for {blueprint.name!r}: {fault}") from None
-        finally:
-            theirs.close()
-            os.close(out)
-        self._listen()
-        self._timer = loop.call_later(blueprint.open_timeout, self._late)
-        self.ended: asyncio.Future[None] = loop.create_future()
-
-    def _spawn(self, sock: int, out: int) -> subprocess.Popen[bytes]:
-        plan = self.blueprint
-        post = Post(
-            sock=sock,
-            memory=self.arena.region.fd,
-            depth=plan.depth,
-            input_size=self.arena.input_size,
-            output_size=self.arena.output_size,
-            opener=plan.opener,
-            stage=plan.stage,
-            private=plan.private,
-            warm=plan.warm,
-            nice=plan.nice,
-        )
-        return process.spawn(
-            "torchship.serve.engine.worker:main",
-            argument=post,
-            fds=(sock, self.arena.region.fd),
-            output=out,
-            threads=plan.threads,
-            cpus=plan.cpus,
-            env={"PYTHONUNBUFFERED": "1"} | plan.env,
-        )
-
-    def _listen(self) -> None:
+            for step in reversed(undo):
+                step()
+            raise Unavailable(f"cannot start a worker for {model.name!r}: {fault}") from None
+        theirs.close()
+        os.close(self._output.inlet)
+        self._inbox = Inbox(self._sock)
         self._sock.setblocking(False)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * LIMIT)
-        os.set_blocking(self._log, False)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * INLINE)
         self._loop.add_reader(self._sock.fileno(), self._hear)
-        self._loop.add_reader(self._log, self._read_log)
         self._loop.add_reader(self._pid, self._end)
 
     @property
@@ -192,41 +215,53 @@ class Worker:
     @property
     def room(self) -> int:
         """How many more batches it takes now."""
-        return self.arena.free if self.state == "ready" else 0
+        return self._arena.free if self.state == "ready" else 0
 
-    def give(self, visits: list[Visit], *, now: float) -> None:
+    @property
+    def slots(self) -> int:
+        """How many batches it takes altogether."""
+        return self._arena.depth
+
+    @property
+    def shared(self) -> int:
+        """Bytes of the memory that it shares with us."""
+        return self._arena.region.size
+
+    def give(self, calls: list[StageCall], *, now: float) -> None:
         """Write a batch into a slot and send it. Ask `room` first. Raises Unavailable when memory has run out."""
-        slot = self.arena.acquire()
+        slot = self._arena.acquire()
         self._number += 1
         region = None
         try:
-            calls, region = self._pack(visits, slot)
-            send(self._sock, encode(Take(self._number, slot, calls)), fd=region.fd if region else -1)
-        except TorchshipError:
-            self.arena.release(slot)
-            raise
-        except OSError:  # it died a moment ago: its end is on the way and takes the flight with it
+            packed, region = self._pack(calls, slot)
+            send(self._sock, encode(RunBatch(self._number, slot, packed)), fd=region.fd if region else -1)
+        except ConnectionError:  # it died a moment ago: its end is on the way and takes the batch with it
             pass
+        except Exception as fault:
+            self._arena.release(slot)
+            if isinstance(fault, TorchshipError):
+                raise
+            raise Unavailable(f"a batch cannot be handed to a worker: {type(fault).__name__}: {fault}") from fault
         finally:
             if region:
                 region.close()
-        self.flights.append(Flight(self._number, slot, visits, now, visits[0].part is not None))
+        self.in_flight.append(InFlightBatch(self._number, slot, calls, now, calls[0].part is not None))
 
-    def _pack(self, visits: list[Visit], slot: int) -> tuple[list[Call], Region | None]:
-        start, end = self.arena.input_span(slot)
-        need = 0 if self.blueprint.fits else self._measure(visits)
-        region = None if need <= end - start else Region.make(need)
-        memory, at = (region.memory, 0) if region else (self.arena.region.memory, start)
-        groups = [visits] if self.blueprint.batched else [[visit] for visit in visits]
-        calls = []
+    def _pack(self, calls: list[StageCall], slot: int) -> tuple[list[PackedCall], MemoryRegion | None]:
+        start, end = self._arena.input_span(slot)
+        need = 0 if self._fits else self._measure(calls)
+        region = None if need <= end - start else MemoryRegion.make(need)
+        memory, at = (region.memory, 0) if region else (self._arena.region.memory, start)
+        groups = [calls] if self._batched else [[call] for call in calls]
+        packed = []
         for group in groups:
-            rows = [visit.rows for visit in group]
-            columns = zip(*[visit.arrays for visit in group], strict=True)
-            kinds = {type(visit.arrays) for visit in group}
-            blocks: list[Block] = []
+            rows = [call.rows for call in group]
+            columns = zip(*[call.arrays for call in group], strict=True)
+            kinds = {type(call.arrays) for call in group}
+            blocks: list[ArenaBlock] = []
             for index, column in enumerate(columns):
                 if kinds == _RAW:
-                    shape = (sum(rows), *self.blueprint.inputs[index][1])
+                    shape = (sum(rows), *self._raw_inputs[index][1])
                     block = arena.write_raw(column, memory=memory, offset=at, shape=shape)
                 else:
                     arrays = column if tuple not in kinds else self._arrays(column, index)
@@ -234,19 +269,18 @@ class Worker:
                 blocks.append(block)
                 at = arena.aligned(at + block.size)
             head = group[0]
-            calls.append(Call(rows, blocks, head.values, head.part is not None))
-        return calls, region
+            packed.append(PackedCall(rows, blocks, head.values, head.part is not None))
+        return packed, region
 
     def _arrays(self, column: Sequence[Any], index: int) -> list[Array]:
         """Rows of which some are bytes, as arrays."""
-        dtype, axes = self.blueprint.inputs[index]
-        kind = numpy_dtype(dtype)
-        return [np.frombuffer(one, kind).reshape(-1, *axes) if type(one) is bytes else one for one in column]
+        dtype, axes = self._raw_inputs[index]
+        return [np.frombuffer(one, dtype).reshape(-1, *axes) if type(one) is bytes else one for one in column]
 
-    def _measure(self, visits: list[Visit]) -> int:
+    def _measure(self, calls: list[StageCall]) -> int:
         """Bytes that a batch needs, each tensor beginning where it may."""
-        padding = arena.ALIGN * len(visits[0].arrays) * (1 if self.blueprint.batched else len(visits))
-        return padding + sum([arena.size_of(array) for visit in visits for array in visit.arrays])
+        padding = arena.ALIGN * len(calls[0].arrays) * (1 if self._batched else len(calls))
+        return padding + sum([arena.size_of(array) for call in calls for array in call.arrays])
 
     def _hear(self) -> None:
         """Read one report; the loop calls again while there are more."""
@@ -259,59 +293,75 @@ class Worker:
             return
         except ConnectionError:
             pass
-        except (OSError, msgspec.MsgspecError, StageFailed) as fault:
+        except Exception as fault:  # whatever it sent, the host goes on
             self.kill(f"broke the line's protocol: {fault}")
             return
         self._deaf = True  # it died: the kernel reports the end in a moment
         self._loop.remove_reader(self._sock.fileno())
 
     def _report(self, message: memoryview, fd: int) -> None:
-        region = Region.take(fd) if fd >= 0 else None
+        region = MemoryRegion.take(fd) if fd >= 0 else None
         try:
             report = decode_report(message)
             self.heard = time.monotonic()
-            if isinstance(report, Gave):
-                self._gave(report, region)
-            elif isinstance(report, Pong):
-                self.resident = report.resident
+            if isinstance(report, BatchDone):
+                self._on_done(report, region)
             elif isinstance(report, Opened):
-                self._opened(report)
-            elif isinstance(report, Refused):
-                self.fault = revive(report.fault, stage=self.blueprint.name)
+                self._on_opened(report)
+            elif isinstance(report, OpenFailed):
+                self.fault = revive(report.fault, stage=self.spec.model.name)
         finally:
             if region:
                 region.close()
 
-    def _gave(self, gave: Gave, region: Region | None) -> None:
-        if not self.flights or self.flights[0].number != gave.number:
-            raise StageFailed(f"answer {gave.number} was not asked for")
-        flight = self.flights[0]
-        if not gave.more:
-            self.flights.popleft()
+    def _on_done(self, done: BatchDone, region: MemoryRegion | None) -> None:
+        if not self.in_flight or self.in_flight[0].number != done.number:
+            raise StageFailed(f"answer {done.number} was not asked for")
+        batch = self.in_flight[0]
+        outputs = [self._read(result.blocks, (region or self._arena.region).memory) for result in done.results]
+        if not done.more:
+            self.in_flight.popleft()
             self.served += 1
-        memory = (region or self.arena.region).memory
-        try:
-            self._boss.gave(self, flight, gave, memory)
-        finally:
-            if not gave.more and self.state != "ended":
-                self.arena.release(flight.slot)
+            self._arena.release(batch.slot)
+        self._events.on_result(self, batch, done, outputs)
 
-    def _opened(self, report: Opened) -> None:
-        if report.signature != self.blueprint.signature:
-            self.kill(f"opened with signature {report.signature}, planned {self.blueprint.signature}")
+    def _read(self, blocks: Sequence[ArenaBlock], memory: memoryview) -> list[Array]:
+        arrays: list[Array] = []
+        for block, dtype in zip(blocks, self._outputs, strict=True):
+            array = arena.read(block, dtype=dtype, memory=memory)
+            arrays.append(array if dtype.hasobject else array.copy())
+        return arrays
+
+    def _on_opened(self, report: Opened) -> None:
+        planned = str(self.spec.model.signature)
+        if report.signature != planned:
+            self.kill(f"opened with signature {report.signature}, planned {planned}")
             return
         self._timer.cancel()
-        self.resident = report.resident
         if self.state == "opening":
             self.state = "ready"
-            self._boss.opened(self)
+            self._events.on_open(self)
+
+    def _tell(self, order: Order) -> None:
+        """Send what needs no answer; a worker that is gone is noticed elsewhere."""
+        try:
+            send(self._sock, encode(order))
+        except OSError:
+            pass
+
+    def taken(self, batch: InFlightBatch) -> None:
+        """The caller of a stream has taken an answer: the worker may make one more. Its waiting was no hang."""
+        batch.unread -= 1
+        self.heard = time.monotonic()
+        self._tell(Taken(batch.number))
+
+    def drop(self, batch: InFlightBatch) -> None:
+        """Nobody waits for the rest of a stream: the worker closes its generator at the next step."""
+        self._tell(Drop(batch.number))
 
     def ping(self, number: int) -> None:
         """Ask for a sign of life; `heard` tells when the last one came."""
-        try:
-            send(self._sock, encode(Ping(number)))
-        except OSError:
-            pass
+        self._tell(Ping(number))
 
     def stop(self, *, grace: float = 5.0) -> None:
         """Let it finish what it holds, close its stage and leave; kill it after `grace` seconds."""
@@ -319,10 +369,7 @@ class Worker:
             return
         self.state = "stopping"
         self._timer.cancel()
-        try:
-            send(self._sock, encode(Stop()))
-        except OSError:
-            pass
+        self._tell(Stop())
         self._timer = self._loop.call_later(grace, self.kill, f"did not stop within {grace:g} s")
 
     def kill(self, reason: str) -> None:
@@ -337,50 +384,34 @@ class Worker:
             pass
 
     def _late(self) -> None:
-        self.kill(f"did not open within {self.blueprint.open_timeout:g} s")
+        self.kill(f"did not open within {self.spec.limits.open_timeout:g} s")
+
+    def _on_line(self, line: str) -> None:
+        self._events.on_log(self, line)
 
     def _end(self) -> None:
         """The process is gone: read what it had still to say, give everything back, tell the station."""
         self._loop.remove_reader(self._pid)
-        for _ in range(self.blueprint.depth + 64):  # what it said before it died counts
+        for _ in range(self.spec.depth + 64):  # what it said before it died counts
             if self._deaf:
                 break
             self._hear()
         self._loop.remove_reader(self._sock.fileno())
-        self._read_log()
-        self._loop.remove_reader(self._log)
+        self._output.close()
         wanted = self.state == "stopping" and not self._reason
         self.state = "ended"
         self._timer.cancel()
         process.stop(self._child)
-        for fd in (self._pid, self._log):
-            os.close(fd)
+        os.close(self._pid)
         self._sock.close()
-        self.arena.close()
-        flights, self.flights = list(self.flights), deque()
-        self._boss.ended(self, flights, "" if wanted else self._why())
+        self._arena.close()
+        batches, self.in_flight = list(self.in_flight), deque()
+        self._events.on_end(self, batches, "" if wanted else self._why())
         self.ended.set_result(None)
 
     def _why(self) -> str:
         """The reason, the way it ended, and its last lines, as one text."""
         end = process.describe_exit(self._child.returncode)
         text = f"{self._reason} ({end})" if self._reason else end
-        return text if not self._tail.lines else f"{text}; its last lines: {' | '.join(list(self._tail.lines)[-5:])}"
-
-    def _read_log(self) -> None:
-        tail = self._tail
-        for _ in range(16):  # a worker that prints without end must not stop the host
-            try:
-                data = os.read(self._log, 2**16)
-            except BlockingIOError:
-                return
-            if not data:
-                self._loop.remove_reader(self._log)
-                return
-            *lines, tail.rest = (tail.rest + data).split(b"\n")
-            if len(tail.rest) > _LINE:
-                lines, tail.rest = [*lines, tail.rest], b""
-            for line in lines:
-                text = line[:_LINE].decode(errors="replace").rstrip()
-                tail.lines.append(text)
-                self._boss.said(self, text)
+        lines = self._output.last_lines
+        return f"{text}; its last lines: {' | '.join(lines)}" if lines else text

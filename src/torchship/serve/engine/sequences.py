@@ -5,12 +5,13 @@ A stage takes part by naming a parameter `sequence_id`; it may name `sequence_st
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torchship.errors import BadInput
-from torchship.serve.engine.queue import Job
+from torchship.serve.engine.queue import Job, StageCall
+from torchship.serve.engine.replica import Replica
 
 _LONGEST = 256  # characters of a name
 
@@ -100,3 +101,49 @@ class Sequences:
     def _end(self, name: str) -> None:
         del self._open[name]
         self._forget(name)
+
+
+class Pins:
+    """Sequences by name; each keeps its replica until it is forgotten or the replica is lost."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Replica] = {}
+        self.queues: dict[Replica, deque[StageCall]] = {}
+
+    def __iter__(self) -> Iterator[StageCall]:
+        for queue in self.queues.values():
+            yield from queue
+
+    def __bool__(self) -> bool:
+        return any(self.queues.values())
+
+    def put(self, call: StageCall, *, replicas: Sequence[Replica]) -> bool:
+        """Queue a call for its replica; a new sequence gets the one with the fewest. False when there is none."""
+        replica = self._of.get(call.sequence)
+        if replica is None:
+            if not replicas:
+                return False
+            held = Counter(self._of.values())
+            replica = min(replicas, key=lambda one: (one.state != "ready", held[one]))
+            self._of[call.sequence] = replica
+        self.queues.setdefault(replica, deque()).append(call)
+        return True
+
+    def take(self) -> Iterator[tuple[Replica, StageCall]]:
+        """Visits whose replicas have room now, one at a time."""
+        for replica, queue in self.queues.items():
+            while queue and replica.room:
+                call = queue.popleft()
+                if not call.job.done:
+                    yield replica, call
+
+    def forget(self, name: str) -> None:
+        """A sequence is over."""
+        self._of.pop(name, None)
+
+    def lose(self, replica: Replica) -> tuple[list[str], list[StageCall]]:
+        """A replica is gone: the sequences whose state went with it, and what waited for it."""
+        names = [name for name, one in self._of.items() if one is replica]
+        for name in names:
+            del self._of[name]
+        return names, list(self.queues.pop(replica, ()))

@@ -1,41 +1,34 @@
-"""A station: one stage of a line, its queue, and the crew of workers that run it."""
+"""A station: one stage of a line, its queue, and the replicas that run it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
-
-import msgspec
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from torchship.errors import StageFailed, TorchshipError, Unavailable
-from torchship.serve.engine.ipc import arena
-from torchship.serve.engine.ipc.signals import Gave, revive
-from torchship.serve.engine.pins import Pins
-from torchship.serve.engine.queue import FOREVER, Dispatch, Span, Visit
-from torchship.serve.engine.replica import Blueprint, Flight, Worker
+from torchship.pipeline.faults import revive
+from torchship.serve.engine.ipc.messages import BatchDone
+from torchship.serve.engine.queue import FOREVER, Dispatch, Span, StageCall
+from torchship.serve.engine.replica import InFlightBatch, Replica, StartReplica
+from torchship.serve.engine.sequences import Pins
+from torchship.serve.engine.spec import WorkerSpec
 from torchship.serve.metrics import StationMeter
-from torchship.tensors import Array, Signature, numpy_dtype
+from torchship.tensors import Array
 
 _log = logging.getLogger("torchship.line")
 _QUICK = 2e-3  # seconds; a batch that takes longer is worth waiting for before the next one is closed
 _MARGIN = 1e-3  # seconds before the expected end of a batch at which the next one is sent
 _BURST = 64  # calls of a job stage that travel in one message
+_RUN_TIMEOUT = 60.0  # seconds, where the model says nothing else and has no longer time-out
 _LIVES = 2  # crashes that a job survives alone before it is blamed
 _LOOP = 5  # quick crashes in a row that open the circuit
-
-
-class Crew(msgspec.Struct, frozen=True, kw_only=True):
-    """How many workers, and how patient the station is with them (seconds)."""
-
-    copies: int = 1
-    run_timeout: float = 60.0
-    ping_every: float = 5.0
-    ping_timeout: float = 15.0
-    max_wait: float = 0.0
-    backlog: int = 4
-    memory: int = 0
+_PING_EVERY = 5.0  # seconds
+_PING_TIMEOUT = 15.0
+_BACKLOG = 4  # batches that may wait at the next station before this one pauses
 
 
 class Station:
@@ -43,29 +36,35 @@ class Station:
 
     def __init__(
         self,
-        blueprint: Blueprint,
+        specs: list[WorkerSpec],
         *,
-        signature: Signature,
-        max_batch: int,
-        crew: Crew,
-        fail: Callable[[Visit, TorchshipError], None],
+        start: StartReplica,
+        turns: asyncio.Semaphore,
+        fail: Callable[[StageCall, TorchshipError], None],
     ) -> None:
-        self.name = blueprint.name
-        self.signature = signature
-        self.max_batch = max_batch
-        self.crew = crew
-        self.fits = blueprint.fits
-        self.queue = Dispatch(max_batch=max_batch if signature.batched else 2**31, max_wait=crew.max_wait)
-        self.workers: list[Worker] = []
+        """One specification for each copy, which differ in their placement only; `start` makes a replica of one.
+
+        `turns` bounds how many replicas, of all stations that share it, open at once.
+        """
+        model, self.limits = specs[0].model, specs[0].limits
+        self.name = model.name
+        self.signature = model.signature
+        self.max_batch = model.max_batch
+        self.copies = len(specs)
+        self.fits = model.fits
+        most = self.max_batch if self.signature.batched else 2**31
+        self.queue = Dispatch(max_batch=most, max_wait=self.limits.max_wait)
+        self.replicas: list[Replica] = []
         self.meter = StationMeter()
         self.broken: Unavailable | None = None
         self.after: list[Station] = []
         self.before: list[Station] = []
         self.pins = Pins()
-        self.land: Callable[[list[Visit], list[int], list[Array]], None] = self._deliver
-        self.lost: Callable[[list[str]], None] = lambda names: None
-        self._blueprint = blueprint
-        self._dtypes = [numpy_dtype(spec.dtype) for spec in signature.outputs]
+        self.on_done: Callable[[list[StageCall], list[int], list[Array]], None] = self._deliver
+        self.on_lost: Callable[[list[str]], None] = lambda names: None
+        self._specs = specs
+        self._start_replica = start
+        self._turns = turns
         self._fail = fail
         self._pace = 0.0
         self._crashes = 0
@@ -74,40 +73,51 @@ class Station:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = FOREVER
-        self._restarts: set[asyncio.TimerHandle] = set()
-        self._first: asyncio.Future[None] = self._loop.create_future()
+        self._opening: dict[Replica, asyncio.Future[None]] = {}
+        self._leaving: set[Replica] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Start the crew and wait until all of it is ready. Raises what the stage raised when it was opened."""
+        """Start all replicas and wait until they are ready. Raises what the stage raised when it was opened."""
+        opening = [asyncio.ensure_future(self._open_one(spec)) for spec in self._specs]
         try:
-            for _ in range(self.crew.copies):
-                self.workers.append(Worker(self._blueprint, boss=self, loop=self._loop))
-            await self._first
+            await asyncio.gather(*opening)
         except BaseException:
+            for task in opening:
+                task.cancel()
+            await asyncio.gather(*opening, return_exceptions=True)
             await self.close()
             raise
 
+    async def _open_one(self, spec: WorkerSpec) -> None:
+        """Start one replica when it is its turn, so that its time-out is its own. Raises TorchshipError."""
+        async with self._turns:
+            replica = self._start_replica(spec, self)
+            self.replicas.append(replica)
+            opened = self._opening[replica] = self._loop.create_future()
+            await opened
+
     @property
     def ready(self) -> bool:
-        """Whether a worker is there to take a batch."""
-        return not self._closing and any(worker.state == "ready" for worker in self.workers)
+        """Whether a replica is there to take a batch."""
+        return not self._closing and any(replica.state == "ready" for replica in self.replicas)
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return not len(self.queue) and not self.pins and not any(worker.flights for worker in self.workers)
+        return not len(self.queue) and not self.pins and not any(replica.in_flight for replica in self.replicas)
 
-    def put(self, visit: Visit, now: float) -> None:
-        """Take a visit in; it leaves with the next batch that has room for it."""
+    def put(self, call: StageCall, now: float) -> None:
+        """RunBatch a call in; it leaves with the next batch that has room for it."""
         if self.broken:
-            self._fail(visit, self.broken)
+            self._fail(call, self.broken)
             return
-        visit.since = now
-        if visit.sequence:
-            if not self.pins.put(visit, workers=self.workers):
-                self._fail(visit, Unavailable(f"stage {self.name!r} has no worker", hint="try again"))
+        call.since = now
+        if call.sequence:
+            if not self.pins.put(call, replicas=self.replicas):
+                self._fail(call, Unavailable(f"stage {self.name!r} has no worker", hint="try again"))
         else:
-            self.queue.put(visit)
+            self.queue.put(call)
         self.pump_soon()
 
     def pump_soon(self) -> None:
@@ -120,27 +130,25 @@ class Station:
         self._pumping = False
         queue = self.queue
         now = time.monotonic()
-        sent = False
+        before = queue.rows
         if self.pins.queues:
-            for pinned, visit in self.pins.take():
-                self._send(pinned, [visit], now)
+            for pinned, call in self.pins.take():
+                self._send(pinned, [call], now)
         while queue.rows:
             if self.after and self._blocked():
                 break
-            worker, at = self._choose(now)
+            replica, at = self._choose(now)
             at = max(at, queue.ready_at())
-            if worker is None or at > now:
+            if replica is None or at > now:
                 self._wake(at)
                 break
             batch = self._take(now)
             if not batch:
                 break
-            sent = True
-            self._send(worker, batch, now)
+            self._send(replica, batch, now)
         if queue.dropped:
-            sent = True
             self._drop()
-        if sent:
+        if queue.rows < before:  # also where all that was taken had been answered meanwhile
             self._make_room()
 
     def _make_room(self) -> None:
@@ -150,43 +158,47 @@ class Station:
 
     def _blocked(self) -> bool:
         """A station does not run ahead of the next: what it makes would only fill the memory."""
-        return any(s.queue.rows >= self.crew.backlog * s.max_batch + s.crew.copies for s in self.after)
+        return any(s.queue.rows >= _BACKLOG * s.max_batch + s.copies for s in self.after)
 
-    def _choose(self, now: float) -> tuple[Worker | None, float]:
-        """The worker for the next batch, and when it should get it: a busy one shortly before it is done."""
-        best: Worker | None = None
-        for worker in self.workers:
-            if worker.room and (best is None or len(worker.flights) < len(best.flights)):
-                best = worker
+    def _choose(self, now: float) -> tuple[Replica | None, float]:
+        """The replica for the next batch, and when it should get it: a busy one shortly before it is done."""
+        best: Replica | None = None
+        for replica in self.replicas:
+            if replica.room and (best is None or len(replica.in_flight) < len(best.in_flight)):
+                best = replica
         if best is None:
             return None, FOREVER
-        if not best.flights or self._pace < _QUICK or self.queue.rows >= self.max_batch:
+        if not best.in_flight or self._pace < _QUICK or self.queue.rows >= self.max_batch:
             return best, 0.0
-        return best, max(best.heard, best.flights[0].sent) + self._pace - _MARGIN
+        return best, max(best.heard, best.in_flight[0].sent) + self._pace - _MARGIN
 
-    def _take(self, now: float) -> list[Visit]:
+    def _take(self, now: float) -> list[StageCall]:
         queue = self.queue
-        if len(self.workers) == 1 and self.signature.batched:
+        if len(self.replicas) == 1 and self.signature.batched:
             return queue.take(now)
         if self.signature.batched:
-            idle = sum(1 for worker in self.workers if worker.room and not worker.flights)
+            idle = sum(1 for replica in self.replicas if replica.room and not replica.in_flight)
             limit = -(-queue.rows // idle) if idle > 1 else 0
             return queue.take(now, limit=limit)
         batch = []
         room = max(1, min(_BURST, int(_QUICK / self._pace))) if self._pace else 1
-        share = -(-len(queue) // max(1, sum(1 for worker in self.workers if worker.state == "ready")))
+        share = -(-len(queue) // max(1, sum(1 for replica in self.replicas if replica.state == "ready")))
         for _ in range(min(room, share)):
             batch += (found := queue.take(now, limit=1))
             if not found or found[0].alone or found[0].part:
                 break
         return batch
 
-    def _send(self, worker: Worker, batch: list[Visit], now: float) -> None:
+    def _send(self, replica: Replica, batch: list[StageCall], now: float) -> None:
         try:
-            worker.give(batch, now=now)
+            replica.give(batch, now=now)
         except TorchshipError as fault:
-            for visit in batch:
-                self._fail(visit, fault)
+            for call in batch:
+                self._fail(call, fault)
+            return
+        if batch[0].part is not None:
+            held, job = replica.in_flight[-1], batch[0].job
+            job.on_taken, job.on_dropped = partial(replica.taken, held), partial(replica.drop, held)
 
     def _wake(self, at: float) -> None:
         if at == FOREVER or (self._timer and self._timer_at <= at):
@@ -202,147 +214,164 @@ class Station:
 
     def _drop(self) -> None:
         dropped, self.queue.dropped = self.queue.dropped, []
-        for visit in dropped:
-            self._fail(visit, visit.job.expired())
+        for call in dropped:
+            self._fail(call, call.job.expired())
 
-    def gave(self, worker: Worker, flight: Flight, gave: Gave, memory: memoryview) -> None:
-        """Hand the answers to the visits of a batch, and look for the next one."""
+    def on_result(self, replica: Replica, batch: InFlightBatch, done: BatchDone, outputs: list[list[Array]]) -> None:
+        """Hand the answers to the calls of a batch, and look for the next one."""
         if self.queue.rows or self.pins.queues:
             self.pump_soon()
         try:
-            self._gave(flight, gave, memory)
+            self._hand_out(batch, done, outputs)
         except Exception as fault:  # whatever is wrong with an answer: nobody may wait for it forever
-            _log.exception("station %s: an answer of worker %s is unusable", self.name, worker.pid)
-            for visit in flight.visits:
-                self._fail(visit, StageFailed(f"stage {self.name!r} gave an unusable answer: {fault}"))
+            _log.exception("station %s: an answer of worker %s is unusable", self.name, replica.pid)
+            for call in batch.calls:
+                self._fail(call, StageFailed(f"stage {self.name!r} gave an unusable answer: {fault}"))
 
-    def _gave(self, flight: Flight, gave: Gave, memory: memoryview) -> None:
-        visits = flight.visits
-        self._count(flight, gave, time.monotonic())
-        for fault in gave.faults:
-            self._fail(visits[fault.job], revive(fault, stage=self.name))
-        for piece in gave.pieces:
-            arrays: list[Array] = []
-            for block, dtype in zip(piece.blocks, self._dtypes, strict=True):
-                array = arena.read(block, dtype=dtype, memory=memory)
-                arrays.append(array if dtype.hasobject else array.copy())
-            part = visits[piece.first : piece.first + len(piece.rows)]
-            if gave.more and part[0].part:
-                part[0].part(part[0], arrays)
-            else:
-                self.land(part, piece.rows, arrays)
-        if flight.stream and not gave.more and not gave.faults:
-            visits[0].finish(visits[0], [])
+    def _hand_out(self, batch: InFlightBatch, done: BatchDone, outputs: list[list[Array]]) -> None:
+        calls = batch.calls
+        if done.more and (part := calls[0].part) is not None:
+            for arrays in outputs:
+                batch.unread += 1
+                part(calls[0], arrays)
+            return
+        self._count(batch, done, time.monotonic())
+        for fault in done.faults:
+            self._fail(calls[fault.job], revive(fault, stage=self.name))
+        for result, arrays in zip(done.results, outputs, strict=True):
+            self.on_done(calls[result.first : result.first + len(result.rows)], result.rows, arrays)
+        if batch.stream:
+            calls[0].job.on_taken = calls[0].job.on_dropped = None
+            calls[0].finish(calls[0], [])
 
     @staticmethod
-    def _deliver(visits: list[Visit], rows: list[int], arrays: list[Array]) -> None:
-        if len(visits) == 1:
-            visits[0].finish(visits[0], arrays)
+    def _deliver(calls: list[StageCall], rows: list[int], arrays: list[Array]) -> None:
+        if len(calls) == 1:
+            calls[0].finish(calls[0], arrays)
             return
         at = 0
-        for visit, count in zip(visits, rows, strict=True):
+        for call, count in zip(calls, rows, strict=True):
             end = at + count
-            visit.finish(visit, [array[at:end] for array in arrays])
+            call.finish(call, [array[at:end] for array in arrays])
             at = end
 
-    def _count(self, flight: Flight, gave: Gave, now: float) -> None:
-        if gave.more:
-            return
-        visits = flight.visits
-        began, ended = gave.began * 1e-9, gave.ended * 1e-9
-        calls = 1 if self.signature.batched else len(visits)
-        rows = sum([visit.rows for visit in visits])
-        share = (ended - began) / calls
+    def _count(self, batch: InFlightBatch, done: BatchDone, now: float) -> None:
+        calls = batch.calls
+        began, ended = done.began * 1e-9, done.ended * 1e-9
+        runs = 1 if self.signature.batched else len(calls)
+        rows = sum([call.rows for call in calls])
+        share = (ended - began) / runs
         self._pace = self._pace * 0.8 + share * 0.2 if self._pace else share
         self._crashes = 0
-        queued = len(visits) * flight.sent - sum([visit.since for visit in visits])
+        queued = len(calls) * batch.sent - sum([call.since for call in calls])
         self.meter.count(
-            len(visits),
+            len(calls),
             rows,
-            calls,
+            runs,
             queued,
-            packing=max(0.0, began - flight.sent),
+            packing=max(0.0, began - batch.sent),
             running=ended - began,
             passing=now - ended,
         )
-        for visit in visits:
-            if visit.job.spans is not None:
-                visit.job.spans.append(Span(self.name, visit.since, flight.sent, began, ended, now, rows))
+        for call in calls:
+            if call.job.spans is not None:
+                call.job.spans.append(Span(self.name, call.since, batch.sent, began, ended, now, rows))
 
-    def opened(self, worker: Worker) -> None:
-        """A worker is ready; the station is, once all of the first crew are."""
+    def on_open(self, replica: Replica) -> None:
+        """A replica is ready."""
         self.broken = None
-        if not self._first.done() and all(other.state == "ready" for other in self.workers):
-            self._first.set_result(None)
+        opened = self._opening.pop(replica, None)
+        if opened is not None and not opened.done():
+            opened.set_result(None)
         self.pump_soon()
 
-    def said(self, worker: Worker, line: str) -> None:
+    def on_log(self, replica: Replica, line: str) -> None:
         """Pass a worker's line on to the log."""
-        _log.info("%s", line, extra={"station": self.name, "pid": worker.pid})
+        _log.info("%s", line, extra={"station": self.name, "pid": replica.pid})
 
-    def ended(self, worker: Worker, flights: list[Flight], reason: str) -> None:
-        """A worker is gone: replace it, and run again what it held; the batch that it ran is under suspicion."""
-        self.workers.remove(worker)
-        text = f"worker {worker.pid} {reason or 'stopped'}"
-        if reason and worker.fault is None:  # a stage that cannot be opened is told by whoever wanted it
-            _log.warning("station %s: %s", self.name, text, extra={"station": self.name, "pid": worker.pid})
-        if not self._first.done():
-            self._first.set_exception(worker.fault or Unavailable(f"stage {self.name!r} did not open: {text}"))
+    def on_end(self, replica: Replica, batches: list[InFlightBatch], reason: str) -> None:
+        """A replica is gone: replace it, and run again what it held; the batch that it ran is under suspicion."""
+        self.replicas.remove(replica)
+        text = f"worker {replica.pid} {reason or 'stopped'}"
+        if reason and replica.fault is None:  # a stage that cannot be opened is told by whoever wanted it
+            _log.warning("station %s: %s", self.name, text, extra={"station": self.name, "pid": replica.pid})
+        opened = self._opening.pop(replica, None)
+        if opened is not None:
+            if not opened.done():
+                opened.set_exception(replica.fault or Unavailable(f"stage {self.name!r} did not open: {text}"))
             return
-        names, waiting = self.pins.lose(worker)
-        self.lost(names)
+        names, waiting = self.pins.lose(replica)
+        self.on_lost(names)
         self._again(waiting)
-        for flight in reversed(flights[1:]):
-            self._again(flight.visits)
-        for flight in flights[:1]:
-            self._suspect(flight, text)
+        for batch in reversed(batches[1:]):
+            self._again(batch.calls)
+        for batch in batches[:1]:
+            self._suspect(batch, text)
         if not self._closing:
-            self._replace(worker, text)
+            self.meter.restarts += 1
+            if replica not in self._leaving:
+                self._crashes = 0 if replica.served else self._crashes + 1
+                self._spawn(self._replace(replica.spec, text))
+        self._leaving.discard(replica)
         self.pump_soon()
 
-    def _again(self, visits: list[Visit]) -> None:
-        for visit in reversed(visits):
-            if visit.sequence:
-                text = f"the state of sequence {visit.sequence!r} is lost: its worker is gone"
-                self._fail(visit, StageFailed(text, hint="start it anew"))
+    def _again(self, calls: list[StageCall]) -> None:
+        for call in reversed(calls):
+            if call.sequence:
+                text = f"the state of sequence {call.sequence!r} is lost: its worker is gone"
+                self._fail(call, StageFailed(text, hint="start it anew"))
+            elif self._closing:  # nothing runs twice because the server stops
+                self._fail(call, Unavailable(f"stage {self.name!r} was closed"))
             else:
-                self.queue.put_back(visit)
+                self.queue.put_back(call)
 
-    def _suspect(self, flight: Flight, text: str) -> None:
+    def _suspect(self, batch: InFlightBatch, text: str) -> None:
         """One of these jobs may have killed the worker: each runs alone now; who kills again and again is to blame."""
-        alone = len(flight.visits) == 1
+        alone = len(batch.calls) == 1
         innocent = []
-        for visit in flight.visits:
-            visit.crashes += alone
-            visit.alone = True
-            if visit.crashes >= _LIVES or visit.part:
-                self._fail(visit, StageFailed(f"stage {self.name!r}: {text}", hint="it died while it ran this input"))
+        for call in batch.calls:
+            call.crashes += alone
+            call.alone = True
+            if call.crashes >= _LIVES or call.part:
+                self._fail(call, StageFailed(f"stage {self.name!r}: {text}", hint="it died while it ran this input"))
             else:
-                innocent.append(visit)
+                innocent.append(call)
         self._again(innocent)
 
-    def _replace(self, worker: Worker, text: str) -> None:
-        self.meter.restarts += 1
-        self._crashes = 0 if worker.served else self._crashes + 1
-        delay = 0.0 if not self._crashes else min(30.0, 0.05 * 2**self._crashes)
-        if self._crashes >= _LOOP and not self.ready:
-            self._break(text, delay)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-        def start() -> None:
-            self._restarts.discard(handle)
-            self._start(text)
+    async def _replace(self, spec: WorkerSpec, text: str) -> None:
+        """Start a replica again and again until one opens, after longer and longer pauses."""
+        while not self._closing:
+            pause = min(30.0, 0.05 * 2**self._crashes) if self._crashes else 0.0
+            if self._crashes >= _LOOP and not self.ready:
+                self._break(text, pause)
+            await asyncio.sleep(pause)
+            try:
+                await self._open_one(spec)
+                return
+            except TorchshipError as fault:
+                text = str(fault)
+                self.meter.restarts += 1
+                self._crashes += 1
 
-        handle = self._loop.call_later(delay, start)
-        self._restarts.add(handle)
-
-    def _start(self, text: str) -> None:
+    async def _succeed(self, replica: Replica, reason: str) -> None:
+        """Open the successor of a replica that works but has to go, and only then let it finish and leave."""
+        self._leaving.add(replica)
+        _log.warning("station %s: worker %s %s", self.name, replica.pid, reason, extra={"station": self.name})
         try:
-            self.workers.append(Worker(self._blueprint, boss=self, loop=self._loop))
-        except Unavailable as fault:
-            self._crashes += 1
-            self._break(str(fault), 1.0)
-            handle = self._loop.call_later(1.0, self._start, text)
-            self._restarts.add(handle)
+            await self._open_one(replica.spec)
+        except TorchshipError as fault:
+            self._leaving.discard(replica)
+            if replica.state == "ended":
+                await self._replace(replica.spec, str(fault))
+            else:
+                replica.kill(reason)
+            return
+        replica.stop(grace=self._patience())
 
     def _break(self, text: str, delay: float) -> None:
         """Too many crashes in a row: fail what waits, and refuse, until a worker opens again."""
@@ -352,49 +381,62 @@ class Station:
             retry_after=delay,
         )
         _log.error("station %s: circuit open: %s", self.name, text, extra={"station": self.name})
-        for visit in self.queue.clear():
-            self._fail(visit, self.broken)
+        for call in self.queue.clear():
+            self._fail(call, self.broken)
         self._make_room()
 
-    def sweep(self, now: float) -> Iterator[Visit]:
+    def _patience(self, calls: Sequence[StageCall] = ()) -> float:
+        """How long a batch may run: what is configured, or longer where one of its requests gives itself longer."""
+        limits = self.limits
+        return max([limits.run_timeout or max(_RUN_TIMEOUT, limits.timeout), *(call.job.asked for call in calls)])
+
+    def sweep(self, now: float) -> Iterator[StageCall]:
         """Kill what hangs; yield everything that waits or runs, for the line to look at its deadlines."""
-        for worker in self.workers:
-            if worker.flights:
-                flight = worker.flights[0]
-                if now - max(flight.sent, worker.heard) > self.crew.run_timeout and worker.state == "ready":
-                    worker.kill(f"hung: no answer for {self.crew.run_timeout:g} s")
-                for flight in worker.flights:
-                    yield from flight.visits
+        for replica in self.replicas:
+            if replica.in_flight:
+                self._check_hang(replica, replica.in_flight[0], now)
+                for batch in replica.in_flight:
+                    yield from batch.calls
         yield from self.queue
         yield from self.pins
 
+    def _check_hang(self, replica: Replica, batch: InFlightBatch, now: float) -> None:
+        silent = now - max(batch.sent, replica.heard)
+        if silent <= self.limits.run_timeout or replica.state != "ready" or silent <= self._patience(batch.calls):
+            return
+        if batch.unread and not batch.calls[0].job.done:  # a stream waits for its caller
+            return
+        if len(batch.calls) == 1:
+            batch.calls[0].crashes = _LIVES  # what is too slow is not run a second time
+        replica.kill(f"hung: no answer for {self._patience(batch.calls):g} s")
+
     def ping(self, now: float, number: int) -> None:
-        """Ask idle workers for a sign of life; kill those that gave none, and those that took too much memory."""
-        for worker in self.workers:
-            if self.crew.memory and (size := worker.size) > self.crew.memory:
-                worker.kill(f"took {size / 2**20:.0f} MiB, more than its limit of {self.crew.memory / 2**20:.0f} MiB")
-            if worker.state != "ready" or worker.flights:
+        """Ask idle workers for a sign of life, kill those that gave none, replace those that took too much memory."""
+        most = self.limits.memory
+        for replica in self.replicas:
+            if most and replica.state == "ready" and replica not in self._leaving and (size := replica.size) > most:
+                text = f"took {size / 2**20:.0f} MiB, more than its limit of {most / 2**20:.0f} MiB"
+                self._spawn(self._succeed(replica, text))
+            if replica.state != "ready" or replica.in_flight:
                 continue
-            if now - worker.heard > self.crew.ping_timeout:
-                worker.kill(f"gave no sign of life for {self.crew.ping_timeout:g} s")
-            elif now - worker.heard > self.crew.ping_every:
-                worker.ping(number)
+            if now - replica.heard > _PING_TIMEOUT:
+                replica.kill(f"gave no sign of life for {_PING_TIMEOUT:g} s")
+            elif now - replica.heard > _PING_EVERY:
+                replica.ping(number)
 
     async def close(self, *, grace: float = 5.0) -> None:
-        """Stop the crew: each worker ends what it runs, within `grace` seconds."""
+        """Stop all replicas: each ends what it runs, within `grace` seconds."""
         self._closing = True
-        for handle in self._restarts:
-            handle.cancel()
+        for task in list(self._tasks):
+            task.cancel()
         if self._timer:
             self._timer.cancel()
-        workers = list(self.workers)
-        for worker in workers:
-            if worker.state == "opening":
-                worker.kill("closed before it was open")
-            worker.stop(grace=grace)
-        if workers:
-            await asyncio.wait([worker.ended for worker in workers])
-        if self._first.done() and not self._first.cancelled():
-            self._first.exception()
-        for visit in self.queue.clear():
-            self._fail(visit, Unavailable(f"stage {self.name!r} was closed"))
+        replicas = list(self.replicas)
+        for replica in replicas:
+            if replica.state == "opening":
+                replica.kill("closed before it was open")
+            replica.stop(grace=grace)
+        if replicas:
+            await asyncio.wait([replica.ended for replica in replicas])
+        for call in self.queue.clear():
+            self._fail(call, Unavailable(f"stage {self.name!r} was closed"))

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import traceback
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,77 +17,78 @@ import numpy as np
 from torchship import hardware
 from torchship.artifact import Store
 from torchship.errors import TorchshipError
-from torchship.pipeline.config import StageConfig
+from torchship.pipeline.faults import Fault, describe, words_of
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.rows import check_outputs, check_rows
 from torchship.process import resolve
 from torchship.serve.engine.ipc import arena
-from torchship.serve.engine.ipc.arena import Arena, Block, Region
-from torchship.serve.engine.ipc.signals import (
-    Call,
-    Fault,
-    Gave,
+from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
+from torchship.serve.engine.ipc.messages import (
+    BatchDone,
+    Drop,
     Inbox,
     Opened,
-    Piece,
+    OpenFailed,
+    Order,
+    PackedCall,
     Ping,
     Pong,
-    Refused,
+    Result,
+    RunBatch,
     Stop,
-    Take,
+    Taken,
     decode_order,
-    describe,
     encode,
     send,
 )
-from torchship.stage import Stage
+from torchship.serve.engine.spec import WorkerSpec
+from torchship.stage import Stage, Value
 from torchship.tensors import Array, Tensors, numpy_dtype
 
 _PATIENCE = 150_000  # nanoseconds; who has one quick caller looks for the next request so long before it sleeps
 _CORES = hardware.cores()
+_AHEAD = 16  # answers of a stream that its caller has not taken yet
+_AHEAD_BYTES = 2**22
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-class Post(msgspec.Struct, frozen=True):
-    """What a worker is told when it starts: its descriptors, the arena's measures, and how to open its stage.
-
-    `opener` is `module:function`; it is called with `stage` and returns a Stage. `private`: the stage may keep or
-    change what it is given, so it gets copies instead of views.
-    """
+class WorkerStart(msgspec.Struct, frozen=True):
+    """What a worker is given when it starts: its socket, the descriptor of its arena, and what it is."""
 
     sock: int
     memory: int
-    depth: int
-    input_size: int
-    output_size: int
-    opener: str
-    stage: Any
-    private: bool = True
-    warm: bool = False
-    nice: int = 0
+    spec: WorkerSpec
 
 
 def main(argument: Any) -> None:
     """The child's entry point: returns when the host says stop or goes away."""
-    post = msgspec.convert(argument, Post)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the host decides
-    os.nice(post.nice)
-    sock = socket.socket(fileno=post.sock)
+    start = msgspec.convert(argument, WorkerStart)
+    spec, model = start.spec, start.spec.model
+    for number in _SIGNALS:  # they go to whole groups, by Ctrl-C or a service manager: the host alone decides
+        signal.signal(number, lambda *_: None)  # a function, since what is ignored stays so in the stage's children
+    os.nice(spec.placement.nice)
+    sock = socket.socket(fileno=start.sock)
     sock.setblocking(True)
-    memory = Arena(Region.take(post.memory), depth=post.depth, input_size=post.input_size, output_size=post.output_size)
+    sizes = dict(zip(("input_size", "output_size"), model.slot_sizes, strict=True))
+    memory = Arena(MemoryRegion.take(start.memory), depth=spec.depth, **sizes)
     began = time.monotonic()
     try:
-        stage: Stage = resolve(post.opener)(post.stage)
-        if post.warm:
+        stage: Stage = resolve(spec.opener)(spec)
+        if model.config.artifact:
             _warm(stage)
-    except Exception as fault:
-        import traceback
-
-        traceback.print_exc()
-        send(sock, encode(Refused(describe(fault))))
+    except BaseException as fault:
+        _print(fault)
+        send(sock, encode(OpenFailed(describe(fault))))
         return
     send(sock, encode(Opened(str(stage.signature), time.monotonic() - began, _resident())))
-    Bench(stage, arena=memory, sock=sock, private=post.private).work()
+    WorkerLoop(StageRunner(stage), arena=memory, sock=sock, private=bool(model.config.run)).work()
     stage.close()
+
+
+def open_stage_of(spec: WorkerSpec) -> Stage:
+    """The opener of pipelines: the stage that a specification describes, on the device of its placement."""
+    config = msgspec.structs.replace(spec.model.config, device=spec.placement.device)
+    return open_stage(config, Store(spec.model.store))
 
 
 def _warm(stage: Stage) -> None:
@@ -103,202 +106,254 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class Bench:
-    """One stage, the arena and the socket; `work` is the loop."""
+def _print(fault: BaseException) -> None:
+    """The log gets the traceback of what is no fault of the caller."""
+    if isinstance(fault, TorchshipError):
+        return
+    try:
+        traceback.print_exception(fault)
+    except Exception:  # it may be as odd as its message
+        print(f"{type(fault).__name__}: {words_of(fault)}", flush=True)
 
-    def __init__(self, stage: Stage, *, arena: Arena, sock: socket.socket, private: bool) -> None:
+
+class Answer(NamedTuple):
+    """What one call gave: the first of its jobs, the rows of each, and the outputs in their order."""
+
+    first: int
+    rows: list[int]
+    outputs: list[Array]
+
+
+class StageRunner:
+    """Runs calls of one stage. Whatever it raises, SystemExit too, is the fault of the job that it was called for."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.signature = stage.signature
+        self.lost = ""
         self._stage = stage
-        self._arena = arena
-        self._sock = sock
-        self._private = private
-        signature = stage.signature
-        self._inputs = [(spec.name, numpy_dtype(spec.dtype)) for spec in signature.inputs]
-        self._batched = signature.batched
-        self._lost = ""
-        self._patience = 0
 
-    def work(self) -> None:
-        """Take, run, pass on, until the host stops us or is gone. Raises SystemExit when the device is lost."""
-        inbox = Inbox(self._sock)
-        while not self._lost:
-            try:
-                message, fd = inbox.next(patience=self._patience)
-            except (ConnectionError, InterruptedError):
-                return
-            if not message:
-                return
-            order = decode_order(message)
-            if isinstance(order, Take):
-                self._take(order, fd)
-            elif isinstance(order, Ping):
-                send(self._sock, encode(Pong(order.number, _resident())))
-            elif isinstance(order, Stop):
-                return
-        raise SystemExit(self._lost)
+    def run(self, calls: Sequence[tuple[Tensors, Mapping[str, Value], list[int]]]) -> tuple[list[Answer], list[Fault]]:
+        """The answers and the faults of calls, each given as its tensors, its values and the rows of its jobs.
 
-    def _take(self, take: Take, fd: int) -> None:
-        region = self._arena.region if fd < 0 else Region.take(fd)
-        began = time.monotonic_ns()
-        try:
-            if take.calls and take.calls[0].stream:
-                self._stream(take, region, began)
-                return
-            answers, faults = self._run(take.calls, region)
-            ended = time.monotonic_ns()
-            alone = len(take.calls) == 1 and len(take.calls[0].rows) == 1
-            self._patience = _PATIENCE if alone and ended - began < _PATIENCE and _CORES > 1 else 0
-            self._pass(take, answers, faults, began=began, ended=ended)
-        finally:
-            if fd >= 0:
-                region.close()
-
-    def _run(
-        self, calls: Sequence[Call], region: Region
-    ) -> tuple[list[tuple[int, list[int], list[Array]]], list[Fault]]:
-        """The answers as (first job, rows of each job, outputs), and the faults."""
-        company = sum(len(call.rows) for call in calls) > 1
-        answers: list[tuple[int, list[int], list[Array]]] = []
+        Jobs that share a call that fails run once more, one by one, so that a bad input does not fail its neighbours.
+        Raises SystemExit when the device is lost with more than one job on it.
+        """
+        company = sum(len(rows) for _, _, rows in calls) > 1
+        answers: list[Answer] = []
         faults: list[Fault] = []
         first = 0
-        for call in calls:
-            tensors = self._tensors(call, region)
+        for tensors, values, rows in calls:
             try:
-                answers.append((first, *self._call(tensors, call.values, call.rows)))
-            except Exception as fault:
+                answers.append(Answer(first, rows, self._call(tensors, values, sum(rows))))
+            except BaseException as fault:
                 self._check_device(fault, company=company)
-                if len(call.rows) == 1:
-                    self._blame(fault)
+                if len(rows) == 1:
+                    _print(fault)
                     faults.append(describe(fault, job=first))
                 else:
-                    self._singly(tensors, call, first, answers, faults)
-            first += len(call.rows)
+                    more = self._run_singly(tensors, values, rows, first)
+                    answers += more[0]
+                    faults += more[1]
+            first += len(rows)
         return answers, faults
 
-    def _singly(
-        self,
-        tensors: Tensors,
-        call: Call,
-        first: int,
-        answers: list[tuple[int, list[int], list[Array]]],
-        faults: list[Fault],
-    ) -> None:
-        """Once more, job by job, so that one bad input does not fail its neighbours."""
+    def _run_singly(
+        self, tensors: Tensors, values: Mapping[str, Value], rows: list[int], first: int
+    ) -> tuple[list[Answer], list[Fault]]:
+        answers: list[Answer] = []
+        faults: list[Fault] = []
         at = 0
-        for index, rows in enumerate(call.rows):
-            own = {name: array[at : at + rows] for name, array in tensors.items()}
-            at += rows
+        for job, count in enumerate(rows, first):
+            own = {name: array[at : at + count] for name, array in tensors.items()}
+            at += count
             try:
-                answers.append((first + index, *self._call(own, call.values, [rows])))
-            except Exception as fault:
+                answers.append(Answer(job, [count], self._call(own, values, count)))
+            except BaseException as fault:
                 self._check_device(fault, company=True)
-                self._blame(fault)
-                faults.append(describe(fault, job=first + index))
+                _print(fault)
+                faults.append(describe(fault, job=job))
+        return answers, faults
 
-    def _check_device(self, fault: Exception, *, company: bool) -> None:
+    def _check_device(self, fault: BaseException, *, company: bool) -> None:
         """After a CUDA error nothing works in this process any more: it ends. In company it ends without an answer, so
         that the host runs each of these jobs by itself in a fresh process and only the guilty one fails."""
-        if "CUDA error" not in str(fault):
+        text = words_of(fault)
+        if "CUDA error" not in text:
             return
-        self._lost = f"this process ends after a {str(fault).splitlines()[0]}"
+        self.lost = f"this process ends after a {text}"
         if company:
-            self._blame(fault)
-            raise SystemExit(self._lost)
+            _print(fault)
+            raise SystemExit(self.lost)
 
-    def _blame(self, fault: Exception) -> None:
-        """The log gets the traceback of what is no fault of the caller."""
-        if isinstance(fault, TorchshipError):
-            return
-        import traceback
-
-        traceback.print_exception(fault)
-
-    def _tensors(self, call: Call, region: Region) -> Tensors:
-        tensors = {}
-        for (name, dtype), block in zip(self._inputs, call.blocks, strict=True):
-            array = arena.read(block, dtype=dtype, memory=region.memory)
-            tensors[name] = array.copy() if self._private and not dtype.hasobject else array
-        return tensors
-
-    def _call(self, tensors: Tensors, values: Mapping[str, Any], rows: list[int]) -> tuple[list[int], list[Array]]:
+    def _call(self, tensors: Tensors, values: Mapping[str, Value], rows: int) -> list[Array]:
         answer = self._stage(tensors, values) if values else self._stage(tensors)
-        if self._batched:
-            check_rows(answer, sum(rows))
-        return rows, self._checked(answer)
+        if self.signature.batched:
+            check_rows(answer, rows)
+        return self._checked(answer)
 
     def _checked(self, answer: Tensors) -> list[Array]:
         """The outputs in their order, of the declared datatype."""
-        return list(check_outputs(self._stage.signature, answer).values())
+        return list(check_outputs(self.signature, answer).values())
 
-    def _stream(self, take: Take, region: Region, began: int) -> None:
-        """Each answer of a generator is sent as soon as it is there, in memory of its own."""
-        call = take.calls[0]
-        try:
-            for answer in self._answers(self._tensors(call, region), call.values):
-                outputs = self._checked(answer)
-                self._pass(take, [(0, call.rows, outputs)], [], began=began, ended=time.monotonic_ns(), more=True)
-        except Exception as fault:
-            self._check_device(fault, company=False)
-            self._blame(fault)
-            self._pass(take, [], [describe(fault)], began=began, ended=time.monotonic_ns())
-            return
-        self._pass(take, [], [], began=began, ended=time.monotonic_ns())
-
-    def _answers(self, tensors: Tensors, values: Mapping[str, Any]) -> Iterator[Tensors]:
+    def stream(self, tensors: Tensors, values: Mapping[str, Value]) -> Generator[Tensors]:
+        """All answers of a generator, or the one answer of a function; to be run by `step` and `end`."""
         stream = getattr(self._stage, "stream", None)
         if stream is None:
             yield self._stage(tensors, values)
         else:
             yield from stream(tensors, values)
 
-    def _pass(
+    def step(self, answers: Generator[Tensors]) -> list[Array] | Fault | None:
+        """The outputs of the next answer; None after the last, and a Fault for whatever the stage raises."""
+        try:
+            answer = next(answers, None)
+            return None if answer is None else self._checked(answer)
+        except BaseException as fault:
+            self._check_device(fault, company=False)
+            _print(fault)
+            return describe(fault)
+
+    def end(self, answers: Generator[Tensors]) -> None:
+        """Close a generator; what it raises in its `finally` concerns nobody but the log."""
+        try:
+            answers.close()
+        except BaseException as fault:
+            _print(fault)
+
+
+class WorkerLoop:
+    """One stage, the arena and the socket; `work` is the loop."""
+
+    def __init__(self, runner: StageRunner, *, arena: Arena, sock: socket.socket, private: bool) -> None:
+        """`private`: the stage may keep or change what it is given, so it gets copies instead of views."""
+        self._runner = runner
+        self._arena = arena
+        self._sock = sock
+        self._inbox = Inbox(sock)
+        self._private = private
+        self._inputs = [(spec.name, numpy_dtype(spec.dtype)) for spec in runner.signature.inputs]
+        self._patience = 0
+        self._later: deque[tuple[Order, int]] = deque()
+
+    def work(self) -> None:
+        """Take, run, pass on, until the host stops us or is gone. Raises SystemExit when the device is lost."""
+        try:
+            while not self._runner.lost:
+                order, fd = self._later.popleft() if self._later else self._next(patience=self._patience)
+                if isinstance(order, RunBatch):
+                    self._run(order, fd)
+                elif isinstance(order, Ping):
+                    send(self._sock, encode(Pong(order.number, _resident())))
+                elif isinstance(order, Stop):
+                    return
+        except ConnectionError:
+            return
+        raise SystemExit(self._runner.lost)
+
+    def _next(self, *, patience: int = 0) -> tuple[Order, int]:
+        message, fd = self._inbox.next(patience=patience)
+        if not message:
+            raise ConnectionError("the host is gone")
+        return decode_order(message), fd
+
+    def _run(self, batch: RunBatch, fd: int) -> None:
+        region = self._arena.region if fd < 0 else MemoryRegion.take(fd)
+        began = time.monotonic_ns()
+        try:
+            calls = [(self._tensors(call, region), call.values, call.rows) for call in batch.calls]
+            if batch.calls and batch.calls[0].stream:
+                self._stream(batch, calls[0], began)
+                return
+            answers, faults = self._runner.run(calls)
+            ended = time.monotonic_ns()
+            alone = len(calls) == 1 and len(batch.calls[0].rows) == 1
+            self._patience = _PATIENCE if alone and ended - began < _PATIENCE and _CORES > 1 else 0
+            self._send(batch.number, answers, faults, times=(began, ended), slot=batch.slot)
+        finally:
+            if fd >= 0:
+                region.close()
+
+    def _tensors(self, call: PackedCall, region: MemoryRegion) -> Tensors:
+        tensors = {}
+        for (name, dtype), block in zip(self._inputs, call.blocks, strict=True):
+            array = arena.read(block, dtype=dtype, memory=region.memory)
+            tensors[name] = array.copy() if self._private and not dtype.hasobject else array
+        return tensors
+
+    def _stream(self, batch: RunBatch, call: tuple[Tensors, Mapping[str, Value], list[int]], began: int) -> None:
+        """Each answer of a generator is sent as soon as it is there, in memory of its own, but never far ahead of its
+        caller; the generator is closed as soon as nobody waits for it."""
+        tensors, values, rows = call
+        answers = self._runner.stream(tensors, values)
+        ahead: deque[int] = deque()
+        while isinstance(outputs := self._runner.step(answers), list):
+            ahead.append(sum(map(arena.size_of, outputs)))
+            times = began, time.monotonic_ns()
+            if not self._send(batch.number, [Answer(0, rows, outputs)], [], times=times, more=True):
+                self._runner.end(answers)
+                return
+            if not self._may_go_on(batch.number, ahead):
+                outputs = None
+                break
+        self._runner.end(answers)
+        self._send(batch.number, [], [outputs] if outputs else [], times=(began, time.monotonic_ns()), slot=batch.slot)
+
+    def _may_go_on(self, number: int, ahead: deque[int]) -> bool:
+        """Whether a stream is still wanted; waits while its caller has too many answers left to take."""
+        while self._inbox.waiting or len(ahead) >= _AHEAD or sum(ahead) > _AHEAD_BYTES:
+            order, fd = self._next()
+            if isinstance(order, Taken) and order.number == number:
+                ahead.popleft()
+            elif isinstance(order, Drop) and order.number == number:
+                return False
+            elif isinstance(order, Ping):
+                send(self._sock, encode(Pong(order.number, _resident())))
+            elif isinstance(order, RunBatch | Stop):
+                self._later.append((order, fd))
+        return True
+
+    def _send(
         self,
-        take: Take,
-        answers: Sequence[tuple[int, list[int], list[Array]]],
+        number: int,
+        answers: Sequence[Answer],
         faults: list[Fault],
         *,
-        began: int,
-        ended: int,
+        times: tuple[int, int],
+        slot: int = -1,
         more: bool = False,
-    ) -> None:
-        """Write the outputs into the slot, or into memory of their own when they do not fit, and tell the host."""
-        start, end = self._arena.output_span(take.slot)
-        need = sum(arena.aligned(arena.size_of(array)) for _, _, outputs in answers for array in outputs)
-        if need <= end - start and not more:
-            pieces = _place(answers, self._arena.region.memory, start)
-            send(self._sock, encode(Gave(take.number, began, ended, pieces, faults)))
-            return
-        if not need:
-            pieces = _place(answers, memoryview(bytearray(0)), 0)
-            send(self._sock, encode(Gave(take.number, began, ended, pieces, faults, more)))
-            return
-        region = Region.make(need)
+    ) -> bool:
+        """Write the outputs into the slot, or into memory of their own when they do not fit, and tell the host.
+
+        Where there is no memory for them, the jobs fail instead; returns whether they did not.
+        """
+        start, end = self._arena.output_span(slot) if slot >= 0 else (0, 0)
+        need = sum(arena.aligned(arena.size_of(array)) for answer in answers for array in answer.outputs)
+        if need <= end - start:
+            results = _place(answers, self._arena.region.memory, start)
+            send(self._sock, encode(BatchDone(number, *times, results, faults, more)))
+            return True
         try:
-            pieces = _place(answers, region.memory, 0)
-            send(self._sock, encode(Gave(take.number, began, ended, pieces, faults, more)), fd=region.fd)
+            region = MemoryRegion.make(need)
+        except TorchshipError as fault:
+            jobs = [answer.first + place for answer in answers for place in range(len(answer.rows))]
+            faults = [*faults, *(describe(fault, job=job) for job in jobs)]
+            send(self._sock, encode(BatchDone(number, *times, [], faults)))
+            return False
+        try:
+            results = _place(answers, region.memory, 0)
+            send(self._sock, encode(BatchDone(number, *times, results, faults, more)), fd=region.fd)
+            return True
         finally:
             region.close()
 
 
-def _place(answers: Sequence[tuple[int, list[int], list[Array]]], memory: memoryview, offset: int) -> list[Piece]:
-    pieces = []
+def _place(answers: Sequence[Answer], memory: memoryview, offset: int) -> list[Result]:
+    results = []
     for first, rows, outputs in answers:
-        blocks: list[Block] = []
+        blocks: list[ArenaBlock] = []
         for array in outputs:
             block = arena.write([array], memory=memory, offset=offset)
             blocks.append(block)
             offset += arena.aligned(block.size)
-        pieces.append(Piece(first, rows, blocks))
-    return pieces
-
-
-class Kit(msgspec.Struct, frozen=True):
-    """A stage of a pipeline and the store that its artifact is in."""
-
-    config: StageConfig
-    store: str
-
-
-def open_configured(argument: Any) -> Stage:
-    """The opener of pipelines: what `Kit` describes, as a Stage."""
-    kit = msgspec.convert(argument, Kit)
-    return open_stage(kit.config, Store(kit.store))
+        results.append(Result(first, rows, blocks))
+    return results

@@ -2,7 +2,7 @@
 
 It has `depth` slots; a slot has an input half, written by the host only, and an output half, written by the worker
 only, so that a batch in flight owns one slot. The rows of a batch lie in it as one contiguous slice per tensor.
-What does not fit into a slot travels in a `Region` of its own that goes with the message.
+What does not fit into a slot travels in a `MemoryRegion` of its own that goes with the message.
 
 Nothing has a name: nothing can clash, be found by others or be left behind in /dev/shm. The file is sealed against
 resizing and its pages are reserved when it is made, so that a full memory is an error here and not a bus error later.
@@ -29,7 +29,7 @@ _HEADROOM = 64 * 2**20
 _LENGTH = struct.Struct("<I")
 
 
-class Block(msgspec.Struct, array_like=True, frozen=True):
+class ArenaBlock(msgspec.Struct, array_like=True, frozen=True):
     """One tensor in shared memory: its shape, where it begins and how many bytes it takes."""
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Block(msgspec.Struct, array_like=True, frozen=True):
     size: int
 
 
-class Region:
+class MemoryRegion:
     """One piece of anonymous shared memory, mapped here and handed to another process by its descriptor."""
 
     def __init__(self, fd: int, *, size: int) -> None:
@@ -47,7 +47,7 @@ class Region:
         self.memory = memoryview(self.map)
 
     @classmethod
-    def make(cls, size: int) -> Region:
+    def make(cls, size: int) -> MemoryRegion:
         """Reserve `size` bytes. Raises Unavailable when this machine or container has not that much memory left."""
         size = max(_PAGE, -(-size // _PAGE) * _PAGE)
         free = free_memory()
@@ -66,7 +66,7 @@ class Region:
             raise Unavailable(f"cannot reserve {size} bytes of shared memory: {fault.strerror}") from None
 
     @classmethod
-    def take(cls, fd: int) -> Region:
+    def take(cls, fd: int) -> MemoryRegion:
         """Map what another process made; the descriptor becomes ours. Raises StageFailed when it is not sealed."""
         try:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
@@ -90,9 +90,9 @@ class Region:
 
 
 class Arena:
-    """`depth` slots of an input and an output half each, in one Region; the owner hands out the slots."""
+    """`depth` slots of an input and an output half each, in one MemoryRegion; the owner hands out the slots."""
 
-    def __init__(self, region: Region, *, depth: int, input_size: int, output_size: int) -> None:
+    def __init__(self, region: MemoryRegion, *, depth: int, input_size: int, output_size: int) -> None:
         self.region = region
         self.depth = depth
         self.input_size = input_size
@@ -103,7 +103,7 @@ class Arena:
     def make(cls, *, depth: int, input_size: int, output_size: int) -> Arena:
         """Reserve the memory of an arena; sizes are bytes a slot. Raises Unavailable when there is not enough."""
         input_size, output_size = aligned(input_size), aligned(output_size)
-        region = Region.make(depth * (input_size + output_size))
+        region = MemoryRegion.make(depth * (input_size + output_size))
         return cls(region, depth=depth, input_size=input_size, output_size=output_size)
 
     @property
@@ -163,7 +163,7 @@ def size_of_rows(specs: Sequence[TensorSpec], *, rows: int, batched: bool, free:
     return total
 
 
-def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> Block:
+def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> ArenaBlock:
     """Write the rows of several arrays one after the other at `offset`; the block that they make together.
 
     The arrays agree in dtype and in every axis but the first; a single array may have any shape.
@@ -173,23 +173,23 @@ def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> Block:
     if first.dtype == object:
         packed = b"".join([_pack(array) for array in arrays])
         memory[offset : offset + len(packed)] = packed
-        return Block(shape, offset, len(packed))
+        return ArenaBlock(shape, offset, len(packed))
     view = np.ndarray(shape, first.dtype, memory, offset)
     if len(arrays) == 1:
         view[...] = first
     else:
         np.concatenate(arrays, out=view)
-    return Block(shape, offset, view.nbytes)
+    return ArenaBlock(shape, offset, view.nbytes)
 
 
-def write_raw(raws: Sequence[bytes], *, memory: memoryview, offset: int, shape: tuple[int, ...]) -> Block:
+def write_raw(raws: Sequence[bytes], *, memory: memoryview, offset: int, shape: tuple[int, ...]) -> ArenaBlock:
     """The same for rows that are bytes already; `shape` is that of the block that they make."""
     data = b"".join(raws)
     memory[offset : offset + len(data)] = data
-    return Block(shape, offset, len(data))
+    return ArenaBlock(shape, offset, len(data))
 
 
-def read(block: Block, *, dtype: np.dtype[np.generic], memory: memoryview) -> Array:
+def read(block: ArenaBlock, *, dtype: np.dtype[np.generic], memory: memoryview) -> Array:
     """The tensor of a block: a view of the memory, or an array of `bytes` objects. Raises StageFailed when cut off."""
     if block.offset < 0 or block.offset + block.size > len(memory):
         raise StageFailed(f"a block of {block.size} bytes at {block.offset} lies outside of its memory")

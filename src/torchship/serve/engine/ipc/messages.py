@@ -1,7 +1,8 @@
-"""What the host and a worker say to each other: small msgpack messages over a private Unix seqpacket socket.
+"""What the host and a worker say to each other: msgpack messages over a private Unix seqpacket socket.
 
 Tensors never travel here; a message says where they lie in shared memory. Nothing is pickled and nothing is typed
-loosely: what does not decode is a fault of the worker that sent it.
+loosely: what does not decode is a fault of the worker that sent it. A message of any size arrives: a large one lies in
+memory of its own, whose descriptor is sent instead, so that the socket's buffer never fills up.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from typing import TypeAlias
 
 import msgspec
 
-from torchship import errors
-from torchship.errors import StageFailed, TorchshipError
-from torchship.serve.engine.ipc.arena import Block
+from torchship.pipeline.faults import Fault
+from torchship.serve.engine.ipc.arena import ArenaBlock
 from torchship.stage import Value
 
-LIMIT = 2**18  # bytes; a message of 4,000 jobs takes about 80 KiB
-ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
+INLINE = 2**13  # bytes; a batch of 400 jobs. A dozen such messages fit into a socket that nobody reads
+_LARGE = b"\xc1"  # the byte that msgpack never begins with: the message lies in the first descriptor
+_ROOM = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
-class Call(msgspec.Struct, array_like=True, frozen=True):
+class PackedCall(msgspec.Struct, array_like=True, frozen=True):
     """One call of the stage: rows of each job in it, the tensors in the order of the inputs, the request's values."""
 
     rows: list[int]
-    blocks: list[Block]
+    blocks: list[ArenaBlock]
     values: dict[str, Value] = {}
     stream: bool = False
 
 
-class Take(msgspec.Struct, array_like=True, frozen=True, tag=1):
+class RunBatch(msgspec.Struct, array_like=True, frozen=True, tag=1):
     """Host to worker: run these calls; the tensors lie in `slot`, or in the memory that comes along."""
 
     number: int
     slot: int
-    calls: list[Call]
+    calls: list[PackedCall]
 
 
 class Ping(msgspec.Struct, array_like=True, frozen=True, tag=2):
@@ -51,25 +52,28 @@ class Stop(msgspec.Struct, array_like=True, frozen=True, tag=3):
     """Host to worker: close the stage and leave."""
 
 
-class Fault(msgspec.Struct, array_like=True, frozen=True):
-    """Why a job has no answer; `kind` is the name of an error class, `job` counts within the Take."""
+class Taken(msgspec.Struct, array_like=True, frozen=True, tag=4):
+    """Host to worker: the caller has taken one more answer of the stream `number`."""
 
-    job: int
-    kind: str
-    message: str
-    hint: str = ""
+    number: int
 
 
-class Piece(msgspec.Struct, array_like=True, frozen=True):
+class Drop(msgspec.Struct, array_like=True, frozen=True, tag=5):
+    """Host to worker: nobody waits for the rest of the stream `number`."""
+
+    number: int
+
+
+class Result(msgspec.Struct, array_like=True, frozen=True):
     """Answers of neighbouring jobs: from job `first` on, `rows[i]` rows for each, the outputs in their order."""
 
     first: int
     rows: list[int]
-    blocks: list[Block]
+    blocks: list[ArenaBlock]
 
 
-class Gave(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """Worker to host: what became of a Take; `more` announces further answers of a stream.
+class BatchDone(msgspec.Struct, array_like=True, frozen=True, tag=1):
+    """Worker to host: what became of a RunBatch; `more` announces further answers of a stream.
 
     `began` and `ended` are nanoseconds of the system's monotonic clock, which all processes share.
     """
@@ -77,7 +81,7 @@ class Gave(msgspec.Struct, array_like=True, frozen=True, tag=1):
     number: int
     began: int
     ended: int
-    pieces: list[Piece]
+    results: list[Result]
     faults: list[Fault] = []
     more: bool = False
 
@@ -97,45 +101,32 @@ class Opened(msgspec.Struct, array_like=True, frozen=True, tag=3):
     resident: int
 
 
-class Refused(msgspec.Struct, array_like=True, frozen=True, tag=4):
+class OpenFailed(msgspec.Struct, array_like=True, frozen=True, tag=4):
     """Worker to host: the stage could not be opened."""
 
     fault: Fault
 
 
-Order: TypeAlias = Take | Ping | Stop
-Report: TypeAlias = Gave | Pong | Opened | Refused
+Order: TypeAlias = RunBatch | Ping | Stop | Taken | Drop
+Report: TypeAlias = BatchDone | Pong | Opened | OpenFailed
 
-_KINDS = {
-    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TorchshipError)
-}
-_FOREIGN = "Exception"  # any error that is not of our tree
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode
 
 
-def describe(fault: BaseException, *, job: int = 0) -> Fault:
-    """An exception as data: errors of our own keep their kind, all others become StageFailed."""
-    if isinstance(fault, TorchshipError):
-        return Fault(job, type(fault).__name__, str(fault)[:2000], fault.hint[:2000])
-    whole = str(fault)
-    text = whole.partition("\n")[0] if "CUDA error" in whole else " ".join(whole.split())[:2000]  # the rest is advice
-    return Fault(job, _FOREIGN, f"raised {type(fault).__name__}: {text}" if text else f"raised {type(fault).__name__}")
-
-
-def revive(fault: Fault, *, stage: str) -> TorchshipError:
-    """The error that a Fault describes; it names the stage."""
-    colon = " " if fault.kind == _FOREIGN else ": "
-    return _KINDS.get(fault.kind, StageFailed)(f"stage {stage!r}{colon}{fault.message}", hint=fault.hint)
-
-
 def send(sock: socket.socket, message: bytes, *, fd: int = -1) -> None:
     """Send one message, and a descriptor with it. Raises OSError."""
-    if fd < 0:
-        sock.send(message)
+    fds = [] if fd < 0 else [fd]
+    if len(message) > INLINE:
+        with os.fdopen(os.memfd_create("torchship-message", os.MFD_CLOEXEC), "wb") as file:
+            file.write(message)
+            file.flush()
+            socket.send_fds(sock, [_LARGE], [file.fileno(), *fds])
+    elif fds:
+        socket.send_fds(sock, [message], fds)
     else:
-        socket.send_fds(sock, [message], [fd])
+        sock.send(message)
 
 
 class Inbox:
@@ -143,12 +134,17 @@ class Inbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._receive = sock.recvmsg_into
-        self._buffer = bytearray(LIMIT)
+        self._buffer = bytearray(INLINE)
         self._into = [self._buffer]
         self._view = memoryview(self._buffer)
         watch = select.poll()
         watch.register(sock, select.POLLIN)
         self._poll = watch.poll
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to read."""
+        return bool(self._poll(0))
 
     def next(self, *, patience: int = 0) -> tuple[memoryview, int]:
         """One message, valid until the next, and the descriptor that came with it, or -1.
@@ -158,9 +154,18 @@ class Inbox:
         """
         if patience:
             self._look(time.monotonic_ns() + patience)
-        size, extra, flags, _ = self._receive(self._into, ROOM, socket.MSG_CMSG_CLOEXEC)
+        size, extra, flags, _ = self._receive(self._into, _ROOM, socket.MSG_CMSG_CLOEXEC)
         message = self._view[:size]
-        return (message, _descriptor(extra, flags)) if extra else (message, -1)
+        if not extra:
+            return message, -1
+        fds = _descriptors(extra, flags)
+        if message == _LARGE:
+            message = _whole(fds.pop(0))
+        if len(fds) > 1:
+            for fd in fds:
+                os.close(fd)
+            raise OSError("a message came with more than one descriptor")
+        return message, fds[0] if fds else -1
 
     def _look(self, until: int) -> None:
         """Return as soon as there is something to read."""
@@ -169,13 +174,20 @@ class Inbox:
             os.sched_yield()
 
 
-def _descriptor(extra: list[tuple[int, int, bytes]], flags: int) -> int:
+def _whole(fd: int) -> memoryview:
+    """A message that lies in memory of its own."""
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        return memoryview(file.read())
+
+
+def _descriptors(extra: list[tuple[int, int, bytes]], flags: int) -> list[int]:
     fds = array.array("i")
     for level, kind, data in extra:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    if flags & socket.MSG_CTRUNC or len(fds) != 1:
+    if flags & socket.MSG_CTRUNC or not fds:
         for fd in fds:
             os.close(fd)
-        raise OSError("a message came with more than one descriptor")
-    return fds[0]
+        raise OSError("a message came with more descriptors than it may, or this process has no room for them")
+    return list(fds)

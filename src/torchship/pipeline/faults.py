@@ -1,0 +1,60 @@
+"""Faults of stages: whatever a stage raises, as plain data that cannot fail, and back as an error that names the stage.
+
+A pipeline in one process and a line of processes say the same about the same fault, because both go this way.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from torchship import errors
+from torchship.errors import StageFailed, TorchshipError
+
+_LONGEST = 2000  # characters of a message or a hint
+_KINDS = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TorchshipError)
+}
+_FOREIGN = "Exception"  # any error that is not of our tree
+
+
+class Fault(msgspec.Struct, array_like=True, frozen=True):
+    """Why a job has no answer; `kind` is the name of an error class, `job` counts within the batch that it was in."""
+
+    job: int
+    kind: str
+    message: str
+    hint: str = ""
+
+
+def words_of(fault: BaseException, *, most: int = _LONGEST) -> str:
+    """What an exception says, on one line; what is no UTF-8 is escaped, what is too long is cut. Never raises."""
+    try:
+        text = str(fault)
+    except BaseException as broken:  # a `__str__` may raise anything
+        return f"(its message cannot be read: {type(broken).__name__})"
+    return _line(text.partition("\n")[0] if "CUDA error" in text else text, most)  # CUDA goes on with advice
+
+
+def describe(fault: BaseException, *, job: int = 0) -> Fault:
+    """An exception as data: errors of our own keep their kind, all others become StageFailed."""
+    text = words_of(fault)
+    if isinstance(fault, TorchshipError):
+        kind = next(kind.__name__ for kind in type(fault).__mro__ if kind.__name__ in _KINDS)
+        return Fault(job, kind, text, _line(str(getattr(fault, "hint", "")), _LONGEST))
+    name = _line(type(fault).__name__, 200)
+    return Fault(job, _FOREIGN, f"raised {name}: {text}" if text else f"raised {name}")
+
+
+def revive(fault: Fault, *, stage: str) -> TorchshipError:
+    """The error that a Fault describes; it names the stage."""
+    colon = " " if fault.kind == _FOREIGN else ": "
+    return _KINDS.get(fault.kind, StageFailed)(f"stage {stage!r}{colon}{fault.message}", hint=fault.hint)
+
+
+def blame(fault: TorchshipError, *, where: str) -> TorchshipError:
+    """The same error with the path of what it is about in front."""
+    return type(fault)(f"{where}: {fault}", hint=fault.hint)
+
+
+def _line(text: str, most: int) -> str:
+    return " ".join(text[: 8 * most].encode(errors="backslashreplace").decode().split())[:most]

@@ -1,0 +1,120 @@
+"""What a line and its workers are told: the limits of a model, where a copy of a stage runs, and what it opens.
+
+A setting is declared here once. `Limits` are the keys of a `[[model]]` table too (serve.config extends it), and a
+`WorkerSpec` is sent to the worker as it is, so that a new setting needs no other edit before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from torchship.pipeline.config import StageConfig
+from torchship.tensors import NanPolicy, Signature, TensorSpec, numpy_dtype
+
+_SLOT_LIMIT = 2**28  # bytes; a bigger batch travels in memory of its own
+_SLOT_FREE = 2**20  # bytes of a slot for each tensor whose size is not known
+_ALIGN = 64
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's line takes, and how patient it is; times in seconds, sizes in bytes.
+
+    A batch may run for `run_timeout`, or for the time-out of a request in it that asks for longer; 0 is a minute, or
+    `timeout` where that is longer. `nice` lets other models go first where they share cores, `cpus` pins the workers
+    to some, and a worker that takes more than `memory` bytes is replaced.
+    """
+
+    queue_rows: Count = 4096
+    queue_bytes: Count = 2**28
+    timeout: Seconds = 60.0
+    max_wait: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    run_timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    open_timeout: Seconds = 120.0
+    sequence_idle: Seconds = 60.0
+    priority: Count = 2
+    memory: Annotated[int, msgspec.Meta(ge=0)] = 0
+    nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
+    cpus: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    nan: NanPolicy = "allow"
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one copy runs: its device, the share of the device's memory that it may take (of 1), its threads (0: one
+    for each core), the cores that it is pinned to (none: all), and how far it stands back for others."""
+
+    device: str = "cpu"
+    memory_share: float = 1.0
+    threads: int = 0
+    cpus: tuple[int, ...] = ()
+    nice: int = 0
+
+
+class StageModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage of a plan as a worker opens it; `store` is the folder in which its artifact's name is looked up."""
+
+    name: str
+    config: StageConfig
+    store: str
+    signature: Signature
+    max_batch: int
+
+    @property
+    def loose(self) -> tuple[int, ...]:
+        """The inputs of which not every axis after the first is fixed."""
+        inputs = enumerate(self.signature.inputs)
+        return tuple([at for at, spec in inputs if not all(isinstance(axis, int) for axis in spec.shape[1:])])
+
+    @property
+    def fits(self) -> bool:
+        """Whether every batch fits into a slot, so that nothing needs to be measured."""
+        signature = self.signature
+        plain = signature.batched and not self.loose and all(spec.dtype != "BYTES" for spec in signature.inputs)
+        return plain and self.slot_sizes[0] < _SLOT_LIMIT
+
+    @property
+    def slot_sizes(self) -> tuple[int, int]:
+        """Bytes of the input and of the output half of a slot for one batch."""
+        signature = self.signature
+        return self._slot(signature.inputs), self._slot(signature.outputs)
+
+    def _slot(self, specs: tuple[TensorSpec, ...]) -> int:
+        total = 0
+        for spec in specs:
+            axes = spec.shape[1:] if self.signature.batched else spec.shape
+            size = numpy_dtype(spec.dtype).itemsize * (self.max_batch if self.signature.batched else 1)
+            for axis in axes:
+                size *= axis if isinstance(axis, int) else 0
+            known = spec.dtype != "BYTES" and all(isinstance(axis, int) for axis in axes)
+            total += -(-(size if known else _SLOT_FREE) // _ALIGN) * _ALIGN
+        return min(_SLOT_LIMIT, total)
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one worker is told about itself. `depth` batches are with it at once: one runs, the others wait.
+
+    `opener` is `module:function`; it is called with this and returns a Stage.
+    """
+
+    model: StageModel
+    placement: Placement = Placement()
+    limits: Limits = Limits()
+    depth: int = 2
+    opener: str = "torchship.serve.engine.worker:open_stage_of"
+
+
+def placements(config: StageConfig, limits: Limits) -> tuple[Placement, ...]:
+    """The place of each copy of a stage; where there are several devices, the copies are dealt out to them in turn.
+
+    A Python stage has one thread unless it asks for more: what it calls often starts as many as there are cores.
+    """
+    devices = (config.device,) if isinstance(config.device, str) else config.device
+    threads = config.threads or (1 if config.run else 0)
+    return tuple(
+        Placement(device=devices[copy % len(devices)], threads=threads, cpus=limits.cpus, nice=limits.nice)
+        for copy in range(config.copies)
+    )

@@ -1,0 +1,199 @@
+"""A station with replicas that a test steers: batches, crashes, hangs, replacements and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.replicas import Steered
+from tests.serving import planned
+from torchship.errors import StageFailed, Unavailable
+from torchship.pipeline import describe
+from torchship.serve.engine.line import Line
+from torchship.serve.engine.replica import ReplicaEvents
+from torchship.serve.engine.spec import Limits, WorkerSpec
+from torchship.serve.engine.station import Station
+
+ROW = np.array([[1, 2, 3, 4]], np.float32)
+
+
+class Staff:
+    """Starts steered replicas and keeps them; the next `missing` starts fail."""
+
+    def __init__(self) -> None:
+        self.all: list[Steered] = []
+        self.missing = 0
+
+    def start(self, spec: WorkerSpec, events: ReplicaEvents) -> Steered:
+        if self.missing:
+            self.missing -= 1
+            raise Unavailable("no more processes")
+        self.all.append(Steered(spec, events))
+        return self.all[-1]
+
+
+def run(work: Callable[[Line, Station, Staff], Awaitable[None]], stage: dict[str, Any], **limits: Any) -> None:
+    async def bounded() -> None:
+        staff = Staff()
+        async with asyncio.timeout(60):
+            line = await Line(planned(stage), limits=Limits(**limits), start=staff.start).open()
+            try:
+                await work(line, line.nodes[0].station, staff)
+            finally:
+                await line.close()
+
+    asyncio.run(bounded())
+
+
+async def turns(count: int = 3) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110  # the bound is around the whole test
+        await asyncio.sleep(0.005)
+
+
+def test_requests_of_one_turn_share_a_batch_and_those_that_come_while_it_runs_the_next() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        (replica,) = staff.all
+        first = [line.submit({"x": ROW * number}) for number in range(3)]
+        await turns()
+        second = [line.submit({"x": ROW * number}) for number in range(3, 9)]
+        await turns()
+        assert [len(batch.calls) for batch in replica.in_flight] == [3, 6]
+        assert replica.room == 0
+        replica.go()
+        replica.go()
+        for number, future in enumerate(first + second):
+            assert np.array_equal((await future)["y"], ROW * number * 2)
+        assert (station.meter.jobs, station.meter.calls) == (9, 2)
+
+    run(work, {"run": "double"})
+
+
+def test_after_a_crash_each_suspect_runs_alone_and_who_kills_again_is_blamed() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        asked = [line.submit({"x": ROW * number}) for number in range(3)]
+        await turns()
+        staff.all[0].kill("crashed")
+        await until(lambda: len(staff.all) == 2 and bool(staff.all[1].in_flight))
+        assert [len(batch.calls) for batch in staff.all[1].in_flight] == [1, 1]
+        for count in (3, 4):
+            staff.all[-1].kill("crashed")
+            await until(lambda count=count: len(staff.all) == count and bool(staff.all[-1].in_flight))  # type: ignore[misc]
+        with pytest.raises(StageFailed, match="crashed"):
+            await asked[0]
+        while not all(future.done() for future in asked):
+            staff.all[-1].go()
+            await turns()
+        assert [np.array_equal((await future)["y"], ROW * 2 * number) for number, future in enumerate(asked) if number]
+        assert station.meter.restarts == 3
+
+    run(work, {"run": "double"})
+
+
+def test_what_hangs_alone_is_blamed_at_once_and_not_run_again() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        hung, behind = line.submit({"x": ROW}), None
+        await turns()
+        behind = line.submit({"x": ROW * 3})
+        await turns()
+        staff.all[0].in_flight[0].sent = staff.all[0].heard = time.monotonic() - 6.0
+        await until(hung.done)
+        with pytest.raises(StageFailed, match="hung: no answer for 5 s"):
+            await hung
+        await until(lambda: len(staff.all) == 2 and bool(staff.all[1].in_flight))
+        assert len(staff.all[1].in_flight) == 1
+        staff.all[1].go()
+        assert np.array_equal((await behind)["y"], ROW * 6)
+
+    run(work, {"run": "double"}, run_timeout=5.0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "deadline", "allowed"),
+    [({}, 0.0, 60.0), ({"timeout": 540.0}, 0.0, 540.0), ({"run_timeout": 5.0}, 0.0, 5.0),
+     ({"run_timeout": 5.0}, 90.0, 90.0), ({"run_timeout": 5.0}, 2.0, 5.0), ({}, 9e9, 3600.0)],
+)  # fmt: skip
+def test_how_long_a_batch_may_run(limits: dict[str, float], deadline: float, allowed: float) -> None:
+    """`run_timeout`; where it is not set, the model's time-out; and a request's own time-out where that is longer."""
+
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        asked = line.submit({"x": ROW}, deadline=deadline)
+        await turns()
+        batch = staff.all[0].in_flight[0]
+        station._check_hang(staff.all[0], batch, batch.sent + allowed - 1)
+        assert staff.all[0].state == "ready"
+        station._check_hang(staff.all[0], batch, max(batch.sent, staff.all[0].heard) + allowed + 1)
+        assert staff.all[0].state == "stopping"
+        asked.cancel()
+
+    run(work, {"run": "double"}, **limits)
+
+
+def test_a_replica_that_takes_too_much_memory_goes_when_its_successor_is_ready() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        (old,) = staff.all
+        asked = line.submit({"x": ROW})
+        await turns()
+        old.size = 2**21
+        station.ping(time.monotonic(), 1)
+        assert old.state == "ready"
+        old.go()
+        assert np.array_equal((await asked)["y"], ROW * 2)
+        await until(lambda: old.state == "ended")
+        assert len(staff.all) == 2
+        assert staff.all[1].state == "ready"
+        assert station.meter.restarts == 1
+        assert station.replicas == [staff.all[1]]
+
+    run(work, {"run": "double"}, memory=2**20)
+
+
+def test_a_start_that_fails_is_tried_again_until_it_succeeds() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        staff.missing = 6
+        staff.all[0].kill("crashed")
+        await until(lambda: station.broken is not None)
+        with pytest.raises(Unavailable, match="cannot be kept running"):
+            await line.submit({"x": ROW})
+        await until(lambda: line.ready)
+        asked = line.submit({"x": ROW})
+        await turns()
+        staff.all[1].go()
+        assert np.array_equal((await asked)["y"], ROW * 2)
+
+    run(work, {"run": "double"})
+
+
+def test_nothing_runs_again_because_the_line_closes() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        asked = [line.submit({"x": ROW}) for _ in range(20)]
+        await turns()
+        closing = asyncio.ensure_future(line.close())
+        await closing
+        for future in asked:
+            with pytest.raises(Unavailable, match="was closed"):
+                await future
+        assert len(staff.all) == 1
+
+    run(work, {"run": "double"})
+
+
+def test_copies_are_dealt_out_to_devices_and_all_have_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        assert [replica.spec.placement.device for replica in staff.all] == ["cuda:0", "cuda:1", "cuda:0"]
+        assert {replica.spec.placement.threads for replica in staff.all} == {1}
+        staff.all[1].kill("crashed")
+        await until(lambda: len(staff.all) == 4)
+        assert staff.all[3].spec.placement.device == "cuda:1"
+
+    monkeypatch.setitem(describe._UNUSED, "run", ())  # a Python stage has no device: it is its own affair
+    run(work, {"run": "double", "copies": 3, "device": ["cuda:0", "cuda:1"]})
