@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torchship.artifact import Artifact as Artifact
     from torchship.artifact.store import Store as Store
     from torchship.errors import TorchshipError as TorchshipError
-    from torchship.pipeline.targets import open as open
+    from torchship.pipeline.composed import open as open
     from torchship.stage import Stage as Stage
     from torchship.tensors import Signature as Signature
     from torchship.tensors import TensorSpec as TensorSpec

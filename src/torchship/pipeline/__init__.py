@@ -1,11 +1,10 @@
 """Pipelines: stages in a row or a graph, as plain data, checked before anything starts."""
 
-from torchship.pipeline.composed import Composed
+from torchship.pipeline.composed import Composed, open_target, plan_target
 from torchship.pipeline.config import PipelineConfig, StageConfig, convert
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.packing import pack_pipeline
 from torchship.pipeline.planning import Node, Plan, plan
-from torchship.pipeline.targets import open_target, plan_target
 
 __all__ = [
     "Composed",

@@ -82,15 +82,8 @@ class LineMeter:
         """All failures together."""
         return sum(self.failures.values())
 
-    def succeeded(self, rows: int, seconds: float) -> None:
-        """Count one answered request."""
-        self.success += 1
-        self.rows += rows
-        self.seconds += seconds
-        self.histogram[bisect_left(BUCKETS_MS, seconds * 1e3)] += 1
-
-    def succeeded_together(self, rows: list[int], seconds: list[float]) -> None:
-        """Count the answered requests of one batch."""
+    def succeeded(self, rows: list[int], seconds: list[float]) -> None:
+        """Count answered requests: the rows of each, and how long it took."""
         self.success += len(rows)
         self.rows += sum(rows)
         self.seconds += sum(seconds)

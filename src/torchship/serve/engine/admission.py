@@ -125,14 +125,8 @@ class AdmissionLimit:
         self.rows = rows
         self.size = size
 
-    def leave(self, job: Job) -> None:
-        """Count a job out."""
-        self.jobs -= 1
-        self.rows -= job.rows
-        self.size -= job.size
-
-    def leave_together(self, jobs: int, rows: int, size: int) -> None:
-        """Count several jobs out."""
+    def leave(self, jobs: int, rows: int, size: int) -> None:
+        """Count jobs out, with their rows and bytes."""
         self.jobs -= jobs
         self.rows -= rows
         self.size -= size

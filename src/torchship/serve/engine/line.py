@@ -175,7 +175,7 @@ class Line:
         try:
             return not (name := _sequence(job)) or sequences.enter(job, name)
         except BadInput:
-            self.admission.leave(job)
+            self.admission.leave(1, job.rows, job.size)
             self.meter.lost("REJECTED", 0.0)
             raise
 
@@ -271,8 +271,8 @@ class Line:
                 job.done, job.tensors = True, BatchSlice(batch, start, end)
                 size += job.size
                 jobs.append(job)
-        self.admission.leave_together(len(jobs), sum([job.rows for job in jobs]), size)
-        self.meter.succeeded_together([job.rows for job in jobs], [now - job.arrived for job in jobs])
+        self.admission.leave(len(jobs), sum([job.rows for job in jobs]), size)
+        self.meter.succeeded([job.rows for job in jobs], [now - job.arrived for job in jobs])
         if not self.admission.jobs:
             self._empty.set()
         for job in jobs:
@@ -291,9 +291,9 @@ class Line:
 
     def _finish(self, job: Job) -> None:
         job.done = True
-        self.admission.leave(job)
+        self.admission.leave(1, job.rows, job.size)
         now = time.monotonic()
-        self.meter.succeeded(job.rows, now - job.arrived)
+        self.meter.succeeded([job.rows], [now - job.arrived])
         if not self.admission.jobs:
             self._empty.set()
         job.reply(job)
@@ -314,7 +314,7 @@ class Line:
         job.done = True
         if job.on_dropped is not None:
             job.on_dropped()
-        self.admission.leave(job)
+        self.admission.leave(1, job.rows, job.size)
         if not self.admission.jobs:
             self._empty.set()
         reason = {Cancelled: "CANCELED", Expired: "REJECTED"}.get(type(fault), "BACKEND")

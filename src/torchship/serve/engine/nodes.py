@@ -47,32 +47,20 @@ class StageNode:
         return self.batched and not self.planned.streams and self.padding is None
 
     def cut(self, call: StageCall) -> list[StageCall]:
-        """More rows than a batch: several calls, whose answers are joined again."""
+        """More rows than a batch: several calls, whose `node` is their number and whose answers are joined again."""
         starts = range(0, call.rows, self.most)
-        gather = Gather(self, [[]] * len(starts), len(starts), call.finish)
+        parts: list[list[Array]] = [[]] * len(starts)
+
+        def finish(part: StageCall, outputs: list[Array]) -> None:
+            parts[part.node] = outputs
+            if all(parts):
+                call.finish(call, [np.concatenate(found) for found in zip(*parts, strict=True)])
+
         chunks = [[array[start : start + self.most] for array in call.arrays] for start in starts]
         return [
-            StageCall(call.job, arrays, len(arrays[0]), gather.add, call.values, call.key, index)
+            StageCall(call.job, arrays, len(arrays[0]), finish, call.values, call.key, index)
             for index, arrays in enumerate(chunks)
         ]
-
-
-@dataclass(slots=True, eq=False)
-class Gather:
-    """A call that was cut into chunks, because it has more rows than a batch."""
-
-    node: StageNode
-    parts: list[list[Array]]
-    left: int
-    finish: Callable[[StageCall, list[Array]], None]
-
-    def add(self, call: StageCall, outputs: list[Array]) -> None:
-        """One chunk is back; `call.node` is its number."""
-        self.parts[call.node] = outputs
-        self.left -= 1
-        if not self.left:
-            call.node = self.node
-            self.finish(call, [np.concatenate(parts) for parts in zip(*self.parts, strict=True)])
 
 
 def build(

@@ -90,58 +90,47 @@ class Replica(Protocol):
     @property
     def pid(self) -> int:
         """Its process id, for logs; 0 where it has none."""
-        ...
 
     @property
     def room(self) -> int:
         """How many more batches it takes now."""
-        ...
 
     @property
     def slots(self) -> int:
         """How many batches it takes altogether."""
-        ...
 
     @property
     def size(self) -> int:
         """Its resident memory in bytes; 0 where that is not known."""
-        ...
 
     @property
     def shared(self) -> int:
         """Bytes of memory that are reserved to hand batches over."""
-        ...
 
     def give(self, calls: list[StageCall], *, now: float) -> None:
         """Take a batch on. Ask `room` first. Raises TorchshipError where it cannot be handed over."""
-        ...
 
     def taken(self, batch: InFlightBatch) -> None:
         """The caller of a stream has taken an answer: the replica may go on to make more."""
-        ...
 
     def drop(self, batch: InFlightBatch) -> None:
         """Nobody waits for the rest of a stream: end it at its next step."""
-        ...
 
     def ping(self, number: int) -> None:
         """Ask for a sign of life."""
-        ...
 
     def stop(self, *, grace: float = 5.0) -> None:
         """Let it finish what it holds and leave; end it after `grace` seconds."""
-        ...
 
     def kill(self, reason: str) -> None:
         """End it now."""
-        ...
 
 
 StartReplica: TypeAlias = Callable[[WorkerSpec, ReplicaEvents], Replica]
 
 
 class LocalReplica:
-    """A Replica in a child process on this machine, with which it shares memory."""
+    """A Replica in a child process on this machine, with which it shares memory; Replica says what its methods do."""
 
     def __init__(self, spec: WorkerSpec, events: ReplicaEvents) -> None:
         """Starts the process. Raises Unavailable when memory, processes or descriptors have run out."""
@@ -200,12 +189,10 @@ class LocalReplica:
 
     @property
     def pid(self) -> int:
-        """The process id."""
         return self._child.pid
 
     @property
     def size(self) -> int:
-        """Its resident memory in bytes, as the kernel says; 0 when it is gone."""
         try:
             with open(f"/proc/{self.pid}/statm") as file:
                 return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -214,21 +201,17 @@ class LocalReplica:
 
     @property
     def room(self) -> int:
-        """How many more batches it takes now."""
         return self._arena.free if self.state == "ready" else 0
 
     @property
     def slots(self) -> int:
-        """How many batches it takes altogether."""
         return self._arena.depth
 
     @property
     def shared(self) -> int:
-        """Bytes of the memory that it shares with us."""
         return self._arena.region.size
 
     def give(self, calls: list[StageCall], *, now: float) -> None:
-        """Write a batch into a slot and send it. Ask `room` first. Raises Unavailable when memory has run out."""
         slot = self._arena.acquire()
         self._number += 1
         region = None
@@ -350,21 +333,17 @@ class LocalReplica:
             pass
 
     def taken(self, batch: InFlightBatch) -> None:
-        """The caller of a stream has taken an answer: the worker may make one more. Its waiting was no hang."""
         batch.unread -= 1
-        self.heard = time.monotonic()
+        self.heard = time.monotonic()  # it waited for its caller: that is no hang
         self._tell(Taken(batch.number))
 
     def drop(self, batch: InFlightBatch) -> None:
-        """Nobody waits for the rest of a stream: the worker closes its generator at the next step."""
         self._tell(Drop(batch.number))
 
     def ping(self, number: int) -> None:
-        """Ask for a sign of life; `heard` tells when the last one came."""
         self._tell(Ping(number))
 
     def stop(self, *, grace: float = 5.0) -> None:
-        """Let it finish what it holds, close its stage and leave; kill it after `grace` seconds."""
         if self.state in ("stopping", "ended"):
             return
         self.state = "stopping"
@@ -373,7 +352,6 @@ class LocalReplica:
         self._timer = self._loop.call_later(grace, self.kill, f"did not stop within {grace:g} s")
 
     def kill(self, reason: str) -> None:
-        """End it now. What it held goes back to the station when the kernel reports the end."""
         if self.state == "ended":
             return
         self._reason = self._reason or reason

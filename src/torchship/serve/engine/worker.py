@@ -71,7 +71,6 @@ def main(argument: Any) -> None:
     sock.setblocking(True)
     sizes = dict(zip(("input_size", "output_size"), model.slot_sizes, strict=True))
     memory = Arena(MemoryRegion.take(start.memory), depth=spec.depth, **sizes)
-    began = time.monotonic()
     try:
         stage: Stage = resolve(spec.opener)(spec)
         if model.config.artifact:
@@ -80,7 +79,7 @@ def main(argument: Any) -> None:
         _print(fault)
         send(sock, encode(OpenFailed(describe(fault))))
         return
-    send(sock, encode(Opened(str(stage.signature), time.monotonic() - began, _resident())))
+    send(sock, encode(Opened(str(stage.signature))))
     WorkerLoop(StageRunner(stage), arena=memory, sock=sock, private=bool(model.config.run)).work()
     stage.close()
 
@@ -99,11 +98,6 @@ def _warm(stage: Stage) -> None:
         fill: Any = b"" if spec.dtype == "BYTES" else 0
         tensors[spec.name] = np.full(shape, fill, numpy_dtype(spec.dtype))
     stage(tensors)
-
-
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _print(fault: BaseException) -> None:
@@ -243,7 +237,7 @@ class WorkerLoop:
                 if isinstance(order, RunBatch):
                     self._run(order, fd)
                 elif isinstance(order, Ping):
-                    send(self._sock, encode(Pong(order.number, _resident())))
+                    send(self._sock, encode(Pong(order.number)))
                 elif isinstance(order, Stop):
                     return
         except ConnectionError:
@@ -307,7 +301,7 @@ class WorkerLoop:
             elif isinstance(order, Drop) and order.number == number:
                 return False
             elif isinstance(order, Ping):
-                send(self._sock, encode(Pong(order.number, _resident())))
+                send(self._sock, encode(Pong(order.number)))
             elif isinstance(order, RunBatch | Stop):
                 self._later.append((order, fd))
         return True

@@ -21,7 +21,7 @@ import numpy as np
 
 from torchship.errors import StageFailed, Unavailable
 from torchship.hardware import free_memory
-from torchship.tensors import Array, TensorSpec, numpy_dtype
+from torchship.tensors import Array
 
 ALIGN = 64
 _PAGE = mmap.PAGESIZE
@@ -146,21 +146,6 @@ def size_of(array: Array) -> int:
     if array.dtype == object:
         return int(sum(map(len, array.flat))) + _LENGTH.size * array.size
     return array.nbytes
-
-
-def size_of_rows(specs: Sequence[TensorSpec], *, rows: int, batched: bool, free: int) -> int:
-    """Bytes that `rows` rows of these tensors take; `free` for each tensor whose size cannot be known."""
-    total = 0
-    for spec in specs:
-        axes = spec.shape[1:] if batched else spec.shape
-        if spec.dtype == "BYTES" or not all(isinstance(axis, int) for axis in axes):
-            total += aligned(free)
-            continue
-        count = rows if batched else 1
-        for axis in axes:
-            count *= axis if isinstance(axis, int) else 1
-        total += aligned(count * numpy_dtype(spec.dtype).itemsize)
-    return total
 
 
 def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> ArenaBlock:

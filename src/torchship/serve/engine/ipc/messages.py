@@ -87,18 +87,15 @@ class BatchDone(msgspec.Struct, array_like=True, frozen=True, tag=1):
 
 
 class Pong(msgspec.Struct, array_like=True, frozen=True, tag=2):
-    """Worker to host: I am here, `resident` bytes large."""
+    """Worker to host: I am here."""
 
     number: int
-    resident: int = 0
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True, tag=3):
     """Worker to host: the stage is open and warm. `signature` is its own, as text, to be compared."""
 
     signature: str
-    seconds: float
-    resident: int
 
 
 class OpenFailed(msgspec.Struct, array_like=True, frozen=True, tag=4):
