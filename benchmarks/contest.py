@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,8 +32,7 @@ class Contestant:
 
     name: str
     child: Any
-    ask: int
-    answer: Any
+    sock: socket.socket
     log: int
     agreement: dict[str, Any] = field(default_factory=dict)
     build_s: float = 0.0
@@ -40,16 +40,16 @@ class Contestant:
 
     def request(self, timeout: float, **question: Any) -> dict[str, Any]:
         """Ask the child and wait for its answer. Raises Failed with the last lines of its log."""
-        import select
-
+        self.sock.settimeout(timeout)
         try:
-            os.write(self.ask, json.dumps(question).encode() + b"\n")
-        except BrokenPipeError:
-            raise Failed(self._death()) from None
-        ready, _, _ = select.select([self.answer], [], [], timeout)
-        line = self.answer.readline() if ready else b""
+            self.sock.send(json.dumps(question).encode())
+            line = self.sock.recv(2**16)
+        except TimeoutError:
+            raise Failed(f"no answer within {timeout:.0f} s") from None
+        except OSError:
+            line = b""
         if not line:
-            raise Failed(f"no answer within {timeout:.0f} s" if not ready else self._death())
+            raise Failed(self._death())
         found: dict[str, Any] = json.loads(line)
         if "fault" in found:
             raise Failed(found["fault"])
@@ -67,34 +67,22 @@ class Contestant:
     def close(self) -> None:
         """End the process; may be called twice."""
         process.stop(self.child)
-        with contextlib.suppress(OSError, ValueError):
-            self.answer.close()
-            os.close(self.ask)
+        self.sock.close()
+        with contextlib.suppress(OSError):
             os.close(self.log)
 
 
 def start(name: str, *, target: str, argument: dict[str, Any], threads: int) -> Contestant:
     """Start a contestant's process: `target(argument)` returns a Runner there."""
-    read_ask, ask = os.pipe()
-    read_answer, answer = os.pipe()
     log = os.memfd_create(f"contest-{name}")
-    child = process.spawn(
+    child, sock = process.converse(
         "benchmarks.contest:serve",
-        argument={
-            "target": target,
-            "argument": argument,
-            "ask": read_ask,
-            "answer": answer,
-            "subject": argument["model"],
-        },
-        fds=(read_ask, answer),
+        argument={"target": target, "argument": argument, "subject": argument["model"]},
         output=log,
         threads=threads,
         cpus=hardware.cpus(threads),
     )
-    os.close(read_ask)
-    os.close(answer)
-    return Contestant(name, child, ask, os.fdopen(read_answer, "rb", 0), log)
+    return Contestant(name, child, sock, log)
 
 
 def ready(contestant: Contestant, *, timeout: float) -> None:
@@ -121,25 +109,24 @@ def ratio(slow: Contestant, fast: Contestant, batch: int) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def serve(spec: dict[str, Any]) -> None:
-    """The child's side: build, then answer questions until the pipe closes."""
-    with os.fdopen(spec["ask"], "rb") as questions, os.fdopen(spec["answer"], "wb", 0) as answers:
-        runner = None
-        ready_inputs: dict[int, Any] = {}
-        for line in questions:
-            question = json.loads(line)
-            try:
-                if question["do"] == "build":
-                    started = time.monotonic()
-                    runner = process.resolve(spec["target"])(spec["argument"])
-                    found = _checked(runner, spec, time.monotonic() - started)
-                elif question["do"] == "warm":
-                    found = _warm(runner, spec["subject"], question["batch"], ready_inputs)
-                else:
-                    found = _time(runner, ready_inputs[question["batch"]], question["seconds"])
-            except Exception as fault:
-                found = {"fault": f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"}
-            answers.write(json.dumps(found).encode() + b"\n")
+def serve(spec: dict[str, Any], sock: socket.socket) -> None:
+    """The child's side: build, then answer questions until the other side closes."""
+    runner = None
+    ready_inputs: dict[int, Any] = {}
+    while line := sock.recv(2**16):
+        question = json.loads(line)
+        try:
+            if question["do"] == "build":
+                started = time.monotonic()
+                runner = process.resolve(spec["target"])(spec["argument"])
+                found = _checked(runner, spec, time.monotonic() - started)
+            elif question["do"] == "warm":
+                found = _warm(runner, spec["subject"], question["batch"], ready_inputs)
+            else:
+                found = _time(runner, ready_inputs[question["batch"]], question["seconds"])
+        except Exception as fault:
+            found = {"fault": f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"}
+        sock.send(json.dumps(found).encode())
 
 
 def _checked(runner: Any, spec: dict[str, Any], seconds: float) -> dict[str, Any]:

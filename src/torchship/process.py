@@ -1,7 +1,9 @@
 """Child processes that start fresh (never forked), take and give plain data, and cannot outlive or harm their parent.
 
-`spawn` starts `module:function(argument)` and returns at once; `run` waits for the result under limits.
-Argument and result are JSON: nothing is pickled, and nothing is inherited but the file descriptors that are named.
+There are two shapes. One call: `run` starts `module:function(argument)` and waits for its result under limits. One
+conversation: `converse` starts `module:function(argument, socket)`, and the two send each other messages for as long as
+they like. Argument and result are JSON: nothing is pickled, and nothing is inherited but the file descriptors that are
+named.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import faulthandler
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +67,7 @@ def spawn(
     fds: Sequence[int] = (),
     output: int | None = None,
     answer: int | None = None,
+    talk: int | None = None,
     threads: int | None = None,
     cpus: Collection[int] = (),
     env: Mapping[str, str] = {},
@@ -71,9 +75,10 @@ def spawn(
     """Start `module:function(argument)` in a fresh interpreter, in a session of its own.
 
     It dies when the calling thread's process dies. `fds` stay open under their numbers; `output` takes stdout and
-    stderr; `threads` bounds the numeric libraries; `cpus` pins the process; `answer` takes the result.
+    stderr; `threads` bounds the numeric libraries; `cpus` pins the process; `answer` takes the result; `talk`
+    is a socket that the function is given as well.
     """
-    given = task(target, argument=argument, cpus=cpus, answer=answer)
+    given = task(target, argument=argument, cpus=cpus, answer=answer, talk=talk)
     try:
         environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES if threads} | dict(env)
         environment["PYTHONPATH"] = os.pathsep.join(part or os.getcwd() for part in sys.path)
@@ -82,7 +87,7 @@ def spawn(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=(given, *fds, *(() if answer is None else (answer,))),
+            pass_fds=(given, *fds, *(fd for fd in (answer, talk) if fd is not None)),
             start_new_session=True,
             env=environment,
         )
@@ -90,10 +95,41 @@ def spawn(
         os.close(given)
 
 
-def task(target: str, *, argument: object, cpus: Collection[int] = (), answer: int | None = None) -> int:
+def converse(
+    target: str,
+    *,
+    argument: object = None,
+    fds: Sequence[int] = (),
+    output: int | None = None,
+    threads: int | None = None,
+    cpus: Collection[int] = (),
+    env: Mapping[str, str] = {},
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start `module:function(argument, socket)` as `spawn` does; the child, and this side's end of the socket.
+
+    It keeps messages apart (SOCK_SEQPACKET), carries descriptors, and reads as closed once the other side is gone.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    settings: dict[str, Any] = {"fds": fds, "output": output, "threads": threads, "cpus": cpus, "env": env}
+    with theirs:
+        try:
+            return spawn(target, argument=argument, talk=theirs.fileno(), **settings), ours
+        except BaseException:
+            ours.close()
+            raise
+
+
+def task(
+    target: str,
+    *,
+    argument: object,
+    cpus: Collection[int] = (),
+    answer: int | None = None,
+    talk: int | None = None,
+) -> int:
     """The descriptor of a file in memory that tells a child of this process what to do."""
     given = os.memfd_create("torchship-argument")
-    os.write(given, msgspec.json.encode([target, argument, os.getpid(), sorted(cpus), answer]))
+    os.write(given, msgspec.json.encode([target, argument, os.getpid(), sorted(cpus), answer, talk]))
     os.lseek(given, 0, os.SEEK_SET)
     return given
 
@@ -217,7 +253,7 @@ def perform(given: int, *, parent: int = 0, answer: int | None = None) -> NoRetu
     A forked child is told who its parent is, and its own number of the descriptor for the answer.
     """
     with os.fdopen(given, "rb") as file:
-        target, argument, teller, cpus, told = msgspec.json.decode(file.read())
+        target, argument, teller, cpus, told, talk = msgspec.json.decode(file.read())
     parent, answer = parent or teller, told if answer is None else answer
     faulthandler.enable()  # a crash in native code leaves the Python lines in the log
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -226,14 +262,15 @@ def perform(given: int, *, parent: int = 0, answer: int | None = None) -> NoRetu
     if cpus:
         os.sched_setaffinity(0, cpus)
     try:
-        result = _ChildAnswer(value=resolve(target)(argument))
+        line = [] if talk is None else [socket.socket(fileno=talk)]
+        result = _ChildAnswer(value=resolve(target)(argument, *line))
         code = 0
     except Exception as fault:
         import traceback
 
         traceback.print_exc()
-        line = getattr(fault, "line", None) or f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}"
-        result, code = _ChildAnswer(fault=line), 1
+        words = getattr(fault, "line", None) or f"{type(fault).__name__}: {' '.join(str(fault).split())[:500]}"
+        result, code = _ChildAnswer(fault=words), 1
     if answer is not None:
         os.write(answer, msgspec.json.encode(result))
     sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -89,3 +90,9 @@ def gone(pid: int) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def answer_in_capitals(prefix: str, sock: socket.socket) -> None:
+    """Answers each message until the other side closes."""
+    while message := sock.recv(2**16):
+        sock.send(prefix.encode() + message.upper())

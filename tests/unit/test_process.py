@@ -82,3 +82,25 @@ def test_a_crash_leaves_the_python_lines_in_the_log() -> None:
     outcome = process.run(f"{HERE}:crash", timeout=30)
     assert "Segmentation fault" in outcome.log
     assert "process_targets.py" in outcome.log
+
+
+def test_a_conversation_keeps_messages_apart_and_ends_with_either_side() -> None:
+    child, sock = process.converse(f"{HERE}:answer_in_capitals", argument="> ")
+    try:
+        for message in (b"one", b"two"):
+            sock.send(message)
+        assert [sock.recv(100), sock.recv(100)] == [b"> ONE", b"> TWO"]
+        sock.close()
+        assert child.wait(30) == 0
+    finally:
+        process.stop(child)
+
+
+def test_a_conversation_with_a_child_that_fails_reads_as_closed() -> None:
+    child, sock = process.converse(f"{HERE}:no_such_function")
+    try:
+        assert sock.recv(100) == b""
+        assert child.wait(30) == 1
+    finally:
+        sock.close()
+        process.stop(child)

@@ -67,15 +67,12 @@ class Forkserver:
         return _Forked(ours)
 
     def _open(self) -> socket.socket:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, open(os.devnull, "wb") as nowhere:
-            self._server = process.spawn(
-                "torchship.optimize.forkserver:_serve",
-                argument={"control": theirs.fileno(), "imports": self._imports},
-                fds=(theirs.fileno(),),
-                output=nowhere.fileno(),
-                threads=self._threads,
-            )
+        self._server, self._control = process.converse(
+            "torchship.optimize.forkserver:serve_forks",
+            argument=self._imports,
+            output=subprocess.DEVNULL,
+            threads=self._threads,
+        )
         return self._control
 
 
@@ -122,10 +119,9 @@ class _Forked:
         return int.from_bytes(found, "little", signed=True)
 
 
-def _serve(argument: Any) -> None:
+def serve_forks(imports: Any, control: socket.socket) -> None:
     """The server's side: import, then fork whenever asked to, until the other end of the control socket is closed."""
-    control = socket.socket(fileno=argument["control"])
-    for name in argument["imports"]:
+    for name in imports:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     gc.collect()

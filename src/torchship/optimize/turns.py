@@ -5,8 +5,7 @@ What disturbs the machine then disturbs all alike, so that their ratios hold whe
 
 from __future__ import annotations
 
-import os
-import select
+import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ _ROUNDS = 7
 _TURN = 0.25
 _OPENING = 120.0
 _SILENCE = 60.0
+_MESSAGE = 2**16  # bytes; a turn has at most 200 samples
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -32,8 +32,6 @@ class Turn(msgspec.Struct, frozen=True):
     batch: int
     device: str
     threads: int
-    go: int
-    answer: int
     seconds: float
 
 
@@ -41,11 +39,8 @@ class Turn(msgspec.Struct, frozen=True):
 class Racer:
     """One waiting child and its samples."""
 
-    child: subprocess.Popen[bytes]
-    go: int
-    answer: int
+    sock: socket.socket
     seconds: list[float] = field(default_factory=list)
-    rest: bytes = b""
 
 
 def measure(
@@ -68,47 +63,37 @@ def measure(
 
 
 def _start(path: Path, batch: int, device: str, threads: int, stack: ExitStack) -> Racer:
-    hear, go = os.pipe()
-    answer, say = os.pipe()
-    for descriptor in (go, answer):
-        stack.callback(os.close, descriptor)
-    turn = Turn(str(path), batch, device, threads, hear, say, _TURN)
-    child = process.spawn(
+    child, sock = process.converse(
         "torchship.optimize.turns:turns_here",
-        argument=msgspec.to_builtins(turn),
-        fds=(hear, say),
+        argument=msgspec.to_builtins(Turn(str(path), batch, device, threads, _TURN)),
         output=subprocess.DEVNULL,
         threads=threads,
         cpus=hardware.cpus(threads),
     )
+    stack.callback(sock.close)
     stack.callback(process.stop, child)
-    os.close(hear)
-    os.close(say)
-    return Racer(child, go, answer)
+    return Racer(sock)
 
 
 def _take_turn(racer: Racer) -> None:
     try:
-        os.write(racer.go, b".")
-    except BrokenPipeError:
+        racer.sock.send(b".")
+    except OSError:
         return
-    found = _answer(racer, time.monotonic() + _SILENCE)
-    racer.seconds += found or []
+    racer.seconds += _answer(racer, time.monotonic() + _SILENCE) or []
 
 
 def _answer(racer: Racer, deadline: float) -> list[float] | None:
-    """One line from the child; None when it died or took too long."""
-    while b"\n" not in racer.rest:
-        readable, _, _ = select.select([racer.answer], [], [], max(0.0, deadline - time.monotonic()))
-        data = os.read(racer.answer, 65536) if readable else b""
-        if not data:
-            return None
-        racer.rest += data
-    line, _, racer.rest = racer.rest.partition(b"\n")
-    return msgspec.json.decode(line, type=list[float])
+    """One message from the child; None when it died or took too long."""
+    racer.sock.settimeout(max(0.001, deadline - time.monotonic()))
+    try:
+        message = racer.sock.recv(_MESSAGE)
+    except OSError:
+        return None
+    return msgspec.json.decode(message, type=list[float]) if message else None
 
 
-def turns_here(argument: Any) -> None:
+def turns_here(argument: Any, sock: socket.socket) -> None:
     """The child's side: open, warm up, say so; then run for a moment at each sign."""
     from torchship.artifact import open_artifact
     from torchship.optimize.measure import Effort, resized, sample, warm_up
@@ -121,6 +106,6 @@ def turns_here(argument: Any) -> None:
         tensors = dict(resized(tensors, rows=turn.batch))
     warm_up(stage, tensors, seconds=0.5)
     effort = Effort(seconds=turn.seconds, calls=200, fewest=2, warm_up=0.02)
-    os.write(turn.answer, b"[]\n")
-    while os.read(turn.go, 1):
-        os.write(turn.answer, msgspec.json.encode(sample(stage, tensors, effort=effort)) + b"\n")
+    sock.send(b"[]")
+    while sock.recv(1):
+        sock.send(msgspec.json.encode(sample(stage, tensors, effort=effort)))
