@@ -180,12 +180,15 @@ def _size_x(artifact: Path | None, name: str) -> float | None:
 
 def _refused(contestant: Contestant) -> str:
     """Why the search's own guard would refuse these outputs, empty when it would not."""
+    import msgspec
+
     from torchship.artifact.manifest import Verdict
     from torchship.optimize.guard import Guard, judge
     from torchship.recipe import Recipe
 
-    found = Verdict(passed=True, **contestant.agreement)
-    return judge(found, guard=Guard(), recipe=Recipe(contestant.name)).reason
+    found = msgspec.convert(contestant.agreement, Verdict)
+    verdict = judge(found, guard=Guard(), recipe=Recipe(contestant.name))
+    return "" if verdict.passed else verdict.reason
 
 
 def _show(field: Field) -> None:

@@ -76,7 +76,9 @@ def disagreement(report: Any, module: Any, unseen: Sequence[Any], *, threads: in
     """How the artifact's answers on unseen data differ from eager's, beyond three times its limits; empty if not."""
     import torch
 
-    from torchship.optimize.guard import Guard, agreement
+    from torchship import difference
+    from torchship.optimize.guard import DRIFT, precision_of
+    from torchship.optimize.judge import fault_of
 
     stage = report.artifact.open(threads=threads, trust=True)
     signature = stage.signature
@@ -89,11 +91,11 @@ def disagreement(report: Any, module: Any, unseen: Sequence[Any], *, threads: in
     if any(expected[name].size == 0 for name in expected):
         same = all(answer[name].shape == expected[name].shape for name in expected)
         return "" if same else "other shapes than eager on unseen data"
-    found = agreement([expected], [answer], signature=signature)
-    error, _, _ = Guard().limits(report.winner.recipe)
-    if found.reason or found.error > 3 * error:
-        return f"{report.winner.recipe.label}: error {found.error:.3g} on unseen data {found.reason}"
-    return ""
+    label, limit = report.winner.recipe.label, 3 * DRIFT[precision_of(report.winner.recipe)]
+    if fault := fault_of(expected, answer, signature=signature):
+        return f"{label}: {fault} on unseen data"
+    error = max(difference.relative_error(expected[name], answer[name]) for name in expected)
+    return f"{label}: error {error:.3g} on unseen data" if error > limit else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,13 +41,41 @@ class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
 
 
-class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a candidate costs, and how sure that is.
+
+    `state`: proved (the bound is within what may be lost), plausible (the estimate is, but the rows are too few) or
+    refused. `measure`: top-1, neighbours, equality, variation or metric; empty where the rows allow none. `cost` is the
+    estimate and `bound` what it lies under with 95 % certainty, both in the unit of the measure (0.01 is one point), on
+    `rows` rows of real data in `groups` groups. `spread`: standard deviation of a row's cost; `events` rows were
+    flipped, at `event` each. `drift`: relative error of the worst row, `value_drift` the same without class scores and
+    embeddings; `made` of made-up rows. `broken`: what no number forgives, a law or a row or channel that is lost.
+    """
+
+    state: Literal["", "proved", "plausible", "refused"] = ""
+    measure: str = ""
+    output: str = ""
+    cost: float = 0.0
+    bound: float = 0.0
+    rows: int = 0
+    groups: int = 0
+    spread: float = 0.0
+    events: int = 0
+    event: float = 0.0
+    drift: float = 0.0
+    value_drift: float = 0.0
+    made: float = 0.0
+    broken: str = ""
+
+
+class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the guard found: agreement with the fp32 reference, and the user's metric where there is one.
 
     `error` is the largest relative L2 error over the outputs, `cosine` the smallest cosine similarity,
-    `top1` the share of rows with the reference's arg-max (None where no output is a classifier's), `clear_top1` the
-    same among the `clear_rows` rows that the reference decides clearly.
-    `metric` and `reference_metric` are the user's own.
+    `top1` the share of rows with the reference's arg-max (None where no output is a classifier's).
+    `metric` and `reference_metric` are the user's own. `reason` says in one sentence what the candidate costs, or why
+    it is refused. `evidence` stays in the report; an artifact keeps the sentence, which older readers know.
+    `clear_top1` and `clear_rows` are read from older artifacts only.
     """
 
     passed: bool
@@ -59,6 +87,7 @@ class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
     clear_top1: float | None = None
     clear_rows: int = 0
+    evidence: Evidence | None = None
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

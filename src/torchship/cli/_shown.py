@@ -120,7 +120,9 @@ def _show_measured(out: Console, artifact: Artifact) -> None:
         title = f"Measured with {timing.threads} threads: loads in {timing.load_s:.2f} s, peak memory "
         out.print(table(columns, rows, title=title + human_size(timing.peak_memory), right="batch rows/s"), "")
     if verdict:
-        facts: list[tuple[str, object]] = [("verdict", "passed" if verdict.passed else f"refused: {verdict.reason}")]
+        facts: list[tuple[str, object]] = [
+            ("verdict", f"{'passed' if verdict.passed else 'refused'}{f': {verdict.reason}' if verdict.reason else ''}")
+        ]
         facts += [("largest relative error", f"{verdict.error:.2e}"), ("cosine", f"{verdict.cosine:.6f}")]
         if verdict.top1 is not None:
             facts.append(("same top-1", f"{verdict.top1:.2%}"))

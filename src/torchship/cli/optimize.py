@@ -39,8 +39,12 @@ Examples:
     "--goal", type=click.Choice(["latency", "throughput", "size", "memory"]), default="latency", show_default=True
 )
 @click.option(
-    "--max-drop", type=click.FloatRange(0), metavar="X", help="How much of --evaluate may be lost [default: 0.01]."
+    "--max-drop",
+    type=click.FloatRange(0),
+    metavar="X",
+    help="How much may be lost: of --evaluate, else of top-1, or of what the answers vary by [default: 0.01].",
 )
+@click.option("--strict", is_flag=True, help="Refuse what is not proved to lose no more than that.")
 @click.option("--max-latency-p99", metavar="MS", help="Refuse candidates that are slower at batch 1: 12, 12ms, 0.5s.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse candidates that need more memory: 300MB, 1GiB.")
 @click.option("--max-size", metavar="SIZE", help="Refuse candidates with larger files: 20MB.")

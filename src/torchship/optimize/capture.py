@@ -68,7 +68,7 @@ def capture(
         study.moves,
         study.steady,
     )
-    flat.decided = tuple(decided)
+    flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
     name = name or type(module).__name__
     return Model(module=flat, signature=signature, examples=examples, edges=edges, calibration=fit, name=name)

@@ -73,7 +73,7 @@ def cost(timing: Timing, *, goal: Goal) -> float:
 def choose(trials: Sequence[Trial], *, goal: Goal, constraints: Constraints | None = None) -> Choice:
     """The best trial that is ok, passed the guard and keeps the constraints.
 
-    Candidates within 2 % of the best count as equal: of these the one with the smallest output error wins.
+    Candidates within 2 % of the best count as equal: of these what is proved wins, then the smallest output error.
     """
     constraints = constraints or Constraints()
     outside: dict[int, str] = {}
@@ -92,7 +92,7 @@ def choose(trials: Sequence[Trial], *, goal: Goal, constraints: Constraints | No
         return Choice(None, (), _nobody(trials, outside, constraints), outside)
     best = costs[ranking[0]]
     equal = [index for index in ranking if costs[index] <= best * _CLOSE]
-    winner = min(equal, key=lambda index: (_error(trials[index]), costs[index]))
+    winner = min(equal, key=lambda index: (not is_proved(trials[index]), _error(trials[index]), costs[index]))
     ranking.remove(winner)
     ranking.insert(0, winner)
     why = _why(trials, ranking, costs, goal)
@@ -106,6 +106,12 @@ def is_valid(trial: Trial) -> bool:
     """Whether a trial ran, was measured and passed the guard."""
     measured = trial.status == "ok" and trial.timing is not None and bool(trial.timing.curve)
     return measured and trial.verdict is not None and trial.verdict.passed
+
+
+def is_proved(trial: Trial) -> bool:
+    """Whether the guard proved that a trial loses no more than it may."""
+    evidence = trial.verdict.evidence if trial.verdict else None
+    return evidence is not None and evidence.state == "proved"
 
 
 def _timing(trial: Trial) -> Timing:
@@ -143,7 +149,7 @@ def _why(trials: Sequence[Trial], ranking: Sequence[int], costs: dict[int, float
             f"{costs[ranking[1]] / max(costs[ranking[0]], 1e-12):.2f}x better than {trials[ranking[1]].recipe.label}"
         )
     if first.verdict:
-        parts.append(f"output error {first.verdict.error:.2g}")
+        parts.append(first.verdict.reason or f"output error {first.verdict.error:.2g}")
     return ", ".join(parts)
 
 

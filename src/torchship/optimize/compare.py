@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from torchship import difference
 from torchship.artifact import Artifact
 from torchship.artifact.manifest import BatchPoint, Manifest, Timing
 from torchship.errors import BadConfig, NotFound, Unavailable
 from torchship.optimize import turns
 from torchship.optimize.facts import Facts, load
-from torchship.optimize.guard import agreement
 from torchship.optimize.measure import point
 from torchship.optimize.trial import Trial
 
@@ -151,8 +151,10 @@ def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Comparison:
     finally:
         for stage in stages:
             stage.close()
-    found = agreement(answers[:1], answers[1:], signature=a.manifest.signature)
-    return Comparison("B's outputs against A's", "reference", f"error {found.error:.3g}, cosine {found.cosine:.6f}")
+    pairs = [(answers[0][spec.name], answers[1][spec.name]) for spec in a.manifest.signature.outputs]
+    error = max((difference.relative_error(*pair) for pair in pairs), default=0.0)
+    cosine = min((difference.cosine(*pair) for pair in pairs), default=1.0)
+    return Comparison("B's outputs against A's", "reference", f"error {error:.3g}, cosine {cosine:.6f}")
 
 
 def read(path: Path) -> Manifest | Facts:

@@ -8,7 +8,7 @@ import msgspec
 
 from torchship.artifact.manifest import BatchPoint
 from torchship.optimize.choose import Choice, Constraints, Goal
-from torchship.optimize.guard import HOPELESS
+from torchship.optimize.judge import HOPELESS
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
 

@@ -24,7 +24,7 @@ from torchship.optimize.facts import (
     ordered,
     outside_of,
 )
-from torchship.optimize.guard import HOPELESS
+from torchship.optimize.judge import HOPELESS
 from torchship.optimize.trial import Trial
 from torchship.plugins import rendered
 

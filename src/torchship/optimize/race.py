@@ -21,7 +21,8 @@ from torchship.optimize import trial as trials
 from torchship.optimize.cache import Cache, digest
 from torchship.optimize.choose import Goal, is_valid
 from torchship.optimize.forkserver import Forkserver
-from torchship.optimize.guard import HOPELESS, Guard, judge
+from torchship.optimize.guard import Guard, judge
+from torchship.optimize.judge import HOPELESS
 from torchship.optimize.measure import Effort
 from torchship.optimize.order import hopeless, next_up
 from torchship.optimize.trial import BuildTask, Limits, Proof, ProofTask, Trial

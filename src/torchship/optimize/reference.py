@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from torchship.artifact import tensorfile
 from torchship.errors import BadInput, CaptureFailed
 from torchship.model import Model, to_numpy
+from torchship.optimize import cache as caching
+from torchship.optimize import laws
 from torchship.optimize.axes import UNSTEADY
-from torchship.optimize.samples import random_inputs, resize, rows_of, vocabulary_of
+from torchship.optimize.judge import PLAN, Entry, Plan
+from torchship.optimize.laws import Law, Probe
+from torchship.optimize.measure import resized
+from torchship.optimize.samples import flatten_samples, random_inputs, rows_of, vocabulary_of
+from torchship.optimize.yardstick import study
 from torchship.stage import Parameter, Parameters
-from torchship.tensors import Tensors
+from torchship.tensors import Signature, Tensors
 
-JUDGED_ROWS = 256
-_HELD_BACK = 0.25
+GROUP = "group"
+JUDGED_ROWS = 1024
+_FEWEST = 256
+_SECONDS = 10.0
+FIT_ROWS = 512
+_PIECE = 32
 _KEPT_BYTES = 512 * 2**20
-_FAINT = 1e-6
 
 
 class EagerStage:
@@ -54,34 +66,98 @@ def refuse_unsteady(model: Model) -> None:
     )
 
 
-def split_calibration(samples: Sequence[Tensors]) -> tuple[list[Tensors], list[Tensors]]:
-    """Batches for the quantizers and batches for the guard: the last quarter is held back where there are enough."""
+def split_calibration(
+    samples: Sequence[Tensors], groups: Sequence[int] | None, *, signature: Signature
+) -> tuple[list[Tensors], list[Tensors], list[int] | None]:
+    """Batches for the quantizers, batches for the guard, and the group of each of the guard's rows.
+
+    The guard has the second half, where there are four batches or more; the quantizers at most 512 rows. Rows of one
+    group (crops of one picture) all go to one side.
+    """
     batches = list(samples)
+    if groups is not None and signature.batched:
+        order = list(dict.fromkeys(groups))
+        ours = set(order[: max(1, len(order) // 2)]) if len(order) > 1 else set()
+        rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        inside = np.array([group in ours for group in groups])
+        fit = _pieces({name: array[inside] for name, array in rows.items()}, size=_PIECE)
+        held = _pieces({name: array[~inside] for name, array in rows.items()}, size=_PIECE)
+        return (fit or held)[: FIT_ROWS // _PIECE], held, [group for group in groups if group not in ours]
     if len(batches) < 4:
-        return batches, batches
-    cut = len(batches) - max(1, int(len(batches) * _HELD_BACK))
-    return batches[:cut], batches[cut:]
+        return batches, batches, None
+    cut = len(batches) // 2
+    return _first_rows(batches[:cut], signature), batches[cut:], None
 
 
-def judged_batches(model: Model, *, held_back: Sequence[Tensors], rows: int = JUDGED_ROWS) -> list[Tensors]:
-    """What the guard compares on: every example, one row by itself, and real data (random rows where there is none)."""
-    signature = model.signature
-    found = [*model.examples, *model.edges]
-    if not signature.batched:
-        return found + list(held_back)[:rows]
-    first = found[0]
-    if signature.max_rows > 1:
-        found = [resize(first, rows=1), *found, resize(first, rows=min(5, signature.max_rows))]
-    if held_back:
-        count = 0
-        for batch in held_back:
-            found += _pieces(batch, size=min(32, signature.max_rows))
-            count += rows_of(batch, signature=signature)
-            if count >= rows:
-                break
-    else:
-        found += _random(model)
+def _first_rows(batches: Sequence[Tensors], signature: Signature) -> list[Tensors]:
+    found, rows = [], 0
+    for batch in batches:
+        if rows >= FIT_ROWS:
+            break
+        found.append(batch)
+        rows += rows_of(batch, signature=signature)
     return found
+
+
+def prepare(
+    folder: Path, model: Model, *, held_back: Sequence[Tensors], groups: Sequence[int] | None = None
+) -> tuple[Plan, str]:
+    """Run the reference on all that candidates are judged on, keep inputs, outputs and the plan in `folder`; the plan
+    and a hash of it all. Real rows are the held-back ones, or else the user's examples. They end after some seconds of
+    the reference's time, 1,024 rows or half a gigabyte. Raises BadInput for data that the module refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stage, signature = EagerStage(model), model.signature
+    tried = int(getattr(model.module, "tried", 0))
+    examples = list(model.examples)
+    own, made = examples[: len(examples) - tried], examples[len(examples) - tried :]
+    real = _pieced(held_back, signature) if held_back else own
+    outputs = write(folder, stage=stage, batches=real, rows=JUDGED_ROWS)
+    entries = [Entry("real")] * len(outputs)
+    _refuse_nan(outputs, model)
+    made = [
+        *(own if held_back else []),
+        *made,
+        *model.edges,
+        *_sizes(real[0], signature),
+        *([] if held_back else _random(model)),
+    ]
+    base = laws.base_of(real[0], signature=signature)
+    found = [Probe(Law(""), base, stage(base)), *laws.probes(base, signature=signature, answer=stage)]
+    more = [*made, *(probe.inputs for probe in found)]
+    answers = [*(stage(batch) for batch in made), *(probe.outputs for probe in found)]
+    entries += [Entry("finite" if laws.masks_all(b, batched=signature.batched) else "made") for b in made]
+    entries += [Entry("law", probe.law) for probe in found]
+    for index, (batch, answer) in enumerate(zip(more, answers, strict=True), len(outputs)):
+        _keep(folder, index, batch, answer)
+    count = sum(rows_of(batch, signature=signature) for batch in real[: len(outputs)])
+    known = None if groups is None else tuple(groups[:count])
+    plan = Plan(tuple(entries), tuple(study(outputs, signature=signature)), known, rows=count)
+    (folder / PLAN).write_bytes(msgspec.json.encode(plan))
+    return plan, caching.digest(caching.hash_tensors([*real[: len(outputs)], *more]), plan)
+
+
+def _pieced(batches: Sequence[Tensors], signature: Signature) -> list[Tensors]:
+    if not signature.batched:
+        return list(batches)
+    return [piece for batch in batches for piece in _pieces(batch, size=min(_PIECE, signature.max_rows))]
+
+
+def _sizes(batch: Tensors, signature: Signature) -> list[Tensors]:
+    """One row by itself, and five."""
+    if not signature.batched or signature.max_rows < 2:
+        return []
+    return [resized(batch, rows=1), resized(batch, rows=min(5, signature.max_rows))]
+
+
+def _refuse_nan(outputs: Sequence[Tensors], model: Model) -> None:
+    for spec in model.signature.outputs:
+        arrays = [answer[spec.name] for answer in outputs if answer[spec.name].dtype.kind not in "biuO"]
+        if any(array.size for array in arrays) and not any(np.isfinite(a.astype(np.float64)).any() for a in arrays):
+            raise BadInput(
+                f"output {spec.name!r} of the model itself is NaN or infinite everywhere: nothing can be compared",
+                hint="give inputs (examples, --data) that the model answers with numbers",
+            )
 
 
 def _pieces(batch: Tensors, *, size: int) -> list[Tensors]:
@@ -90,11 +166,13 @@ def _pieces(batch: Tensors, *, size: int) -> list[Tensors]:
 
 
 def _random(model: Model) -> list[Tensors]:
-    """Eight noise rows shaped like the first example: a weak stand-in for real data.
+    """Eight noise rows shaped like the first example: other values than the user's few.
 
     Masks are those of the example, for a row that is masked throughout is no row. None where the module refuses noise.
     """
     signature = model.signature
+    if not signature.batched:
+        return []
     first = model.examples[0]
     shaped = [
         type(spec)(spec.name, spec.dtype, (spec.shape[0], *first[spec.name].shape[1:])) for spec in signature.inputs
@@ -103,7 +181,7 @@ def _random(model: Model) -> list[Tensors]:
     tensors = random_inputs(shaped, rows=count, vocabulary=vocabulary_of(model.module), seed=1)
     made = {s.name: np.asarray(to_numpy(t)) for s, t in zip(shaped, tensors, strict=True)}
     masks = [s.name for s in shaped if s.dtype == "BOOL" or "mask" in s.name.lower()]
-    made |= resize({name: first[name] for name in masks}, rows=count)
+    made |= resized({name: first[name] for name in masks}, rows=count)
     try:
         EagerStage(model)(made)
     except Exception:  # values that it was not made for
@@ -111,27 +189,42 @@ def _random(model: Model) -> list[Tensors]:
     return [made]
 
 
-def doubts(outputs: Sequence[Tensors]) -> tuple[str, ...]:
-    """What is odd about the reference's own answers, in words for the report."""
-    peaks = [np.abs(a).max() for answers in outputs for a in answers.values() if a.dtype.kind == "f" and a.size]
-    if not peaks or max(peaks) > _FAINT:
-        return ()
-    return (
-        f"all answers of the model itself are below {_FAINT:g}: its weights look untrained, int8 may not hold them",
-    )
+def grouped(samples: Sequence[Any], *, signature: Signature) -> list[int] | None:
+    """The group of each row, where the data says so: samples that are dicts with a key "group" beside the inputs, one
+    value for each row or one for all. Crops of one picture, or sentences of one document, are one group: they prove no
+    more than a single row does. None where no sample says it. Raises BadInput where only some do, or their number
+    differs from that of the rows.
+    """
+    names = [spec.name for spec in signature.inputs]
+    if not signature.batched or GROUP in names:
+        return None
+    said = [isinstance(sample, Mapping) and GROUP in sample for sample in samples]
+    if not any(said):
+        return None
+    found, known = list[int](), dict[Any, int]()
+    for index, sample in enumerate(samples):
+        batch = flatten_samples([sample], signature=signature, rows=sys.maxsize)[0]
+        rows = rows_of(batch, signature=signature)
+        values = np.ravel(np.asarray(sample[GROUP])).tolist() if said[index] else []
+        if len(values) not in (1, rows):
+            raise BadInput(
+                f"calibration sample {index} names {len(values)} groups for {rows} rows",
+                hint='give every sample a "group": one value for each row, or one for all of them',
+            )
+        found += [known.setdefault(value, len(known)) for value in (values * rows if len(values) == 1 else values)]
+    return found
 
 
-def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> list[Tensors]:
+def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors], rows: int) -> list[Tensors]:
     """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs.
 
-    Ends when half a gigabyte is kept: the outputs of a segmentation net are large. Raises BadInput for data that the
-    module refuses.
+    Ends after `rows` rows, half a gigabyte (the outputs of a segmentation net are large), or some seconds (where 256
+    rows are done): every candidate has to answer them all. Raises BadInput for data that the module refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     outputs: list[Tensors] = []
-    kept = 0
+    kept, done, started = 0, 0, time.monotonic()
     for index, batch in enumerate(batches):
-        if kept > _KEPT_BYTES:
+        if kept > _KEPT_BYTES or done >= rows or (done >= _FEWEST and time.monotonic() - started > _SECONDS):
             break
         try:
             answer = stage(batch)
@@ -142,7 +235,12 @@ def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors]) -> lis
                 hint="call the module with that data in plain Python first",
             ) from fault
         outputs.append(answer)
+        done += rows_of(batch, signature=stage.signature)
         kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))
-        (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
-        (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))
+        _keep(folder, index, batch, answer)
     return outputs
+
+
+def _keep(folder: Path, index: int, batch: Tensors, answer: Tensors) -> None:
+    (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
+    (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))

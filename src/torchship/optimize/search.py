@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import re
 import shutil
@@ -21,9 +20,10 @@ import torch
 
 from torchship import __version__, plugins
 from torchship import hardware as machines
-from torchship.artifact import Artifact, Store, open_artifact, package
+from torchship.artifact import Artifact, Store, open_artifact, package, tensorfile
 from torchship.artifact import folder as folders
-from torchship.errors import BadConfig, BadInput
+from torchship.artifact.manifest import Verdict
+from torchship.errors import BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
@@ -33,11 +33,13 @@ from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, choose
 from torchship.optimize.facts import Facts
 from torchship.optimize.forkserver import Forkserver
-from torchship.optimize.guard import Guard, rows_judged
+from torchship.optimize.guard import Guard
 from torchship.optimize.race import Course, OnTrial
 from torchship.optimize.report import Report
-from torchship.optimize.trial import Trial
+from torchship.optimize.samples import flatten_samples
+from torchship.optimize.trial import METRIC, Trial, read_metric
 from torchship.optimize.wish import Metric, Settings, Wish, read
+from torchship.optimize.yardstick import told
 from torchship.recipe import Recipe, Step
 
 _SLOW_IMPORTS = ("torch", "torch.export", "onnxscript", "torchship.optimize.trial", "torchship.artifact.package")
@@ -62,9 +64,10 @@ def optimize(
 ) -> Report:
     """Search the best valid way to run `module` here, publish it to the store, and report every trial.
 
-    `example_inputs`: see `capture`. `calibration`: real inputs, in batches, for quantizers and the guard (the last
-    quarter is held back for the guard). `evaluate(stage)` is your metric, higher is better: a candidate may lose at
-    most `max_drop` of it (default 0.01). Without it a candidate must agree with eager fp32, see `Guard`.
+    `example_inputs`: see `capture`. `calibration`: real inputs, in batches, for quantizers and the guard (half of it is
+    held back for the guard; a dict's "group" names rows that belong together). `evaluate(stage)` is your metric, one
+    number or one for each row, higher is better. A candidate may lose at most `max_drop` (default 0.01) of it, or else
+    of what eager fp32 answers, see `Guard`.
     `goal`: latency (p50 at batch 1), throughput, size or memory. `backends` narrows the search, `budget` (seconds)
     bounds it. `on_trial(trial, done, total)` is called as trials finish. Ctrl-C ends the race and keeps what is
     done. `settings`: see `Settings`.
@@ -72,23 +75,25 @@ def optimize(
     Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
     When no trial is valid the report has no winner and nothing is published.
     """
-    if evaluate is None and max_drop is not None:
-        raise BadConfig("max_drop bounds the loss of your metric, and there is none", hint="give evaluate (--evaluate)")
     wish = read(module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings)
     model = capture(
         module,
         example_inputs,
-        calibration=calibration,
         free=settings.get("free", {}),
         batched=settings.get("batched"),
         name=artifact_name(name or type(module).__name__),
     )
+    groups: list[int] | None = None
+    if calibration is not None:
+        samples, rows = list(calibration), reference.JUDGED_ROWS + reference.FIT_ROWS
+        groups = reference.grouped(samples, signature=model.signature)
+        model = replace(model, calibration=flatten_samples(samples, signature=model.signature, rows=rows))
     if evaluate is None:
         reference.refuse_unsteady(model)
     root = Path(settings.get("cache") or caching.default_root())
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=wish.threads)
     with folders.room(root), capsule.private_folder(root / "work") as work, closing(forks):
-        facts = _race(model, evaluate, wish, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)
+        facts = _race(model, groups, evaluate, wish, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)
         if not settings.get("publish", True) or facts.choice.winner is None:
             return Report(facts)
         where = store if isinstance(store, Store) else Store(store)
@@ -103,6 +108,7 @@ def artifact_name(text: str) -> str:
 
 def _race(
     model: Model,
+    groups: Sequence[int] | None,
     evaluate: Metric | None,
     wish: Wish,
     *,
@@ -113,7 +119,7 @@ def _race(
 ) -> Facts:
     started = time.monotonic()
     machine = machines.here()
-    course = _prepare(model, evaluate, wish, machine=machine, work=work, cache=cache, forks=forks)
+    course = _prepare(model, groups, evaluate, wish, machine=machine, work=work, cache=cache, forks=forks)
     recipes, left_out = race.propose(course.model, hardware=machine, backends=wish.backends)
     if wish.recipes is not None:
         recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
@@ -225,6 +231,7 @@ def _busy(machine: Hardware) -> tuple[str, ...]:
 
 def _prepare(
     model: Model,
+    groups: Sequence[int] | None,
     evaluate: Metric | None,
     wish: Wish,
     *,
@@ -234,13 +241,11 @@ def _prepare(
     forks: Forkserver,
 ) -> Course:
     """Compute the reference once, and lay everything out for the children."""
-    fit, held_back = reference.split_calibration(model.calibration)
+    fit, held_back, theirs = reference.split_calibration(model.calibration, groups, signature=model.signature)
     model = replace(model, calibration=fit)
     # first, so that nothing that the reference leaves behind in the module goes along
     capsule.put(work / "model.pkl", model, what=f"the module {model.name!r}")
-    eager = reference.EagerStage(model)
-    batches = reference.judged_batches(model, held_back=held_back)
-    outputs = reference.write(work / "reference", stage=eager, batches=batches)
+    plan, judged_hash = reference.prepare(work / "reference", model, held_back=held_back, groups=theirs)
     if evaluate is not None:
         capsule.put(work / "metric.pkl", evaluate, what="the evaluate function")
     return Course(
@@ -257,24 +262,28 @@ def _prepare(
         limits=wish.limits,
         threads=wish.threads,
         device=wish.device,
-        rows=rows_judged(outputs, signature=model.signature),
-        doubts=reference.doubts(outputs),
-        judged_hash=caching.hash_tensors(batches),
+        rows=plan.rows,
+        doubts=tuple(told(plan.yards)),
+        judged_hash=judged_hash,
         metric_hash="" if evaluate is None else _source_hash(evaluate),
-        reference_metric=None if evaluate is None else _reference_metric(evaluate, eager),
+        reference_metric=None
+        if evaluate is None
+        else _reference_metric(evaluate, reference.EagerStage(model), work / "reference"),
     )
 
 
-def _reference_metric(evaluate: Metric, eager: reference.EagerStage) -> float:
+def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Path) -> float:
+    """The reference's own value; its values by row, where there are such, are kept in `folder`."""
     try:
-        found = float(evaluate(eager))
+        given = evaluate(eager)
     except Exception as fault:
         raise BadInput(
             f"the evaluate function fails on the eager model: {type(fault).__name__}: {fault}",
             hint="it takes a Stage, calls it with a dict of arrays, and returns one number",
         ) from fault
-    if not math.isfinite(found):
-        raise BadInput(f"the evaluate function returned {found} for the eager model", hint="return a finite number")
+    found, rows = read_metric(given)
+    if rows is not None:
+        (folder / METRIC).write_bytes(tensorfile.encode({"rows": rows}))
     return found
 
 
@@ -302,12 +311,17 @@ def _publish(facts: Facts, store: Store, *, labels: Sequence[str], work: Path) -
     if answers.is_file():
         folders.write(folder / "examples" / "outputs.safetensors", answers.read_bytes())
     Report(facts).save(folder / "report")
-    package.amend(folder, name=facts.name, timing=winner.timing, verdict=winner.verdict, labels=tuple(labels))
+    package.amend(folder, name=facts.name, timing=winner.timing, verdict=_kept(winner), labels=tuple(labels))
     spare = portable([facts.trials[index] for index in facts.choice.ranking])
     if spare is not None:
         package.add_fallback(folder, other=spare.artifact)
     number = store.publish(folder, name=facts.name)
     return open_artifact(store.resolve(f"{facts.name}@{number}"), verify=False), number
+
+
+def _kept(winner: Trial) -> Verdict | None:
+    """What the manifest keeps of a verdict: the numbers and the sentence, as every reader of the format knows them."""
+    return None if winner.verdict is None else msgspec.structs.replace(winner.verdict, evidence=None)
 
 
 def portable(ranking: Sequence[Trial]) -> Trial | None:
@@ -329,7 +343,7 @@ def _published(name: str, store: Store, winner: Trial, labels: Sequence[str]) ->
     there = open_artifact(store.resolve(f"{name}@{number}"), verify=False)
     ours = open_artifact(winner.artifact, verify=False).manifest
     found = there.manifest
-    same = (found.recipe, found.timing, found.verdict) == (winner.recipe, winner.timing, winner.verdict)
+    same = (found.recipe, found.timing, found.verdict) == (winner.recipe, winner.timing, _kept(winner))
     if same and found.provenance.model_hash == ours.provenance.model_hash and found.labels == tuple(labels):
         return there, number
     return None

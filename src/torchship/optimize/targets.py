@@ -93,6 +93,8 @@ def _command(target: str, given: dict[str, Any]) -> str:
         option = f"--{key.replace('_', '-')}"
         if key == "batched":
             words += [] if value is None else [option if value else "--not-batched"]
+        elif isinstance(value, bool):
+            words += [option] if value else []
         elif isinstance(value, (list, tuple)):
             words += [word for item in value for word in (option, item)]
         elif value is not None and _DEFAULTS.get(key) != value:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import msgspec
+import numpy as np
 
 from torchship import hardware, plugins, process
 from torchship.artifact import open_artifact, tensorfile
-from torchship.artifact.manifest import BatchPoint, Provenance, Timing, Verdict
+from torchship.artifact.manifest import BatchPoint, Evidence, Provenance, Timing, Verdict
 from torchship.errors import BadInput, BuildFailed
 from torchship.model import Shelf
 from torchship.optimize.forkserver import Forkserver
-from torchship.optimize.guard import Guard, agreement, judge
+from torchship.optimize.guard import LAW_LIMITS, Guard, judge, precision_of
+from torchship.optimize.judge import bounded, judged
 from torchship.optimize.measure import Effort, curve, peak_memory
 from torchship.recipe import Recipe
 from torchship.stage import Stage
-from torchship.tensors import Signature, Tensors
+from torchship.tensors import Array, Signature, Tensors
 
+METRIC = "metric.safetensors"  # the reference's value of the user's metric for each row
 Status: TypeAlias = Literal["ok", "refused", "failed", "skipped"]
 _SERVING_BATCH = 8  # memory is what serving up to this many rows at once takes
 
@@ -155,11 +157,8 @@ def prove_here(argument: Any) -> Any:
     load_s = time.perf_counter() - started
     example = artifact.inputs()
     points, peak = _first_points(stage, example, artifact.manifest.signature, task.effort)
-    found = agreement(
-        (tensorfile.load(path) for path in _numbered(task.reference, "out")),
-        (stage(tensorfile.load(path)) for path in _numbered(task.reference, "in")),
-        signature=artifact.manifest.signature,
-    )
+    limit = LAW_LIMITS[precision_of(task.recipe)]
+    found = judged(stage, Path(task.reference), signature=artifact.manifest.signature, law_limit=limit)
     found = judge(found, guard=task.guard, recipe=task.recipe) if not task.evaluate else found
     Path(task.answers).write_bytes(tensorfile.encode(stage(example)))
     if found.passed:
@@ -169,11 +168,6 @@ def prove_here(argument: Any) -> Any:
     stage.close()
     timing = Timing(tuple(points), load_s, peak, artifact.size, task.threads)
     return msgspec.to_builtins(Proof(found, timing))
-
-
-def _numbered(folder: str, kind: str) -> Iterator[Path]:
-    paths = Path(folder).glob(f"*.{kind}.safetensors")
-    return iter(sorted(paths, key=lambda path: int(path.name.partition(".")[0])))
 
 
 def _first_points(stage: Stage, example: Tensors, signature: Signature, effort: Effort) -> tuple[list[BatchPoint], int]:
@@ -201,8 +195,28 @@ def _metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
         return found
     from torchship.optimize import capsule
 
-    metric = float(capsule.take(Path(task.evaluate))(stage))
-    if not math.isfinite(metric):
-        raise BadInput(f"the evaluate function returned {metric}", hint="it must return a finite number")
-    measured = msgspec.structs.replace(found, metric=metric, reference_metric=task.reference_metric)
+    metric, rows = read_metric(capsule.take(Path(task.evaluate))(stage))
+    reference = Path(task.reference, METRIC)
+    evidence = found.evidence or Evidence()
+    if rows is not None and reference.is_file() and len(wanted := tensorfile.load(reference)["rows"]) == len(rows):
+        moved = np.abs(wanted - rows)[wanted != rows]
+        event = float(moved.mean() if len(moved) else np.abs(wanted).max())
+        sure = bounded(wanted - rows, groups=None, event=event)
+        evidence = msgspec.structs.replace(sure, measure="metric", broken=evidence.broken)
+    else:
+        evidence = Evidence(broken=evidence.broken)
+    measured = msgspec.structs.replace(found, metric=metric, reference_metric=task.reference_metric, evidence=evidence)
     return judge(measured, guard=task.guard, recipe=task.recipe)
+
+
+def read_metric(given: Any) -> tuple[float, Array | None]:
+    """What the user's metric returned, as one number and, where it gave one for each row, those. Raises BadInput."""
+    rows = np.asarray(given, np.float64)
+    metric = float(rows.mean()) if rows.size and rows.ndim < 2 else math.nan
+    if not math.isfinite(metric):
+        words = f"values of shape {list(rows.shape)}" if rows.ndim > 1 else f"{metric}"
+        raise BadInput(
+            f"the evaluate function returned {words}",
+            hint="return a finite number, or one for each row, higher is better",
+        )
+    return metric, rows if rows.ndim == 1 and len(rows) > 1 else None

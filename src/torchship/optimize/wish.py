@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import msgspec
 import torch
@@ -23,7 +23,7 @@ from torchship.recipe import Recipe
 from torchship.stage import Stage
 from torchship.tensors import Free
 
-Metric: TypeAlias = Callable[[Stage], float]
+Metric: TypeAlias = Callable[[Stage], Any]  # a number, or one for each row
 _MEMORY_SHARE = 0.8
 
 
@@ -34,9 +34,9 @@ class Settings(TypedDict, total=False):
     `max_memory` and `max_size` in bytes: a winner must keep them. `free` and `batched`: see `capture`.
     `publish=False` leaves the store alone; `labels` are class names kept in the artifact. `threads=0` means all
     cores. `trial_timeout` in seconds for building and for proving; `trial_memory` in bytes (default: 80 % of the
-    machine's). `finetune(student, distill)` is your training loop, for int8 that the guard refuses otherwise: see
-    `optimize.finetune`. `effort`: how long to measure. `cache`: its folder. `command` and `source`
-    are told in the report.
+    machine's). `strict`: refuse what is not proved. `finetune(student, distill)` is your training loop, for int8
+    that the guard refuses otherwise: see `optimize.finetune`. `effort`: how long to measure. `cache`: its folder.
+    `command` and `source` are told in the report.
     """
 
     recipes: Sequence[Recipe] | None
@@ -56,6 +56,7 @@ class Settings(TypedDict, total=False):
     command: str
     source: str
     finetune: Loop | None
+    strict: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,11 @@ def read(
     return Wish(
         goal=goal,
         constraints=Constraints(settings.get("max_latency_p99"), settings.get("max_memory"), settings.get("max_size")),
-        guard=limits if max_drop is None else msgspec.structs.replace(limits, max_drop=max_drop),
+        guard=msgspec.structs.replace(
+            limits,
+            max_drop=limits.max_drop if max_drop is None else max_drop,
+            strict=settings.get("strict", limits.strict),
+        ),
         effort=settings.get("effort") or Effort(),
         limits=Limits(settings.get("trial_timeout", 300.0), memory),
         backends=backends,

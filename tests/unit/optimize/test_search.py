@@ -112,8 +112,8 @@ def test_faults_cost_one_row_each(planted: Path) -> None:
     assert "operator that it does not know" in failure(report, "refuses")
     assert failure(report, "raises") == "build: KeyError: 'a bug in the backend'"
     assert "NaN or infinity" in failure(report, "nan")
-    assert "guard: output error 2 is above" in failure(report, "wrong")
-    assert "has shape [1, 2], the reference [1, 3]" in failure(report, "crooked")
+    assert "guard: the worst row has a relative error of 2, above 0.002 for fp32" in failure(report, "wrong")
+    assert "has shape [2, 2], the reference [2, 3]" in failure(report, "crooked")
     assert "pip install nothing" in report.facts.left_out["planted_leaves"]
     assert report.winner is not None
     assert report.winner.recipe.backend in ("planted_good", "eager")
@@ -191,15 +191,17 @@ def test_fine_tuning_is_the_last_resort(planted: Path) -> None:
 
 
 def test_the_users_metric_refuses(planted: Path) -> None:
+    ones = np.ones((2, 4), np.float32)
+    wanted = module()(torch.from_numpy(ones)).detach().numpy()
+
     def metric(stage: torchship.Stage) -> float:
-        answer = stage({"input": np.ones((2, 4), np.float32)})["output"]
-        return float(answer[0, 0])
+        return float((stage({"input": ones})["output"] * wanted).sum())  # of the eager module: a square, above zero
 
     report = optimize(planted, "good", "wrong", publish=False, evaluate=metric, max_drop=0.001)
     assert report.trials[1].verdict is not None
     assert report.trials[1].verdict.metric == pytest.approx(report.facts.reference_metric, rel=1e-4)
     assert report.trials[1].status == "ok"
-    assert "the metric fell by" in failure(report, "wrong") or report.facts.reference_metric < 0  # type: ignore[operator]
+    assert "the metric fell by" in failure(report, "wrong")
 
 
 def test_nobody_valid_publishes_nothing(planted: Path) -> None:
@@ -215,8 +217,6 @@ def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
         optimize(planted, "good", goal="speed")
     with pytest.raises(BadConfig, match="unknown backend 'planted_missing'"):
         optimize(planted, "missing")
-    with pytest.raises(BadConfig, match="there is none"):
-        optimize(planted, "good", max_drop=0.01)
     with pytest.raises(BadConfig, match="unknown setting 'colour'"):
         optimize(planted, "good", colour="blue")
 
