@@ -37,18 +37,18 @@ _FEW = 10  # flips
 _CLOSEST = 0.1  # the share of rows that are likeliest to flip
 
 
-class Entry(msgspec.Struct, frozen=True):
+class JudgedBatch(msgspec.Struct, frozen=True):
     """One judged batch: real rows, made-up ones (`finite`: held to be numbers, no more), or the probe of a law."""
 
     kind: Literal["real", "made", "finite", "law"]
     law: Law | None = None
 
 
-class Plan(msgspec.Struct, frozen=True):
+class JudgedSet(msgspec.Struct, frozen=True):
     """What candidates are judged on: the kind of each numbered batch in the reference's folder (the first law is the
     base batch of the others), how to read the outputs, and the group of each real row."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[JudgedBatch, ...]
     yards: tuple[Yardstick, ...]
     groups: tuple[int, ...] | None = None
     rows: int = 0
@@ -56,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 def judged(stage: Stage, folder: Path, *, signature: Signature, law_limit: float) -> Verdict:
     """The measured difference of a stage from the reference whose inputs, outputs and plan lie in `folder`."""
-    plan = msgspec.json.decode((folder / PLAN).read_bytes(), type=Plan)
+    plan = msgspec.json.decode((folder / PLAN).read_bytes(), type=JudgedSet)
 
     def inputs(index: int) -> Tensors:
         return tensorfile.load(folder / f"{index}.in.safetensors")

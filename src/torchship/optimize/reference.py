@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchship.model import Model, to_numpy
 from torchship.optimize import cache as caching
 from torchship.optimize import laws
 from torchship.optimize.axes import UNSTEADY
-from torchship.optimize.judge import PLAN, Entry, Plan
+from torchship.optimize.judge import PLAN, JudgedBatch, JudgedSet
 from torchship.optimize.laws import Law, Probe
 from torchship.optimize.measure import resized
 from torchship.optimize.samples import flatten_samples, random_inputs, rows_of, vocabulary_of
@@ -101,7 +102,7 @@ def _first_rows(batches: Sequence[Tensors], signature: Signature) -> list[Tensor
 
 def prepare(
     folder: Path, model: Model, *, held_back: Sequence[Tensors], groups: Sequence[int] | None = None
-) -> tuple[Plan, str]:
+) -> tuple[JudgedSet, str]:
     """Run the reference on all that candidates are judged on, keep inputs, outputs and the plan in `folder`; the plan
     and a hash of it all. Real rows are the held-back ones, or else the user's examples. They end after some seconds of
     the reference's time, 1,024 rows or half a gigabyte. Raises BadInput for data that the module refuses.
@@ -113,7 +114,7 @@ def prepare(
     own, made = examples[: len(examples) - tried], examples[len(examples) - tried :]
     real = _pieced(held_back, signature) if held_back else own
     outputs = write(folder, stage=stage, batches=real, rows=JUDGED_ROWS)
-    entries = [Entry("real")] * len(outputs)
+    entries = [JudgedBatch("real")] * len(outputs)
     _refuse_nan(outputs, model)
     made = [
         *(own if held_back else []),
@@ -126,13 +127,13 @@ def prepare(
     found = [Probe(Law(""), base, stage(base)), *laws.probes(base, signature=signature, answer=stage)]
     more = [*made, *(probe.inputs for probe in found)]
     answers = [*(stage(batch) for batch in made), *(probe.outputs for probe in found)]
-    entries += [Entry("finite" if laws.masks_all(b, batched=signature.batched) else "made") for b in made]
-    entries += [Entry("law", probe.law) for probe in found]
+    entries += [JudgedBatch("finite" if laws.masks_all(b, batched=signature.batched) else "made") for b in made]
+    entries += [JudgedBatch("law", probe.law) for probe in found]
     for index, (batch, answer) in enumerate(zip(more, answers, strict=True), len(outputs)):
         _keep(folder, index, batch, answer)
     count = sum(rows_of(batch, signature=signature) for batch in real[: len(outputs)])
     known = None if groups is None else tuple(groups[:count])
-    plan = Plan(tuple(entries), tuple(study(outputs, signature=signature)), known, rows=count)
+    plan = JudgedSet(tuple(entries), tuple(study(outputs, signature=signature)), known, rows=count)
     (folder / PLAN).write_bytes(msgspec.json.encode(plan))
     return plan, caching.digest(caching.hash_tensors([*real[: len(outputs)], *more]), plan)
 
@@ -187,6 +188,15 @@ def _random(model: Model) -> list[Tensors]:
     except Exception:  # values that it was not made for
         return []
     return [made]
+
+
+def with_data(model: Model, calibration: Iterable[Any]) -> tuple[Model, list[int] | None]:
+    """The model with the user's data as flat batches, for quantizers and guard, and the group of each row."""
+    samples, signature = list(calibration), model.signature
+    groups = grouped(samples, signature=signature)
+    flat = flatten_samples(samples, signature=signature, rows=JUDGED_ROWS + FIT_ROWS)
+    count = sum(rows_of(batch, signature=signature) for batch in flat)
+    return replace(model, calibration=flat), None if groups is None else groups[:count]
 
 
 def grouped(samples: Sequence[Any], *, signature: Signature) -> list[int] | None:

@@ -36,7 +36,6 @@ from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard
 from torchship.optimize.race import Course, OnTrial
 from torchship.optimize.report import Report
-from torchship.optimize.samples import flatten_samples
 from torchship.optimize.trial import METRIC, Trial, read_metric
 from torchship.optimize.wish import Metric, Settings, Wish, read
 from torchship.optimize.yardstick import told
@@ -83,11 +82,7 @@ def optimize(
         batched=settings.get("batched"),
         name=artifact_name(name or type(module).__name__),
     )
-    groups: list[int] | None = None
-    if calibration is not None:
-        samples, rows = list(calibration), reference.JUDGED_ROWS + reference.FIT_ROWS
-        groups = reference.grouped(samples, signature=model.signature)
-        model = replace(model, calibration=flatten_samples(samples, signature=model.signature, rows=rows))
+    model, groups = reference.with_data(model, () if calibration is None else calibration)
     if evaluate is None:
         reference.refuse_unsteady(model)
     root = Path(settings.get("cache") or caching.default_root())

@@ -16,8 +16,10 @@ from torchship.artifact.manifest import Provenance
 from torchship.errors import GuardRefused
 from torchship.optimize.cache import hash_model
 from torchship.optimize.capture import capture
-from torchship.optimize.guard import Guard, agreement, judge
+from torchship.optimize.guard import Guard, judge
+from torchship.optimize.judge import compare
 from torchship.optimize.reference import EagerStage
+from torchship.optimize.yardstick import study
 from torchship.recipe import Recipe
 
 
@@ -56,9 +58,9 @@ def build(
             outputs=wanted,
         )
         with closing(open_artifact(folder).open(trust=True)) as stage:
-            found = judge(
-                agreement([wanted], [stage(example)], signature=model.signature), guard=guard or Guard(), recipe=recipe
-            )
+            yards = study([wanted], signature=model.signature)
+            found = compare([wanted], [stage(example)], signature=model.signature, yards=yards)
+            found = judge(found, guard=guard or Guard(), recipe=recipe)
         if not found.passed:
             raise GuardRefused(f"{name}: {recipe.label}: {found.reason}", hint="try another recipe, or let it search")
         where = store if isinstance(store, Store) else Store(store)
