@@ -67,18 +67,6 @@ def test_a_law_that_the_reference_breaks_is_asked_of_nobody() -> None:
     assert broken(centred, one_scale, rows(), SIGNATURE) == ""
 
 
-def test_missing_values_that_the_reference_fills_in_are_filled_in_alike() -> None:
-    def filled(tensors: Tensors) -> Tensors:
-        return plain({"x": np.nan_to_num(tensors["x"], nan=0.5)})
-
-    def dropped(tensors: Tensors) -> Tensors:
-        return plain({"x": np.nan_to_num(tensors["x"], nan=0.0)})
-
-    assert "missing values (NaN)" in broken(filled, dropped, rows(), SIGNATURE)
-    assert "missing values (NaN)" in broken(filled, plain, rows(), SIGNATURE)
-    assert broken(plain, dropped, rows(), SIGNATURE) == "", "where the reference gives NaN, nothing is asked"
-
-
 def pooled(tensors: Tensors, *, blind: bool = False, padding_counts: bool = False) -> Array:
     mask = tensors["mask"].astype(np.float32)[..., None]
     read = TABLE[tensors["ids"]]
