@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,11 +46,13 @@ class Model:
         """`tensors` as torch tensors in the order of the signature."""
         return tuple(to_torch(tensors[spec.name]).to(device) for spec in self.signature.inputs)
 
-    def dynamic_shapes(self, *, ceiling: int = 4096) -> tuple[dict[int, object], ...]:
+    def dynamic_shapes(
+        self, *, ceiling: int | None = None, limits: Mapping[str, tuple[int, int | None]] = {}
+    ) -> tuple[dict[int, object], ...]:
         """What `torch.export` and `torch.onnx.export` want: a Dim for every free axis.
 
         Axis 0 of a batched signature is one Dim over all inputs; axes of one name are one Dim.
-        `ceiling` bounds axes without a maximum.
+        `ceiling` bounds axes without a maximum; `limits` are bounds of single Dims, by their names.
         """
         from torch.export import Dim
 
@@ -59,7 +61,8 @@ class Model:
         def dim(position: int, axis: Free, tensor: str) -> object:
             shared = "rows" if position == 0 and self.signature.batched else axis.name
             name = shared or f"{tensor}_{position}".replace(".", "_").replace("-", "_")
-            return dims.setdefault(name, Dim(name, min=max(axis.min, 1), max=axis.max or ceiling))
+            least, most = limits.get(name, (1, None))
+            return dims.setdefault(name, Dim(name, min=max(axis.min, least), max=most or axis.max or ceiling))
 
         return tuple(
             {i: dim(i, axis, spec.name) for i, axis in enumerate(spec.shape) if isinstance(axis, Free)}

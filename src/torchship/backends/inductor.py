@@ -91,16 +91,16 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
 
 
 def _warm(body: Callable[..., Any], signature: Signature, device: str, *, repeats: int) -> None:
-    """One row is compiled by itself; a second number of rows makes the code for any number."""
+    """One row is compiled by itself; a second number of rows makes the code for any number, and any length."""
     import torch
 
     for rows in dict.fromkeys((1, min(3, signature.max_rows))):
         tensors = blank(signature, rows=rows)
         inputs = [to_torch(tensors[spec.name]).to(device) for spec in signature.inputs]
-        if rows > 1:
-            for tensor, spec in zip(inputs, signature.inputs, strict=True):
-                if spec.shape and not isinstance(spec.shape[0], int):
-                    torch._dynamo.mark_dynamic(tensor, 0)
+        for tensor, spec in zip(inputs, signature.inputs, strict=True):
+            for position, axis in enumerate(spec.shape):
+                if not isinstance(axis, int) and tensor.shape[position] > 1 and (position or rows > 1):
+                    torch._dynamo.maybe_mark_dynamic(tensor, position)
         with torch.inference_mode():
             for _ in range(repeats):
                 body(*inputs)

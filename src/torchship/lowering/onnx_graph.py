@@ -10,7 +10,7 @@ from typing import Any
 
 from torchship.errors import BuildFailed
 from torchship.lowering import script
-from torchship.lowering.program import one_line, quiet
+from torchship.lowering.program import one_line, quiet, within_bounds
 from torchship.model import Model
 from torchship.plugins import missing
 from torchship.tensors import Free
@@ -55,19 +55,22 @@ def write(model: Model, path: Path) -> None:
 def _write_exported(model: Model, path: Path) -> None:
     import torch
 
-    with quiet(), torch.no_grad():
+    def exporting(shapes: Any) -> None:
         torch.onnx.export(
             model.module.eval(),
             model.torch_inputs(model.examples[0]),
             str(path),
             dynamo=True,
-            dynamic_shapes=model.dynamic_shapes(),
+            dynamic_shapes=shapes,
             input_names=list(_plain_names(model)[: len(model.signature.inputs)]),
             output_names=list(_plain_names(model)[len(model.signature.inputs) :]),
             external_data=_size(model) > _PROTOBUF_LIMIT,
             opset_version=OPSET,
             verbose=False,
         )
+
+    with quiet(), torch.no_grad():
+        within_bounds(model, exporting)
     _give_names(path, model)
 
 

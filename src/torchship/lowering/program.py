@@ -9,7 +9,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.nn import Module
 
+Made = TypeVar("Made")
 PROGRAM = "program.pt2"
 _ModuleT = TypeVar("_ModuleT", bound="Module")
 _HOMES = {"torchvision": "torchvision", "torchao": "torchao", "torchaudio": "torchaudio"}
 _CALL = re.compile(rb"\bops\.(\w+)\.")
 _TARGET = re.compile(rb'(?<!\\)"torch\.ops\.(\w+)\.')  # of a node; lines of the user's code are there too
 _READ = (".json", ".py")
+_SUGGESTED = re.compile(r"\b(\w+) = Dim\('\w+'((?:, (?:min|max)=\d+)+)\)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -38,7 +40,7 @@ def one_line(fault: BaseException, *, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def export(model: Model, *, device: str = "cpu", ceiling: int = 4096) -> ExportedProgram:
+def export(model: Model, *, device: str = "cpu", ceiling: int | None = None) -> ExportedProgram:
     """`torch.export` on `device` with a Dim for every free axis (at most `ceiling` where unbounded).
 
     The example must have two rows or more: torch specialises on one. Raises BuildFailed with torch's reason.
@@ -51,13 +53,40 @@ def export(model: Model, *, device: str = "cpu", ceiling: int = 4096) -> Exporte
     inputs = model.torch_inputs(model.examples[0], device=device)
     try:
         with torch.no_grad():
-            return torch.export.export(
-                module, inputs, dynamic_shapes=model.dynamic_shapes(ceiling=ceiling), strict=False
+            return within_bounds(
+                model, lambda shapes: torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False), ceiling
             )
     except Exception as fault:
         raise BuildFailed(
             f"torch.export cannot capture this model: {one_line(fault)}", hint="torchship doctor says where and why"
         ) from fault
+
+
+def within_bounds(model: Model, exporting: Callable[[Any], Made], ceiling: int | None = None) -> Made:
+    """What `exporting(dynamic_shapes)` makes, tried again within the bounds that torch suggests where it refuses.
+
+    A graph that holds for fewer lengths than the signature is told by the guard, which tries both ends.
+    """
+    limits: dict[str, tuple[int, int | None]] = {}
+    while True:
+        try:
+            return exporting(model.dynamic_shapes(ceiling=ceiling, limits=limits))
+        except Exception as fault:
+            found = suggested(fault)
+            if all(limits.get(name) == bounds for name, bounds in found.items()):
+                raise
+            limits |= found
+
+
+def suggested(fault: BaseException | None) -> dict[str, tuple[int, int | None]]:
+    """The bounds that torch suggests in an error, or in what caused it: `seq = Dim('seq', min=2, max=512)`."""
+    found: dict[str, tuple[int, int | None]] = {}
+    while fault is not None:
+        for name, inside in _SUGGESTED.findall(str(fault)):
+            ends = dict(re.findall(r"(min|max)=(\d+)", inside))
+            found.setdefault(name, (int(ends.get("min", 1)), int(ends["max"]) if "max" in ends else None))
+        fault = fault.__cause__
+    return found
 
 
 def save(program: ExportedProgram, out: Path) -> None:

@@ -162,6 +162,8 @@ def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: 
         )
     if not leaves:
         raise CaptureFailed(f"{type(module).__name__} returns no tensor", hint="return tensors, or containers of them")
+    for leaf in leaves:
+        _dtype(leaf.name, leaf.value)
     flat: Any = Flat(module, frame=frame, names=names, paths=[leaf.path for leaf in leaves])
     flat.output_names = [leaf.name for leaf in leaves]
     flat.dropped = [

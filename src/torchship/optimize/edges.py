@@ -96,7 +96,7 @@ class Lengths:
         low = {name: least if most else max(least, self.now[name] // 8) for name, (least, most) in bounds.items()}
         high = {name: most or self.now[name] * _STEP for name, (_, most) in bounds.items()}
         odd = {
-            name: min(high[name], low[name] + ((high[name] - low[name]) // (3 + number) | 1))
+            name: min(high[name], (low[name] + (high[name] - low[name]) // (3 + number)) | 1)
             for number, name in enumerate(bounds)
         }
         found: list[Call] = []

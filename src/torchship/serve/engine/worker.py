@@ -20,6 +20,7 @@ from torchship.errors import TorchshipError
 from torchship.pipeline.faults import Fault, describe, words_of
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.rows import check_outputs, check_rows
+from torchship.pipeline.wiring import relax
 from torchship.process import resolve
 from torchship.serve.engine.ipc import arena
 from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
@@ -79,7 +80,7 @@ def main(argument: Any) -> None:
         _print(fault)
         send(sock, encode(OpenFailed(describe(fault))))
         return
-    send(sock, encode(Opened(str(stage.signature))))
+    send(sock, encode(Opened(str(relax(stage.signature)))))
     WorkerLoop(StageRunner(stage), arena=memory, sock=sock, private=bool(model.config.run)).work()
     stage.close()
 
