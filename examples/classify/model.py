@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIZE = 224
+CROPS = 16  # of each photo
 MEAN, STD = 127.0, 128.0
 
 
@@ -38,7 +40,11 @@ def photos() -> list[Path]:
     import sklearn.datasets
 
     skimage_folder = Path(skimage.data.__file__).parent
-    names = "chelsea.png coffee.png astronaut.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg"
+    names = (
+        "chelsea.png coffee.png astronaut.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg "
+        "brick.png camera.png cell.png clock_motion.png coins.png color.png grass.png gravel.png horse.png ihc.png "
+        "logo.png microaneurysms.png moon.png page.png text.png"
+    )
     sklearn_folder = Path(sklearn.datasets.__file__).parent / "images"
     return [
         *(skimage_folder / name for name in names.split()),
@@ -53,15 +59,20 @@ def normalize(picture: Image.Image) -> NDArray[np.float32]:
     return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
 
 
-def calibration() -> list[dict[str, NDArray[np.float32]]]:
-    """128 crops of the photos, in batches of 16: real data for the quantizers and the guard."""
+def calibration() -> list[dict[str, NDArray[Any]]]:
+    """Sixteen crops of each photo, in batches of one crop each: real data for the quantizers and the guard.
+
+    Crops and flips of one photo are one group: they prove no more than the photo does.
+    """
     random = np.random.default_rng(0)
     opened = [Image.open(path).convert("RGB") for path in photos()]
-    crops = []
-    for index in range(128):
-        picture = opened[index % len(opened)]
-        side = int(min(picture.size) * random.uniform(0.55, 1.0))
-        left, top = (int(random.integers(0, length - side + 1)) for length in picture.size)
-        crop = picture.crop((left, top, left + side, top + side))
-        crops.append(normalize(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if index % 2 else crop))
-    return [{"image": np.stack(crops[start : start + 16])} for start in range(0, len(crops), 16)]
+    batches: list[dict[str, NDArray[Any]]] = []
+    for turn in range(CROPS):
+        crops = []
+        for picture in opened:
+            side = int(min(picture.size) * random.uniform(0.55, 1.0))
+            left, top = (int(random.integers(0, length - side + 1)) for length in picture.size)
+            crop = picture.crop((left, top, left + side, top + side))
+            crops.append(normalize(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if turn % 2 else crop))
+        batches.append({"image": np.stack(crops), "group": np.arange(len(crops))})
+    return batches

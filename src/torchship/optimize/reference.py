@@ -19,7 +19,7 @@ from torchship.model import Model, to_numpy
 from torchship.optimize import cache as caching
 from torchship.optimize import laws
 from torchship.optimize.axes import UNSTEADY
-from torchship.optimize.judge import PLAN, JudgedBatch, JudgedSet
+from torchship.optimize.judge import FEWEST_GROUPS, PLAN, JudgedBatch, JudgedSet
 from torchship.optimize.laws import Law, Probe
 from torchship.optimize.measure import resized
 from torchship.optimize.samples import flatten_samples, random_inputs, rows_of, vocabulary_of
@@ -73,12 +73,16 @@ def split_calibration(
     """Batches for the quantizers, batches for the guard, and the group of each of the guard's rows.
 
     The guard has the second half, where there are four batches or more; the quantizers at most 512 rows. Rows of one
-    group (crops of one picture) all go to one side.
+    group (crops of one picture) all go to one side: half of the groups, or fewer where the guard would have too few to
+    prove anything.
     """
     batches = list(samples)
     if groups is not None and signature.batched:
         order = list(dict.fromkeys(groups))
-        ours = set(order[: max(1, len(order) // 2)]) if len(order) > 1 else set()
+        few = max(
+            len(order) // 5, min(len(order) // 2, len(order) - FEWEST_GROUPS)
+        )  # enough are left to prove something
+        ours = set(order[: max(1, few)]) if len(order) > 1 else set()
         rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         inside = np.array([group in ours for group in groups])
         fit = _pieces({name: array[inside] for name, array in rows.items()}, size=_PIECE)
