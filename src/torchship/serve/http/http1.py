@@ -7,6 +7,7 @@ its bytes, so that only a body costs anything.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import deque
 from typing import cast
@@ -17,7 +18,7 @@ from torchship.errors import TorchshipError
 from torchship.serve.http.coding import COMPRESS_FROM, enter, packs
 from torchship.serve.http.exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.http.http2.connection import Connection2
-from torchship.serve.http.site import Site
+from torchship.serve.http.site import Site, is_reset
 from torchship.wire.raw import Buffer
 
 _DIGITS = re.compile(r"[0-9]{1,15}")
@@ -91,7 +92,7 @@ def _head_of(site: Site, data: bytes) -> Head:
     head = site.heads.get(data)
     if head is None:
         head = parse_head(data)
-        site.router.resolve(head)
+        site.resolve(head)
         if len(site.heads) >= 1024:
             site.heads.clear()
         if len(data) <= 2048:
@@ -190,6 +191,7 @@ class Chunks:
 
 
 _COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it
+_DOUBT = 1.0  # seconds after which a peer that sends no more is asked whether it still listens
 _LINGER = 2.0  # seconds that a refused peer may go on sending
 
 
@@ -197,8 +199,9 @@ class Connection(asyncio.Protocol):
     """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
 
     __slots__ = (
-        "_again", "_body", "_buffer", "_chunks", "_closing", "_greeted", "_head", "_held", "_need", "_paused",
-        "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again", "_writable", "transport",
+        "_again", "_body", "_buffer", "_chunks", "_closing", "_end_of_life", "_greeted", "_half_closed", "_head",
+        "_held", "_need", "_paused", "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again",
+        "_unsent", "_writable", "transport",
     )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
@@ -220,6 +223,9 @@ class Connection(asyncio.Protocol):
         self._writable = True
         self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
         self._since = site.now
+        self._unsent = 0  # bytes that the transport held a second ago
+        self._half_closed = 0.0  # when the peer said that it sends no more
+        self._end_of_life = site.end_of_life()
         self.transport: asyncio.Transport
 
     # -- the socket -----------------------------------------------------------------------------------------------
@@ -249,13 +255,19 @@ class Connection(asyncio.Protocol):
         self._pending.clear()
 
     def eof_received(self) -> bool:
-        """A peer that stops sending has gone, as far as anybody can tell: its work is cancelled (as in Go's server)."""
-        return False
+        """The peer sends no more (RFC 9112 section 9.6): what it has asked for in full is answered, then we close.
+
+        It may have closed both ways, which looks the same: see `overdue`. TLS cannot be closed one way in asyncio.
+        """
+        if not self._pending or self.transport.get_extra_info("ssl_object") is not None:
+            return False
+        self._half_closed = self._site.now
+        return True
 
     def pause_writing(self) -> None:
         """The peer reads too slowly: take no more of its requests."""
         self._writable = False
-        self._since = self._site.now
+        self._since, self._unsent = self._site.now, self.transport.get_write_buffer_size()
         self._hold()
 
     def resume_writing(self) -> None:
@@ -351,6 +363,7 @@ class Connection(asyncio.Protocol):
         head = cast(Head, self._head)
         if self._chunks is not None:
             place, done = self._chunks.feed(self._buffer, place, self._body)
+            self._since = self._site.now
             self._held = self._site.hold(self._held, len(self._body))
             if not done:
                 return place
@@ -358,6 +371,7 @@ class Connection(asyncio.Protocol):
             take = min(self._need - len(self._body), len(self._buffer) - place)
             self._body += memoryview(self._buffer)[place : place + take]
             place += take
+            self._since = self._site.now
             self._held = self._site.hold(self._held, len(self._body))
             if len(self._body) < self._need:
                 return place
@@ -371,7 +385,7 @@ class Connection(asyncio.Protocol):
         exchange, site = Exchange(self, head, body), self._site
         self._pending.append(exchange)
         self._since = site.now
-        if not head.keep_alive:
+        if not head.keep_alive or site.now > self._end_of_life:
             self._closing = True
         if len(self._pending) >= site.limits.pipelined:
             self._hold()
@@ -400,6 +414,8 @@ class Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """Write a whole answer, or keep it until those before it are written."""
+        if self._site.cors is not None:
+            headers = (*headers, *self._site.cors.headers(exchange.head))
         if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
 
             def then(data: bytes, told: Headers) -> None:
@@ -411,11 +427,11 @@ class Connection(asyncio.Protocol):
 
     def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         head, site, pending = exchange.head, self._site, self._pending
-        if head.keep_alive and not head.old:
+        if head.keep_alive and not head.old and not self._closing:
             top = site.tops.get((status, content_type, headers)) or site.top(status, content_type, headers)
             data = b"%b%d\r\n\r\n%b" % (top, len(body), body)
         else:
-            data = self._top(head, status, content_type, (*headers, ("content-length", str(len(body))))) + body
+            data = self._top(exchange, status, content_type, (*headers, ("content-length", str(len(body))))) + body
         if head.method == "HEAD":
             data = data[: len(data) - len(body)]
         if pending and pending[0] is exchange:
@@ -426,13 +442,17 @@ class Connection(asyncio.Protocol):
         else:
             exchange.ready = data
 
-    def _top(self, head: Head, status: int, content_type: str, headers: Headers) -> bytes:
-        line = status_line(status) + self._site.date
-        if not head.keep_alive:
-            headers = (*headers, ("connection", "close"))
+    def _top(
+        self, exchange: Exchange, status: int, content_type: str, headers: Headers, *, ends: bool = False
+    ) -> bytes:
+        """The head of an answer; `ends`: the end of the connection is its end."""
+        head = exchange.head
+        if ends or not head.keep_alive or (self._closing and self._pending and self._pending[-1] is exchange):
+            headers = (*headers, ("connection", "close"))  # RFC 9112 section 9.6
         elif head.old:
             headers = (*headers, ("connection", "keep-alive"))
-        return line + header_lines((("content-type", content_type), *headers)) + b"\r\n"
+        top = status_line(status) + self._site.date
+        return top + header_lines((("content-type", content_type), *headers)) + b"\r\n"
 
     def _flush(self) -> None:
         """Write the answers whose turn it is, and close when all is said."""
@@ -442,7 +462,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(cast(bytes, exchange.ready))
         if pending and pending[0].started:
             return
-        if self._closing and not pending:
+        if not pending and (self._closing or (self._half_closed and not self._paused)):
             self._hang_up()
         elif not pending:
             self._since = self._site.now
@@ -459,11 +479,12 @@ class Connection(asyncio.Protocol):
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
         """The head of a streamed answer, chunked (or until the connection closes, for HTTP/1.0)."""
         head = exchange.head
+        if self._site.cors is not None:
+            headers = (*headers, *self._site.cors.headers(head))
         if head.old:
-            head.keep_alive = False
             self._closing = True
         extra = () if head.old else (("transfer-encoding", "chunked"),)
-        self._put(exchange, self._top(head, status, content_type, (*headers, *extra)))
+        self._put(exchange, self._top(exchange, status, content_type, (*headers, *extra), ends=head.old))
 
     def write(self, exchange: Exchange, data: bytes) -> None:
         """A piece of a streamed answer."""
@@ -510,23 +531,41 @@ class Connection(asyncio.Protocol):
     def _go_on(self) -> None:
         if self._buffer and not self._paused and not self._closing:
             self._read()
+        if self._half_closed and not self._pending:
+            self.transport.close()
 
     def overdue(self, now: float) -> None:
         """Close the connection when its peer has kept us waiting for too long."""
+        if not self._writable and (unsent := self.transport.get_write_buffer_size()) < self._unsent:
+            self._since, self._unsent = now, unsent  # the peer reads, though slowly
         waited, limits = now - self._since, self._site.limits
+        if self._half_closed:
+            self._probe(now)
         if self._refused and not self._pending and waited > _LINGER:
             self.transport.abort()
         if not self._writable:
             if waited > limits.write_seconds:
                 self.transport.abort()
         elif self._head is not None:
-            if waited > limits.body_seconds + len(self._body) / limits.body_rate:
+            if waited > limits.body_seconds:
                 self._refuse(HttpFault(408, "the body did not arrive in time"))
         elif self._buffer and not self._paused:
             if waited > limits.head_seconds:
                 self._refuse(HttpFault(408, "the request head did not arrive in time"))
         elif not self._pending and waited > limits.idle_seconds:
             self.transport.close()
+
+    def _probe(self, now: float) -> None:
+        """Ask a peer that sends no more whether it still listens: one that has closed both ways answers with a reset.
+
+        An interim answer is one that every client of HTTP/1.1 reads over (RFC 9110 section 15.2).
+        """
+        if is_reset(self.transport):
+            self.transport.abort()
+        elif now - self._half_closed >= _DOUBT and self._pending:
+            self._half_closed = math.inf  # asked once
+            if not self._pending[0].started and not self._pending[0].head.old:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def retire(self) -> None:
         """The server stops: close now, or as soon as the answers that are due have been sent."""

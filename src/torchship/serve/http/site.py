@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+import math
+import random
+import re
+import socket
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, NamedTuple, Protocol
 
-from torchship.serve.http.exchange import Admit, Head, Headers, HttpFault, header_lines, status_line
+from torchship.serve.http.exchange import Admit, Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.http.router import Router
 from torchship.wire.raw import Buffer
 
@@ -28,6 +32,7 @@ class Rpc(NamedTuple):
 
 
 _NO_RPC = Rpc()
+_NAMES = re.compile(r"[A-Za-z0-9\-_, ]{0,1024}")
 
 
 class Peer(Protocol):
@@ -46,7 +51,11 @@ class Peer(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class ConnectionLimits:
-    """What one caller may use. Sizes in bytes, times in seconds."""
+    """What one caller may use. Sizes in bytes, times in seconds.
+
+    Bodies and answers are timed from the last byte that moved: who is slow but goes on is never cut. `age_seconds` is
+    how long a connection may live (0: for ever), give or take a tenth, so that they do not all end at once.
+    """
 
     body: int = 64 << 20
     bodies: int = 1 << 30  # of all bodies together that are still arriving
@@ -56,9 +65,47 @@ class ConnectionLimits:
     streams: int = 128
     head_seconds: float = 10.0
     body_seconds: float = 30.0
-    body_rate: float = 20_000.0  # bytes a second, on top of body_seconds
     idle_seconds: float = 75.0
     write_seconds: float = 30.0
+    age_seconds: float = 0.0
+
+
+class Cors:
+    """Which pages of other origins may ask (Fetch standard, CORS protocol): `*`, or origins as `https://a.org:8443`."""
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._origins = frozenset(origin.rstrip("/").lower() for origin in origins)
+
+    def _allows(self, head: Head) -> str:
+        origin = head.headers.get("origin", "")
+        if not origin or "*" in self._origins:
+            return "*"
+        return origin if origin.lower() in self._origins else ""
+
+    @staticmethod
+    def asks(head: Head) -> bool:
+        """Whether a browser asks if it may ask."""
+        return head.method == "OPTIONS" and "access-control-request-method" in head.headers
+
+    def headers(self, head: Head) -> Headers:
+        """What an answer to this request says beside its own headers."""
+        allowed = self._allows(head)
+        vary = () if allowed == "*" else (("vary", "origin"),)
+        return (
+            (("access-control-allow-origin", allowed), ("access-control-expose-headers", "*")) if allowed else ()
+        ) + vary
+
+    def preflight(self, exchange: Exchange) -> None:
+        """Tell a browser what it may send. Raises HttpFault 403 for a stranger."""
+        wanted = exchange.head.headers.get("access-control-request-headers", "")
+        if not self._allows(exchange.head) or not _NAMES.fullmatch(wanted):
+            raise HttpFault(403, "this origin may not ask", hint="cors_origins in [http] names those that may")
+        allow: Headers = (
+            ("access-control-allow-methods", "GET, POST, PUT, DELETE"),
+            *((("access-control-allow-headers", wanted),) if wanted else ()),
+            ("access-control-max-age", "600"),
+        )
+        exchange.answer(b"", status=204, headers=allow)
 
 
 @dataclass(slots=True)
@@ -76,6 +123,7 @@ class Site:
     closing: bool = False
     held: int = 0  # bytes of bodies that are still arriving
     rpcs: Mapping[str, Rpc] = field(default_factory=dict)
+    cors: Cors | None = None
     empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
 
     def hold(self, before: int, after: int) -> int:
@@ -92,7 +140,19 @@ class Site:
         if kind.startswith("application/grpc") and head.method == "POST":
             head.rpc = self.rpcs.get(head.path, _NO_RPC)
         else:
+            self.resolve(head)
+
+    def resolve(self, head: Head) -> None:
+        """Give the head of a request its endpoint."""
+        if self.cors is not None and self.cors.asks(head):
+            head.endpoint = self.cors.preflight
+        else:
             self.router.resolve(head)
+
+    def end_of_life(self) -> float:
+        """When a connection that begins now should be replaced by a new one."""
+        age = self.limits.age_seconds
+        return self.now + age * random.uniform(0.9, 1.1) if age else math.inf  # noqa: S311  # no secret
 
     def tick(self, now: float) -> None:
         """Once a second: the clock and the Date header, and connections that are too slow."""
@@ -117,3 +177,9 @@ class Site:
         self.connections.discard(connection)
         if self.empty is not None and not self.connections and not self.empty.done():
             self.empty.set_result(None)
+
+
+def is_reset(transport: asyncio.Transport) -> bool:
+    """Whether the peer has answered with a reset: nobody tells us, once it has said that it sends no more."""
+    link = transport.get_extra_info("socket")
+    return link is not None and link.fileno() >= 0 and link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0

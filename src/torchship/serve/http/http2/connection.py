@@ -11,7 +11,7 @@ from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.fields import Fields, WrongHead, check_trailers, head_of
 from torchship.serve.http.http2.framing import FRAME, Late, Pace, Reader, Unfinished, check, header_block, unpad
 from torchship.serve.http.http2.outflow import STREAM_WINDOW, Outflow, Stream
-from torchship.serve.http.site import Site
+from torchship.serve.http.site import Site, is_reset
 from torchship.wire import frames as h2
 from torchship.wire.frames import ConnectionFault, StreamFault
 
@@ -36,8 +36,11 @@ class Connection2(asyncio.Protocol):
         self._pace = Pace()
         self._closing = False
         self._retiring = False
+        self._half_closed = False
         self._writable = True
         self._since = site.now
+        self._unsent = 0  # bytes that the transport held a second ago
+        self._end_of_life = site.end_of_life()
         self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
         self._out: Outflow
         self.transport: asyncio.Transport
@@ -64,13 +67,21 @@ class Connection2(asyncio.Protocol):
             self._drop(stream)
 
     def eof_received(self) -> bool:
-        """A peer that stops sending has gone."""
-        return False
+        """The peer sends no more: its streams that are complete are answered, then we close."""
+        if not self._streams or self.transport.get_extra_info("ssl_object") is not None:
+            return False
+        for stream in tuple(self._streams.values()):
+            if not stream.ended:
+                self._drop(stream)
+        self.retire()
+        self._half_closed = True
+        self.transport.write(h2.frame(h2.PING, 0, 0, bytes(8)))  # a peer that has closed both ways answers with a reset
+        return not self._closing
 
     def pause_writing(self) -> None:
         """The peer reads too slowly: read no more from it."""
         self._writable = False
-        self._since = self.site.now
+        self._since, self._unsent = self.site.now, self.transport.get_write_buffer_size()
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
@@ -229,6 +240,7 @@ class Connection2(asyncio.Protocol):
             raise StreamFault(number, h2.STREAM_CLOSED)
         stream.left -= size
         stream.taken += size
+        stream.since = self.site.now
         if stream.left < 0:
             raise StreamFault(number, h2.FLOW_CONTROL_ERROR)
         return stream
@@ -315,6 +327,8 @@ class Connection2(asyncio.Protocol):
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """A whole answer of REST."""
+        if self.site.cors is not None:
+            headers = (*headers, *self.site.cors.headers(exchange.head))
         if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
 
             def then(data: bytes, told: Headers) -> None:
@@ -341,6 +355,8 @@ class Connection2(asyncio.Protocol):
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
         """The head of a streamed answer of REST."""
+        if self.site.cors is not None:
+            headers = (*headers, *self.site.cors.headers(exchange.head))
         top = self._top(status, content_type, headers)
         self.put(exchange.stream, h2.frame(h2.HEADERS, h2.END_HEADERS, exchange.stream.number, top), b"", b"")
 
@@ -415,6 +431,12 @@ class Connection2(asyncio.Protocol):
     def overdue(self, now: float) -> None:
         """Hang up, or give up a stream, where the peer has kept us waiting for too long."""
         limits = self.site.limits
+        if not self._writable and (unsent := self.transport.get_write_buffer_size()) < self._unsent:
+            self._since, self._unsent = now, unsent  # the peer reads, though slowly
+        if self._half_closed and is_reset(self.transport):
+            self.transport.abort()
+        if now > self._end_of_life and not self._retiring:
+            self.retire()
         if self._closing and now - self._since > _LINGER:
             self.transport.abort()
         if not self._writable and now - self._since > limits.write_seconds:

@@ -49,7 +49,7 @@ class Stream:
         if self.waiting is not None:
             return waited > limits.write_seconds
         sending = self.head.rpc is None and not self.ended
-        return sending and waited > limits.body_seconds + self.size / limits.body_rate
+        return sending and waited > limits.body_seconds
 
 
 class Outflow:
