@@ -13,7 +13,7 @@ from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.serve.engine.spec import Count, Limits
 from torchship.stage import Value
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][\w.\-]{0,127}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][A-Za-z0-9_.\-]{0,127}$")]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _LOOPBACK = "127.0.0.1"
 
@@ -31,7 +31,8 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[http]`: where REST listens (gRPC too, over HTTP/2); port 0 takes a free one; `max_body` in bytes.
 
     A `shared` port is listened on by several servers of one user, among whom the kernel deals out connections; at its
-    `own_port` each of them can be asked alone.
+    `own_port` each of them can be asked alone. Times are seconds without progress; a server that is told to stop is
+    not ready, but takes requests, for `drain_delay`; connections end after `max_connection_age` (0: never).
     """
 
     host: str = _LOOPBACK
@@ -40,6 +41,13 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forward_headers: str = ""
     shared: bool = False
     own_port: Port | None = None
+    cors_origins: tuple[str, ...] = ()
+    idle: Seconds = 75.0
+    head_timeout: Seconds = 10.0
+    body_timeout: Seconds = 30.0
+    write_timeout: Seconds = 30.0
+    drain_delay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    max_connection_age: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Grpc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -195,6 +203,8 @@ def check(config: ServerConfig) -> None:
                 f"{path}: has {' and '.join(said) or 'nothing to run'}",
                 hint="give exactly one of stages, artifact, run",
             )
+        if model.name == "stats":
+            raise BadConfig(f"{path}.name: /v2/models/stats is the statistics of all", hint="take another name")
         if model.name in names:
             raise BadConfig(f"{path}.name: {model.name!r} is taken", hint="each model needs a name of its own")
         if model.stages and (model.options or model.max_batch or model.threads):

@@ -27,7 +27,7 @@ from torchship.serve.api.settings import Tracing
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.descriptors import room_for_connections
-from torchship.serve.http.listen import Listener, tls_context
+from torchship.serve.http.listen import Certificates, Listener
 from torchship.serve.http.router import Route
 from torchship.serve.http.site import ConnectionLimits
 from torchship.serve.service import Service
@@ -49,7 +49,9 @@ class Server:
         self.http: Listener | None = None
         self.grpc: Listener | None = None
         self.own: Listener | None = None
-        self._watch: asyncio.Task[None] | None = None
+        tls = config.tls
+        self._certificates = Certificates(tls.certificate, key=tls.key, clients=tls.clients) if tls else None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> Server:
         """Bind the ports first, so that a taken one is told at once, then open all models.
@@ -69,7 +71,9 @@ class Server:
             await self.close(patience=0.0)
             raise
         if self.config.store.watch:
-            self._watch = asyncio.ensure_future(self.catalog.watch(self.config.store.watch))
+            self._tasks.append(asyncio.ensure_future(self.catalog.watch(self.config.store.watch)))
+        if self._certificates:
+            self._tasks.append(asyncio.ensure_future(self._certificates.watch()))
         return self
 
     async def _load(self, model: ModelConfig) -> None:
@@ -83,15 +87,26 @@ class Server:
         config, http, front = self.config, self.config.http, self._front()
         given: dict[str, Any] = {
             "admit": gate(config.token),
-            "tls": tls_context(config.tls.certificate, key=config.tls.key, clients=config.tls.clients)
-            if config.tls
-            else None,
-            "limits": ConnectionLimits(body=http.max_body, connections=room_for_connections()),
+            "tls": self._certificates.context if self._certificates else None,
+            "limits": ConnectionLimits(
+                body=http.max_body,
+                connections=room_for_connections(),
+                head_seconds=http.head_timeout,
+                body_seconds=http.body_timeout,
+                idle_seconds=http.idle,
+                write_seconds=http.write_timeout,
+                age_seconds=http.max_connection_age,
+            ),
         }
+        cors = http.cors_origins
         routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
-        self.http = await rest.listen(front, host=http.host, port=http.port, routes=routes, shared=http.shared, **given)
+        self.http = await rest.listen(
+            front, host=http.host, port=http.port, routes=routes, shared=http.shared, cors_origins=cors, **given
+        )
         if http.own_port is not None:
-            self.own = await rest.listen(front, host=http.host, port=http.own_port, routes=routes, **given)
+            self.own = await rest.listen(
+                front, host=http.host, port=http.own_port, routes=routes, cors_origins=cors, **given
+            )
         if config.grpc:
             host = config.grpc.host or http.host
             self.grpc = await grpc.listen(front, host=host, port=config.grpc.port, shared=http.shared, **given)
@@ -105,6 +120,7 @@ class Server:
             tracing=Tracing(folder=Path(control.trace_folder) if control.trace_folder else None),
             scheme="https" if config.tls else "http",
             guarded=bool(config.token),
+            drain=self.drain,
             forward="|".join(filter(None, (config.http.forward_headers, HEADERS if self._traces else ""))),
         )
 
@@ -115,14 +131,26 @@ class Server:
         host = self.config.http.host
         return f"{'https' if self.config.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    async def close(self, *, patience: float = 30.0) -> None:
-        """Tell that we are not ready, answer what is under way, stop the workers, close the ports."""
-        self.service.draining = True
-        if self._watch:
-            self._watch.cancel()
+    @property
+    def _listeners(self) -> list[Listener]:
+        return [listener for listener in (self.http, self.own, self.grpc) if listener]
+
+    async def drain(self, *, patience: float = 30.0) -> None:
+        """Two steps, so that balancers notice first: for `drain_delay` seconds not ready, but taking requests; then
+        taking none, until all that was begun is answered."""
+        if not self.service.draining:
+            self.service.draining = True
+            for listener in self._listeners:
+                listener.drain()
+            await asyncio.sleep(self.config.http.drain_delay if patience else 0.0)
         await self.catalog.drain(patience=patience)
-        listeners = [listener for listener in (self.http, self.own, self.grpc) if listener]
-        await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in listeners))
+
+    async def close(self, *, patience: float = 30.0) -> None:
+        """Drain, stop the workers, close the ports."""
+        for task in self._tasks:
+            task.cancel()
+        await self.drain(patience=patience)
+        await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in self._listeners))
         await self.catalog.close(grace=min(patience, 5.0))
         if self._traces:
             await asyncio.to_thread(self._traces.close)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from torchship.errors import BadInput, NotFound, Unsupported
+from torchship.errors import BadInput, Denied, NotFound, Unsupported
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
 
@@ -67,6 +68,15 @@ class Admin:
         if model:
             self._front.service.model_metadata(model)
         return self._front.tracing.change(changes, model)
+
+    async def drain(self) -> None:
+        """Answer what was begun and take nothing more; done when that is so, even if the caller has left.
+
+        Raises Denied where no token is asked for: then every page in a browser of this machine could do it.
+        """
+        if self._front.drain is None or not self._front.guarded:
+            raise Denied("only a token with the scope manage may do this", hint="add a [[token]] to the configuration")
+        await asyncio.shield(asyncio.ensure_future(self._front.drain()))
 
 
 def _mapping(parameters: object) -> Mapping[str, Any]:

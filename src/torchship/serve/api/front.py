@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from torchship.errors import BadConfig
@@ -16,8 +16,11 @@ from torchship.wire.messages import Request
 
 @dataclass(slots=True)
 class Front:
-    """One for a server; every listener gets the same. `forward` is a regular expression: headers whose whole name
-    matches travel with a request. `scheme` and `guarded` (a token is asked for) are told in the examples of /docs."""
+    """One for a server; every listener gets the same.
+
+    `forward` is a regular expression: headers whose whole name matches, in capitals or not, travel with a request.
+    `drain` ends the server's service. `scheme` and `guarded` (a token is asked for) are told in the examples of /docs.
+    """
 
     service: Service
     regions: SharedMemory | None = None
@@ -26,6 +29,7 @@ class Front:
     forward: str = ""
     scheme: str = "http"
     guarded: bool = False
+    drain: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
         """Raises BadConfig for what is no regular expression."""
@@ -38,7 +42,7 @@ class Front:
         """The headers of a request that travel with it."""
         if not self.forward:
             return {}
-        return {name: value for name, value in head.headers.items() if re.fullmatch(self.forward, name)}
+        return {name: value for name, value in head.headers.items() if re.fullmatch(self.forward, name, re.IGNORECASE)}
 
     @staticmethod
     def attach(request: Request, headers: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from torchship.serve.http.exchange import Admit, Endpoint, Exchange
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Route, Router
-from torchship.serve.http.site import ConnectionLimits, Site
+from torchship.serve.http.site import ConnectionLimits, Cors, Site
 
 _MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
@@ -36,13 +36,15 @@ async def listen(
     admit: Admit | None = None,
     tls: ssl.SSLContext | None = None,
     shared: bool = False,
+    cors_origins: Sequence[str] = (),
     routes: Sequence[Route] = (),
 ) -> Listener:
     """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter) until the listener is closed.
 
     `routes` adds endpoints of applications to the same port. Raises Unavailable where the port cannot be bound.
     """
-    site = Site(Router(all_routes(front, routes)), limits or ConnectionLimits(), admit, rpcs=all_rpcs(front))
+    cors = Cors(cors_origins) if cors_origins else None
+    site = Site(Router(all_routes(front, routes)), limits or ConnectionLimits(), admit, rpcs=all_rpcs(front), cors=cors)
     return await bind(site, Connection, host=host, port=port, tls=tls, shared=shared)
 
 
@@ -151,6 +153,8 @@ def _admin_routes(front: Front) -> list[Route]:
         ("POST", f"{repository}/index", lambda exchange: admin.index(ready=json_object(exchange).get("ready", False))),
         ("POST", f"{repository}/models/{{model}}/load", lambda exchange: admin.load(*model(exchange))),
         ("POST", f"{repository}/models/{{model}}/unload", lambda exchange: admin.unload(*model(exchange))),
+        ("POST", "/v2/drain", lambda _: admin.drain()),
+        ("POST", "/v2/drain", lambda _: admin.drain()),
         ("GET", f"{shared}/status", lambda _: admin.regions()),
         ("GET", f"{shared}/region/{{region}}/status", lambda exchange: admin.regions(place(exchange))),
         ("POST", f"{shared}/region/{{region}}/register", register),

@@ -567,6 +567,10 @@ class Connection(asyncio.Protocol):
             if not self._pending[0].started and not self._pending[0].head.old:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    def expire(self) -> None:
+        """Let the peer open a new connection for what comes next."""
+        self._end_of_life = 0.0
+
     def retire(self) -> None:
         """The server stops: close now, or as soon as the answers that are due have been sent."""
         self._closing = True

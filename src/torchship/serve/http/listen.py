@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import ssl
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from torchship.errors import BadConfig, Unavailable
 from torchship.serve.http.site import Site
 
+_log = logging.getLogger("torchship.serve")
 _HANDSHAKE = 10.0  # seconds
 
 
@@ -31,6 +34,12 @@ class Listener:
         loop = asyncio.get_running_loop()
         self._site.tick(loop.time())
         self._clock = loop.call_later(1.0, self._tick)
+
+    def drain(self) -> None:
+        """Take requests as before, but let callers come back by new connections, which may lead to another server."""
+        self._site.draining = True
+        for connection in tuple(self._site.connections):
+            connection.expire()
 
     async def close(self, *, grace: float = 10.0) -> None:
         """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""
@@ -88,3 +97,43 @@ def tls_context(certificate: Path | str, *, key: Path | str, clients: Path | str
             raise BadConfig(f"tls: cannot use {clients}: {fault}", hint="a PEM file of certificates") from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+class Certificates:
+    """A certificate that may be renewed in place: `context` serves new connections with what the files hold then."""
+
+    def __init__(self, certificate: Path | str, *, key: Path | str, clients: Path | str = "") -> None:
+        """Raises BadConfig naming the file that cannot be used."""
+        self._certificate, self._key, self._clients = certificate, key, clients
+        self._seen = self._stamps()
+        self.context = tls_context(certificate, key=key, clients=clients)
+
+    def _stamps(self) -> list[tuple[int, int, int]]:
+        found = [
+            os.stat(file) for file in (self._certificate, self._key, self._clients) if file and os.path.exists(file)
+        ]
+        return [(one.st_mtime_ns, one.st_size, one.st_ino) for one in found]
+
+    def renew(self) -> None:
+        """Look at the files again. A pair that does not belong together, perhaps half-written, keeps the old one."""
+        stamps = self._stamps()
+        if stamps == self._seen:
+            return
+        self._seen = stamps
+        try:
+            tls_context(
+                self._certificate, key=self._key, clients=self._clients
+            )  # the old one must not be half replaced
+            self.context.load_cert_chain(self._certificate, self._key)
+            if self._clients:
+                self.context.load_verify_locations(self._clients)
+        except (BadConfig, OSError, ssl.SSLError) as fault:
+            _log.warning("the certificate is not renewed: %s", fault)
+        else:
+            _log.info("new connections get the renewed certificate")
+
+    async def watch(self, seconds: float = 5.0) -> None:
+        """Renew again and again. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            self.renew()

@@ -44,6 +44,10 @@ class Peer(Protocol):
         """Hang up when the other side has kept us waiting for too long."""
         ...
 
+    def expire(self) -> None:
+        """Go on, but let the peer open a new connection for what comes next."""
+        ...
+
     def retire(self) -> None:
         """Hang up as soon as the answers that are due have been sent."""
         ...
@@ -121,6 +125,7 @@ class Site:
     tops: dict[tuple[int, str, Headers], bytes] = field(default_factory=dict)
     date: bytes = b""
     closing: bool = False
+    draining: bool = False
     held: int = 0  # bytes of bodies that are still arriving
     rpcs: Mapping[str, Rpc] = field(default_factory=dict)
     cors: Cors | None = None
@@ -151,6 +156,8 @@ class Site:
 
     def end_of_life(self) -> float:
         """When a connection that begins now should be replaced by a new one."""
+        if self.draining:
+            return 0.0
         age = self.limits.age_seconds
         return self.now + age * random.uniform(0.9, 1.1) if age else math.inf  # noqa: S311  # no secret
 

@@ -452,6 +452,10 @@ class Connection2(asyncio.Protocol):
         elif not self._streams and now - self._since > max(limits.idle_seconds, 0.0) * 4:
             self._hang_up(h2.NO_ERROR, "idle")
 
+    def expire(self) -> None:
+        """Let the peer open a new connection for what comes next."""
+        self._end_of_life = 0.0
+
     def retire(self) -> None:
         """Take no new streams; hang up when the last one is answered."""
         if self._closing:
