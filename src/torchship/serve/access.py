@@ -67,16 +67,16 @@ def gate(tokens: Sequence[Token]) -> Admit | None:
 
 
 def check_places(config: ServerConfig) -> None:
-    """Raise BadConfig when the server would be reachable from elsewhere without tokens or client certificates, or where
-    an empty address leaves open whether it would."""
-    if not config.http.host.strip():
-        raise BadConfig("$.http.host: is empty", hint="127.0.0.1, or 0.0.0.0 for every address of this machine")
+    """Raise BadConfig when the server would be reachable from elsewhere without tokens or client certificates.
+
+    An empty address stands for every one of this machine.
+    """
     guarded = bool(config.token) or (config.tls is not None and bool(config.tls.clients))
     places = {"http": config.http.host, "grpc": (config.grpc.host if config.grpc else "") or config.http.host}
     for name, host in places.items():
         if not guarded and not is_loopback(host):
             raise BadConfig(
-                f"$.{name}.host: {host} can be reached from elsewhere, and nothing is asked of callers",
+                f"$.{name}.host: {host!r} can be reached from elsewhere, and nothing is asked of callers",
                 hint="add a [[token]] (torchship serve --new-token) or [tls] clients, or listen on 127.0.0.1",
             )
 

@@ -10,7 +10,7 @@ import msgspec
 
 from torchship.errors import BadConfig, NotFound
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.serve.engine.spec import Count, Limits
+from torchship.serve.engine.spec import Count, Limits, Seconds
 from torchship.stage import Value
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][A-Za-z0-9_.\-]{0,127}$")]

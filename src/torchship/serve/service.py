@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import torchship
@@ -88,7 +89,7 @@ class Service:
             _follow(shadow, request, values)
         return job
 
-    async def stream(self, request: Request) -> AsyncIterator[Response]:
+    async def stream(self, request: Request) -> AsyncGenerator[Response, None]:
         """All answers of a model that streams, or the one answer of one that does not."""
         line, version = self.catalog.line(request.model, request.version)
         if not line.streams:
@@ -98,8 +99,9 @@ class Service:
         answers = line.stream(
             request.inputs, parameters=request.parameters, deadline=request.deadline, priority=request.priority
         )
-        async for tensors in answers:
-            yield Response(request.model, version, _wanted(tensors, request), request.id)
+        async with aclosing(answers):
+            async for tensors in answers:
+                yield Response(request.model, version, _wanted(tensors, request), request.id)
 
     async def infer(
         self, model: str, inputs: Tensors, *, parameters: Mapping[str, Value] = {}, outputs: Sequence[str] = ()

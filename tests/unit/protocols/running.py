@@ -6,7 +6,7 @@ Its workers are started once for all tests of a process; each test file opens li
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,7 +57,7 @@ class WatchedService(Service):
         else:
             super().start(request, answer, whom)
 
-    async def stream(self, request: Request) -> AsyncIterator[Response]:
+    async def stream(self, request: Request) -> AsyncGenerator[Response, None]:
         async for response in super().stream(request):
             yield response
         if self.fault is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,6 +34,7 @@ def text(text_input: Array) -> Array:
 
 
 @stage("text_input:BYTES[1] -> text_output:BYTES[1]")
-def again(text_input: Array, *, count: int = 1) -> Iterator[Array]:
+def again(text_input: Array, *, count: int = 1, wait: float = 0.0) -> Iterator[Array]:
     for _ in range(count):
+        time.sleep(wait)
         yield np.array([text_input[0].upper()], object)

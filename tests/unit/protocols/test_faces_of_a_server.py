@@ -24,6 +24,7 @@ from torchship.serve.api.front import Front
 from torchship.serve.api.openapi import models
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import LogSettings, Tracing
+from torchship.serve.http.exchange import Head
 from torchship.wire.messages import Request
 
 
@@ -130,7 +131,9 @@ def test_generate_with_wrong_bodies(client: httpx.Client, body: bytes) -> None:
 def test_generate_stream(server: Running, client: httpx.Client) -> None:
     ask = {"text_input": "hi", "count": 3}
     answer = client.post(f"/v2/models/{STREAMS}/generate_stream", json=ask)
-    assert answer.headers["content-type"] == "text/event-stream"
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert "no-transform" in answer.headers["cache-control"]
     events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
     assert [event["text_output"] for event in events] == ["HI"] * 3
     server.service.fault = StageFailed("it broke")
@@ -258,3 +261,32 @@ def test_regions_that_may_not_be(tmp_path: Path) -> None:
         with pytest.raises(BadInput):
             memory.register("r", key="/ok", offset=offset, size=size)
     assert np.array(memory.status()).size == 0
+
+
+def test_a_silent_stream_sends_comments(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchship.serve.api.generate.SILENCE", 0.1)
+    answer = client.post(f"/v2/models/{STREAMS}/generate_stream", json={"text_input": "a", "count": 2, "wait": 0.5})
+    events = [line for line in answer.text.split("\n\n") if line]
+    assert events[0] == ":"
+    assert [json.loads(event[6:])["text_output"] for event in events if event != ":"] == ["A", "A"]
+
+
+def test_who_leaves_a_stream_stops_it(server: Running, client: httpx.Client) -> None:
+    ask = {"text_input": "a", "count": 100, "wait": 0.3}
+    with client.stream("POST", f"/v2/models/{STREAMS}/generate_stream", json=ask) as answer:
+        next(answer.iter_bytes())
+    short = {"text_input": "b", "count": 1}
+    events = client.post(f"/v2/models/{STREAMS}/generate_stream", json=short).text
+    assert json.loads(events.split("\n\n")[0].removeprefix("data: "))["text_output"] == "B"
+
+
+def test_draining_needs_a_token(client: httpx.Client) -> None:
+    answer = client.post("/v2/drain")
+    assert answer.status_code == 403
+    assert "token" in answer.json()["error"]
+
+
+def test_headers_in_capitals_are_forwarded() -> None:
+    front = Front(cast(Any, None), forward="X-Tenant|TraceParent")
+    head = Head("POST", "/", "", {"x-tenant": "a", "traceparent": "b", "x-other": "c"})
+    assert front.forwarded(head) == {"x-tenant": "a", "traceparent": "b"}

@@ -381,3 +381,73 @@ def test_admission() -> None:
         assert b"www-authenticate: Bearer" in refused
         assert status(talk(found, post(ASK, "Authorization: Bearer t"))) == 200
         assert status(talk(found, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")) == 200
+
+
+def half_closed(server: Running, *asked: bytes, wait: float = 0.0) -> bytes:
+    """Everything that is answered to a peer that sends no more."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+        peer.sendall(b"".join(asked))
+        peer.shutdown(socket.SHUT_WR)
+        server.service.delay = wait
+        answer = b""
+        while data := peer.recv(65536):
+            answer += data
+    return answer
+
+
+def test_who_sends_no_more_is_answered_and_then_closed(server: Running) -> None:
+    """RFC 9112 section 9.6; however many requests it has sent, and only those that it has sent in full."""
+    server.service.delay = 0.3
+    assert status(half_closed(server, post(ASK), wait=0.3)) == 200
+    assert half_closed(server, post(ASK) * 10, wait=0.02).count(b"HTTP/1.1 200 OK") == 10
+    assert half_closed(server, post(ASK), post(ASK)[:-5], wait=0.02).count(b"HTTP/1.1 200 OK") == 1
+    assert half_closed(server, post(ASK)[:-5]) == b""
+    server.service.delay = 2.5
+    answer = half_closed(server, post(ASK), wait=2.5)
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK")  # asked whether it listens
+
+
+def test_other_origins() -> None:
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0, cors_origins=["http://localhost:3000"])
+
+    asks = "Access-Control-Request-Method: POST"
+    with running(listen) as found:
+        for origin, allowed in (("http://localhost:3000", True), ("http://evil.org", False)):
+            lines = f"Host: x\r\nOrigin: {origin}\r\n"
+            preflight = (
+                f"OPTIONS {ECHO} HTTP/1.1\r\n{lines}{asks}\r\nAccess-Control-Request-Headers: content-type\r\n\r\n"
+            )
+            headers, _ = parts(answer := talk(found, preflight.encode()))
+            assert status(answer) == (200 if allowed else 403)
+            assert headers.get("access-control-allow-headers") == ("content-type" if allowed else None)
+            for request in (post(ASK, f"Origin: {origin}"), f"GET /nope HTTP/1.1\r\n{lines}\r\n".encode()):
+                headers, _ = parts(talk(found, request))
+                assert headers.get("access-control-allow-origin") == (origin if allowed else None)
+                assert headers["vary"] == "origin"
+
+
+def test_connections_have_an_age() -> None:
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0, limits=ConnectionLimits(age_seconds=0.5))
+
+    with running(listen) as found, socket.create_connection(("127.0.0.1", found.port), timeout=10) as peer:
+        said: list[str] = []
+        while "close" not in said and len(said) < 100:
+            sleep(0.1)
+            peer.sendall(post(ASK))
+            said.append(parts(peer.recv(65536))[0].get("connection", ""))
+        assert said[0] == ""
+        assert said[-1] == "close"
+        assert peer.recv(1) == b""
+
+
+def test_a_slow_but_steady_sender_is_not_cut() -> None:
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0, limits=ConnectionLimits(body_seconds=1.5))
+
+    request = post(ASK)
+    cuts = [request[:-80], *[request[place : place + 16] for place in range(len(request) - 80, len(request), 16)]]
+    with running(listen) as found:
+        assert status(talk(found, *cuts, pause=0.8)) == 200
+        assert status(talk(found, cuts[0], b"", pause=4.0)) == 408

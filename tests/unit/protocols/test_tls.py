@@ -16,7 +16,7 @@ from tests.unit.protocols.running import Running, running
 from torchship.errors import BadConfig
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front
-from torchship.serve.http.listen import tls_context
+from torchship.serve.http.listen import Certificates, tls_context
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +111,35 @@ def test_grpc_client(server: Running, papers: Path) -> None:
 def test_papers_that_are_not_right(papers: Path, names: tuple[str, str, str]) -> None:
     with pytest.raises(BadConfig, match="tls: cannot use"):
         tls_context(papers / names[0], key=papers / names[1], clients=papers / names[2] if names[2] else "")
+
+
+def test_a_certificate_is_renewed_in_place(papers: Path, tmp_path: Path) -> None:
+    """New connections get the new one; a pair that does not belong together, half-copied, changes nothing."""
+    files = {name: tmp_path / f"server.{name}" for name in ("pem", "key")}
+
+    def put(source: str, *kinds: str) -> None:
+        for kind in kinds:
+            files[kind].write_bytes((papers / f"{source}.{kind}").read_bytes())
+
+    put("server", "pem", "key")
+    certificates = Certificates(files["pem"], key=files["key"])
+
+    async def listen(front: Front) -> Any:
+        return await rest.listen(front, port=0, tls=certificates.context)
+
+    def served(found: Running) -> str:
+        context = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+        context.check_hostname = False
+        with (
+            socket.create_connection(("127.0.0.1", found.port), timeout=10) as plain,
+            context.wrap_socket(plain) as link,
+        ):
+            told: Any = link.getpeercert()
+            return str(dict(pair[0] for pair in told["subject"])["commonName"])
+
+    with running(listen) as found:
+        assert served(found) == "localhost"
+        for kinds, expected in ((("pem",), "localhost"), (("key",), "caller")):
+            put("client", *kinds)
+            certificates.renew()
+            assert served(found) == expected

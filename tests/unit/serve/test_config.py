@@ -55,9 +55,9 @@ def test_a_file_is_read_and_its_store_found_beside_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
 def test_elsewhere_needs_tokens_or_client_certificates(host: str) -> None:
-    if host:
-        with pytest.raises(BadConfig, match=r"\$\.http\.host: .* can be reached from elsewhere"):
-            check_places(configs.convert({"http": {"host": host}}))
+    with pytest.raises(BadConfig, match=r"\$\.http\.host: .* can be reached from elsewhere"):
+        check_places(configs.convert({"http": {"host": host}}))
+    if host:  # an empty one is that of [http]
         with pytest.raises(BadConfig, match=r"\$\.grpc\.host"):
             check_places(configs.convert({"grpc": {"host": host, "port": 8001}}))
     check_places(configs.convert({"http": {"host": host}, "token": [{"name": "t", "hash": hash_of("x")}]}))

@@ -6,9 +6,9 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
+from torchship.plugins import rendered
 from torchship.serve.api.front import Front
 from torchship.serve.api.openapi import example_body, models
 from torchship.serve.http.exchange import Exchange
@@ -43,17 +43,8 @@ def render(front: Front, routes: list[Route], *, host: str) -> str:
         for model in models(front.service)
     ]
     known = sorted(routes, key=lambda route: route.path)
-    page: str = _page().render(about=front.service.server_metadata(), models=found, routes=known)
-    return page
-
-
-@lru_cache(maxsize=1)
-def _page() -> Any:
-    """The template, which writes what it is given as text, never as HTML."""
-    import jinja2
-
-    loader = jinja2.PackageLoader("torchship.serve.api")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("docs.html")
+    about = front.service.server_metadata()
+    return rendered("torchship.serve.api", "docs.html", about=about, models=found, routes=known)
 
 
 def examples(model: dict[str, Any], *, curl: str = "curl", base: str) -> list[str]:

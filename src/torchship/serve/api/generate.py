@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -19,6 +21,10 @@ from torchship.tensors import Array, TensorSpec
 from torchship.wire.json_arrays import decode_json_data, encode_json_data
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_json import apply_parameters
+
+SILENCE = 15.0  # seconds of a stream without an event, after which a comment is sent
+_EVENTS = "text/event-stream; charset=utf-8"
+_UNBUFFERED = (("cache-control", "no-cache, no-transform"), ("x-accel-buffering", "no"))  # proxies keep nothing back
 
 
 def generate_routes(front: Front) -> list[Route]:
@@ -40,26 +46,45 @@ class _Generation:
         """The one answer of a model. Raises BadInput when it gives several."""
         request = self._request(exchange)
         answers = []
-        async for answer in self._service.stream(request):
-            answers.append(answer)
-            if len(answers) > 1:
-                break
+        async with aclosing(self._service.stream(request)) as coming:
+            async for answer in coming:
+                answers.append(answer)
+                if len(answers) > 1:
+                    break
         if len(answers) != 1:
             raise BadInput(f"the model gave {'several' if answers else 'no'} answers", hint="use generate_stream")
         exchange.answer_json(_plain(answers[0], request))
 
     async def stream(self, exchange: Exchange) -> None:
-        """Every answer as an event; an error after the first one is an event too."""
+        """Every answer as a server-sent event; an error after the first one is an event too.
+
+        A comment breaks a long silence, so that no proxy takes the stream for dead, and we notice who has left.
+        """
         request = self._request(exchange)
-        async for answer in self._service.stream(request):
-            event = b"data: " + msgspec.json.encode(_plain(answer, request)) + b"\n\n"
-            if not exchange.started:
-                exchange.begin(content_type="text/event-stream", headers=(("cache-control", "no-cache"),))
-            exchange.write(event)
-            await exchange.drained()
-        if not exchange.started:
-            exchange.begin(content_type="text/event-stream", headers=(("cache-control", "no-cache"),))
-        exchange.end()
+        answers = self._service.stream(request)
+        coming: asyncio.Future[Response] | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(anext(answers))
+                done, _ = await asyncio.wait([coming], timeout=SILENCE)
+                if done and (fault := coming.exception()) is not None and not isinstance(fault, StopAsyncIteration):
+                    raise fault
+                if not exchange.started:
+                    exchange.begin(content_type=_EVENTS, headers=_UNBUFFERED)
+                if not done:
+                    exchange.write(b":\n\n")
+                elif fault is not None:
+                    break
+                else:
+                    exchange.write(b"data: " + msgspec.json.encode(_plain(coming.result(), request)) + b"\n\n")
+                    coming = None
+                await exchange.drained()
+            exchange.end()
+        finally:
+            if coming is not None and not coming.done():
+                coming.cancel()
+                await asyncio.wait([coming])
+            await answers.aclose()
 
     def _request(self, exchange: Exchange) -> Request:
         """Fields named as an input are inputs, all others are parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from typing import Any
 
 from torchship.errors import TorchshipError
@@ -71,8 +72,9 @@ class StreamInference:
         fault: Exception | None = None
         try:
             if before is None:
-                async for response in self._service.stream(request):
-                    await self._send(call, request, response, last=not free)
+                async with aclosing(self._service.stream(request)) as coming:
+                    async for response in coming:
+                        await self._send(call, request, response, last=not free)
             else:
                 answers = [response async for response in self._service.stream(request)]
         except Exception as caught:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from torchship import hardware
@@ -363,7 +363,7 @@ class Line:
 
     async def stream(
         self, tensors: Tensors, *, parameters: Parameters = {}, deadline: float = 0.0, priority: int = 0
-    ) -> AsyncIterator[Tensors]:
+    ) -> AsyncGenerator[Tensors, None]:
         """All answers to one request. Raises as `submit` does, and what the stage raises between two answers."""
         answers: asyncio.Queue[Any] = asyncio.Queue()
         values = self.validator.values(parameters)

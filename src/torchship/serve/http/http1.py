@@ -261,7 +261,8 @@ class Connection(asyncio.Protocol):
         """
         if not self._pending or self.transport.get_extra_info("ssl_object") is not None:
             return False
-        self._half_closed = self._site.now
+        self._half_closed = asyncio.get_running_loop().time()
+        self._closing = not self._paused  # else there may be more requests in the buffer
         return True
 
     def pause_writing(self) -> None:
@@ -462,7 +463,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(cast(bytes, exchange.ready))
         if pending and pending[0].started:
             return
-        if not pending and (self._closing or (self._half_closed and not self._paused)):
+        if self._closing and not pending:
             self._hang_up()
         elif not pending:
             self._since = self._site.now
@@ -531,8 +532,9 @@ class Connection(asyncio.Protocol):
     def _go_on(self) -> None:
         if self._buffer and not self._paused and not self._closing:
             self._read()
-        if self._half_closed and not self._pending:
-            self.transport.close()
+        if self._half_closed and not self._paused:
+            self._closing = True
+            self._flush()
 
     def overdue(self, now: float) -> None:
         """Close the connection when its peer has kept us waiting for too long."""

@@ -109,7 +109,7 @@ class Cors:
             *((("access-control-allow-headers", wanted),) if wanted else ()),
             ("access-control-max-age", "600"),
         )
-        exchange.answer(b"", status=204, headers=allow)
+        exchange.answer(b"", content_type="text/plain", headers=allow)
 
 
 @dataclass(slots=True)
