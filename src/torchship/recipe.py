@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
+
+from torchship.errors import BadConfig
 
 Option: TypeAlias = bool | int | float | str | list[str] | dict[str, str] | None
 Options: TypeAlias = dict[str, Option]
@@ -35,6 +38,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def key(self) -> str:
         """A stable 16-digit hash of the content: the name of the trial's folder and cache entry."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
+
+
+def choice(options: Options, key: str, known: Sequence[str], *, of: str) -> str:
+    """The word that an option of backend `of` holds, the first of the known ones by default. Raises BadConfig."""
+    found = str(options.get(key, known[0]))
+    if found not in known:
+        raise BadConfig(f"{of}: {key} {found!r} is unknown", hint=f"use one of {', '.join(known)}")
+    return found
 
 
 def _words(name: str, options: Options) -> str:

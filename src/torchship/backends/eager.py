@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torchship.errors import BuildFailed, CorruptArtifact, NotFound
+from torchship.errors import BuildFailed, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import program, script, torch_stage
-from torchship.lowering.safety import refuse_code_in_script
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
-
-if TYPE_CHECKING:
-    import torch
 
 KIND = "data"
 PACKAGES = ("torch",)
@@ -70,22 +65,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     if (path / program.PROGRAM).exists():
         module = program.load(path)
     elif (path / SCRIPT).exists():
-        module = _load_script(path / SCRIPT)
+        module = script.load(path / SCRIPT)
     else:
         raise NotFound(f"{path} holds neither {program.PROGRAM} nor {SCRIPT}")
     return TorchStage(module.to(device), signature=signature, device=device)
-
-
-def _load_script(path: Path) -> torch.nn.Module:
-    import warnings
-
-    import torch
-
-    refuse_code_in_script(path)
-    program.register_operators(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-any-return,no-untyped-call]
-        except RuntimeError as fault:
-            raise CorruptArtifact(f"{path.name} cannot be loaded: {program.one_line(fault)}") from fault

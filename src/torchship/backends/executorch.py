@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchship.errors import BadConfig, BuildFailed, CorruptArtifact
+from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import paths, program
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
 from torchship.plugins import missing
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
@@ -42,9 +42,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     """Write `model.pte`. Options: precision fp32 | int8 (per channel); for int8 exclude and modules (what stays in
     float, see `paths.rules`). Raises BuildFailed or BadConfig.
     """
-    precision = str(options.get("precision", "fp32"))
-    if precision not in ("fp32", "int8"):
-        raise BadConfig(f"executorch: precision {precision!r} is unknown", hint="use fp32 or int8")
+    precision = choice(options, "precision", ("fp32", "int8"), of="executorch")
     if precision == "fp32":
         paths.refuse_any(options, what="executorch in fp32")
     rules = paths.rules(options, narrow=("int8",), module=model.module)

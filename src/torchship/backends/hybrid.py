@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from torchship import plugins, process
-from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, NotFound
+from torchship.errors import BadInput, BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import blueprint, program, torch_stage
 from torchship.lowering.blueprint import Blueprint, Holder
 from torchship.lowering.torch_stage import TorchStage, no_fast_path, prepare
 from torchship.model import Model, to_numpy, to_torch
 from torchship.plugins import missing
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
@@ -85,8 +85,8 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     """
     inner: Any = model.module.inner
     source = str(options.get("source") or "")
-    if not options.get("parts") and options.get("precision", "fp32") not in _PRECISIONS:
-        raise BadConfig(f"hybrid: precision {options['precision']!r} is unknown", hint=f"use {', '.join(_PRECISIONS)}")
+    if not options.get("parts"):
+        choice(options, "precision", _PRECISIONS, of="hybrid")
     drawing = None if source else blueprint.draw(inner)
     tensors = _by_source(source, inner) if drawing is None else drawing.tensors
     named = {} if drawing is None else dict(drawing.named)

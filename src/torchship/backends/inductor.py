@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchship.errors import BadConfig
 from torchship.hardware import Hardware
 from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import TorchStage, blank, prepare
 from torchship.model import Model, to_torch
 from torchship.plugins import missing
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
@@ -56,15 +55,8 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`), compile_mode (default |
     reduce-overhead, which is CUDA graphs | max-autotune-no-cudagraphs). Raises BuildFailed or BadConfig.
     """
-    _compile_mode(options)
+    choice(options, "compile_mode", _COMPILE_MODES, of="inductor")
     program.save(program.export(torch_stage.shaped(model, options), device=torch_stage.device_of(options)), out)
-
-
-def _compile_mode(options: Options) -> str:
-    mode = str(options.get("compile_mode", "default"))
-    if mode not in _COMPILE_MODES:
-        raise BadConfig(f"inductor: compile_mode {mode!r} is unknown", hint=f"use one of {', '.join(_COMPILE_MODES)}")
-    return mode
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
@@ -78,8 +70,9 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
     torch._inductor.config.freezing = True
-    graphs = _compile_mode(options) == "reduce-overhead" and device != "cpu"
-    compiled = torch.compile(program.straighten(program.load(path)).to(device), mode=_compile_mode(options))
+    mode = choice(options, "compile_mode", _COMPILE_MODES, of="inductor")
+    graphs = mode == "reduce-overhead" and device != "cpu"
+    compiled = torch.compile(program.straighten(program.load(path)).to(device), mode=mode)
 
     def body(*inputs: torch.Tensor) -> Any:
         if graphs:

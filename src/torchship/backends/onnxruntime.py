@@ -11,7 +11,7 @@ from torchship.errors import BadConfig, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware, cores
 from torchship.model import Model
 from torchship.plugins import missing
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Signature, Tensors
 
@@ -71,9 +71,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     """
     from torchship.lowering import onnx_graph, onnx_int8, paths, variants
 
-    precision = options.get("precision", "fp32")
-    if precision not in _PRECISIONS:
-        raise BadConfig(f"onnxruntime: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
+    precision = choice(options, "precision", _PRECISIONS, of="onnxruntime")
     if precision == "fp16":
         keep = paths.rules(options, narrow=("fp16",), key="keep", module=model.module)
         model = variants.in_precision(model, "fp16", mode="cast", keep=keep)
@@ -98,7 +96,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     settings.log_severity_level = 4 if options.get("provider") else 3  # a provider's failure is told below
     settings.intra_op_num_threads = threads or cores()
     settings.inter_op_num_threads = 1
-    settings.graph_optimization_level = _level(str(options.get("optimization", "all")))
+    settings.graph_optimization_level = _level(options)
     if options.get("spin") is False:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider, own = _provider(options, device)
@@ -137,7 +135,7 @@ def _provider(options: Options, device: str) -> tuple[str, dict[str, str]]:
     return provider, {**place, **{key: str(value) for key, value in own.items()}}
 
 
-def _level(name: str) -> Any:
+def _level(options: Options) -> Any:
     import onnxruntime as ort
 
     levels = ort.GraphOptimizationLevel
@@ -147,9 +145,7 @@ def _level(name: str) -> Any:
         "basic": levels.ORT_ENABLE_BASIC,
         "none": levels.ORT_DISABLE_ALL,
     }
-    if name not in known:
-        raise BadConfig(f"onnxruntime: optimization {name!r} is unknown", hint=f"use one of {', '.join(known)}")
-    return known[name]
+    return known[choice(options, "optimization", tuple(known), of="onnxruntime")]
 
 
 class _OrtStage:

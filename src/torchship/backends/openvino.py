@@ -14,7 +14,7 @@ from torchship.hardware import Hardware, cores
 from torchship.lowering.program import quiet
 from torchship.model import Model
 from torchship.plugins import missing
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Free, Signature, Tensors, numpy_dtype
 
@@ -104,12 +104,8 @@ def _keep_axes(graph: Any) -> None:
 
 
 def _precision(options: Options) -> str:
-    precision = str(options.get("precision", "f32"))
-    if precision not in _PRECISIONS:
-        raise BadConfig(f"openvino: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
-    if options.get("rest", "f32") not in ("f32", "bf16"):
-        raise BadConfig(f"openvino: rest {options['rest']!r} is unknown", hint="use f32 or bf16")
-    return precision
+    choice(options, "rest", ("f32", "bf16"), of="openvino")
+    return choice(options, "precision", _PRECISIONS, of="openvino")
 
 
 def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:

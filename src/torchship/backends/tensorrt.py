@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torchship.errors import BadConfig, BuildFailed, Unavailable, WrongMachine
+from torchship.errors import BuildFailed, Unavailable, WrongMachine
 from torchship.hardware import Hardware
 from torchship.lowering import torch_stage
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
 from torchship.plugins import missing
-from torchship.recipe import Options, Recipe
+from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Axis, Free, Signature, TensorSpec
 
@@ -31,7 +31,7 @@ LAYERS = "layers.json"
 _MODULES = ("tensorrt", "tensorrt_rtx_bindings")
 _PIP = "tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
 _RTX_CARDS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_PRECISIONS = ("fp16", "fp32", "bf16", "int8")
 _CEILING = 512
 
 
@@ -60,9 +60,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     Options: precision fp32 | fp16 | bf16 | int8, keep and modules for fp16 and bf16, those of `lowering.onnx_int8` for
     int8, and workspace (bytes it may use while it tries kernels). Raises BuildFailed or BadConfig.
     """
-    precision = str(options.get("precision", "fp16"))
-    if precision not in _PRECISIONS:
-        raise BadConfig(f"tensorrt: precision {precision!r} is unknown", hint=f"use one of {', '.join(_PRECISIONS)}")
+    precision = choice(options, "precision", _PRECISIONS, of="tensorrt")
     if not _module():
         raise BuildFailed("neither tensorrt nor TensorRT-RTX is installed", hint=f"pip install {_PIP}")
     with tempfile.TemporaryDirectory(prefix="torchship-tensorrt-") as folder:

@@ -6,10 +6,9 @@ import copy
 import warnings
 from pathlib import Path
 
-from torchship.errors import BuildFailed, CorruptArtifact
+from torchship.errors import BuildFailed
 from torchship.hardware import Hardware
 from torchship.lowering import program, script, torch_stage
-from torchship.lowering.safety import refuse_code_in_script
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
 from torchship.plugins import missing
@@ -58,16 +57,6 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Load the script. Raises UnsafeArtifact, CorruptArtifact or Unavailable."""
-    import torch
-
     device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
-    refuse_code_in_script(path / FILE)
-    program.register_operators(path / FILE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            module = torch.jit.load(str(path / FILE), map_location=device)  # type: ignore[no-untyped-call]
-        except RuntimeError as fault:
-            raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
-    return TorchStage(module, signature=signature, device=device)
+    return TorchStage(script.load(path / FILE, device=device), signature=signature, device=device)

@@ -24,7 +24,7 @@ from torchship.lowering import onnx_graph, paths, ranges
 from torchship.lowering.program import one_line, quiet
 from torchship.lowering.ranges import ObservedRange, kept_per_batch
 from torchship.model import Model
-from torchship.recipe import Options
+from torchship.recipe import Options, choice
 from torchship.tensors import Signature, Tensors
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _BIASED = ("Conv", "Gemm", "MatMul")
 _ROWS_AT_ONCE = 4
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-_OPS = {"heavy": HEAVY, "light": (*HEAVY, "Add", "MaxPool", "GlobalAveragePool", "ReduceMean"), "all": ()}
+_OPS = {"all": (), "heavy": HEAVY, "light": (*HEAVY, "Add", "MaxPool", "GlobalAveragePool", "ReduceMean")}
 
 
 def quantize(model: Model, path: Path, *, options: Options, signed: bool = False) -> None:
@@ -112,10 +112,7 @@ def quantize_dynamic(model: Model, path: Path, *, options: Options) -> None:
 
 
 def _kinds(options: Options) -> list[str]:
-    word = str(options.get("ops", "all"))
-    if word not in _OPS:
-        raise BadConfig(f"ops {word!r} is unknown", hint=f"use one of {', '.join(_OPS)}")
-    return list(_OPS[word])
+    return list(_OPS[choice(options, "ops", tuple(_OPS), of="int8")])
 
 
 def excluded(graph: Any, options: Options, *, module: torch.nn.Module) -> list[str]:

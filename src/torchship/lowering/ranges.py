@@ -92,14 +92,6 @@ def _by_error(values: Floats, low: float, high: float) -> tuple[float, float]:
     return best
 
 
-def rounding_error(values: Floats, low: float, high: float) -> float:
-    """The mean squared error of `values` in 256 levels between `low` and `high`."""
-    scale = (high - low) / (_LEVELS - 1)
-    zero = round(-low / scale)
-    levels = np.clip(np.rint(values / scale) + zero, 0, _LEVELS - 1)
-    return float(np.mean(np.square((levels - zero) * scale - values)))
-
-
 def _by_entropy(values: Floats, low: float, high: float) -> tuple[float, float]:
     # zeros are exact at any scale, and a ReLU makes so many that they would outweigh everything else
     counts, edges = np.histogram(values[values != 0], bins=_BINS, range=(low, high))

@@ -7,8 +7,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchship.errors import BuildFailed
+from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.lowering import program
+from torchship.lowering.safety import refuse_code_in_script
 from torchship.model import Model
 from torchship.tensors import Free, Tensors
 
@@ -110,3 +111,17 @@ def holding_script(model: Model) -> Any:
         if not isinstance(inner, torch.nn.Module):
             return torch.jit.script(flat)
         return copy.deepcopy(flat, {id(inner): torch.jit.script(inner)}).eval()
+
+
+def load(path: Path, *, device: str = "cpu") -> torch.nn.Module:
+    """The TorchScript in a file. Raises UnsafeArtifact, CorruptArtifact or Unavailable."""
+    import torch
+
+    refuse_code_in_script(path)
+    program.register_operators(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.jit.load(str(path), map_location=device)  # type: ignore[no-any-return,no-untyped-call]
+        except RuntimeError as fault:
+            raise CorruptArtifact(f"{path.name} cannot be loaded: {program.one_line(fault)}") from fault

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchship import hardware
-from torchship.errors import BadConfig, Unavailable
+from torchship.errors import Unavailable
 from torchship.model import Model, to_numpy, to_torch
-from torchship.recipe import Options
+from torchship.recipe import Options, choice
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Free, Signature, Tensors, numpy_dtype
 
@@ -152,9 +152,7 @@ def shaped(model: Model, options: Options) -> Model:
     """
     from torchship.lowering import paths, variants
 
-    precision = str(options.get("precision", "fp32"))
-    if precision not in PRECISIONS:
-        raise BadConfig(f"precision {precision!r} is unknown here", hint=f"use one of {', '.join(PRECISIONS)}")
+    precision = choice(options, "precision", PRECISIONS, of="torch")
     if options.get("channels_last"):
         model = variants.channels_last(model)
     keep = paths.rules(options, narrow=(precision,), key="keep", module=model.module)

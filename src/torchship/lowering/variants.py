@@ -54,8 +54,8 @@ class Wrapped(torch.nn.Module):
         return found
 
 
-class _Autocast(Wrapped):
-    """Runs under autocast: each operator picks its own precision."""
+class _Narrowed(Wrapped):
+    """Runs in a narrower dtype: under autocast on `device`, or without one with all floating-point tensors cast."""
 
     def __init__(
         self, flat: torch.nn.Module, *, inputs: int, device: str, dtype: torch.dtype, outputs: Sequence[torch.dtype]
@@ -64,22 +64,11 @@ class _Autocast(Wrapped):
         self.device, self.dtype, self.outputs = device, dtype, tuple(outputs)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with torch.autocast(self.device, dtype=self.dtype):
-            answers = self.flat(*tensors)
-        return tuple(answer.to(dtype) for answer, dtype in zip(answers, self.outputs, strict=True))
-
-
-class _Cast(Wrapped):
-    """Weights and floating-point tensors in one narrower dtype throughout."""
-
-    def __init__(
-        self, flat: torch.nn.Module, *, inputs: int, dtype: torch.dtype, outputs: Sequence[torch.dtype]
-    ) -> None:
-        super().__init__(flat, inputs=inputs)
-        self.dtype, self.outputs = dtype, tuple(outputs)
-
-    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        answers = self.flat(*(_to(tensor, self.dtype) for tensor in tensors))
+        if self.device:
+            with torch.autocast(self.device, dtype=self.dtype):
+                answers = self.flat(*tensors)
+        else:
+            answers = self.flat(*(_to(tensor, self.dtype) for tensor in tensors))
         return tuple(answer.to(dtype) for answer, dtype in zip(answers, self.outputs, strict=True))
 
 
@@ -130,13 +119,10 @@ def in_precision(model: Model, precision: str, *, mode: str, device: str = "cpu"
     dtype = DTYPES[precision]
     flat = copy.deepcopy(model.module)
     outputs = [to_torch_dtype(spec.dtype) for spec in model.signature.outputs]
-    count = len(model.signature.inputs)
-    if mode == "cast":
-        flat = flat.to(dtype)
-        keep_float(flat, keep, device=device, back=dtype)
-        return replace(model, module=_Cast(flat, inputs=count, dtype=dtype, outputs=outputs).eval())
-    keep_float(flat, keep, device=device, back=None)
-    return replace(model, module=_Autocast(flat, inputs=count, device=device, dtype=dtype, outputs=outputs).eval())
+    cast = mode == "cast"
+    keep_float(flat.to(dtype) if cast else flat, keep, device=device, back=dtype if cast else None)
+    settings: dict[str, Any] = {"inputs": len(model.signature.inputs), "dtype": dtype, "outputs": outputs}
+    return replace(model, module=_Narrowed(flat, device="" if cast else device, **settings).eval())
 
 
 def channels_last(model: Model) -> Model:

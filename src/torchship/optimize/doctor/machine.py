@@ -78,6 +78,10 @@ def _advice(facts: list[Fact], packages: Mapping[str, str]) -> list[str]:
     return advice
 
 
+def _judged(name: str, value: str, trouble: bool, advice: str) -> Fact:
+    return Fact(name, value, "warn", advice) if trouble else Fact(name, value)
+
+
 def _cores(hardware: Hardware) -> Iterator[Fact]:
     logical = os.cpu_count() or hardware.cores
     physical = psutil.cpu_count(logical=False) or logical
@@ -86,16 +90,13 @@ def _cores(hardware: Hardware) -> Iterator[Fact]:
     text = f"{hardware.cores} usable of {logical} logical, {physical} physical"
     if len(pinned) < logical:
         text += f"; pinned to {_ranges(pinned)}"
-    granted = quota()
-    if granted is not None and granted < len(pinned):
-        threads = max(1, int(granted))
-        advice = (
-            f"the control group grants {granted:g} of {len(pinned)} cores: torchship runs with --threads {threads}, "
-            f"for other programs export OMP_NUM_THREADS={threads}"
-        )
-        yield Fact("cores", f"{text}; quota {granted:g}", "warn", advice)
-    else:
-        yield Fact("cores", text)
+    granted = quota() or len(pinned)
+    short, threads = granted < len(pinned), max(1, int(granted))
+    advice = (
+        f"the control group grants {granted:g} of {len(pinned)} cores: torchship runs with --threads {threads}, "
+        f"for other programs export OMP_NUM_THREADS={threads}"
+    )
+    yield _judged("cores", f"{text}; quota {granted:g}" if short else text, short, advice)
     for gpu in hardware.gpus:
         detail = f"{gpu.memory / _GIB:.0f} GiB, compute capability {gpu.capability}, driver {gpu.driver}"
         yield Fact("gpu", f"{gpu.name}, {detail}")
@@ -118,30 +119,21 @@ def _threads(hardware: Hardware) -> Iterator[Fact]:
     given = {name: os.environ[name] for name in THREAD_VARIABLES if os.environ.get(name)}
     over = [name for name, value in given.items() if value.isdigit() and int(value) > hardware.cores]
     text = ", ".join(f"{name}={value}" for name, value in given.items()) or f"libraries' choice ({hardware.cores})"
-    if over:
-        advice = f"more threads than cores make models much slower: export {over[0]}={hardware.cores}"
-        yield Fact("threads", text, "warn", advice)
-    else:
-        yield Fact("threads", text)
+    advice = f"more threads than cores make models much slower: export {(over or [''])[0]}={hardware.cores}"
+    yield _judged("threads", text, bool(over), advice)
 
 
 def _load(hardware: Hardware) -> Iterator[Fact]:
     load = os.getloadavg()[0]
-    if load > hardware.cores / 2:
-        yield Fact("load", f"{load:.1f} in the last minute", "warn", "the machine is busy: timings taken now are noisy")
-    else:
-        yield Fact("load", f"{load:.1f} in the last minute")
+    advice = "the machine is busy: timings taken now are noisy"
+    yield _judged("load", f"{load:.1f} in the last minute", load > hardware.cores / 2, advice)
 
 
 def _memory(hardware: Hardware) -> Iterator[Fact]:
     free = free_memory()
     text = f"{hardware.memory / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free"
-    if free < 2 * _GIB:
-        yield Fact(
-            "memory", text, "warn", "a search keeps torch in memory (0.5 GiB and more a trial): free at least 2 GiB"
-        )
-    else:
-        yield Fact("memory", text)
+    advice = "a search keeps torch in memory (0.5 GiB and more a trial): free at least 2 GiB"
+    yield _judged("memory", text, free < 2 * _GIB, advice)
 
 
 def _shared_memory(hardware: Hardware) -> Iterator[Fact]:
@@ -151,11 +143,8 @@ def _shared_memory(hardware: Hardware) -> Iterator[Fact]:
         yield Fact(_SHM, "not there", "bad", f"mount a tmpfs on {_SHM}: the server passes tensors through it")
         return
     text = f"{usage.total / _GIB:.2f} GiB, {usage.free / _GIB:.2f} GiB free"
-    if usage.free < _SMALL_SHM:
-        advice = f"{_SHM} is small: a full one kills with a bus error; docker run --shm-size=1g (or --ipc=host)"
-        yield Fact(_SHM, text, "warn", advice)
-    else:
-        yield Fact(_SHM, text)
+    advice = f"{_SHM} is small: a full one kills with a bus error; docker run --shm-size=1g (or --ipc=host)"
+    yield _judged(_SHM, text, usage.free < _SMALL_SHM, advice)
 
 
 def _files(hardware: Hardware) -> Iterator[Fact]:
@@ -163,21 +152,12 @@ def _files(hardware: Hardware) -> Iterator[Fact]:
     import tempfile
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 1024:
-        yield Fact(
-            "open files", str(soft), "warn", f"a server needs a file for each connection: ulimit -n {min(hard, 65536)}"
-        )
-    else:
-        yield Fact("open files", str(soft))
+    advice = f"a server needs a file for each connection: ulimit -n {min(hard, 65536)}"
+    yield _judged("open files", str(soft), soft < 1024, advice)
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    level: Level = "warn" if free < 5 * _GIB else "ok"
-    yield Fact(
-        f"disk {folder}",
-        f"{free / _GIB:.0f} GiB free",
-        level,
-        "trials write models there: free 5 GiB" if level == "warn" else "",
-    )
+    advice = "trials write models there: free 5 GiB"
+    yield _judged(f"disk {folder}", f"{free / _GIB:.0f} GiB free", free < 5 * _GIB, advice)
 
 
 def _tools(hardware: Hardware) -> Iterator[Fact]:
@@ -186,7 +166,5 @@ def _tools(hardware: Hardware) -> Iterator[Fact]:
         "python", f"{platform.python_version()} on {platform.system()} {platform.release()}, {libc} {number}".strip()
     )
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
-    if compiler:
-        yield Fact("c++ compiler", str(shutil.which(compiler)))
-    else:
-        yield Fact("c++ compiler", "none", "warn", "inductor and aoti compile C++: apt install g++")
+    advice = "inductor and aoti compile C++: apt install g++"
+    yield _judged("c++ compiler", str(shutil.which(compiler)) if compiler else "none", not compiler, advice)
