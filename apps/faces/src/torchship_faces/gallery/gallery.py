@@ -2,13 +2,14 @@
 
 Every process that opens the folder may read and write it: writers take turns by a file lock, readers follow the log.
 An enrolment is acknowledged when its record is on disk. What is forgotten is gone from disk after `compact`.
+A backup may be copied over the folder while it is open: who holds it notices, and reads anew.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,15 +21,16 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchship.errors import BadInput, Denied, NotFound
-from torchship_faces.gallery import pictures, records, snapshot
+from torchship.errors import BadInput, CorruptArtifact, Denied, NotFound, Unavailable
+from torchship_faces.gallery import names, pictures, records, snapshot
 from torchship_faces.gallery.finder import EXACT_BELOW, Finder, Hit
-from torchship_faces.gallery.records import Forget, Put, Record, Template
-from torchship_faces.gallery.state import Person, State
+from torchship_faces.gallery.records import ForgetRecord, Put, Record, Template
+from torchship_faces.gallery.state import Person, Rows, State
 
-_PERSON = re.compile(r"[\w][\w .@+\-]{0,199}")
 _T = TypeVar("_T")
 _LOG_FLOOR = 64 << 20
+_ROOM_AGAIN = 60.0  # seconds until a compaction that found no room is tried again
+_log = logging.getLogger("torchship")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +64,28 @@ class Gallery:
         Raises NotFound, CorruptArtifact, and Denied when the gallery holds vectors of another model.
         """
         self.root = Path(root)
+        self._turn = self._log = -1
+        self._compact_at = 0.0
         self._exact_below, self._threads = exact_below, threads
         self._state_lock, self._writer_lock = RLock(), Lock()
-        if create:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        elif not (self.root / snapshot.MANIFEST).exists():
-            snapshot.read_manifest(self.root)
-        self._turn = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._log = -1
         self._finder: Finder | None = None
         try:
+            if create:
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            elif not (self.root / snapshot.MANIFEST).exists():
+                snapshot.read_manifest(self.root)
             with self._exclusive():
                 if not (self.root / snapshot.MANIFEST).exists():
                     snapshot.begin(self.root, model=model, width=width)
                 self._reload()
                 snapshot.sweep(self.root, self._manifest)
             self._check_model(model, width)
+        except OSError as fault:
+            self.close()
+            raise Unavailable(
+                f"the gallery {self.root} cannot be opened: {fault.strerror}",
+                hint="look at the rights and the disk",
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -115,24 +123,35 @@ class Gallery:
 
     def _reload(self) -> None:
         for attempt in range(20):
-            manifest = snapshot.read_manifest(self.root)
+            log = -1
             try:
+                seen, manifest = self._stamp(), snapshot.read_manifest(self.root)
                 log = os.open(self.root / manifest.log, os.O_RDWR | os.O_CLOEXEC)
+                records.check(os.pread(log, records.HEAD, 0), path=self.root / manifest.log)
                 state, packed = snapshot.load(self.root, manifest)
                 break
-            except FileNotFoundError:  # another process has just moved on to a newer snapshot
-                if attempt == 19:
+            except (FileNotFoundError, CorruptArtifact) as fault:  # a newer snapshot, or a backup, is just taking over
+                if log >= 0:
+                    os.close(log)
+                if attempt < 19:
+                    time.sleep(0.01)
+                elif isinstance(fault, CorruptArtifact):
                     raise
-                time.sleep(0.01)
-        records.check(os.pread(log, records.HEAD, 0), path=self.root / manifest.log)
+                else:
+                    raise CorruptArtifact(
+                        f"{self.root}: {Path(fault.filename).name} is missing", hint="restore it from an export"
+                    ) from None
         finder = Finder(state, exact_below=self._exact_below, threads=self._threads, packed=packed)
-        self._take_over(finder, manifest, log)
+        self._take_over(finder, manifest, log, seen)
         self._follow()
 
-    def _take_over(self, finder: Finder, manifest: snapshot.Manifest, log: int) -> None:
+    def _take_over(self, finder: Finder, manifest: snapshot.GalleryManifest, log: int, seen: tuple[int, int]) -> None:
         old_log = self._log
-        self._finder, self._manifest, self._log, self._end = finder, manifest, log, records.HEAD
-        self._seen = self._stamp()  # the old index is not closed: a search may still be using it
+        self._finder, self._manifest, self._log = finder, manifest, log
+        self._begin, self._end = 0, records.HEAD  # where the last thing that was read of the log begins, and ends
+        self._mark = os.pread(log, records.HEAD, 0)
+        self._log_seen = self._log_stamp()
+        self._seen = seen  # the old index is not closed: a search may still be using it
         if old_log >= 0:
             os.close(old_log)
 
@@ -140,22 +159,45 @@ class Gallery:
         found = os.stat(self.root / snapshot.MANIFEST)
         return found.st_ino, found.st_mtime_ns
 
+    def _log_stamp(self) -> tuple[int, int, int]:
+        found = os.stat(self.root / self._manifest.log)
+        return found.st_ino, found.st_size, found.st_ctime_ns
+
     def _current(self) -> Finder:
-        """The index, after taking in what other processes wrote."""
+        """The index, after taking in what other processes wrote, or what a backup put in their place."""
         with self._state_lock:
             if self._finder is None:
                 raise NotFound(f"the gallery {self.root} is closed")
-            if self._stamp() != self._seen:
+            try:
+                if self._stamp() != self._seen:
+                    self._reload()
+                elif (found := self._log_stamp()) != self._log_seen:
+                    if self._was_replaced():
+                        self._reload()
+                    else:
+                        self._log_seen = found
+                        self._follow()
+            except FileNotFoundError:  # in the middle of a restore
                 self._reload()
-            elif os.fstat(self._log).st_size > self._end:
-                self._follow()
             return self._finder
+
+    def _was_replaced(self) -> bool:
+        """Whether the log is another one than the one that was read: elsewhere, or with another record at its end."""
+        here = os.fstat(self._log)
+        there = os.stat(self.root / self._manifest.log)
+        same = (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino) and here.st_size >= self._end
+        return not same or os.pread(self._log, len(self._mark), self._begin) != self._mark
 
     def _follow(self) -> None:
         found = list(records.read(self._log, start=self._end, path=self.root / self._manifest.log))
         if found:
             self._apply([record for record, _ in found])
-            self._end = found[-1][1]
+            ends = [self._end, *(end for _, end in found)]
+            self._remember(ends[-2], ends[-1])
+
+    def _remember(self, begin: int, end: int) -> None:
+        self._begin, self._end = begin, end
+        self._mark = os.pread(self._log, records.FRAME, begin)
 
     def _apply(self, written: Sequence[Record]) -> None:
         assert self._finder is not None  # noqa: S101  # callers hold an open gallery
@@ -168,21 +210,43 @@ class Gallery:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._writer_lock:
-            fcntl.flock(self._turn, fcntl.LOCK_EX)
+            self._take_turn()
             try:
                 yield
             finally:
                 if self._turn >= 0:
                     fcntl.flock(self._turn, fcntl.LOCK_UN)
 
+    def _take_turn(self) -> None:
+        """Lock the lock file that is there now: a restore may have put another in its place."""
+        path = self.root / "lock"
+        while True:
+            if self._turn < 0:
+                self._turn = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._turn, fcntl.LOCK_EX)
+            held = os.fstat(self._turn)
+            try:
+                there = os.stat(path)
+            except FileNotFoundError:
+                there = None
+            if there is not None and (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino):
+                return
+            os.close(self._turn)
+            self._turn = -1
+
     def _append(self, written: Sequence[Record]) -> None:
         """The caller holds the turn and is up to date: whatever lies behind the known end is a torn tail."""
-        if os.fstat(self._log).st_size > self._end:
-            os.ftruncate(self._log, self._end)
-        end = records.append(self._log, written, at=self._end)
+        at = self._end
+        if os.fstat(self._log).st_size > at:
+            os.ftruncate(self._log, at)
+        begin, end = records.append(self._log, written, at=at)
         with self._state_lock:
-            self._apply(written)
-            self._end = end
+            if self._end == at:
+                self._apply(written)
+                self._remember(begin, end)
+            else:
+                self._follow()  # a search in another thread has read some of it already
+            self._log_seen = self._log_stamp()
 
     def enrol(self, enrolments: Sequence[Enrolment]) -> list[list[int]]:
         """Add templates; on disk when this returns. The numbers of the new templates, for each enrolment.
@@ -190,68 +254,103 @@ class Gallery:
         Raises BadInput for vectors that are empty, of another width or not finite, and for odd names;
         Unavailable when the disk refuses. All enrolments of a call are taken, or none.
         """
-        units = [_unit(item, self.width) for item in enrolments]
+        units = [_checked(np.asarray(item.vectors, np.float32), self.width).astype("<f2") for item in enrolments]
+        called = [(names.checked_person(item.person), names.checked_groups(item.groups)) for item in enrolments]
         with self._exclusive():
-            serial = self._current().state.next_serial
-            kept = [[pictures.keep(self.root, face) for face in item.faces] for item in enrolments]
+            state = self._current().state
+            serial = state.next_serial
+            kept: list[list[bytes]] = []
             puts = []
-            for item, vectors, faces in zip(enrolments, units, kept, strict=True):
-                templates = tuple(
-                    Template(serial + row, vector.tobytes(), _at(item.qualities, row, 0.0), _at(faces, row, b""))
-                    for row, vector in enumerate(vectors)
-                )
-                serial += len(templates)
-                puts.append(Put(item.person, templates, item.groups, item.about, item.replace, time.time()))
-            self._append(puts)
+            dropped: set[bytes] = set()
+            try:
+                for item in enrolments:
+                    kept.append([])
+                    for face in item.faces:
+                        kept[-1].append(pictures.keep(self.root, face))
+                for item, (person, groups), vectors, faces in zip(enrolments, called, units, kept, strict=True):
+                    templates = tuple(
+                        Template(serial + row, vector.tobytes(), _at(item.qualities, row, 0.0), _at(faces, row, b""))
+                        for row, vector in enumerate(vectors)
+                    )
+                    serial += len(templates)
+                    known = state.people.find(person) or person
+                    puts.append(Put(known, templates, groups, item.about, item.replace, time.time()))
+                    if item.replace:
+                        dropped |= _faces(state, state.rows_of(known))
+                self._append(puts)
+            except BaseException:
+                new = {digest for faces in kept for digest in faces if digest}
+                pictures.remove(self.root, new.difference(state.pictures.values()))
+                raise
+            pictures.remove(self.root, dropped.difference(self._current().state.pictures.values() if dropped else ()))
             self._compact_if_due()
         return [[template.serial for template in put.templates] for put in puts]
 
-    def forget(self, person: str, *, serial: int = 0) -> int:
+    def forget(self, person: str, *, serial: int | None = None) -> int:
         """Drop a person, or one template; on disk when this returns. How many templates went.
 
         Raises NotFound. `compact` then removes the vectors from the disk; a kept face is removed at once.
         """
         with self._exclusive():
             state = self._current().state
-            rows = state.rows_of(person)
-            if serial:
-                rows = rows[state.serial.take(rows) == serial]
-            if person not in state.people.number or (serial and not len(rows)):
-                raise NotFound(f"the gallery holds no {f'template {serial} of ' if serial else ''}person {person!r}")
-            digests = [
-                state.pictures[number] for number in state.serial.take(rows).tolist() if number in state.pictures
-            ]
-            self._append([Forget(person, serial, time.time())])
-            still = set(state.pictures.values())
-            pictures.remove(self.root, [digest for digest in digests if digest not in still])
+            known = self._known(state, person)
+            rows = state.rows_of(known)
+            if serial is not None:
+                rows = rows[[number == serial for number in state.serial.take(rows).tolist()]]
+                if not len(rows):
+                    raise NotFound(f"the gallery holds no template {serial} of person {person!r}")
+            digests = _faces(state, rows)
+            self._append([ForgetRecord(known, serial or 0, time.time())])
+            pictures.remove(self.root, digests.difference(self._current().state.pictures.values()))
             self._compact_if_due()
             return len(rows)
 
     def compact(self) -> None:
-        """Write a snapshot of the living rows and start an empty log: the forgotten are gone from disk."""
+        """Write a snapshot of the living rows and start an empty log: the forgotten are gone from disk.
+
+        Raises Unavailable when the disk has no room for it; everything is then as it was.
+        """
         with self._exclusive():
             self._current()
             self._compact()
 
     def _compact_if_due(self) -> None:
+        """What was just written is on disk: that there is no room for a snapshot now is no fault of it."""
         assert self._finder is not None  # noqa: S101
         state = self._finder.state
         rows_on_disk = self._manifest.rows * self._manifest.width * 2
-        if self._end > max(_LOG_FLOOR, rows_on_disk // 2) or state.dead > max(10_000, len(state.alive) // 5):
+        due = self._end > max(_LOG_FLOOR, rows_on_disk // 2) or state.dead > max(10_000, len(state.alive) // 5)
+        if not due or time.monotonic() < self._compact_at:
+            return
+        try:
             self._compact()
+        except Unavailable as fault:
+            self._compact_at = time.monotonic() + _ROOM_AGAIN
+            _log.warning("%s; its log goes on growing meanwhile", fault)
 
     def _compact(self) -> None:
         """Searches go on with the old state meanwhile; other writers wait."""
         assert self._finder is not None  # noqa: S101
         old = self._finder
-        writer = snapshot.Writer(self.root)
-        state = writer.vectors(old.state)
-        packed = b"" if old.state.dead else old.packed()
-        finder = Finder(state, exact_below=self._exact_below, threads=self._threads, packed=packed)
-        manifest = writer.publish(state, packed=finder.packed(), model=self._manifest.model)
-        pictures.sweep(self.root, set(state.pictures.values()))
+        finder = None
+        try:
+            writer = snapshot.Writer(self.root)
+            state = writer.vectors(old.state)
+            packed = b"" if old.state.dead else old.packed()
+            finder = Finder(state, exact_below=self._exact_below, threads=self._threads, packed=packed)
+            manifest = writer.publish(state, packed=finder.packed(), model=self._manifest.model)
+            log = os.open(self.root / manifest.log, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as fault:
+            if finder is not None:
+                finder.close()
+            snapshot.sweep(self.root, snapshot.read_manifest(self.root))
+            raise Unavailable(
+                f"the gallery {self.root} could not be compacted: {fault.strerror}",
+                hint="nothing is lost; make room and try again",
+            ) from None
         with self._state_lock:
-            self._take_over(finder, manifest, os.open(self.root / manifest.log, os.O_RDWR | os.O_CLOEXEC))
+            self._take_over(finder, manifest, log, self._stamp())
+        pictures.sweep(self.root, set(state.pictures.values()))
 
     # -- reading
 
@@ -260,14 +359,22 @@ class Gallery:
     ) -> list[list[Hit]]:
         """For each vector (n, width) the `count` most similar persons (cosine), best first. Raises BadInput."""
         unit = _checked(np.asarray(vectors, np.float32), self.width)
+        group = names.composed(group)
         return self._current().nearest(unit, count=count, group=group, exact=exact, effort=effort)
 
     def person(self, person: str) -> Person:
         """Raises NotFound."""
         state = self._current().state
-        if person not in state.people.number:
+        known = self._known(state, person)
+        return state.about(known, state.rows_of(known))
+
+    @staticmethod
+    def _known(state: State, person: str) -> str:
+        """The name under which a person is kept. Raises NotFound."""
+        found = state.people.find(person)
+        if found is None:
             raise NotFound(f"the gallery holds no person {person!r}")
-        return state.about(person, state.rows_of(person))
+        return found
 
     def still(self) -> State:
         """What the gallery holds now, for reading all of it: its rows stay where they are, whatever happens after."""
@@ -276,11 +383,12 @@ class Gallery:
     def page(self, *, after: str = "", limit: int = 100, group: str = "") -> list[str]:
         """Up to `limit` persons in the order they came, behind `after`. Raises NotFound for an unknown `after`."""
         people = self._current().state.people
-        if after and after not in people.number:
+        last = people.find(after)
+        if after and last is None:
             raise NotFound(f"the gallery holds no person {after!r}", hint="begin again at the first page")
         found: list[str] = []
-        members = people.members(group) if group else None
-        for number in people.after(people.number[after] if after else -1):
+        members = people.members(names.composed(group)) if group else None
+        for number in people.after(-1 if last is None else people.number[last]):
             if members is None or (number < len(members) and members[number]):
                 found.append(people.ids[number])
             if len(found) == limit:
@@ -293,14 +401,14 @@ class Gallery:
         return len(state.people.number), len(state)
 
     def vectors_of(self, person: str) -> NDArray[np.float32]:
-        """The vectors of a person, shape (n, width)."""
+        """The vectors of a person, shape (n, width); none for one who is not there."""
         state = self.still()
-        return state.vectors.take(state.rows_of(person)).astype(np.float32)
+        return state.vectors.take(state.rows_of(state.people.find(person) or "")).astype(np.float32)
 
     def faces_of(self, person: str) -> dict[int, bytes]:
         """The kept faces (JPEG) of a person by template number."""
         state = self.still()
-        serials = state.serial.take(state.rows_of(person)).tolist()
+        serials = state.serial.take(state.rows_of(state.people.find(person) or "")).tolist()
         return {n: pictures.read(self.root, state.pictures[n]) for n in serials if n in state.pictures}
 
     def recall(self, *, queries: int = 200, similarity: float = 0.6, effort: int = 256, seed: int = 0) -> float:
@@ -340,15 +448,10 @@ def _checked(vectors: NDArray[np.float32], width: int) -> NDArray[np.float32]:
     return unit
 
 
-def _unit(item: Enrolment, width: int) -> NDArray[np.float16]:
-    if not _PERSON.fullmatch(item.person):
-        raise BadInput(
-            f"{item.person!r} cannot be the name of a person",
-            hint="use 1 to 200 letters, digits, spaces and . _ @ + -, beginning with a letter or digit",
-        )
-    if not all(_PERSON.fullmatch(group) for group in item.groups):
-        raise BadInput(f"odd group name in {list(item.groups)}", hint="group names follow the rules of person names")
-    return _checked(np.asarray(item.vectors, np.float32), width).astype("<f2")
+def _faces(state: State, rows: Rows) -> set[bytes]:
+    """The digests of the faces that are kept for these rows."""
+    serials = state.serial.take(rows).tolist()
+    return {state.pictures[serial] for serial in serials if serial in state.pictures}
 
 
 def _at(values: Sequence[_T], row: int, default: _T) -> _T:

@@ -8,25 +8,31 @@ import secrets
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from torchship.errors import NotFound
+from torchship.errors import NotFound, Unavailable
 
 _FOLDER = "faces"
 
 
 def keep(root: Path, face: bytes) -> bytes:
-    """Write a face and see it onto the disk; its digest, or nothing for an empty one."""
+    """Write a face and see it onto the disk; its digest, or nothing for an empty one. Raises Unavailable."""
     if not face:
         return b""
     digest = hashlib.sha256(face).digest()
     path = _path(root, digest)
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_name(f".{secrets.token_hex(6)}")
-        with temporary.open("wb") as file:
-            file.write(face)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(face)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except OSError as fault:
+            temporary.unlink(missing_ok=True)
+            raise Unavailable(
+                f"a face could not be kept: {fault.strerror}", hint="nothing was enrolled; make room and try again"
+            ) from None
     return digest
 
 

@@ -22,7 +22,7 @@ _MAGIC = b"TSGALLOG"
 _FORMAT = 1
 _START = struct.Struct("<8sII")
 _FRAME = struct.Struct("<III")
-HEAD = _START.size
+HEAD, FRAME = _START.size, _FRAME.size
 _LARGEST = 1 << 28
 
 
@@ -46,15 +46,15 @@ class Put(msgspec.Struct, frozen=True, array_like=True, tag="put"):
     at: float = 0.0
 
 
-class Forget(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
-    """Drop one template of a person, or the person (`serial` 0)."""
+class ForgetRecord(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
+    """Drop one template of a person, or the person (`serial` 0, which no template has)."""
 
     person: str
     serial: int = 0
     at: float = 0.0
 
 
-Record = Put | Forget
+Record = Put | ForgetRecord
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Record).decode
 
@@ -82,12 +82,13 @@ def frame(record: Record) -> bytes:
     return head + zlib.crc32(head).to_bytes(4, "little") + payload
 
 
-def append(file: int, records: Sequence[Record], *, at: int) -> int:
-    """Write records at offset `at` and wait for the disk; the new end. All of them count, or none.
+def append(file: int, records: Sequence[Record], *, at: int) -> tuple[int, int]:
+    """Write records at offset `at` and wait for the disk; where the last one begins and ends. All count, or none.
 
     Raises Unavailable when the disk refuses them; the log is then as it was.
     """
-    data = b"".join(map(frame, records))
+    frames = [frame(record) for record in records]
+    data = b"".join(frames)
     try:
         written = 0
         while written < len(data):
@@ -101,7 +102,8 @@ def append(file: int, records: Sequence[Record], *, at: int) -> int:
         raise Unavailable(
             f"the gallery could not be written: {fault.strerror}", hint="nothing was enrolled; make room and try again"
         ) from None
-    return at + len(data)
+    end = at + len(data)
+    return (end - len(frames[-1]) if frames else at), end
 
 
 def read(file: int, *, start: int, path: Path) -> Iterator[tuple[Record, int]]:

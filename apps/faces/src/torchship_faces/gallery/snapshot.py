@@ -32,7 +32,7 @@ class FileMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crc32: int
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GalleryManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a gallery is: the embedding model's hash, the vectors' width, and where its state lies."""
 
     format: int
@@ -55,10 +55,10 @@ class _Page(msgspec.Struct, array_like=True):
     pictures: dict[int, bytes]
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path) -> GalleryManifest:
     """Raises NotFound where there is no gallery, CorruptArtifact where its manifest cannot be read."""
     try:
-        found = msgspec.json.decode((root / MANIFEST).read_bytes(), type=Manifest)
+        found = msgspec.json.decode((root / MANIFEST).read_bytes(), type=GalleryManifest)
     except FileNotFoundError:
         raise NotFound(f"there is no gallery in {root}", hint="enrol someone first, or name another folder") from None
     except msgspec.MsgspecError as fault:
@@ -68,7 +68,7 @@ def read_manifest(root: Path) -> Manifest:
     return found
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
+def write_manifest(root: Path, manifest: GalleryManifest) -> None:
     """Swap the manifest in one step, on disk when this returns."""
     temporary = root / f".{MANIFEST}.{secrets.token_hex(4)}"
     with temporary.open("wb") as file:
@@ -79,11 +79,11 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     sync_folder(root)
 
 
-def begin(root: Path, *, model: str, width: int) -> Manifest:
+def begin(root: Path, *, model: str, width: int) -> GalleryManifest:
     """Make an empty gallery in `root`."""
     log = _name("log")
     records.create(root / log)
-    manifest = Manifest(_FORMAT, model, width, log)
+    manifest = GalleryManifest(_FORMAT, model, width, log)
     write_manifest(root, manifest)
     return manifest
 
@@ -97,7 +97,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load(root: Path, manifest: Manifest, *, verify: bool = False) -> tuple[State, bytes]:
+def load(root: Path, manifest: GalleryManifest, *, verify: bool = False) -> tuple[State, bytes]:
     """The state of the snapshot, its vectors mapped, and the packed codes that lay beside it.
 
     The sizes of all files and the checksums of all but the vectors are checked; `verify` checks the vectors too.
@@ -172,7 +172,7 @@ class Writer:
         state.next_serial = old.next_serial
         return state
 
-    def publish(self, state: State, *, packed: bytes, model: str) -> Manifest:
+    def publish(self, state: State, *, packed: bytes, model: str) -> GalleryManifest:
         """Write the rest and swap the manifest; the files that nobody needs any more are gone afterwards."""
         people = state.people
         page = _Page(people.ids, people.set_numbers().tobytes(), people.group_sets, people.about, state.pictures)
@@ -186,7 +186,9 @@ class Writer:
         records.create(self._root / log)
         self._folder.rename(self._root / name)
         sync_folder(self._root)
-        manifest = Manifest(_FORMAT, model, state.width, log, name, len(state.alive), state.next_serial, self._files)
+        manifest = GalleryManifest(
+            _FORMAT, model, state.width, log, name, len(state.alive), state.next_serial, self._files
+        )
         write_manifest(self._root, manifest)
         sweep(self._root, manifest)
         return manifest
@@ -199,7 +201,7 @@ class Writer:
         self._files[name] = FileMark(len(data), zlib.crc32(data))
 
 
-def sweep(root: Path, manifest: Manifest) -> None:
+def sweep(root: Path, manifest: GalleryManifest) -> None:
     """Remove what an older state, or a writer that died, left behind. Only the writer may do this."""
     for found in root.iterdir():
         name = found.name.removeprefix(".")

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchship_faces.gallery import names
 from torchship_faces.gallery.columns import Column
-from torchship_faces.gallery.records import Forget, Record, Template
+from torchship_faces.gallery.records import ForgetRecord, Record, Template
 
 Rows = NDArray[np.int64]
 
@@ -25,6 +26,10 @@ class People:
         self.about: dict[int, dict[str, str]] = {}
         self._set_number: dict[tuple[str, ...], int] = {(): 0}
         self._set = Column(np.int32)
+
+    def find(self, person: str) -> str | None:
+        """The name under which a person is known, whether asked for composed or decomposed."""
+        return next((name for name in (person, names.composed(person)) if name in self.number), None)
 
     def meet(self, person: str) -> int:
         """The number of a person, a new one when unknown."""
@@ -109,11 +114,11 @@ class State:
 
     def apply(self, record: Record) -> int:
         """Take a record in; how many rows it adds."""
-        if isinstance(record, Forget):
+        if isinstance(record, ForgetRecord):
             self._forget(record)
             return 0
         if record.replace:
-            self._forget(Forget(record.person))
+            self._forget(ForgetRecord(record.person))
         number = self.people.meet(record.person)
         if record.groups or record.replace:
             self.people.join(number, record.groups)
@@ -135,7 +140,7 @@ class State:
         self.quality.append([template.quality for template in templates])
         self.alive.append([True] * len(templates))  # last: a row counts once everything else of it is there
 
-    def _forget(self, record: Forget) -> None:
+    def _forget(self, record: ForgetRecord) -> None:
         rows = self.rows_of(record.person)
         if record.serial:
             rows = rows[self.serial.take(rows) == record.serial]
