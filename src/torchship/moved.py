@@ -51,13 +51,14 @@ class MissingNames:
         if self._moved is None:
             from importlib.metadata import entry_points
 
-            self._moved = MovedNames({point.name: point.value for point in entry_points(group=_GROUP)})
+            claims = {point.name: point.value for point in entry_points(group=_GROUP)}
+            self._moved = MovedNames(dict(sorted(claims.items(), reverse=True)))  # a module before those above it
             sys.meta_path.insert(0, self._moved)
-        if any(old.startswith(f"{fullname}.") for old in self._moved.claims):  # a package above has gone as well
-            above = ModuleSpec(fullname, None, is_package=True)
-            above.submodule_search_locations = []
-            return above
-        return self._moved.find_spec(fullname)
+        found = self._moved.find_spec(fullname)
+        if found is None and any(old.startswith(f"{fullname}.") for old in self._moved.claims):
+            found = ModuleSpec(fullname, None, is_package=True)  # a package above a claimed module, gone as well
+            found.submodule_search_locations = []
+        return found
 
 
 class _Alias:

@@ -33,6 +33,7 @@ def application(tmp_path: Path) -> Path:
         "[torchship.moved]\n"
         "torchship.stages.weather = weather.forecast\n"
         "torchship.gone.since.then = weather.forecast.stages\n"
+        "torchship.stages.weather.old = weather.forecast.stages\n"
     )
     return tmp_path
 
@@ -52,13 +53,14 @@ def test_an_old_name_is_the_very_module_of_the_new_one(application: Path) -> Non
         "assert new.__spec__.name == new.__name__ == 'weather.forecast.stages'\n"
         "import weather.forecast, torchship.stages.weather as room; assert room is weather.forecast\n"
         "import torchship.gone.since.then as then; assert then is new\n"
+        "import torchship.stages.weather.old as one; assert one is new\n"
         "from torchship.stages import boxes; assert boxes.__name__ == 'torchship.stages.boxes'\n",
         path=application,
     )
     assert found.returncode == 0, found.stderr
     notes = found.stderr.splitlines()
     assert "torchship.stages.weather.stages has moved: write weather.forecast.stages" in notes
-    assert len(notes) == len(set(notes)) == 3  # each name is told once
+    assert len(notes) == len(set(notes)) == 4  # each name is told once
 
 
 def test_a_pipeline_that_says_the_old_name_runs(application: Path) -> None:

@@ -23,7 +23,7 @@ from torchship.optimize.places import innermost
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
 from torchship.stages import images
-from torchship.stages.picture import SUFFIXES
+from torchship.stages.picture import SUFFIXES, picture_files, read_file
 from torchship.tensors import Array, TensorSpec
 
 _MOST_PICTURES = 256
@@ -201,8 +201,7 @@ def pictures(folder: Path, *, specs: Sequence[TensorSpec]) -> Iterator[Array]:
             "--data: a folder of pictures needs one --input with a shape like FP32[-1,3,224,224]",
             hint="give a module:function that yields batches instead",
         ) from None
-    shown = (path for path in folder.rglob("*") if not path.name.startswith("."))  # ._x.jpg is a Mac's note on x.jpg
-    paths = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)[:_MOST_PICTURES]
+    paths = list(islice(picture_files(folder), _MOST_PICTURES))
     if not paths:
         raise NotFound(f"--data: no pictures in {folder}", hint=f"looked for {', '.join(SUFFIXES)}")
     return _rows(paths, read)
@@ -211,7 +210,7 @@ def pictures(folder: Path, *, specs: Sequence[TensorSpec]) -> Iterator[Array]:
 def _rows(paths: Sequence[Path], read: Callable[[bytes], Array]) -> Iterator[Array]:
     for path in paths:
         try:
-            yield read(path.read_bytes())
+            yield read(read_file(path))
         except BadInput as fault:
             logging.getLogger(__name__).warning("--data: %s is left out: %s", path, fault)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -43,6 +44,38 @@ class Limits:
 
     pixels: int = 64_000_000
     size: int = 32 * 2**20
+
+
+def picture_files(folder: Path, *, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """What is named like a picture below a folder, in the order of names: links are followed, hidden names left out.
+
+    A folder comes too where it cannot be read, links back to one `above` it (device and inode), or is named like a
+    picture and holds none: as a dangling link does, it says what is wrong when it is read.
+    """
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # ._x.jpg is a Mac's note
+        where = folder.stat()
+    except OSError:
+        yield folder
+        return
+    above |= {(where.st_dev, where.st_ino)}
+    for path in inside:
+        if path.is_dir():
+            there = path.stat()
+            below = [path] if (there.st_dev, there.st_ino) in above else list(picture_files(path, above=above))
+            yield from below or ([path] if path.suffix.lower() in SUFFIXES else [])
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that `picture_files` found. Raises BadInput."""
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder, not a picture", hint="a link to one above, or an empty one?") from None
+    except OSError as fault:
+        raise BadInput(f"{path}: {fault.strerror}", hint="is it a link to what is gone?") from None
 
 
 def decode(data: bytes, *, limits: Limits = Limits(), at_least: int = 0) -> Image.Image:

@@ -81,43 +81,38 @@ def prepare(*, model: str, store: str, quick: bool, again: bool, **given: Any) -
 @click.option("--discard-faces", is_flag=True, help="Keep no cut-out faces: the gallery cannot be re-embedded then.")
 @_JSON
 def enrol(*, folder: Path, gallery: str, model: str, store: str, min_score: float, as_json: bool, **given: Any) -> int:
-    """Enrol the pictures of FOLDER: person/*.jpg, or person.jpg, person2.jpg. Exit code 1 when one was refused."""
-    from torchship.errors import BadInput
+    """Enrol the pictures of FOLDER: person/*.jpg, or person.jpg, person2.jpg. Exit code 1 when one was refused.
+
+    A number at the end of a file's name does not count, so pictures that share the rest must look like one person.
+    """
+    import msgspec
+
     from torchship_faces.embedders import embedder
-    from torchship_faces.enrolment import examine
-    from torchship_faces.gallery.gallery import Enrolment
-    from torchship_faces.recognizer import Recognizer, open_gallery, pictures_of, read
+    from torchship_faces.enrolment import enrol_folder
+    from torchship_faces.recognizer import Recognizer, open_gallery
 
     chosen = embedder(model, gallery=gallery)
     recognizer, book = Recognizer(store, model=chosen), open_gallery(gallery, model=chosen)
-    fresh: set[str] = set()
     rows = []
-    for person, path in pictures_of(folder):
-        picture = read(path)
-        try:
-            face = examine(recognizer(picture, min_score=min_score), picture=b"" if given["discard_faces"] else picture)
-            item = Enrolment(
-                person=person,
-                vectors=face.embedding[None],
-                groups=given["groups"],
-                qualities=(face.grade,),
-                faces=(face.kept,) if face.kept else (),
-                replace=given["replace"] and person not in fresh,
-            )
-            book.enrol([item])
-            fresh.add(person)
-            rows.append({"person": person, "file": str(path), "quality": round(face.grade, 3), "refused": ""})
-        except BadInput as fault:
-            rows.append({"person": person, "file": str(path), "quality": 0.0, "refused": str(fault)})
+    for row in enrol_folder(
+        folder,
+        lambda picture: recognizer(picture, min_score=min_score),
+        book,
+        threshold=chosen.threshold,
+        groups=given["groups"],
+        replace=given["replace"],
+        keep_faces=not given["discard_faces"],
+    ):
+        rows.append(row)
+        what = f"refused: {row.refused}" if row.refused else f"enrolled, quality {row.quality:.2f}"
+        if not as_json:
+            click.echo(f"{row.person:20} {row.file}  {what}{'; ' if row.note else ''}{row.note}")
     people, templates = book.count()
-    refused = sum(bool(row["refused"]) for row in rows)
+    refused = sum(bool(row.refused) for row in rows)
     if as_json:
-        _print_json({"enrolled": rows, "people": people, "templates": templates})
-        return int(bool(refused))
-    for row in rows:
-        what = f"refused: {row['refused']}" if row["refused"] else f"enrolled, quality {row['quality']:.2f}"
-        click.echo(f"{row['person']:20} {row['file']}  {what}")
-    click.echo(f"{gallery}: {people} people, {templates} templates; {refused} of {len(rows)} pictures refused")
+        _print_json({"enrolled": msgspec.to_builtins(rows), "people": people, "templates": templates})
+    else:
+        click.echo(f"{gallery}: {people} people, {templates} templates; {refused} of {len(rows)} pictures refused")
     return int(bool(refused))
 
 
@@ -132,9 +127,8 @@ def enrol(*, folder: Path, gallery: str, model: str, store: str, min_score: floa
 @_JSON
 def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score: float, **given: Any) -> None:
     """Say who is in PICTURES; who is not in the gallery is unknown."""
-    from torchship_faces.drawing import draw
     from torchship_faces.embedders import embedder
-    from torchship_faces.recognizer import Recognizer, open_gallery, read
+    from torchship_faces.recognizer import Recognizer, draw, open_gallery, read
 
     book = open_gallery(gallery)
     recognizer = Recognizer(store, model=embedder(gallery=gallery))
@@ -250,16 +244,17 @@ def calibrate(*, folder: Path, model: str, store: str, fmr: float, plot: Path | 
     import numpy as np
 
     from torchship.errors import BadInput
+    from torchship.stages.picture import read_file
     from torchship_faces import calibrate as calibration
     from torchship_faces.embedders import embedder
-    from torchship_faces.enrolment import largest
-    from torchship_faces.recognizer import Recognizer, pictures_of, read
+    from torchship_faces.enrolment import largest, pictures_of
+    from torchship_faces.recognizer import Recognizer
 
     recognizer = Recognizer(store, model=embedder(model))
     vectors, persons, names = [], [], []
-    for person, path in pictures_of(folder):
+    for person, path, _ in pictures_of(folder):
         try:
-            found = recognizer(read(path))
+            found = recognizer(read_file(path))
             vectors.append(found["embedding"][largest(found, what=str(path))])
         except BadInput as fault:
             click.echo(f"{path}: left out: {fault}", err=True)

@@ -36,7 +36,7 @@ class DlibResnet(nn.Module):
             inputs, blocks = 32, []
             for outputs, count, halves in _LEVELS:
                 for block in range(count):
-                    blocks.append(Block(parts, inputs=inputs, outputs=outputs, halves=halves and not block))
+                    blocks.append(ResidualBlock(parts, inputs=inputs, outputs=outputs, halves=halves and not block))
                     inputs = outputs
             self.blocks = nn.Sequential(*blocks)
             self.last = nn.Parameter(torch.from_numpy(next(parts).reshape(inputs, WIDTH).T.copy()), requires_grad=False)
@@ -50,7 +50,7 @@ class DlibResnet(nn.Module):
         return fn.linear(self.blocks(x).mean((2, 3)), self.last)
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions and the way around them. dlib adds tensors of two sizes as if the smaller were zero outside."""
 
     def __init__(self, parts: Iterator[NDArray[np.float32]], *, inputs: int, outputs: int, halves: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import torchship
 from torchship.artifact import Artifact, Store, open_artifact
 from torchship.errors import BadInput, NotFound
+from torchship.stages.picture import picture_files, read_file
 from torchship.tensors import Array, Tensors
 from torchship_faces import Align, Find, Open, embedders, recipes, weights
 from torchship_faces.dlib_resnet import DlibResnet
@@ -25,7 +26,7 @@ _VARIANTS = 12
 Goal: TypeAlias = Literal["latency", "throughput", "size", "memory"]
 
 
-class Detector(nn.Module):
+class DetectorNet(nn.Module):
     """RetinaFace: canvas UINT8 [n, side, side, 3] RGB to loc [n, a, 4], face [n, a], landmarks [n, a, 10].
 
     `face` is a probability, the other two are relative to the anchors: `torchship_faces:Find` makes
@@ -46,7 +47,7 @@ class Detector(nn.Module):
         return {"loc": loc, "face": scores[..., 1], "landmarks": landmarks}
 
 
-class Embedder(nn.Module):
+class EmbedderNet(nn.Module):
     """Chips UINT8 [n, side, side, 3] RGB to unit vectors `embedding` [n, width], by whichever network is known."""
 
     def __init__(self, known: embedders.Embedder) -> None:
@@ -175,10 +176,10 @@ def _published(store: Store, model: embedders.Embedder) -> list[Artifact]:
     return [open_artifact(store.resolve(name), verify=False) for name in (recipes.DETECTOR, model.artifact)]
 
 
-def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[Detector, Embedder]:
+def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[DetectorNet, EmbedderNet]:
     """The detector, and the embedder `model`."""
     weights.fetch(model.weights, tell=tell)
-    return Detector(weights.fetch("retinaface", tell=tell)).eval(), Embedder(model).eval()
+    return DetectorNet(weights.fetch("retinaface", tell=tell)).eval(), EmbedderNet(model).eval()
 
 
 def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) -> tuple[Array, Array]:
@@ -189,9 +190,9 @@ def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) ->
     opened, find, align = Open(), Find(), Align(side=model.side, template=model.template)
     random = np.random.default_rng(0)
     canvases, chips = [], []
-    for data in _pictures(folder):
+    for path in picture_files(folder):
         try:
-            first = opened(np.array([data], np.object_))
+            first = opened(np.array([read_file(path)], np.object_))
         except BadInput:
             continue
         for variant in range(_VARIANTS):
@@ -205,12 +206,6 @@ def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) ->
     if not canvases:
         raise NotFound(f"no picture in {folder} shows a face", hint="give a folder of JPEG or PNG files with faces")
     return np.concatenate(canvases)[::2][:40], np.concatenate(chips)[:160]
-
-
-def _pictures(folder: Path) -> Iterator[bytes]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-            yield path.read_bytes()
 
 
 def _changed(opened: Open, pixels: Array, random: np.random.Generator) -> Sequence[Array]:

@@ -1,23 +1,25 @@
-"""Face recognition in this process, for the command line: pictures in, faces out."""
+"""Face recognition in this process, for the command line: pictures in, faces out, drawn where asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from torchship.artifact import Store
 from torchship.errors import BadInput, NotFound
 from torchship.pipeline import Composed, convert, plan
+from torchship.stages.picture import Limits, decode
 from torchship.tensors import Tensors
 from torchship_faces import recipes
 from torchship_faces.embedders import DEFAULT, Embedder, embedder
 from torchship_faces.gallery import snapshot
 from torchship_faces.gallery.gallery import Gallery
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_KNOWN, _UNKNOWN, _POINT = (46, 160, 67), (207, 34, 46), (255, 212, 0)
 
 
 class Recognizer:
@@ -54,21 +56,6 @@ def open_gallery(folder: str, *, model: Embedder | None = None) -> Gallery:
     return Gallery(Path(folder), model=manifest.model, width=manifest.width, create=False)
 
 
-def pictures_of(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Person and file: `folder/person/*.jpg`, or `folder/person.jpg` (a number at its end does not count).
-
-    Raises NotFound for a folder without pictures.
-    """
-    found = False
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
-            found = True
-            inside = path.relative_to(folder).parts
-            yield inside[0] if len(inside) > 1 else path.stem.rstrip("0123456789").rstrip("_- ") or path.stem, path
-    if not found:
-        raise NotFound(f"there are no pictures in {folder}", hint="one folder a person, or person.jpg, person2.jpg")
-
-
 def read(path: Path) -> bytes:
     """The bytes of a file. Raises NotFound, BadInput."""
     try:
@@ -77,3 +64,22 @@ def read(path: Path) -> bytes:
         raise NotFound(f"no file {path}") from None
     except OSError as fault:
         raise BadInput(f"{path}: {fault.strerror}") from None
+
+
+def draw(picture: bytes, found: Tensors, *, names: Sequence[str] = ()) -> Image.Image:
+    """The picture with boxes, points, and the name of each face (empty: unknown)."""
+    image = decode(picture, limits=Limits()).convert("RGB")
+    pen = ImageDraw.Draw(image)
+    width = max(2, min(image.size) // 250)
+    for row, (box, points) in enumerate(zip(found["box"], found["points"], strict=True)):
+        name = names[row] if row < len(names) else ""
+        colour = _KNOWN if name else _UNKNOWN
+        pen.rectangle([float(value) for value in box], outline=colour, width=width)
+        for x, y in points:
+            pen.ellipse((x - width, y - width, x + width, y + width), fill=_POINT)
+        size = 10 * width
+        place = (float(box[0]), max(0.0, float(box[1]) - size - width))
+        around = pen.textbbox(place, name or "unknown", font_size=size)
+        pen.rectangle((around[0] - width, around[1] - width, around[2] + width, around[3] + width), fill=colour)
+        pen.text(place, name or "unknown", fill=(255, 255, 255), font_size=size)
+    return image

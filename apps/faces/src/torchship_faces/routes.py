@@ -18,9 +18,10 @@ from torchship.stage import Parameter, Value
 from torchship.tensors import Tensors
 from torchship_faces import enrolment, recipes
 from torchship_faces.embedders import Embedder, embedder
+from torchship_faces.gallery import names
 from torchship_faces.gallery.gallery import Enrolment, Gallery
 from torchship_faces.quality import Gate
-from torchship_faces.uploads import Upload, read_upload
+from torchship_faces.uploads import Upload, group_names, read_upload
 
 _MOST_PICTURES = 32
 _THRESHOLD = Parameter("threshold", 0.0, -1.0, 1.0, "least cosine similarity to be one person")
@@ -177,13 +178,13 @@ class _People:
         await self._enrol(exchange, replace=False)
 
     async def _enrol(self, exchange: Exchange, *, replace: bool) -> None:
-        person = exchange.head.places["person"]
+        person = names.checked_person(exchange.head.places["person"])
         upload = read_upload(exchange)
         pictures = upload.images + [picture for picture in (upload.first, upload.second) if picture]
         if not 1 <= len(pictures) <= _MOST_PICTURES:
             raise BadInput(f"here are {len(pictures)} pictures, expected 1 to {_MOST_PICTURES}")
         values = self._pictures.values(exchange, upload, self._pictures.embed_model, also=("groups",))
-        groups = [word for word in str(values.pop("groups", "")).split(",") if word]
+        groups = group_names(str(values.pop("groups", "")))
         examined = await asyncio.gather(*(self._examine(picture, values) for picture in pictures))
         faces = [face for face in examined if isinstance(face, enrolment.Face)]
         refused = [
@@ -230,22 +231,24 @@ class _People:
         """Some of the people: `?limit=100&after=NAME&group=NAME`."""
         query = query_words(exchange.head)
         limit = query.get("limit", "100")
-        if not limit.isdigit() or not 1 <= int(limit) <= 1000:
+        if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= 1000):
             raise BadInput(f"limit is {limit[:20]!r}, expected 1 to 1000")
-        names = await asyncio.to_thread(
+        found = await asyncio.to_thread(
             self._book.page, after=query.get("after", ""), limit=int(limit), group=query.get("group", "")
         )
         people, templates = self._book.count()
-        following = names[-1] if len(names) == int(limit) else None
-        exchange.answer_json({"people": names, "next": following, "count": people, "templates": templates})
+        following = found[-1] if len(found) == int(limit) else None
+        exchange.answer_json({"people": found, "next": following, "count": people, "templates": templates})
 
     async def forget(self, exchange: Exchange) -> None:
         """Drop a person or one template; `?compact=true` also removes the vectors from the disk at once."""
         places = exchange.head.places
-        serial = places.get("template", "0")
-        if not serial.isdigit():
+        serial = places.get("template")
+        if serial is not None and not (serial.isascii() and serial.isdigit()):
             raise BadInput(f"{serial[:40]!r} is not the number of a template")
-        gone = await asyncio.to_thread(self._book.forget, places["person"], serial=int(serial))
+        gone = await asyncio.to_thread(
+            self._book.forget, places["person"], serial=None if serial is None else int(serial)
+        )
         if query_words(exchange.head).get("compact") == "true":
             await asyncio.to_thread(self._book.compact)
         exchange.answer_json({"person": places["person"], "forgotten": gone})

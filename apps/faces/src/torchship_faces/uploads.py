@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from typing import Any
 
 import msgspec
@@ -12,8 +15,24 @@ from torchship.serve.routes import Exchange, content_type, read_form, read_json
 _KINDS = "send the bytes of a picture (image/jpeg ...), multipart/form-data, or JSON with base64"
 
 
+_DATA_URL = re.compile(r"\s*data:[^,]{0,200};base64,", re.IGNORECASE)
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+class JsonUpload(msgspec.Struct):
+    """What JSON bodies may hold. Pictures are base64: see `picture_of`."""
+
+    image: str = ""
+    images: list[str] = []
+    first: str = ""
+    second: str = ""
+    groups: list[str] = []
+    about: dict[str, str] = {}
+    parameters: dict[str, Any] = {}
+
+
 class Upload(msgspec.Struct):
-    """What JSON bodies may hold. Pictures are base64."""
+    """What came with a request, whichever way."""
 
     image: bytes = b""
     images: list[bytes] = []
@@ -30,7 +49,7 @@ def read_upload(exchange: Exchange) -> Upload:
     if kind == "multipart/form-data":
         found = _form(read_form(exchange))
     elif kind == "application/json":
-        found = read_json(exchange, Upload)
+        found = _json(read_json(exchange, JsonUpload))
     elif body and (kind.startswith("image/") or kind in ("", "application/octet-stream")):
         found = Upload(image=body)
     elif not body:
@@ -42,6 +61,30 @@ def read_upload(exchange: Exchange) -> Upload:
     return found
 
 
+def _json(given: JsonUpload) -> Upload:
+    return Upload(
+        image=picture_of(given.image, where="$.image"),
+        images=[picture_of(text, where=f"$.images[{number}]") for number, text in enumerate(given.images)],
+        first=picture_of(given.first, where="$.first"),
+        second=picture_of(given.second, where="$.second"),
+        groups=given.groups,
+        about=given.about,
+        parameters=given.parameters,
+    )
+
+
+def picture_of(text: str, *, where: str) -> bytes:
+    """Bytes out of base64 (RFC 4648): with line ends, in the alphabet for URLs, without padding, or in a data: URL.
+
+    Raises BadInput naming the field and what is no base64 in it.
+    """
+    bare = "".join(text[found.end() if (found := _DATA_URL.match(text)) else 0 :].split()).translate(_URL_SAFE)
+    try:
+        return base64.b64decode(bare.rstrip("=") + "=" * (-len(bare.rstrip("=")) % 4), validate=True)
+    except (binascii.Error, ValueError) as fault:
+        raise BadInput(f"{where} is not base64: {fault}", hint="the bytes of the picture in base64") from None
+
+
 def _form(parts: list[tuple[str, bytes]]) -> Upload:
     found = Upload()
     for name, content in parts:
@@ -50,7 +93,12 @@ def _form(parts: list[tuple[str, bytes]]) -> Upload:
         elif name in ("image", "images"):
             found.images.append(content)
         elif name == "groups":
-            found.groups += [word for word in content.decode(errors="replace").split(",") if word]
+            found.groups += group_names(content.decode(errors="replace"))
         else:
             found.about[name] = content.decode(errors="replace")[:1000]
     return found
+
+
+def group_names(text: str) -> list[str]:
+    """Names split by commas."""
+    return [name for part in text.split(",") if (name := part.strip())]

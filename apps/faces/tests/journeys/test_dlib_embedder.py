@@ -17,13 +17,13 @@ from torchship_faces.gallery.gallery import Gallery
 CODE = """
 import numpy as np, torch
 from apps.faces.tests import face_kit
-from torchship_faces.prepare import Embedder
+from torchship_faces.prepare import EmbedderNet
 from torchship.pipeline import Composed, plan
 from torchship.pipeline.config import convert
 from torchship_faces import recipes
 from torchship_faces.embedders import embedder
 known = embedder("dlib")
-network = Embedder(known).eval()
+network = EmbedderNet(known).eval()
 store = face_kit.store()
 stages = recipes.embed(model=known)["stages"][:-1]
 found = Composed(plan(convert({"name": "chips", "stages": stages}), store), store)

@@ -19,7 +19,7 @@ from torchship.pipeline.config import convert
 from torchship.tensors import Tensors
 from torchship_faces import recipes, weights
 from torchship_faces.embedders import embedder
-from torchship_faces.enrolment import Refused, examine
+from torchship_faces.enrolment import RefusedFace, examine
 from torchship_faces.gallery.gallery import Enrolment, Gallery
 
 
@@ -87,7 +87,7 @@ def test_many_faces_are_told_apart(desk: Desk) -> None:
     found = desk.look(face_kit.encoded(crowd, "JPEG", quality=95))
     by_place = [person.decode() for _, person in sorted(zip(found["box"][:, 0], found["person"], strict=True))]
     assert by_place == ["obama", "biden"]
-    with pytest.raises(Refused, match="2 faces"):
+    with pytest.raises(RefusedFace, match="2 faces"):
         examine(found)
 
 
@@ -123,7 +123,7 @@ def test_pictures_without_a_face_have_an_empty_answer(desk: Desk) -> None:
         assert {name: len(found[name]) for name in ("box", "person", "embedding", "answer")} == {
             "box": 0, "person": 0, "embedding": 0, "answer": 1,
         }  # fmt: skip
-        with pytest.raises(Refused, match="no face"):
+        with pytest.raises(RefusedFace, match="no face"):
             examine(found)
 
 
@@ -141,8 +141,8 @@ def test_what_is_no_picture_is_refused_clearly(desk: Desk) -> None:
 def test_the_gate_names_its_reason(desk: Desk) -> None:
     image = Image.open(weights.pictures() / "obama3.jpg")
     small = image.resize((image.width // 8, image.height // 8))
-    with pytest.raises(Refused, match="too small"):
+    with pytest.raises(RefusedFace, match="too small"):
         examine(desk.look(face_kit.encoded(small), min_score=0.5))
     blurred = image.resize((image.width // 12, image.height // 12)).resize(image.size)
-    with pytest.raises(Refused, match=r"blurred|not sure"):
+    with pytest.raises(RefusedFace, match=r"blurred|not sure"):
         examine(desk.look(face_kit.encoded(blurred, "JPEG"), min_score=0.5))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from unicodedata import category
 from urllib.parse import unquote
 
 from torchship.errors import BadInput
@@ -93,13 +94,18 @@ class Router:
 
 
 def _checked(name: str, place: str) -> str:
-    if place.endswith(":text") and name.isprintable() and 0 < len(name) <= 200:
+    if place.endswith(":text") and 0 < len(name) <= 200 and all(map(_is_text, name)):
         return name
     if not _NAME.fullmatch(name):
         raise BadInput(
             f"{place.removesuffix(':text')} in the path is not a name", hint="letters, digits, dot, dash and underscore"
         )
     return name
+
+
+def _is_text(character: str) -> bool:
+    """Printable, a space of any script, or one of the two joiners that are part of words."""
+    return character.isprintable() or category(character) == "Zs" or character in "\u200c\u200d"
 
 
 def _spawning(endpoint: Endpoint) -> Endpoint:

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchship_faces.gallery.codes import Codes
-from torchship_faces.gallery.columns import Column
-from torchship_faces.gallery.state import Rows, State
+from torchship_faces.gallery.state import Column, Rows, State
 
 Floats = NDArray[np.float32]
 EXACT_BELOW = 20_000
