@@ -273,7 +273,7 @@ class Gallery:
                         for row, vector in enumerate(vectors)
                     )
                     serial += len(templates)
-                    known = state.people.find(person) or person
+                    known = state.people.find(item.person) or person
                     puts.append(Put(known, templates, groups, item.about, item.replace, time.time()))
                     if item.replace:
                         dropped |= _faces(state, state.rows_of(known))
