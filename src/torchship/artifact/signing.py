@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from torchship import textfiles
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import SIGNATURE
 from torchship.errors import BadConfig, CorruptArtifact, NotFound, Unavailable, UnsafeArtifact
@@ -115,12 +116,7 @@ def trusted_keys(folder: Path | None = None) -> dict[str, str]:
 
 def read_public(path: Path) -> str:
     """The public key in a file. Raises NotFound, BadConfig."""
-    try:
-        text = path.read_text().strip().lower()
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}") from None
-    except UnicodeDecodeError:
-        text = ""
+    text = textfiles.read(path).strip().lower()
     if not _HEX_KEY.fullmatch(text):
         raise BadConfig(f"{path} holds no public key", hint="one line of 64 hex digits, as `store keygen` writes")
     return text

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from torchship import textfiles
 from torchship.artifact import folder as folders
 from torchship.artifact import tensorfile
 from torchship.errors import BadInput, NotFound
@@ -58,7 +59,7 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     if suffix == ".safetensors":
         return tensorfile.decode(data)
     if suffix == ".json":
-        return _json(data, signature)
+        return _json(textfiles.decode(data, where=path.name), signature)
     if only is None:
         raise BadInput(f"one tensor for {len(signature.inputs)} inputs", hint="use .npz, .json or .safetensors")
     if suffix == ".npy":
@@ -86,9 +87,9 @@ def _npz(data: bytes) -> Tensors:
         raise BadInput(f"not a readable .npz file: {fault}", hint="write it with numpy.savez") from None
 
 
-def _json(data: bytes, signature: Signature) -> Tensors:
+def _json(text: str, signature: Signature) -> Tensors:
     try:
-        found = msgspec.json.decode(data)
+        found = msgspec.json.decode(text)
     except msgspec.MsgspecError as fault:
         raise BadInput(f"not JSON: {fault}") from None
     specs = {spec.name: spec for spec in signature.inputs}

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from torchship import difference
+from torchship import difference, textfiles
 from torchship.artifact import Artifact
 from torchship.artifact.manifest import BatchPoint, Manifest, Timing
 from torchship.errors import BadConfig, NotFound, Unavailable
@@ -163,7 +163,7 @@ def read(path: Path) -> Manifest | Facts:
     Raises NotFound and BadConfig.
     """
     try:
-        data = path.read_bytes()
+        data = textfiles.decode(path.read_bytes(), where=str(path))
     except OSError as fault:
         raise NotFound(f"{path} cannot be read: {fault.strerror}") from fault
     try:

@@ -7,7 +7,6 @@ import logging
 import re
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,12 +16,13 @@ from typing import Any
 import msgspec
 import torch
 
-from torchship import process
+from torchship import process, textfiles
 from torchship.errors import BadConfig, BadInput, NotFound
 from torchship.optimize.places import innermost
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
 from torchship.stages import images
+from torchship.stages.labels import read_labels
 from torchship.stages.picture import SUFFIXES, picture_files, read_file
 from torchship.tensors import Array, TensorSpec
 
@@ -143,9 +143,9 @@ def _told(fault: BaseException) -> str:
 
 
 def labels_at(target: str) -> list[str]:
-    """Class names out of a file, one a line, or from `module:attribute`, a list or a function that returns one."""
+    """Class names out of a file, as `TopK` reads it, or from `module:attribute`, a list or a function giving one."""
     if Path(target).is_file():
-        return [label.strip() for label in Path(target).read_text().splitlines() if label.strip()]
+        return read_labels(target)
     if ":" not in target:
         raise NotFound(f"--labels: no file {target!r}", hint="give a file with one name a line, or module:attribute")
     found = found_at(target, what="--labels")
@@ -221,7 +221,7 @@ def recipes_at(text: str) -> list[Recipe]:
         found = json.loads(text) if text.lstrip()[:1] in "[{" else _recipe_file(Path(text))
         several = found.get("recipe", found) if isinstance(found, dict) else found
         return msgspec.convert(several if isinstance(several, list) else [several], list[Recipe])
-    except (ValueError, tomllib.TOMLDecodeError, msgspec.ValidationError) as fault:
+    except (ValueError, msgspec.ValidationError) as fault:
         raise BadConfig(
             f"--recipe {text[:80]!r}: {fault}",
             hint='write {"backend": "onnxruntime", "options": {"precision": "int8"}}',
@@ -229,9 +229,7 @@ def recipes_at(text: str) -> list[Recipe]:
 
 
 def _recipe_file(path: Path) -> Any:
-    if not path.is_file():
-        raise NotFound(f"--recipe: no file {path}")
-    return tomllib.loads(path.read_text()) if path.suffix == ".toml" else json.loads(path.read_text())
+    return textfiles.read_toml(path) if path.suffix == ".toml" else json.loads(textfiles.read(path))
 
 
 def _number(text: str, units: dict[str, float], *, what: str, example: str) -> float:

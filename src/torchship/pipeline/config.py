@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from torchship.errors import BadConfig, NotFound
+from torchship import textfiles
+from torchship.errors import BadConfig
 from torchship.stage import Value
 
 
@@ -66,17 +66,8 @@ def convert(data: object, *, where: str = "$") -> PipelineConfig:
 
 def store_of(path: Path | str) -> Path | None:
     """The store that a server's file names, found from the file; None: the user's own. Raises NotFound, BadConfig."""
-    root = _table(path).get("store", {}).get("root", "")
+    root = textfiles.read_toml(path).get("store", {}).get("root", "")
     return Path(path).parent / Path(root).expanduser() if root else None
-
-
-def _table(path: Path | str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise BadConfig(f"{path}: not TOML: {fault}") from None
 
 
 def read(path: Path | str) -> PipelineConfig:
@@ -84,7 +75,7 @@ def read(path: Path | str) -> PipelineConfig:
 
     Raises NotFound, BadConfig.
     """
-    data = _table(path)
+    data = textfiles.read_toml(path)
     if "stages" in data:
         return convert({"name": Path(path).stem, **data})
     models = data.get("model", [])

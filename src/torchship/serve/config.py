@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from torchship.errors import BadConfig, NotFound
+from torchship import textfiles
+from torchship.errors import BadConfig
 from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.serve.engine.spec import Count, Limits, Seconds
 from torchship.stage import Value
@@ -214,13 +214,8 @@ def check(config: ServerConfig) -> None:
 
 def read(path: Path | str) -> ServerConfig:
     """The configuration in a TOML file; store and certificates are found from the file. Raises NotFound, BadConfig."""
-    path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise BadConfig(f"{path}: not TOML: {fault}") from None
+    path = Path(path).expanduser()
+    data = textfiles.read_toml(path)
     try:
         config = convert(data)
     except BadConfig as fault:

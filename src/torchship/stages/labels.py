@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 
-from torchship.errors import BadConfig, NotFound
+from torchship import textfiles
+from torchship.errors import BadConfig
 from torchship.stage import stage
 from torchship.tensors import Array
+
+_NUMBERED = re.compile(r"(\d+)[\s:,=]\s*(.+)")
+_MOST = 1_000_000
 
 
 @stage("logits:FP32[-1,-1] -> labels:BYTES[-1,-1], scores:FP32[-1,-1], indices:INT64[-1,-1]", batched=True)
 class TopK:
     """The `top_k` best classes of each row: `labels` (UTF-8), `scores` and `indices`, best first.
 
-    `labels` is a list of names, a file (one name a line, or a JSON list), or `imagenet`; without it, those of the
-    artifact before it in the pipeline, else the indices. `activation` makes scores of what the model gives.
+    `labels` is a list of names, a file (one name a line, or JSON, see `read_labels`), or `imagenet`; without it, those
+    of the artifact before it in the pipeline, else the indices. `activation` makes scores of what the model gives.
     """
 
     def __init__(
@@ -90,22 +94,37 @@ def top(scores: Array, count: int) -> Array:
 
 
 def read_labels(source: str | Sequence[str]) -> list[str]:
-    """Names from a list, a file (one a line, or a JSON list), or the built-in `imagenet`.
+    """The names of classes, by their numbers: from a list, a file, or the built-in `imagenet`.
 
-    Raises NotFound, BadConfig.
+    A file holds one name a line (`0: cat` where all lines are numbered), or JSON: a list, names by number as
+    TorchServe, Keras and Transformers (`id2label`) keep them, or numbers by name. Raises NotFound, BadConfig.
     """
     if not isinstance(source, str):
         return list(source)
     if source == "imagenet":
         text = resources.files("torchship.stages").joinpath("data/imagenet.txt").read_text()
     else:
-        try:
-            text = Path(source).read_text()
-        except FileNotFoundError:
-            raise NotFound(f"no file of labels {source}", hint="give a file, a list, or imagenet") from None
-    if not text.lstrip().startswith("["):
-        return text.splitlines()
+        text = textfiles.read(source)
+    if text.lstrip()[:1] not in ("[", "{"):
+        lines = [line.strip() for line in text.rstrip().split("\n")]
+        numbered = {int(found[1]): found[2] for found in map(_NUMBERED.fullmatch, lines) if found}
+        return [name for _, name in sorted(numbered.items())] if set(numbered) == set(range(len(lines))) else lines
     try:
-        return msgspec.json.decode(text, type=list[str])
-    except msgspec.MsgspecError as fault:
-        raise BadConfig(f"{source}: {fault}", hint="a JSON list of strings, or one name a line") from None
+        return _by_number(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, ValueError, TypeError) as fault:
+        raise BadConfig(f"{source}: {fault}", hint="names as a JSON list, by number, or one a line") from None
+
+
+def _by_number(found: Any) -> list[str]:
+    """The names in what was JSON. Raises ValueError, TypeError."""
+    if isinstance(found, dict):
+        found = found.get("id2label", found)
+        if all(isinstance(number, int) for number in found.values()):
+            found = {number: name for name, number in found.items()}
+        found = {int(number): name[-1] if isinstance(name, list) else name for number, name in found.items()}
+        if not set(found) <= set(range(_MOST)):
+            raise ValueError(f"classes have numbers from 0 to {_MOST - 1}")
+        found = [found.get(number, str(number)) for number in range(max(found, default=-1) + 1)]
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError("a name is not a string")
+    return list(found)

@@ -2,62 +2,111 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import math
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 
-from torchship.errors import BadConfig, BadInput, NotFound, Unavailable
+from torchship import textfiles
+from torchship.errors import BadConfig, BadInput, Unavailable
 from torchship.stage import stage
 from torchship.tensors import Array
+
+_PADS = ("[PAD]", "<pad>")  # what pads are called where the file does not say it
+_MAX_LENGTH = 256
+
+
+class _Truncation(msgspec.Struct):
+    max_length: int = 0
+    direction: Literal["Left", "Right"] = "Right"
+
+
+class _Padding(msgspec.Struct):
+    strategy: str | dict[str, int] = "BatchLongest"  # or {"Fixed": 128}
+    direction: Literal["Left", "Right"] = "Right"
+    pad_to_multiple_of: int | None = None
+    pad_id: int = 0
+    pad_type_id: int = 0
+
+
+class _Settings(msgspec.Struct):
+    """What a tokenizer.json says beside the tokenizer itself."""
+
+    truncation: _Truncation | None = None
+    padding: _Padding | None = None
+
+    def lengths(self, max_length: int, multiple: int) -> tuple[int, int, int]:
+        """The longest text, the length that each has at least, and what a length is a multiple of; in tokens."""
+        longest = max_length or (self.truncation and self.truncation.max_length) or _MAX_LENGTH
+        padding = self.padding or _Padding()
+        fixed = padding.strategy["Fixed"] if isinstance(padding.strategy, dict) else 0
+        return longest, fixed, math.lcm(multiple, padding.pad_to_multiple_of or 1)
+
+
+def _settings(text: str) -> _Settings:
+    try:
+        return msgspec.json.decode(text, type=_Settings)
+    except msgspec.MsgspecError as fault:
+        raise BadConfig(f"the tokenizer: {fault}", hint="give a tokenizer.json of the tokenizers library") from None
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 @stage("text:BYTES[-1] -> input_ids:INT64[-1,tokens], attention_mask:INT64[-1,tokens], token_type_ids:INT64[-1,tokens]")
 class Tokenize:
     """Texts (UTF-8) to token ids with the tokenizer in `tokenizer`, a `tokenizer.json` of the tokenizers library.
 
-    All texts of a job are as long as its longest, rounded up to a multiple of `multiple`, so that jobs of about one
-    length meet in one batch. What is longer than `max_length` tokens is cut off; a text of more than `max_bytes` is
-    refused. Raises BadInput naming the row.
+    What the file says of padding (side, id, type id, fixed length, multiple), truncation (side, length) and templates
+    is followed. `max_length` replaces its length (256 where it has none): what is longer is cut off. All texts of a job
+    are as long as its longest, rounded up to a multiple of `multiple`, so that jobs of about one length meet in one
+    batch; a text of more than `max_bytes` is refused. Raises BadInput naming the row.
     """
 
-    def __init__(self, *, tokenizer: str, max_length: int = 256, multiple: int = 16, max_bytes: int = 100_000) -> None:
-        if max_length < 1 or multiple < 1:
+    def __init__(self, *, tokenizer: str, max_length: int = 0, multiple: int = 16, max_bytes: int = 100_000) -> None:
+        if max_length < 0 or multiple < 1:
             raise BadConfig("max_length and multiple must be positive")
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise Unavailable("tokens need the package tokenizers", hint="pip install tokenizers") from None
-        if not Path(tokenizer).is_file():
-            raise NotFound(f"no tokenizer at {tokenizer}", hint="give a tokenizer.json")
+        text = textfiles.read(tokenizer)
         try:
-            self._tokenizer = Tokenizer.from_file(tokenizer)
+            self._tokenizer = Tokenizer.from_str(text)
         except Exception as fault:  # the library raises plain Exception
             raise BadConfig(f"{tokenizer}: {fault}", hint="give a tokenizer.json of the tokenizers library") from None
-        self._tokenizer.enable_truncation(max_length)
-        padding = self._tokenizer.padding or {}
-        self._tokenizer.enable_padding(
-            pad_id=padding.get("pad_id", self._tokenizer.token_to_id("[PAD]") or 0),
-            pad_token=padding.get("pad_token", "[PAD]"),
-            pad_to_multiple_of=multiple,
-        )
-        self._max_length = max_length
+        made, wanted = self._tokenizer, _settings(text)
+        self._most, self._fixed, self._multiple = wanted.lengths(max_length, multiple)
+        special = made.num_special_tokens_to_add(False)
+        if self._most <= special:
+            raise BadConfig(f"max_length is {self._most}, the tokenizer adds {special}", hint="make it larger")
+        made.enable_truncation(self._most, direction=(wanted.truncation or _Truncation()).direction.lower())
+        made.no_padding()
+        ids = (made.token_to_id(token) for token in _PADS)
+        plain = _Padding(pad_id=next((number for number in ids if number is not None), 0))
+        self._padding = wanted.padding or plain
         self._max_bytes = max_bytes
 
     @classmethod
-    def declare(cls, *, max_length: int = 256, multiple: int = 16, **_: object) -> str:
-        """The signature for these options."""
-        most = -(-max_length // multiple) * multiple
+    def declare(cls, *, tokenizer: str = "", max_length: int = 0, multiple: int = 16, **_: object) -> str:
+        """The signature for these options. Raises BadConfig, NotFound for a `tokenizer` that cannot be read."""
+        wanted = _settings(textfiles.read(tokenizer)) if tokenizer else _Settings()
+        longest, fixed, multiple = wanted.lengths(max_length, multiple)
+        most = _rounded(max(longest, fixed), multiple)
         names = ("input_ids", "attention_mask", "token_type_ids")
         return "text:BYTES[-1] -> " + ", ".join(f"{name}:INT64[-1,tokens:1..{most}]" for name in names)
 
     def __call__(self, text: Array) -> tuple[Array, Array, Array]:
         found = self._tokenizer.encode_batch([self._text(item, row) for row, item in enumerate(text.tolist())])
-        ids, mask, types = (
-            np.asarray([getattr(one, name) for one in found], np.int64)
-            for name in ("ids", "attention_mask", "type_ids")
-        )
+        length = _rounded(max(self._fixed, 1, *(len(one.ids) for one in found)), self._multiple)
+        ids = np.full((len(found), length), self._padding.pad_id, np.int64)
+        mask, types = np.zeros_like(ids), np.full_like(ids, self._padding.pad_type_id)
+        for row, one in enumerate(found):
+            count = len(one.ids)
+            place = slice(length - count, length) if self._padding.direction == "Left" else slice(count)
+            ids[row, place], mask[row, place], types[row, place] = one.ids, one.attention_mask, one.type_ids
         return ids, mask, types
 
     def _text(self, item: object, row: int) -> str:

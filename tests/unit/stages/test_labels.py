@@ -61,3 +61,33 @@ def test_where_labels_come_from(tmp_path: Path) -> None:
 def test_without_labels_the_index_is_the_name() -> None:
     answer = FunctionStage(TopK, options={"labels": ["zero"]})({"logits": np.array([[0, 1]], np.float32)})
     assert answer["labels"].tolist() == [[b"1", b"zero"]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cat\ndog\n", "cat \r\ndog\r\n\r\n", "\ufeffcat\ndog", "0: cat\n1: dog\n", "1 dog\n0 cat\n", "0\tcat\n1\tdog",
+        '["cat", "dog"]', '\ufeff["cat", "dog"]', '{"0": "cat", "1": "dog"}',
+        '{"1": ["n02", "dog"], "0": ["n01", "cat"]}',
+        '{"cat": 0, "dog": 1}', '{"model": "x", "id2label": {"0": "cat", "1": "dog"}}',
+    ],
+)  # fmt: skip
+def test_labels_as_people_keep_them(text: str, tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text(text, newline="")
+    assert read_labels(str(tmp_path / "labels")) == ["cat", "dog"]
+
+
+def test_numbers_that_are_not_those_of_the_lines_belong_to_the_names(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text("911 turbo\n3 series\n")
+    assert read_labels(str(tmp_path / "labels")) == ["911 turbo", "3 series"]
+    (tmp_path / "labels").write_text('{"1": "cat", "3": "dog"}')
+    assert read_labels(str(tmp_path / "labels")) == ["0", "cat", "2", "dog"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"cat": "dog"}', '{"0": 1.5}', '{"99999999999": "x"}', '[["a"]]', '{"-1": "x"}']
+)
+def test_json_without_names_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(BadConfig, match="labels: "):
+        read_labels(str(tmp_path / "labels"))

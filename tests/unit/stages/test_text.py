@@ -50,6 +50,37 @@ def test_tokens(file: str) -> None:
     assert "tokens:1..16" in Tokenize.declare(max_length=10)
 
 
+SIX = ["a b a b a b", "hello", "a"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cut", ["left", "right"])
+@pytest.mark.parametrize("padding", [{}, {"length": 12}, {"pad_to_multiple_of": 8}, {"pad_type_id": 3}])
+def test_the_file_is_followed_as_the_library_follows_it(
+    file: str, side: str, cut: str, padding: dict[str, int]
+) -> None:
+    made: Any = Tokenizer.from_file(file)
+    made.enable_padding(direction=side, pad_id=5, pad_token="b", **padding)
+    made.enable_truncation(5, direction=cut)
+    made.save(file)
+    wanted = made.encode_batch(SIX)
+    found = Tokenize(tokenizer=file, multiple=1)(texts(*(text.encode() for text in SIX)))
+    for array, name in zip(found, ("ids", "attention_mask", "type_ids"), strict=True):
+        assert array.tolist() == [getattr(one, name) for one in wanted]
+    longest = len(wanted[0].ids)
+    assert f"tokens:1..{max(longest, 5)}]" in Tokenize.declare(tokenizer=file, multiple=1)
+
+
+def test_options_go_before_the_file(file: str) -> None:
+    made: Any = Tokenizer.from_file(file)
+    made.enable_truncation(3)
+    made.save(file)
+    assert Tokenize(tokenizer=file, multiple=1)(texts(b"a b"))[0].tolist() == [[2, 4, 3]]
+    assert Tokenize(tokenizer=file, multiple=1, max_length=4)(texts(b"a b"))[0].tolist() == [[2, 4, 5, 3]]
+    with pytest.raises(BadConfig, match="max_length is 2, the tokenizer adds 2"):
+        Tokenize(tokenizer=file, max_length=2)
+
+
 # Between [CLS] and [SEP], by the plain-Python BertTokenizer of transformers 4.44.2 with MiniLM's vocabulary.
 REFERENCE = {
     "": [],
@@ -74,7 +105,7 @@ REFERENCE = {
 
 
 def test_minilms_tokens_are_those_of_the_reference() -> None:
-    stage = Tokenize(tokenizer=str(weights_folder() / "tokenizer.json"))
+    stage = Tokenize(tokenizer=str(weights_folder() / "tokenizer.json"), max_length=256)
     ids, mask, _ = stage(texts(*(text.encode() for text in REFERENCE)))
     for row, wanted in enumerate(REFERENCE.values()):
         assert ids[row, : mask[row].sum()].tolist() == [101, *wanted, 102], list(REFERENCE)[row][:20]

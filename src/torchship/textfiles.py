@@ -1,0 +1,52 @@
+"""Text files as people have them: with a byte order mark, in UTF-16, with the line ends of any system, below `~`."""
+
+from __future__ import annotations
+
+import codecs
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from torchship.errors import BadConfig, NotFound
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+
+
+def decode(data: bytes, *, where: str) -> str:
+    """The text of a file, its lines ended by one newline each: what its byte order mark says, else UTF-8.
+
+    A Windows code page is never guessed: one would read another's letters wrongly. Raises BadConfig naming the line.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as fault:
+        line, what = data.count(b"\n", 0, fault.start) + 1, data[fault.start : fault.start + 1].hex()
+        raise BadConfig(f"{where}: line {line} is not {encoding} (byte {what})", hint="save it as UTF-8") from None
+    if "\0" in text:
+        raise BadConfig(f"{where} is no text file: it holds zero bytes", hint="save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read(path: Path | str) -> str:
+    """The text of a file of the user's. Raises NotFound, BadConfig."""
+    try:
+        return decode(Path(path).expanduser().read_bytes(), where=str(path))
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except OSError as fault:
+        raise BadConfig(f"{path} cannot be read: {fault.strerror}") from None
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file. Raises NotFound, BadConfig."""
+    try:
+        return tomllib.loads(read(path))
+    except tomllib.TOMLDecodeError as fault:
+        raise BadConfig(f"{path}: not TOML: {fault}") from None
