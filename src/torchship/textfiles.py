@@ -1,4 +1,4 @@
-"""Text files as people have them: with a byte order mark, in UTF-16, with the line ends of any system, below `~`."""
+"""Text files as editors and tools write them: byte order marks, UTF-16, any system's line ends, below `~`."""
 
 from __future__ import annotations
 

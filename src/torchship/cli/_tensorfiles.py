@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchship import textfiles
 from torchship.artifact import folder as folders
 from torchship.artifact import tensorfile
 from torchship.errors import BadInput, NotFound
-from torchship.tensors import Array, Signature, Tensors, TensorSpec, dtype_name, numpy_dtype
+from torchship.tensors import Array, Signature, Tensors, bytes_array, dtype_name, numpy_dtype, plain
 
 
 def read(path: Path, *, signature: Signature, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Tensors:
@@ -51,9 +52,7 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     suffix = path.suffix.lower()
     only = signature.inputs[0] if len(signature.inputs) == 1 else None
     if only and only.dtype == "BYTES" and suffix not in (".npy", ".npz", ".json", ".safetensors"):
-        found = np.empty([1] * len(only.shape), object)
-        found.ravel()[:] = [data]
-        return {only.name: found}
+        return {only.name: bytes_array([data]).reshape([1] * len(only.shape))}
     if suffix == ".npz":
         return _npz(data)
     if suffix == ".safetensors":
@@ -92,36 +91,26 @@ def _json(text: str, signature: Signature) -> Tensors:
         found = msgspec.json.decode(text)
     except msgspec.MsgspecError as fault:
         raise BadInput(f"not JSON: {fault}") from None
-    specs = {spec.name: spec for spec in signature.inputs}
-    if isinstance(found, list) and len(specs) == 1:
+    if isinstance(found, list) and len(signature.inputs) == 1:
         found = {signature.inputs[0].name: found}
     if not isinstance(found, dict):
         raise BadInput("not a mapping of names to lists", hint='as in {"x": [[1, 2, 3]]}')
     if isinstance(found.get("inputs"), list):
-        return {item["name"]: _from_protocol(item, specs) for item in found["inputs"] if isinstance(item, dict)}
-    return {name: _from_lists(value, specs.get(name), name) for name, value in found.items()}
+        items = [item for item in found["inputs"] if isinstance(item, dict)]
+        return {item["name"]: _array(item.get("data"), item.get("datatype"), item["name"], item) for item in items}
+    dtypes = {spec.name: spec.dtype for spec in signature.inputs}
+    return {name: _array(value, dtypes.get(name), name, {}) for name, value in found.items()}
 
 
-def _from_protocol(item: dict[str, Any], specs: dict[str, TensorSpec]) -> Array:
-    name = str(item.get("name"))
-    dtype = numpy_dtype(str(item.get("datatype")))
-    flat = _from_lists(item.get("data"), None, name, dtype=dtype)
+def _array(value: Any, datatype: str | None, name: str, item: dict[str, Any]) -> Array:
+    """Nested lists as an array of `datatype`, where that is known, and of the shape that `item` states."""
     try:
-        return flat.reshape(item["shape"])
-    except (KeyError, ValueError, TypeError):
-        raise BadInput(f"input {name!r}: {flat.size} values do not fill shape {item.get('shape')}") from None
-
-
-def _from_lists(value: Any, spec: TensorSpec | None, name: str, dtype: Any = None) -> Array:
-    wanted = dtype or (numpy_dtype(spec.dtype) if spec else None)
-    try:
-        if wanted == np.dtype(object):
-            texts = np.array(value, dtype=object)
-            found = np.empty(texts.shape, object)
-            found.ravel()[:] = [text.encode() for text in texts.ravel().tolist()]
-            return found
-        return np.array(value, dtype=wanted)
-    except (ValueError, TypeError, AttributeError, OverflowError) as fault:
+        array = plain(np.array(value, dtype=numpy_dtype(datatype) if datatype else None))
+        shape = item.get("shape", array.shape)
+        if array.size != math.prod(shape):
+            raise BadInput(f"{array.size} values do not fill shape {shape}")
+        return array.reshape(shape)
+    except (ValueError, TypeError, OverflowError, BadInput) as fault:
         raise BadInput(f"input {name!r}: {fault}", hint="nested lists of equal lengths") from None
 
 
@@ -159,11 +148,7 @@ def as_json(tensors: Tensors) -> list[dict[str, Any]]:
             "name": name,
             "datatype": dtype_name(array.dtype),
             "shape": list(array.shape),
-            "data": [_plain(value) for value in array.ravel().tolist()],
+            "data": [v.decode(errors="replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()],
         }
         for name, array in tensors.items()
     ]
-
-
-def _plain(value: Any) -> Any:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

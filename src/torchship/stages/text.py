@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -17,37 +17,17 @@ _PADS = ("[PAD]", "<pad>")  # what pads are called where the file does not say i
 _MAX_LENGTH = 256
 
 
-class _Truncation(msgspec.Struct):
-    max_length: int = 0
-    direction: Literal["Left", "Right"] = "Right"
-
-
-class _Padding(msgspec.Struct):
-    strategy: str | dict[str, int] = "BatchLongest"  # or {"Fixed": 128}
-    direction: Literal["Left", "Right"] = "Right"
-    pad_to_multiple_of: int | None = None
-    pad_id: int = 0
-    pad_type_id: int = 0
-
-
-class _Settings(msgspec.Struct):
-    """What a tokenizer.json says beside the tokenizer itself."""
-
-    truncation: _Truncation | None = None
-    padding: _Padding | None = None
-
-    def lengths(self, max_length: int, multiple: int) -> tuple[int, int, int]:
-        """The longest text, the length that each has at least, and what a length is a multiple of; in tokens."""
-        longest = max_length or (self.truncation and self.truncation.max_length) or _MAX_LENGTH
-        padding = self.padding or _Padding()
-        fixed = padding.strategy["Fixed"] if isinstance(padding.strategy, dict) else 0
-        return longest, fixed, math.lcm(multiple, padding.pad_to_multiple_of or 1)
-
-
-def _settings(text: str) -> _Settings:
+def _settings(text: str, max_length: int, multiple: int) -> tuple[dict[str, Any], int, int, int]:
+    """What a tokenizer.json says of padding; and in tokens the longest text, the length that each has at least, and
+    what lengths are multiples of. Options go before it. Raises BadConfig."""
     try:
-        return msgspec.json.decode(text, type=_Settings)
-    except msgspec.MsgspecError as fault:
+        found = msgspec.json.decode(text, type=dict[str, Any])
+        padding, truncation = found.get("padding") or {}, found.get("truncation") or {}
+        strategy = padding.get("strategy")
+        fixed = strategy["Fixed"] if isinstance(strategy, dict) else 0
+        multiple = math.lcm(multiple, padding.get("pad_to_multiple_of") or 1)
+        return padding, max_length or truncation.get("max_length", _MAX_LENGTH), fixed, multiple
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as fault:
         raise BadConfig(f"the tokenizer: {fault}", hint="give a tokenizer.json of the tokenizers library") from None
 
 
@@ -77,23 +57,22 @@ class Tokenize:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as fault:  # the library raises plain Exception
             raise BadConfig(f"{tokenizer}: {fault}", hint="give a tokenizer.json of the tokenizers library") from None
-        made, wanted = self._tokenizer, _settings(text)
-        self._most, self._fixed, self._multiple = wanted.lengths(max_length, multiple)
+        made = self._tokenizer
+        padding, longest, self._fixed, self._multiple = _settings(text, max_length, multiple)
         special = made.num_special_tokens_to_add(False)
-        if self._most <= special:
-            raise BadConfig(f"max_length is {self._most}, the tokenizer adds {special}", hint="make it larger")
-        made.enable_truncation(self._most, direction=(wanted.truncation or _Truncation()).direction.lower())
+        if longest <= special:
+            raise BadConfig(f"max_length is {longest}, the tokenizer adds {special}", hint="make it larger")
+        made.enable_truncation(longest, direction=(made.truncation or {}).get("direction", "right"))
         made.no_padding()
-        ids = (made.token_to_id(token) for token in _PADS)
-        plain = _Padding(pad_id=next((number for number in ids if number is not None), 0))
-        self._padding = wanted.padding or plain
+        known = (made.token_to_id(token) for token in _PADS)
+        self._pad = padding.get("pad_id", next((number for number in known if number is not None), 0))
+        self._pad_type, self._left = padding.get("pad_type_id", 0), padding.get("direction") == "Left"
         self._max_bytes = max_bytes
 
     @classmethod
     def declare(cls, *, tokenizer: str = "", max_length: int = 0, multiple: int = 16, **_: object) -> str:
         """The signature for these options. Raises BadConfig, NotFound for a `tokenizer` that cannot be read."""
-        wanted = _settings(textfiles.read(tokenizer)) if tokenizer else _Settings()
-        longest, fixed, multiple = wanted.lengths(max_length, multiple)
+        _, longest, fixed, multiple = _settings(textfiles.read(tokenizer) if tokenizer else "{}", max_length, multiple)
         most = _rounded(max(longest, fixed), multiple)
         names = ("input_ids", "attention_mask", "token_type_ids")
         return "text:BYTES[-1] -> " + ", ".join(f"{name}:INT64[-1,tokens:1..{most}]" for name in names)
@@ -101,11 +80,11 @@ class Tokenize:
     def __call__(self, text: Array) -> tuple[Array, Array, Array]:
         found = self._tokenizer.encode_batch([self._text(item, row) for row, item in enumerate(text.tolist())])
         length = _rounded(max(self._fixed, 1, *(len(one.ids) for one in found)), self._multiple)
-        ids = np.full((len(found), length), self._padding.pad_id, np.int64)
-        mask, types = np.zeros_like(ids), np.full_like(ids, self._padding.pad_type_id)
+        ids = np.full((len(found), length), self._pad, np.int64)
+        mask, types = np.zeros_like(ids), np.full_like(ids, self._pad_type)
         for row, one in enumerate(found):
             count = len(one.ids)
-            place = slice(length - count, length) if self._padding.direction == "Left" else slice(count)
+            place = slice(length - count, length) if self._left else slice(count)
             ids[row, place], mask[row, place], types[row, place] = one.ids, one.attention_mask, one.type_ids
         return ids, mask, types
 
