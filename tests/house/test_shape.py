@@ -212,7 +212,7 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.parametrize("room", ["serve", "client", "artifact", "wire", "stages", "pipeline"])
-def test_the_theatre_starts_without_torch(room: str) -> None:
+def test_the_serving_half_starts_without_torch(room: str) -> None:
     statement = (
         "import importlib, pkgutil, torchship\n"
         f"import torchship.{room} as room\n"

@@ -1,1 +1,1 @@
-"""Tests of the theatre: line, catalog, configuration."""
+"""Tests of the serving half: line, catalog, configuration."""
