@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ CLASSIFIERS = (
 DETECTORS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
 SEGMENTERS = ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large")
 OTHERS = ("encoder", "decoder", "lstm", "gru")
-NAMES = (*CLASSIFIERS, *DETECTORS, *SEGMENTERS, *OTHERS)
+TRANSFORMERS = (
+    "bert", "distilbert", "gpt2", "t5", "hf_vit", "clip", "whisper", "wav2vec2", "segformer", "detr",
+)  # fmt: skip
+NAMES = (*CLASSIFIERS, *DETECTORS, *SEGMENTERS, *OTHERS, *TRANSFORMERS)
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 class Listed(nn.Module):
@@ -55,6 +60,9 @@ def subject(name: str) -> tuple[Any, list[str], tuple[Any, ...]]:
     draw = torch.Generator().manual_seed(11)
     if name in OTHERS:
         return _sequences(name, draw)
+    if name in TRANSFORMERS:
+        net, inputs = _transformer(name)
+        return net.eval(), inputs, _unseen(inputs, draw)
     from torchvision import models
 
     if name in DETECTORS:
@@ -81,6 +89,67 @@ def _sequences(name: str, draw: Any) -> tuple[Any, list[str], tuple[Any, ...]]:
     return net.eval(), ["input:FP32[-1,24,32]"], (torch.randn(3, 24, 32, generator=draw),)
 
 
+def _transformer(name: str) -> tuple[Any, list[str]]:
+    """A model of Hugging Face's transformers from a small configuration: caches are among its outputs."""
+    hub: Any = importlib.import_module("transformers")
+
+    seq = ["input_ids:INT64[-1,seq:4..64]"]
+    mask = ["attention_mask:INT64[-1,seq:4..64]"]
+    picture = ["pixel_values:FP32[-1,3,64,64]"]
+    coder = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    stages = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    seen = {**_SMALL, "image_size": 64, "patch_size": 16}
+    if name == "bert":
+        return hub.BertForSequenceClassification(hub.BertConfig(vocab_size=500, **_SMALL)), seq + mask
+    if name == "distilbert":
+        return hub.DistilBertModel(
+            hub.DistilBertConfig(vocab_size=500, dim=64, n_layers=2, n_heads=4, hidden_dim=128)
+        ), seq + mask
+    if name == "gpt2":
+        return hub.GPT2LMHeadModel(hub.GPT2Config(vocab_size=500, n_embd=64, n_layer=2, n_head=4)), seq
+    if name == "t5":
+        config = hub.T5Config(vocab_size=500, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = 0
+        return hub.T5ForConditionalGeneration(config), [*seq, *mask, "decoder_input_ids:INT64[-1,said:1..32]"]
+    if name == "hf_vit":
+        return hub.ViTForImageClassification(hub.ViTConfig(**seen)), picture
+    if name == "clip":
+        text = {**_SMALL, "vocab_size": 500, "max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1}
+        return hub.CLIPModel(hub.CLIPConfig(text_config=text, vision_config=seen, projection_dim=32)), [
+            *(spec.replace("seq:4..64", "12") for spec in seq + mask), *picture,
+        ]  # fmt: skip
+    if name == "whisper":
+        lengths = {"max_source_positions": 50, "max_target_positions": 40, "num_mel_bins": 16, "vocab_size": 500}
+        net = hub.WhisperForConditionalGeneration(hub.WhisperConfig(**coder, **heads, **ends, **lengths))
+        return net, ["input_features:FP32[-1,16,100]", "decoder_input_ids:INT64[-1,said:1..40]"]
+    if name == "wav2vec2":
+        body = {"conv_dim": (32, 32, 32), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3), "vocab_size": 30}
+        wide = {"num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+        return hub.Wav2Vec2ForCTC(hub.Wav2Vec2Config(**_SMALL, **body, **wide)), [
+            "input_values:FP32[-1,samples:2000..32000]"
+        ]
+    if name == "segformer":
+        config = hub.SegformerConfig(num_attention_heads=[1, 2, 2, 4], decoder_hidden_size=16, num_labels=5, **stages)
+        return hub.SegformerForSemanticSegmentation(config), picture
+    bones = hub.ResNetConfig(embedding_size=8, layer_type="basic", out_features=["stage4"], **stages)
+    none = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "num_queries": 10}
+    return hub.DetrForObjectDetection(hub.DetrConfig(**none, backbone_config=bones, **coder, **heads)), picture
+
+
+def _unseen(inputs: list[str], draw: Any) -> tuple[Any, ...]:
+    """Three rows that the search does not see, with 20 for every free length; masks are ones."""
+    found = []
+    for text in inputs:
+        name, _, rest = text.partition(":")
+        kind, _, axes = rest.rstrip("]").partition("[")
+        shape = [3] + [int(axis) if axis.isdigit() else 4000 if "000" in axis else 20 for axis in axes.split(",")[1:]]
+        ids = torch.randint(3, 500, shape, generator=draw) if "mask" not in name else torch.ones(shape).long()
+        found.append(torch.randn(shape, generator=draw) if kind == "FP32" else ids)
+    return tuple(found)
+
+
 def calibration(name: str) -> list[tuple[Any, ...]]:
     """A few batches of random inputs for quantizers."""
     _, _, unseen = subject(name)
@@ -90,6 +159,8 @@ def calibration(name: str) -> list[tuple[Any, ...]]:
         drawn = [
             torch.randn(tensor.shape, generator=draw)
             if tensor.is_floating_point()
+            else tensor  # a mask of ones
+            if bool((tensor == 1).all())
             else torch.randint(0, 500, tensor.shape, generator=draw)
             for tensor in unseen
         ]

@@ -11,7 +11,6 @@ import torch
 
 from torchship.errors import CaptureFailed
 from torchship.optimize import decisions, edges, rows
-from torchship.optimize.edges import Symbols
 from torchship.optimize.places import Place
 from torchship.optimize.rows import Call, Rows, Run, Shape
 from torchship.tensors import Axis, Free
@@ -107,46 +106,39 @@ def study(
     shapes = _named(shapes, rows=alone)
     symbols = _symbols(shapes, rows=alone)
     probes = [(call, [tuple(out.shape) for out in run(call)]) for call in calls]
-    for places in symbols.values():
-        probes += _probe(run, calls[0], places, shapes)
+    lengths = edges.Lengths(run, calls, shapes, symbols, batched=alone)
+    for name in lengths.symbols:
+        probes += _probe(lengths, name)
     probes += _others(run, calls[0], notes) if decided else []
     notes = list(dict.fromkeys(notes))
     first = shapes[0][0] if alone else None
     ends = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
     moves = found.moves if alone else ()
     tried = [call for call, _ in probes[len(calls) :]]
-    shapes, beyond = _edges(run, calls[0], shapes, symbols, rows=alone, names=names, notes=notes)
+    shapes, beyond = _edges(lengths, shapes, names=names, notes=notes)
     inputs = tuple(_unnamed(shapes, ends))
     return Study(inputs, outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes, tried, beyond)
 
 
 def _edges(
-    run: Run,
-    call: Call,
-    shapes: Sequence[Shape],
-    symbols: Symbols,
-    *,
-    rows: bool,
-    names: Sequence[str],
-    notes: list[str],
+    lengths: edges.Lengths, shapes: Sequence[Shape], *, names: Sequence[str], notes: list[str]
 ) -> tuple[list[Shape], list[Call]]:
     """The shapes within the bounds that the module has of its own, and calls at the edge of what may be sent."""
-    lengths = edges.Lengths(run, call, shapes, symbols, batched=rows)
     bounds: dict[str, tuple[int, int | None]] = {}
     made = [list(shape) for shape in shapes]
-    for symbol, places in symbols.items():
+    for symbol, places in lengths.symbols.items():
         i, position = places[0]
         told = f"axis {position} of {names[i]!r}" if symbol.startswith("?") or _OURS.fullmatch(symbol) else symbol
         least, most = bounds[symbol] = lengths.bounds(symbol)
         axis = lengths.axes[symbol]
-        if any(not tensor.is_floating_point() for tensor in call):
+        if any(not tensor.is_floating_point() for tensor in lengths.call):
             least = axis.min  # too short for the values that the example has, perhaps
         if (least, most) == (max(axis.min, 1), axis.max):
             continue
         notes.append(f"{told} is {least}..{most or ''}: the module refuses other lengths")
         for j, p in places:
             made[j][p] = Free(least, most, axis.name)
-    return [tuple(shape) for shape in made], lengths.ends(bounds) + edges.values(run, call, names=names)
+    return [tuple(shape) for shape in made], lengths.ends(bounds) + edges.values(lengths.run, lengths.call, names=names)
 
 
 def _rows(
@@ -219,18 +211,15 @@ def _symbols(shapes: Sequence[Shape], *, rows: bool) -> dict[str, list[tuple[int
     return found
 
 
-def _probe(run: Run, call: Call, places: Sequence[tuple[int, int]], shapes: Sequence[Shape]) -> Probes:
+def _probe(lengths: edges.Lengths, name: str) -> Probes:
     """Run with other lengths of one free axis; a length that the module refuses is no evidence."""
-    first, position = places[0]
-    now = call[first].shape[position]
-    axis = shapes[first][position]
-    assert isinstance(axis, Free)  # noqa: S101  # places come from _symbols
+    now, axis = lengths.now[name], lengths.axes[name]
     for wanted in (now + 1, now * 2, now - 1, now + 32, now // 2):
         if wanted < max(axis.min, 1) or wanted == now or (axis.max is not None and wanted > axis.max):
             continue
-        other = [rows.resized(t, {p: wanted for j, p in places if j == i}) for i, t in enumerate(call)]
+        other = lengths.resized({name: wanted})
         try:
-            return [(other, [tuple(out.shape) for out in run(other)])]
+            return [(other, [tuple(out.shape) for out in lengths.run(other)])]
         except CaptureFailed:
             raise
         except Exception:  # noqa: S112  # strides and windows allow only some lengths

@@ -17,7 +17,7 @@ from torchship.optimize import axes, decisions, freeze
 from torchship.optimize.flatten import Flat, Frame, kind_of, outline, take_apart
 from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
-from torchship.optimize.samples import as_call, flatten_samples, masked, random_inputs, vocabulary_of
+from torchship.optimize.samples import as_call, flatten_samples, masked, random_inputs, vocabularies
 from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
 CALIBRATION_ROWS = 512
@@ -111,8 +111,11 @@ def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], li
         isinstance(given, Sequence) and given and all(isinstance(item, TensorSpec) for item in given)
     ):
         specs = [given] if isinstance(given, TensorSpec) else list(given)
-        tensors = random_inputs(specs, vocabulary=vocabulary_of(module))
-        calls = [_by_name(module, specs, call) for call in masked(specs, tensors)]
+        calls = [
+            _by_name(module, specs, call)
+            for size in vocabularies(module)
+            for call in masked(specs, random_inputs(specs, vocabulary=size))
+        ]
         return specs, [next((call for call in calls if _has_numbers(module, call)), calls[0])]
     if not several:
         raise CaptureFailed("there are no example inputs", hint="give a tensor, a tuple, a dict, or TensorSpecs")

@@ -26,12 +26,24 @@ _STEP, _FARTHEST = 4, 256  # an unbounded axis is tried in steps of 4 times, up 
 class Lengths:
     """Tries a module on other lengths of its free axes, within patience.
 
-    `rows`: axis 0 holds them, and is no free axis here.
+    `batched`: axis 0 holds rows, and is no free axis here. Axes that differ by the same number in all of the caller's
+    examples, as a mask is one longer than the tokens before, are tied and go together.
     """
 
-    def __init__(self, run: Run, call: Call, shapes: Sequence[Shape], symbols: Symbols, *, batched: bool) -> None:
-        self.run, self.symbols, self.batched = run, symbols, batched
-        self.call = call
+    def __init__(
+        self, run: Run, calls: Sequence[Call], shapes: Sequence[Shape], symbols: Symbols, *, batched: bool
+    ) -> None:
+        self.run, self.batched, self.call = run, batched, calls[0]
+        call, self.places = calls[0], symbols
+        seen = {name: [c[i].shape[p] for c in calls] for name, ((i, p), *_) in symbols.items()}
+        self.tied: dict[str, dict[str, int]] = {}  # to each free axis those that go with it, and how much longer
+        for name, own in seen.items():
+            first = next((other for other in self.tied if _apart(own, seen[other]) is not None), "")
+            if first:
+                self.tied[first][name] = _apart(own, seen[first]) or 0
+            else:
+                self.tied[name] = {}
+        self.symbols = {name: symbols[name] for name in self.tied}
         self.axes = {name: _axis(shapes, places) for name, places in symbols.items()}
         self.now = {name: call[places[0][0]].shape[places[0][1]] for name, places in symbols.items()}
         self._slowest: dict[str, float] = {}
@@ -39,8 +51,11 @@ class Lengths:
     def resized(self, lengths: Mapping[str, int], *, count: int = 0) -> Call:
         """The first example with other lengths, and `count` rows; integers that stood for a length follow it."""
         found = []
+        lengths = dict(lengths)
+        for name, length in tuple(lengths.items()):
+            lengths |= {other: length + more for other, more in self.tied[name].items()}
         for i, tensor in enumerate(self.call):
-            wanted = {p: length for name, length in lengths.items() for j, p in self.symbols[name] if j == i}
+            wanted = {p: max(length, 1) for name, length in lengths.items() for j, p in self.places[name] if j == i}
             if self.batched and count:
                 wanted[0] = count
             other = rows.resized(tensor, wanted)
@@ -115,6 +130,12 @@ class Lengths:
 
     def _too_slow(self, lengths: Mapping[str, int]) -> bool:
         return any(self._slowest.get(name, 0.0) > _PATIENCE * _STEP**2 for name in lengths)
+
+
+def _apart(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """By how much one axis is longer than another, where that is the same in several different examples."""
+    found = {a - b for a, b in zip(one, other, strict=True)}
+    return found.pop() if len(found) == 1 and len(set(one)) > 1 else None
 
 
 def _axis(shapes: Sequence[Shape], places: Places) -> Free:

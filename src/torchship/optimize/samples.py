@@ -93,10 +93,13 @@ def _random(spec: TensorSpec, shape: list[int], *, source: np.random.Generator, 
 
 def vocabulary_of(module: torch.nn.Module) -> int:
     """The smallest embedding table's length: ids below it are safe for every table; 2 without one."""
-    sizes = [
-        part.num_embeddings for part in module.modules() if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag)
-    ]
-    return max(min(sizes, default=2), 2)
+    return vocabularies(module)[-1]
+
+
+def vocabularies(module: torch.nn.Module) -> list[int]:
+    """The lengths of the embedding tables, the longest first: a short one may be for something else than ids."""
+    tables = (part for part in module.modules() if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag))
+    return sorted({max(part.num_embeddings, 2) for part in tables}, reverse=True) or [2]
 
 
 def flatten_samples(samples: Iterable[Any], *, signature: Signature, rows: int) -> list[Tensors]:
