@@ -117,9 +117,8 @@ def _transformer(name: str) -> tuple[Any, list[str]]:
         return hub.ViTForImageClassification(hub.ViTConfig(**seen)), picture
     if name == "clip":
         text = {**_SMALL, "vocab_size": 500, "max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1}
-        return hub.CLIPModel(hub.CLIPConfig(text_config=text, vision_config=seen, projection_dim=32)), [
-            *(spec.replace("seq:4..64", "12") for spec in seq + mask), *picture,
-        ]  # fmt: skip
+        fixed = [spec.replace("seq:4..64", "12") for spec in seq + picture + mask]
+        return hub.CLIPModel(hub.CLIPConfig(text_config=text, vision_config=seen, projection_dim=32)), fixed
     if name == "whisper":
         lengths = {"max_source_positions": 50, "max_target_positions": 40, "num_mel_bins": 16, "vocab_size": 500}
         net = hub.WhisperForConditionalGeneration(hub.WhisperConfig(**coder, **heads, **ends, **lengths))
