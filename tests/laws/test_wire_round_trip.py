@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from torchship.errors import BadInput
 from torchship.tensors import Array, bytes_array, dtype_name
-from torchship.wire.json_arrays import decode_json_data
+from torchship.wire.json_arrays import decode_json_data, quote_constants
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_json import decode_request, encode_response
 from torchship.wire.raw import decode_raw, encode_raw
@@ -34,12 +34,12 @@ def arrays(draw: st.DrawFn, *, text: bool = False) -> Array:
         return bytes_array(draw(st.lists(item, min_size=count, max_size=count))).reshape(shape)
     if kind == "bf16":
         return draw(hnp.arrays(np.float32, shape, elements=st.integers(-256, 256))).astype(ml_dtypes.bfloat16)
-    finite = {"allow_nan": False, "allow_infinity": False} if kind[0] == "f" else {}
-    return draw(hnp.arrays(np.dtype(kind), shape, elements=finite or None))
+    return draw(hnp.arrays(np.dtype(kind), shape))
 
 
 def _same(left: Array, right: Array) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and left.tolist() == right.tolist()
+    alike = left.dtype == right.dtype and left.shape == right.shape
+    return alike and str(left.tolist()) == str(right.tolist())  # NaN is not itself, but is spelt as itself
 
 
 @_CALM
@@ -60,7 +60,7 @@ def test_json_round_trip(array: Array, nested: bool) -> None:
         values, datatype = array, dtype_name(array.dtype)
     nested = nested and array.size > 0
     text = json.dumps(values.tolist() if nested else values.ravel().tolist()).encode()
-    back = decode_json_data(text, name="x", datatype=datatype, shape=array.shape)
+    back = decode_json_data(quote_constants(text) or text, name="x", datatype=datatype, shape=array.shape)
     assert _same(back, array)
 
 

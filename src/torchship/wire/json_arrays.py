@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 
 from torchship.errors import BadInput
-from torchship.tensors import Array, as_bytes, bytes_array, numpy_dtype
+from torchship.tensors import FLOATS, Array, as_bytes, bytes_array, numpy_dtype
 from torchship.wire.raw import Buffer, element_count
 
 # The largest double that still rounds to a finite number of the type.
 _FLOAT_MAX = {"FP16": 65519.99999999999, "BF16": 3.3961775292304601e38, "FP32": 3.4028235677973362e38}
 _MAX_DEPTH = 32
+# How JSON, which has no such numbers, tells them: as the JSON mapping of protobuf does, whose messages these are.
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
+_SPELT = dict(zip(("nan", "inf", "-inf"), NON_FINITE, strict=True))
+_CONSTANTS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|-?(?:NaN|Infinity)\b', re.DOTALL)  # takes linear time
 
 
 def _element(datatype: str) -> Any:
@@ -35,8 +42,8 @@ def _element(datatype: str) -> Any:
 
 
 @lru_cache(maxsize=256)  # bounded: 14 datatypes by 32 depths, and callers choose both
-def _decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
-    kind: Any = _element(datatype)
+def _decoder(datatype: str, depth: int, spelt: bool = False) -> msgspec.json.Decoder[Any]:
+    kind: Any = _element(datatype) | Literal[NON_FINITE] if spelt else _element(datatype)
     for _ in range(depth):
         kind = list[kind]
     return msgspec.json.Decoder(kind)
@@ -45,15 +52,15 @@ def _decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
 def decode_json_data(data: Buffer | msgspec.Raw, *, name: str, datatype: str, shape: Sequence[int]) -> Array:
     """An array of `shape` from JSON `data`, flat or nested, row-major.
 
-    Integers are taken for floats, 0 and 1 for booleans; everything else that is not of the datatype, out of its
-    range, ragged or of another number of elements is refused. Raises BadInput naming the element.
+    Integers and `NON_FINITE` strings are taken for floats, 0 and 1 for booleans; everything else that is not of the
+    datatype, out of its range, ragged or of another number of elements is refused. Raises BadInput naming the element.
     """
     count = element_count(shape, name=name)
     dtype = numpy_dtype(datatype)
     text = memoryview(data)
     depth = _depth(text) if len(text) > 1 and text[1] in b"[ \n\t\r" else 1
     try:
-        items = _decoder(datatype, depth).decode(text)
+        items = _items(text, datatype, depth)
         array = _bytes_array(items, depth) if datatype == "BYTES" else np.array(items, dtype)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as fault:
         raise BadInput(f"tensor {name!r} of {datatype}: {_explain(fault)}", hint="see data of this input") from None
@@ -65,18 +72,45 @@ def decode_json_data(data: Buffer | msgspec.Raw, *, name: str, datatype: str, sh
     raise BadInput(f"tensor {name!r} has data of {got}, expected {count} elements of shape {list(shape)}")
 
 
+def _items(text: memoryview, datatype: str, depth: int) -> Any:
+    try:
+        return _decoder(datatype, depth).decode(text)
+    except msgspec.ValidationError:
+        if datatype not in FLOATS or (b"N" not in bytes(text) and b"I" not in bytes(text)):
+            raise
+        with suppress(msgspec.MsgspecError):  # the first fault tells more
+            return np.array(_decoder(datatype, depth, True).decode(text), np.float64)
+        raise
+
+
 def encode_json_data(array: Array) -> list[Any]:
-    """The elements of an array in row-major order as JSON can print them; NaN and infinity become null.
+    """The elements of an array in row-major order as JSON can print them: NaN and infinity as `NON_FINITE` strings.
 
     BYTES must be UTF-8 to travel as JSON. Raises BadInput when they are not.
     """
     items: list[Any] = array.ravel().tolist()
     if array.dtype.kind not in "OSU":
-        return items
+        if array.dtype.kind in "biu" or np.isfinite(array).all():
+            return items
+        return [item if math.isfinite(item) else _SPELT[str(item)] for item in items]
     try:
-        return [item if isinstance(item, str) else as_bytes(item).decode() for item in items]
+        return [as_bytes(item).decode() for item in items]
     except UnicodeDecodeError:
         raise BadInput("a BYTES output is not UTF-8", hint="ask for binary output (binary_data: true)") from None
+
+
+def quote_constants(text: Buffer) -> bytes | None:
+    """JSON in which the bare `NaN`, `Infinity` and `-Infinity` that Python and RapidJSON write became strings.
+
+    None where it holds none outside of its strings.
+    """
+    given = bytes(text)
+    quoted = _CONSTANTS.sub(_quote, given) if b"NaN" in given or b"Infinity" in given else given
+    return quoted if len(quoted) > len(given) else None
+
+
+def _quote(found: re.Match[bytes]) -> bytes:
+    return found[0] if found[0][:1] == b'"' else b'"%b"' % found[0]
 
 
 def _depth(text: memoryview) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from torchship.stage import Value
 from torchship.tensors import Array, Tensors
+from torchship.wire.json_arrays import encode_json_data
 
 _KEPT = 512
 
@@ -136,9 +137,7 @@ class Batch:
     def texts(self) -> list[list[bytes]]:
         """Each output's rows as JSON, without the brackets around a row; made at once for all callers."""
         if self._texts is None:
-            self._texts = [
-                msgspec.json.encode(array.reshape(len(array), -1).tolist())[2:-2].split(b"],[") for array in self.arrays
-            ]
+            self._texts = [_texts(array) for array in self.arrays]
         return self._texts
 
     @property
@@ -147,6 +146,14 @@ class Batch:
         if self._raws is None:
             self._raws = [(array.tobytes(), array.nbytes // len(array)) for array in self.arrays]
         return self._raws
+
+
+def _texts(array: Array) -> list[bytes]:
+    rows = array.reshape(len(array), -1)
+    text = msgspec.json.encode(rows.tolist())
+    if b"null" in text:  # not a number, or infinite
+        text = msgspec.json.encode([encode_json_data(row) for row in rows])
+    return text[2:-2].split(b"],[")
 
 
 class BatchSlice(Mapping[str, Array]):

@@ -6,6 +6,7 @@ The server's side first, then the caller's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -14,7 +15,7 @@ import numpy as np
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
 from torchship.tensors import Array, Free, Signature, TensorSpec, bytes_array, dtype_name
-from torchship.wire.json_arrays import decode_json_data, encode_json_data
+from torchship.wire.json_arrays import decode_json_data, encode_json_data, quote_constants
 from torchship.wire.messages import BatchSlice, Request, Response, WantedOutput
 from torchship.wire.raw import Buffer, decode_raw, encode_raw
 
@@ -104,10 +105,7 @@ def decode_request(
             raise BadInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
         view = memoryview(body)
         text, rest = view[:header_length], view[header_length:]
-    try:
-        question = _QUESTION.decode(text)
-    except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
-        raise BadInput(f"request body: {fault}", hint="see the Open Inference Protocol, or GET /docs") from None
+    question = _question(text)
     inputs: dict[str, Array] = {}
     for item in question.inputs:
         if item.name in inputs:
@@ -124,6 +122,17 @@ def decode_request(
     if question.outputs:
         request.outputs = tuple(_wanted(item, request.binary) for item in question.outputs)
     return request
+
+
+def _question(text: Buffer) -> _Question:
+    try:
+        return _QUESTION.decode(text)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
+        quoted = quote_constants(text) if isinstance(fault, msgspec.DecodeError) else None
+        if quoted is not None:
+            with suppress(msgspec.MsgspecError, RecursionError, ValueError):
+                return _QUESTION.decode(quoted)
+        raise BadInput(f"request body: {fault}", hint="see the Open Inference Protocol, or GET /docs") from None
 
 
 def reread(body: bytes) -> bytes | None:
@@ -409,13 +418,23 @@ def decode_response(body: Buffer, *, header_length: int | None) -> Response:
     view = memoryview(body)
     text, rest = (view, view[:0]) if header_length is None else (view[:header_length], view[header_length:])
     try:
-        answer = _TOLD.decode(text)
+        answer = _told(text)
         outputs: dict[str, Array] = {}
         for item in answer.outputs:
             outputs[item.name], rest = _input(item, rest, None)
     except (msgspec.MsgspecError, BadInput, ValueError, TypeError) as fault:
         raise StageFailed(f"the server's answer cannot be read: {fault}") from None
     return Response(answer.model_name, answer.model_version, outputs, answer.id, answer.parameters or {})
+
+
+def _told(text: memoryview) -> _Told:
+    try:
+        return _TOLD.decode(text)
+    except msgspec.DecodeError:
+        quoted = quote_constants(text)  # Triton writes bare constants
+        if quoted is None:
+            raise
+        return _TOLD.decode(quoted)
 
 
 def signature_of(metadata: Mapping[str, Any]) -> Signature:

@@ -10,8 +10,8 @@ import pytest
 
 from torchship.errors import BadInput
 from torchship.tensors import Signature, TensorSpec, bytes_array
-from torchship.wire.messages import Request, Response, WantedOutput
-from torchship.wire.oip_json import decode_plain, decode_request, encode_response
+from torchship.wire.messages import Batch, BatchSlice, Outline, Request, Response, WantedOutput
+from torchship.wire.oip_json import decode_plain, decode_request, decode_response, encode_response
 from torchship.wire.raw import encode_raw
 
 
@@ -42,6 +42,47 @@ def test_strings_nested_and_flat() -> None:
 
 def test_booleans_and_their_numbers() -> None:
     assert decode(body("BOOL", [3], [True, 0, 1])).inputs["x"].tolist() == [True, False, True]
+
+
+NOT_FINITE = [1.5, float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16", "FP32", "FP64"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_not_finite_goes_both_ways(datatype: str, nested: bool) -> None:
+    """As strings in valid JSON, and as the bare constants that Python's json and RapidJSON write."""
+    for values in (NOT_FINITE, [1.5, "NaN", "Infinity", "-Infinity"]):
+        found = decode(body(datatype, [2, 2], [values[:2], values[2:]] if nested else values)).inputs["x"]
+        assert str(found.ravel().tolist()) == "[1.5, nan, inf, -inf]"
+        assert found.shape == (2, 2)
+    array = np.array(NOT_FINITE).astype(found.dtype).reshape(2, 2)
+    told = encode_response(Response("m", "1", {"x": array}), Request("m", {}))
+    assert json.loads(told.data)["outputs"][0]["data"] == [1.5, "NaN", "Infinity", "-Infinity"]
+    batch = Batch(Outline(("x",)), [array])
+    for row in range(2):
+        part = Response("m", "1", BatchSlice(batch, row, row + 1))
+        plain = Response("m", "1", {"x": array[row : row + 1]})
+        assert encode_response(part, Request("m", {})) == encode_response(plain, Request("m", {}))
+    back = decode_response(told.data, header_length=None)
+    assert back.outputs["x"].tobytes() == array.tobytes()
+    bare = decode_response(told.data.replace(b'"NaN"', b"NaN").replace(b'"Infinity"', b"Infinity"), header_length=None)
+    assert bare.outputs["x"].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("text", [b"[nan]", b"[NaNs]", b'["nan"]', b'["inf"]', b'["+Infinity"]', b"[-NaN]", b"[null]"])
+def test_other_words_are_no_numbers(text: bytes) -> None:
+    with pytest.raises(BadInput):
+        decode(b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":%b}]}' % text)
+
+
+def test_constants_inside_of_strings_stay() -> None:
+    assert decode(body("BYTES", [1], ['a "NaN", NaN \\'], id="NaN")).inputs["x"].tolist() == [b'a "NaN", NaN \\']
+    mixed = b'{"id":"\\"NaN","inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[NaN]}]}'
+    assert decode(mixed).id == '"NaN'
+    with pytest.raises(BadInput, match=r"malformed|truncated"):
+        decode(b'{"id":"' + b'\\"NaN' * 200_000)
+    with pytest.raises(BadInput, match="INT8"):
+        decode(body("INT8", [1], ["NaN"]))
 
 
 def test_wide_integers_stay_exact() -> None:
@@ -202,7 +243,7 @@ def test_answers_in_json() -> None:
         "model_name": "m",
         "model_version": "1",
         "id": "id7",
-        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.5, None]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.5, "NaN"]}],
     }
     assert rest == b""
 
