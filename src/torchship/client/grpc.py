@@ -19,7 +19,8 @@ from torchship.wire.schema import message
 from torchship.wire.status import Status, error_of
 
 _SERVICE = "/inference.GRPCInferenceService/"
-_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0), ("grpc.min_reconnect_backoff_ms", 100),
+# The least of the pauses between two connections is also the time that one may take.
+_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0), ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000)]  # fmt: skip
 MOST = 2**31 - 1  # bytes of a message: what protobuf can hold
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -126,20 +125,11 @@ def _depth(text: memoryview) -> int:
 
 
 def _bytes_array(items: list[Any], depth: int) -> Array:
-    if depth == 1:
-        return bytes_array([item.encode() for item in items])
-    shape: list[int] = []
-    for _ in range(depth):
-        shape.append(len(items))
-        if len(shape) == depth:
-            break
-        if len({len(item) for item in items}) > 1:
-            raise ValueError("nested lists differ in their length")
-        items = [part for item in items for part in item]
-    flat = bytes_array([item.encode() for item in items])
-    # `shape` counts flattened lists; turn counts into lengths
-    lengths = [shape[0]] + [after // max(before, 1) for before, after in pairwise(shape)]
-    return flat.reshape(lengths)
+    array = bytes_array(items) if depth == 1 else np.array(items, np.object_)
+    flat = array.ravel().tolist()
+    if any(isinstance(item, list) for item in flat):
+        raise ValueError("nested lists differ in their length")
+    return bytes_array([item.encode() for item in flat]).reshape(array.shape)
 
 
 def _explain(fault: Exception) -> str:

@@ -129,9 +129,9 @@ def test_errors_come_back_as_they_were(client: Client, doors: Doors) -> None:
     for fault, kind in (
         (StageFailed("it broke"), StageFailed),
         (ValueError("x"), StageFailed),
-        (Expired("late"), Exception),
+        (Expired("late"), Expired),
         (Busy("full", retry_after=90.0), Busy),
-        (Unsupported("streams"), (Unsupported, BadInput)),  # HTTP has no status of its own for it
+        (Unsupported("streams"), Unsupported),
     ):
         doors.running.service.fault = fault
         with pytest.raises(kind) as caught:

@@ -110,14 +110,14 @@ class Exchange(msgspec.Struct, eq=False):
             self.write(b'data: {"error":' + msgspec.json.encode(text_of(error)) + b"}\n\n")
             self.end()
             return
-        headers: Headers = ()
-        status = status_of(error).http
+        status, code = status_of(error)
+        headers: Headers = (("grpc-status", str(code)),)  # tells clients apart what shares a status of HTTP
         if isinstance(error, HttpFault):
             status, headers = error.status, error.headers
         elif isinstance(error, Busy | Unavailable) and error.retry_after:
-            headers = (("retry-after", str(max(1, math.ceil(error.retry_after)))),)
+            headers += (("retry-after", str(max(1, math.ceil(error.retry_after)))),)
         elif status == HTTPStatus.UNAUTHORIZED:
-            headers = (("www-authenticate", 'Bearer realm="torchship"'),)
+            headers += (("www-authenticate", 'Bearer realm="torchship"'),)
         self.sink.send(self, status, msgspec.json.encode({"error": text_of(error)}), JSON, headers)
 
     def begin(self, *, status: int = 200, content_type: str = JSON, headers: Headers = ()) -> None:

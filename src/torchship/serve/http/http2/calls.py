@@ -76,7 +76,7 @@ class Call:
             while len(body) - place >= 5:
                 size = int.from_bytes(body[place + 1 : place + 5], "big")
                 if size > self._link.site.limits.body:
-                    self.finish(_EXHAUSTED, f"the message has {size} bytes")
+                    self._refuse(HttpFault(413, f"the message has {size} bytes"))
                     return
                 if len(body) - place - 5 < size:
                     break
@@ -125,10 +125,16 @@ class Call:
             self.job = work
 
     def _refuse(self, fault: Exception) -> None:
-        if isinstance(fault, HttpFault):
-            self.finish(_EXHAUSTED if fault.status == 413 else _INVALID, str(fault))
+        if isinstance(fault, HttpFault) and fault.status == 413:
+            self.too_large(str(fault))
+        elif isinstance(fault, HttpFault):
+            self.finish(_INVALID, str(fault))
         else:
             self.fail(fault)
+
+    def too_large(self, message: str) -> None:
+        """End the call because its request is too large; a negative pushback says that trying again will not help."""
+        self.finish(_EXHAUSTED, message, extra=h2.literal(b"grpc-retry-pushback-ms", b"-1"))
 
     def _admitted(self) -> bool:
         try:

@@ -255,7 +255,7 @@ class Connection2(asyncio.Protocol):
     def _too_large(self, stream: Stream) -> None:
         text = f"there are more than {self.site.limits.body} bytes"
         if stream.head.rpc is not None:
-            stream.partner.finish(8, text)
+            stream.partner.too_large(text)
         else:
             self._begin_exchange(stream, HttpFault(413, text))
 
