@@ -11,12 +11,17 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import torchship
 
@@ -100,7 +105,9 @@ def test_it_opens_and_serves_without_torch(base_python: Path, artifact: tuple[Pa
         [base_python, "-c", ASK, str(path)], capture_output=True, text=True, check=True, timeout=60, cwd=path
     )
     assert np.allclose(json.loads(found.stdout), expected, atol=1e-5)
-    answer = ask_a_server([str(base_python.parent / "torchship"), "serve", str(path), "--http-port", "0"])
+    body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 1, 1, 1]}]}
+    with server([str(base_python.parent / "torchship"), "serve", str(path), "--http-port", "0"]) as url:
+        answer = answer_of(f"{url}/v2/models/tiny/infer", json.dumps(body).encode())
     assert np.allclose(np.reshape(answer["outputs"][0]["data"], (1, 2)), expected[:1], atol=1e-5)
 
 
@@ -159,19 +166,44 @@ def test_with_its_wheel_an_application_brings_commands_and_stages(faces_python: 
     assert "pip install 'torchship-faces[prepare]'" in prepare.stderr
 
 
-def ask_a_server(command: list[str]) -> dict[str, list[dict[str, list[float]]]]:
-    """Start a server, send it one row, stop it, and give back its answer."""
-    environment = os.environ | {"PYTHONPATH": ""}
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd="/")
+def test_the_application_of_the_documentation_works(faces_python: Path, tmp_path: Path) -> None:
+    for language, text in re.findall(r"^```(ini|py)\n(.*?)^```$", (ROOT / "docs/apps.md").read_text(), re.M | re.S):
+        place = tmp_path / text.partition("\n")[0].removeprefix("# ")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+        assert language == ("py" if place.suffix == ".py" else "ini")
+    install = [*UV, "pip", "install", "--quiet", "--python", str(faces_python), str(tmp_path)]
+    subprocess.run(install, check=True, timeout=280)
+    assert "Say how bright a picture is" in installed(faces_python, "torchship", "--help", cwd=tmp_path).stdout
+    picture = tmp_path / "grey.png"
+    Image.new("RGB", (8, 8), (51, 51, 51)).save(picture)
+    found = installed(faces_python, "torchship", "brightness", "grey.png", cwd=tmp_path)
+    assert found.stdout.strip() == "0.20", found.stderr
+    missing = installed(faces_python, "torchship", "brightness", "none.png", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "none.png: No such file" in missing.stderr
+    served = [str(faces_python.parent / "torchship"), "serve", str(tmp_path / "brightness.toml"), "--http-port", "0"]
+    with server(served) as url:
+        assert answer_of(f"{url}/v1/brightness", picture.read_bytes()) == {"brightness": 0.2}
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            answer_of(f"{url}/v1/brightness", b"")
+
+
+@contextmanager
+def server(command: list[str]) -> Iterator[str]:
+    """A server with this command line; its URL."""
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ""}, cwd="/")
     try:
-        assert server.stderr is not None
-        url = next(found[0] for line in server.stderr if (found := re.search(r"http://127[^\s]*?:\d+(?=/)", line)))
-        body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 1, 1, 1]}]}
-        with urllib.request.urlopen(f"{url}/v2/models/tiny/infer", json.dumps(body).encode(), timeout=30) as response:
-            answer: dict[str, list[dict[str, list[float]]]] = json.load(response)
-        return answer
+        assert child.stderr is not None
+        yield next(found[0] for line in child.stderr if (found := re.search(r"http://127[^\s]*?:\d+(?=/)", line)))
     finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) == 0
-        if server.stderr is not None:
-            server.stderr.close()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=60) == 0
+        if child.stderr is not None:
+            child.stderr.close()
+
+
+def answer_of(url: str, body: bytes) -> Any:
+    """What a POST of this body is answered."""
+    with urllib.request.urlopen(url, body, timeout=60) as response:
+        return json.load(response)
