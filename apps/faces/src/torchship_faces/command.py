@@ -128,7 +128,7 @@ def enrol(*, folder: Path, gallery: str, model: str, store: str, min_score: floa
 def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score: float, **given: Any) -> None:
     """Say who is in PICTURES; who is not in the gallery is unknown."""
     from torchship_faces.embedders import embedder
-    from torchship_faces.recognizer import Recognizer, draw, open_gallery, read
+    from torchship_faces.recognizer import Recognizer, draw, open_gallery, read, written
 
     book = open_gallery(gallery)
     recognizer = Recognizer(store, model=embedder(gallery=gallery))
@@ -146,7 +146,8 @@ def identify(*, pictures: tuple[Path, ...], gallery: str, store: str, min_score:
         ]  # fmt: skip
         answers.append({"file": str(path), "faces": faces})
         if given["draw"] and path == pictures[-1]:
-            draw(picture, found, names=names).save(given["draw"])
+            with written(path := given["draw"]):
+                draw(picture, found, names=names).save(path)
     if given["as_json"]:
         _print_json(answers)
         return
@@ -248,7 +249,7 @@ def calibrate(*, folder: Path, model: str, store: str, fmr: float, plot: Path | 
     from torchship_faces import calibrate as calibration
     from torchship_faces.embedders import embedder
     from torchship_faces.enrolment import largest, pictures_of
-    from torchship_faces.recognizer import Recognizer
+    from torchship_faces.recognizer import Recognizer, written
 
     recognizer = Recognizer(store, model=embedder(model))
     vectors, persons, names = [], [], []
@@ -264,7 +265,8 @@ def calibrate(*, folder: Path, model: str, store: str, fmr: float, plot: Path | 
     pairs = calibration.pairs_of(np.array(vectors), persons)
     found_ = calibration.calibrate(pairs, target=fmr)
     if plot:
-        plot.write_text(calibration.roc_svg(pairs, found_))
+        with written(plot):
+            plot.write_text(calibration.roc_svg(pairs, found_))
     if as_json:
         _print_json(found_)
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def read(path: Path) -> bytes:
         raise NotFound(f"no file {path}") from None
     except OSError as fault:
         raise BadInput(f"{path}: {fault.strerror}") from None
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What is written to `path` inside; raises BadInput where that cannot be."""
+    try:
+        yield
+    except (OSError, ValueError) as fault:  # a full disk; an ending that Pillow does not know
+        raise BadInput(f"{path} cannot be written: {getattr(fault, 'strerror', None) or fault}") from None
 
 
 def draw(picture: bytes, found: Tensors, *, names: Sequence[str] = ()) -> Image.Image:

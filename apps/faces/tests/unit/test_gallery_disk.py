@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from torchship.errors import CorruptArtifact, NotFound, Unavailable
-from torchship_faces.gallery import Enrolment, Gallery, gallery, snapshot
+from torchship_faces.gallery import Enrolment, Gallery, gallery, snapshot, transfer
 
 WIDTH = 16
 
@@ -196,6 +196,17 @@ def test_a_template_that_is_not_there_takes_nobody_along(tmp_path: Path, serial:
         running.forget("a", serial=2)  # that is bb's
     assert running.page() == opened(tmp_path).page() == ["a", "bb"]
     assert running.count() == (2, 2)
+
+
+def test_an_export_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = opened(tmp_path / "g")
+    enrol(running, "a")
+    with pytest.raises(Unavailable, match="could not be written: No such file"):
+        transfer.export(running, tmp_path / "none" / "x.safetensors")
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(Unavailable, match="could not be written: No space left"):
+        transfer.export(running, tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
 
 
 def test_a_folder_that_cannot_be_a_gallery_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from torchship.errors import BadInput, NotFound
 from torchship.tensors import Tensors
 from torchship_faces.enrolment import Enrolled, enrol_folder, pictures_of
 from torchship_faces.gallery import Enrolment, Gallery
+from torchship_faces.recognizer import written
 from torchship_faces.uploads import group_names, picture_of
 
 JOSE = unicodedata.normalize("NFD", "José")
@@ -192,3 +194,9 @@ def test_what_is_no_base64_is_refused_with_its_place(text: str) -> None:
 
 def test_groups_are_split_by_commas() -> None:
     assert group_names(" staff, night shift,,") == ["staff", "night shift"]
+
+
+@pytest.mark.parametrize(("name", "says"), [("x.nix", "unknown file extension"), ("none/x.png", "No such file")])
+def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(BadInput, match=f"cannot be written: {says}"), written(tmp_path / name):
+        Image.new("RGB", (1, 1)).save(tmp_path / name)

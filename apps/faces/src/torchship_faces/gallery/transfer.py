@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
-from torchship.errors import BadInput, CorruptArtifact, Denied, NotFound
+from torchship.errors import BadInput, CorruptArtifact, Denied, NotFound, Unavailable
 from torchship_faces.gallery import pictures
 from torchship_faces.gallery.gallery import Enrolment, Gallery
 from torchship_faces.gallery.state import Rows, State
@@ -39,7 +40,7 @@ class _Entry(msgspec.Struct, array_like=True):
 def export(gallery: Gallery, path: Path, *, faces: bool = False) -> int:
     """Write all people to `path`, with their kept faces where asked for; how many people. Atomic.
 
-    Nothing but the names and numbers of the people is held in memory.
+    Nothing but the names and numbers of the people is held in memory. Raises Unavailable where it cannot be written.
     """
     state = gallery.still()
     entries, parts = [], []
@@ -70,8 +71,11 @@ def export(gallery: Gallery, path: Path, *, faces: bool = False) -> int:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+    except OSError as fault:
+        raise Unavailable(f"{path} could not be written: {fault.strerror}", hint="the gallery is as it was") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # also a folder that is none
+            temporary.unlink(missing_ok=True)
     return len(entries)
 
 
