@@ -22,7 +22,7 @@ from torchship import plugins, process
 from torchship.errors import BadInput, BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import blueprint, program, torch_stage
-from torchship.lowering.blueprint import Blueprint, Holder
+from torchship.lowering.blueprint import Blueprint
 from torchship.lowering.torch_stage import TorchStage, no_fast_path, prepare
 from torchship.model import Model, to_numpy, to_torch
 from torchship.plugins import missing
@@ -43,12 +43,15 @@ _PRECISIONS = ("fp32", "bf16")
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """One submodule that another backend runs; its files lie in `parts/NUMBER`."""
+    """One submodule that another backend runs; its files lie in `parts/NUMBER`.
+
+    `spec` is torch's description of the containers that its outputs come in.
+    """
 
     path: str
     recipe: Recipe
     signature: Signature
-    holder: Holder
+    spec: str
 
 
 class HybridPlan(msgspec.Struct, frozen=True):
@@ -200,7 +203,7 @@ def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
     cuts: list[Cut] = []
     faults: list[str] = []
 
-    def builds(path: str, part: Model, holder: Holder) -> bool:
+    def builds(path: str, part: Model, spec: str) -> bool:
         folder = out / "parts" / str(len(cuts))
         folder.mkdir(parents=True)
         try:
@@ -209,7 +212,7 @@ def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
             faults.append(f"{path}: {program.one_line(fault, limit=200)}")
             shutil.rmtree(folder)
             return False
-        cuts.append(Cut(path, Recipe(str(options["parts"]), wanted), part.signature, holder))
+        cuts.append(Cut(path, Recipe(str(options["parts"]), wanted), part.signature, spec))
         return True
 
     cutting.parts(model, builds=builds)
@@ -294,6 +297,9 @@ def _run_script(path: Path) -> types.ModuleType:
 
 def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Module:
     import torch
+    from torch.utils import _pytree as pytree
+
+    spec = pytree.treespec_loads(cut.spec)
 
     class Compiled(torch.nn.Module):
         """A stage in the place of a submodule, which still answers where the stage was not made for the shapes."""
@@ -318,7 +324,8 @@ def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Modul
             except BadInput:
                 return self.eager(*given)
             answers = stage(feed)
-            return cut.holder.fill([to_torch(answers[spec.name]).to(given[0].device) for spec in cut.signature.outputs])
+            tensors = [to_torch(answers[out.name]).to(given[0].device) for out in cut.signature.outputs]
+            return pytree.tree_unflatten(tensors, spec)
 
     return Compiled()
 

@@ -14,7 +14,7 @@ import importlib
 import math
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -313,38 +313,6 @@ _READERS: dict[str, Callable[[Any, _Hand], Any]] = {
     "tensor": lambda content, hand: hand.tensors[content],
     "weight": lambda content, hand: hand.weight(content),
 }
-
-
-class Holder(msgspec.Struct, frozen=True):
-    """What the outputs of a submodule come in: a tensor by itself (no kind), or a container, with its keys."""
-
-    kind: str = ""
-    keys: tuple[str, ...] = ()
-
-    def fill(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """The tensors as the submodule gives them."""
-        if not self.kind:
-            return tensors[0]
-        return _HOLDERS[self.kind](zip(self.keys, tensors, strict=True) if self.keys else tensors)
-
-
-_HOLDERS: dict[str, Any] = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
-
-
-def held(output: Any) -> tuple[Holder, tuple[torch.Tensor, ...]] | None:
-    """An output's holder and tensors; None for anything but tensors in one flat container."""
-    import torch
-
-    kind = type(output).__name__
-    if isinstance(output, torch.Tensor):
-        return Holder(), (output,)
-    if _HOLDERS.get(kind) is not type(output) or not output:
-        return None
-    values = tuple(output.values() if isinstance(output, dict) else output)
-    keys = tuple(output) if isinstance(output, dict) else ()
-    if not all(isinstance(value, torch.Tensor) for value in values) or not all(isinstance(key, str) for key in keys):
-        return None
-    return Holder(kind, keys), values
 
 
 def excerpt(source: str, *, names: Collection[str], file: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchship.errors import BadInput
-from torchship.lowering.blueprint import Holder, held
 from torchship.lowering.variants import Wrapped
 from torchship.model import Model, to_numpy
 from torchship.tensors import Array, Axis, Free, Signature, Tensors, TensorSpec, dtype_name
@@ -22,13 +22,13 @@ _MOST_CALLS = 8
 
 @dataclass
 class Calls:
-    """What went into one submodule and came out; `plain` while it was tensors in, by position, and always the same
-    `holder` of tensors out.
+    """What went into one submodule and came out; `plain` while it was tensors in, by position, and tensors out, always
+    in the same containers: `spec` is torch's description of these, as text.
     """
 
     inputs: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     outputs: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
-    holder: Holder | None = None
+    spec: str = ""
     plain: bool = True
 
 
@@ -37,14 +37,12 @@ class SubmoduleCall(Wrapped):
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Call it."""
-        found = held(self.flat(*tensors))
-        assert found is not None  # noqa: S101  # its calls were watched
-        return found[1]
+        return tuple(pytree.tree_leaves(self.flat(*tensors)))
 
 
-def parts(model: Model, *, builds: Callable[[str, Model, Holder], bool]) -> list[str]:
-    """Paths of the largest submodules of the user's module that `builds(path, model, holder)` accepts, none inside
-    another.
+def parts(model: Model, *, builds: Callable[[str, Model, str], bool]) -> list[str]:
+    """Paths of the largest submodules of the user's module that `builds(path, model, spec)` accepts, none inside
+    another; `spec` says in what containers its outputs come.
 
     Single layers are left alone: crossing over to another engine costs more than it brings.
     """
@@ -59,7 +57,7 @@ def parts(model: Model, *, builds: Callable[[str, Model, Holder], bool]) -> list
                 continue
             seen = calls.get(below)
             candidate = None if seen is None else as_model(child, seen, name=below, batched=model.signature.batched)
-            if candidate is not None and seen and seen.holder and builds(below, candidate, seen.holder):
+            if candidate is not None and seen and builds(below, candidate, seen.spec):
                 found.append(below)
             else:
                 descend(child, below)
@@ -96,14 +94,13 @@ def _hooked(top: nn.Module, calls: dict[str, Calls]) -> Iterator[None]:
     def hook_for(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen = calls.setdefault(path, Calls())
-            found = held(output)
-            tensors = bool(args) and all(isinstance(value, torch.Tensor) for value in args)
-            same = found is not None and seen.holder in (None, found[0])
-            seen.plain = seen.plain and tensors and same and not kwargs
-            if seen.plain and found is not None and len(seen.inputs) < _MOST_CALLS:
-                seen.holder = found[0]
+            leaves, spec = _taken_apart(output)
+            tensors = bool(args) and all(isinstance(value, torch.Tensor) for value in (*args, *leaves))
+            seen.plain = seen.plain and tensors and bool(leaves) and seen.spec in ("", spec) and not kwargs
+            if seen.plain and len(seen.inputs) < _MOST_CALLS:
+                seen.spec = spec
                 seen.inputs.append(tuple(value.clone() for value in args))
-                seen.outputs.append(tuple(value.clone() for value in found[1]))
+                seen.outputs.append(tuple(value.clone() for value in leaves))
 
         return hook
 
@@ -113,6 +110,15 @@ def _hooked(top: nn.Module, calls: dict[str, Calls]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _taken_apart(output: Any) -> tuple[list[Any], str]:
+    """The leaves of nested containers and their description; none for containers that cannot be described as text."""
+    leaves, spec = pytree.tree_flatten(output)
+    try:
+        return leaves, pytree.treespec_dumps(spec)
+    except NotImplementedError:
+        return [], ""
 
 
 def as_model(module: nn.Module, seen: Calls, *, name: str, batched: bool) -> Model | None:
