@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ from torchship.serve.engine.spec import WorkerSpec
 from torchship.serve.engine.worker import WorkerStart
 from torchship.tensors import Array, numpy_dtype
 
+_log = logging.getLogger("torchship.serve")
 _RAW = {tuple}
 
 
@@ -388,8 +390,9 @@ class LocalReplica:
         self.ended.set_result(None)
 
     def _why(self) -> str:
-        """The reason, the way it ended, and its last lines, as one text."""
+        """The reason and the way it ended, for callers too; its last lines may hold others' data: they are logged."""
         end = process.describe_exit(self._child.returncode)
         text = f"{self._reason} ({end})" if self._reason else end
-        lines = self._output.last_lines
-        return f"{text}; its last lines: {' | '.join(lines)}" if lines else text
+        if lines := self._output.last_lines:
+            _log.warning("worker %d %s; its last lines: %s", self.pid, text, " | ".join(lines), extra={"pid": self.pid})
+        return text
