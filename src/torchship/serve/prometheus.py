@@ -12,6 +12,7 @@ from torchship.serve.engine.station import Station
 from torchship.serve.machine import gauges
 from torchship.serve.metrics import BUCKETS_MS, LineMeter
 
+_EXACT = 64
 _Labels = tuple[tuple[str, str], ...]
 
 
@@ -36,9 +37,14 @@ def _stations(read: Callable[[Station], float]) -> Callable[[Line], Iterable[tup
 
 
 def _batches(line: Line) -> Iterable[tuple[_Labels, float]]:
+    """Above 64 rows sizes are told as the power of two that holds them: a label has few values."""
     for node in line.nodes:
+        counts: dict[int, int] = {}
         for size, batch in sorted(node.station.meter.batches.items()):
-            yield (("stage", node.station.name), ("rows", str(size))), batch.calls
+            told = size if size <= _EXACT else 1 << (size - 1).bit_length()
+            counts[told] = counts.get(told, 0) + batch.calls
+        for size, calls in counts.items():
+            yield (("stage", node.station.name), ("rows", str(size))), calls
 
 
 def _slots(station: Station, *, used: bool) -> int:

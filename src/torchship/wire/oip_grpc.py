@@ -224,8 +224,7 @@ class InferCodec:
                 outputs.append((wish.name, array, {}))
             raws.append(raw)
         rest = message("inference.ModelInferResponse")(id=response.id)
-        if any(raws):
-            rest.raw_output_contents.extend(raws)
+        rest.raw_output_contents.extend(raws)  # one for each output, as Triton has it: empty for one in shared memory
         set_parameters(rest.parameters, response.parameters)
         return _answer(response, outputs) + bytes(rest.SerializeToString())
 

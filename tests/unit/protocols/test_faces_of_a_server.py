@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from torchship.serve.api.openapi import models
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.serve.http.exchange import Head
-from torchship.wire.messages import Request
+from torchship.wire.messages import Request, WantedOutput
 
 
 @pytest.fixture(scope="module")
@@ -242,8 +243,8 @@ def test_regions_survive_files_that_shrink(tmp_path: Path) -> None:
         memory.read("r", offset=0, size=80)
     with pytest.raises(BadInput, match="shorter"):
         memory.write("r", bytes(40), offset=0, size=40)
-    memory.unregister()
-    memory.unregister("r")
+    asyncio.run(memory.unregister())
+    asyncio.run(memory.unregister("r"))
     assert memory.status() == []
 
 
@@ -290,3 +291,25 @@ def test_headers_in_capitals_are_forwarded() -> None:
     front = Front(cast(Any, None), forward="X-Tenant|TraceParent")
     head = Head("POST", "/", "", {"x-tenant": "a", "traceparent": "b", "x-other": "c"})
     assert front.forwarded(head) == {"x-tenant": "a", "traceparent": "b"}
+
+
+def test_a_region_stays_until_the_requests_that_use_it_are_answered(server: Running, tmp_path: Path) -> None:
+    memory, file = SharedMemory(folder=tmp_path), tmp_path / "one"
+    file.write_bytes(bytes(4))
+    memory.register("r", key="/one", offset=0, size=4)
+    request = Request("m", {}, outputs=(WantedOutput("y", parameters={"shared_memory_region": "r"}),))
+
+    async def main() -> None:
+        held = memory.hold(request)
+        leaving = asyncio.ensure_future(memory.unregister("r"))
+        await asyncio.sleep(0)
+        assert memory.status() == []
+        assert not leaving.done()
+        memory.write("r", b"abcd", offset=0, size=4)
+        memory.release(held)
+        await leaving
+        with pytest.raises(BadInput, match="Unable to find"):
+            memory.write("r", b"abcd", offset=0, size=4)
+
+    server.run(main())
+    assert file.read_bytes() == b"abcd"

@@ -337,7 +337,7 @@ def test_rest_over_http2(server: Running) -> None:
         assert peer.status(3)[":status"] == "400"
         peer.send(peer.call(5))
         assert peer.status(5)["grpc-status"] == "0"
-        body = b'{"inputs":[{"name":"x","shape":[99,16],"datatype":"FP32","data":[%b]}]}' % b",".join([b"1"] * 1584)
+        body = b'{"inputs":[{"name":"x","shape":[999,16],"datatype":"FP32","data":[%b]}]}' % b",".join([b"1"] * 15984)
         peer.send(h2.frame(h2.HEADERS, h2.END_HEADERS, 7, peer.encoder.encode([*post, *PACKED])))
         peer.send(h2.frame(h2.DATA, h2.END_STREAM, 7, gzip.compress(body)))
         told = peer.status(7)

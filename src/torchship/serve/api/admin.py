@@ -42,9 +42,9 @@ class Admin:
             raise Unsupported("shared memory is off", hint="set shared_memory = true in [control]")
         self._memory.register(name, key=key, offset=offset, size=size)
 
-    def unregister(self, name: str = "") -> None:
-        """Forget one region, or all of them."""
-        self._memory.unregister(name)
+    async def unregister(self, name: str = "") -> None:
+        """Forget one region, or all of them, once no request uses it."""
+        await self._memory.unregister(name)
 
     @staticmethod
     def cuda_regions(name: str = "") -> list[dict[str, Any]]:

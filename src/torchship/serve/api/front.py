@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torchship.errors import BadConfig
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import LogSettings, Tracing
+from torchship.serve.engine.queue import Job
 from torchship.serve.http.exchange import Head
-from torchship.serve.service import Service
-from torchship.wire.messages import Request
+from torchship.serve.service import Answer, Service
+from torchship.wire.messages import Request, Response
 
 
 @dataclass(slots=True)
@@ -43,6 +45,24 @@ class Front:
         if not self.forward:
             return {}
         return {name: value for name, value in head.headers.items() if re.fullmatch(self.forward, name, re.IGNORECASE)}
+
+    def start(self, request: Request, answer: Answer, whom: Any) -> Job:
+        """Begin an inference as Service.start does: traced if it should be, and with a hold on its shared memory."""
+        if self.tracing.active:
+            answer = self.tracing.around(answer, request)
+        if self.regions is None or not request.outputs:
+            return self.service.start(request, answer, whom)
+        regions, held = self.regions, self.regions.hold(request)
+
+        def answered(whom: Any, request: Request, end: Response | Exception) -> None:
+            answer(whom, request, end)
+            regions.release(held)
+
+        try:
+            return self.service.start(request, answered, whom)
+        except BaseException:
+            regions.release(held)
+            raise
 
     @staticmethod
     def attach(request: Request, headers: Mapping[str, str]) -> None:

@@ -122,9 +122,7 @@ class GrpcInference:
 
     def __init__(self, front: Front, codec: InferCodec) -> None:
         self._front = front
-        self._service = front.service
         self._codec = codec
-        self._tracing = front.tracing
 
     def __call__(self, call: Call, body: Buffer, start: int) -> None:
         """Begin one inference; its answer is sent when it is there."""
@@ -134,8 +132,7 @@ class GrpcInference:
             request.deadline = timeout
         if self._front.forward:
             self._front.attach(request, self._front.forwarded(call.head))
-        answer = self._tracing.around(self._answer, request) if self._tracing.active else self._answer
-        call.job = self._service.start(request, answer, call)
+        call.job = self._front.start(request, self._answer, call)
 
     def _answer(self, call: Call, request: Request, end: Response | Exception) -> None:
         call.job = None

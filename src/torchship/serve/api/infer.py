@@ -47,7 +47,6 @@ class Inference:
     def __init__(self, front: Front) -> None:
         self._service = front.service
         self._regions = front.regions
-        self._tracing = front.tracing
         self._front = front
         # by what a head says, but for the size of its body
         self._templates: dict[tuple[str, str, int | None], TemplateCache] = {}
@@ -55,8 +54,7 @@ class Inference:
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when it is there."""
         request = self.decode(exchange)
-        answer = self._tracing.around(self._answer, request) if self._tracing.active else self._answer
-        exchange.job = self._service.start(request, answer, exchange)
+        exchange.job = self._front.start(request, self._answer, exchange)
 
     def decode(self, exchange: Exchange) -> Request:
         """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""

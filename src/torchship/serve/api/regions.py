@@ -6,6 +6,7 @@ would otherwise kill the server with a bus error. Our own arenas have no names a
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torchship.errors import BadInput, NotFound
+from torchship.wire.messages import Request
 
 _KEY = re.compile(r"/?([A-Za-z0-9_.\-]{1,200})")
 _NAME = re.compile(r"[^\x00-\x1f]{1,200}")
@@ -29,6 +31,8 @@ class SharedRegion:
     offset: int
     size: int
     descriptor: int
+    users: int = 0  # requests that will write into it
+    idle: asyncio.Future[None] | None = None  # set while it leaves: done when nobody uses it
 
 
 class SharedMemory:
@@ -39,6 +43,7 @@ class SharedMemory:
         self._folder = folder
         self._prefix = prefix
         self._regions: dict[str, SharedRegion] = {}
+        self._leaving: dict[str, SharedRegion] = {}
 
     def register(self, name: str, *, key: str, offset: int, size: int) -> None:
         """Open the shared memory `key` and give `size` bytes from `offset` on a name.
@@ -66,11 +71,32 @@ class SharedMemory:
             raise BadInput(f"shared memory region '{name}' is not {size} bytes at {offset} of a file of this user")
         self._regions[name] = SharedRegion(name, key, offset, size, descriptor)
 
-    def unregister(self, name: str = "") -> None:
-        """Forget one region, or all of them; an unknown name is no error."""
+    async def unregister(self, name: str = "") -> None:
+        """Forget one region, or all of them; an unknown name is no error. Waits for the requests that use it."""
         for region in [self._regions[name]] if name in self._regions else [] if name else [*self._regions.values()]:
             del self._regions[region.name]
+            if region.users:
+                self._leaving[region.name] = region
+                region.idle = asyncio.get_running_loop().create_future()
+                await region.idle
+                del self._leaving[region.name]
             os.close(region.descriptor)
+
+    def hold(self, request: Request) -> list[SharedRegion]:
+        """The regions into which the answer to a request goes: they stay until `release`."""
+        names = {str(wish.parameters.get("shared_memory_region", "")) for wish in request.outputs}
+        found = [self._regions[name] for name in names if name in self._regions]
+        for region in found:
+            region.users += 1
+        return found
+
+    @staticmethod
+    def release(held: list[SharedRegion]) -> None:
+        """The request is answered, or will never be."""
+        for region in held:
+            region.users -= 1
+            if not region.users and region.idle is not None:
+                region.idle.set_result(None)
 
     def status(self, name: str = "") -> list[dict[str, Any]]:
         """`name`, `key`, `offset` and `byte_size` of one region or of all. Raises NotFound."""
@@ -83,7 +109,7 @@ class SharedMemory:
         ]
 
     def _range(self, region: str, offset: int, size: int) -> SharedRegion:
-        found = self._regions.get(region)
+        found = self._regions.get(region) or self._leaving.get(region)
         if found is None:
             raise BadInput(f"Unable to find shared memory region: '{region}'", hint="register it first")
         if offset < 0 or size < 0 or offset + size > found.size:

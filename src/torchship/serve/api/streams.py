@@ -68,6 +68,17 @@ class StreamInference:
         empty, and only sent to who asks for it.
         """
         final = bool(request.parameters.pop("triton_enable_empty_final_response", False))
+        regions = self._front.regions
+        held = regions.hold(request) if regions is not None else []
+        try:
+            await self._answers(call, request, before, free=free, final=final)
+        finally:
+            if regions is not None:
+                regions.release(held)
+
+    async def _answers(
+        self, call: Call, request: Request, before: asyncio.Task[None] | None, *, free: bool, final: bool
+    ) -> None:
         answers: list[Response] = []
         fault: Exception | None = None
         try:

@@ -10,7 +10,7 @@ from torchship.serve.http.exchange import Exchange, Headers, HttpFault
 from torchship.wire.raw import Buffer
 
 CODINGS = ("gzip", "deflate")
-COMPRESS_FROM = 1024  # bytes
+COMPRESS_FROM = 1 << 14  # bytes; less is sent as fast as it is packed
 OFF_LOOP_FROM = 1 << 16  # compressing more than this would hold up everybody else
 INFLATE_OFF_LOOP_FROM = 1 << 12  # so would unpacking this, which may become a thousand times as large
 
@@ -81,7 +81,7 @@ def pack(body: bytes, *, coding: str, then: Callable[[bytes], None]) -> None:
 def packs(exchange: Exchange, body: bytes, *, then: Callable[[bytes, Headers], None]) -> bool:
     """Whether the caller takes this body compressed: then `then` gets it so, sooner or later, and the headers that
     tell it, unless the caller has left meanwhile."""
-    coding, told = offer(exchange.head.headers)
+    coding, told = ("", ()) if exchange.plain else offer(exchange.head.headers)
     if not coding:
         return False
 

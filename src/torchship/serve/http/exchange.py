@@ -81,7 +81,8 @@ class Exchange(msgspec.Struct, eq=False):
     """A request and its answer. An endpoint calls `answer` or `fail` once, or `begin`, `write`..., `end`.
 
     `job` is a future, task or job that is cancelled when the caller goes away, `stream` is of HTTP/2, `ready` an answer
-    that waits for those before it.
+    that waits for those before it. A `plain` answer is never compressed: some clients announce gzip for all that they
+    ask, and undo it for inference alone.
     """
 
     sink: Sink
@@ -91,6 +92,7 @@ class Exchange(msgspec.Struct, eq=False):
     ready: bytes | None = None
     stream: Any = None
     started: bool = False
+    plain: bool = False
     gone: bool = False
 
     def answer(self, body: bytes, *, status: int = 200, content_type: str = JSON, headers: Headers = ()) -> None:
@@ -99,7 +101,8 @@ class Exchange(msgspec.Struct, eq=False):
             self.sink.send(self, status, body, content_type, headers)
 
     def answer_json(self, value: Any, *, status: int = 200) -> None:
-        """Send `value` as JSON."""
+        """Send `value` as JSON, never compressed."""
+        self.plain = True
         self.answer(msgspec.json.encode(value), status=status)
 
     def fail(self, error: BaseException) -> None:
