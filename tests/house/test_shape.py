@@ -99,12 +99,10 @@ DOUBLED = {
     "torchship_faces: stages.py",
 }
 SPLINTERS = {
-    "src/torchship/client/tls.py",
     "src/torchship/pipeline/opening.py",
     "src/torchship/pipeline/parity.py",
     "src/torchship/serve/descriptors.py",
     "src/torchship/serve/routes.py",
-    "src/torchship/wire/classification.py",
     "apps/faces/src/torchship_faces/drawing.py",
 }
 FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)
