@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from torchship.errors import TorchshipError
 from torchship.pipeline.config import PipelineConfig, convert
 from torchship.pipeline.planning import Plan, plan
 from torchship.stage import stage
@@ -83,6 +85,11 @@ def sleeper(ms: Array) -> Array:
     return np.array([os.getpid()])
 
 
+@stage("x:FP32[1] -> size:INT64[1]")
+def long_words(x: Array, *, prompt: str = "", seed: int = 0) -> Array:
+    return np.array([len(prompt)])
+
+
 @stage("mib:INT32[1] -> pid:INT64[1]")
 class Hog:
     """Keeps as many MiB as it is asked for; pretends a lost device for a negative number."""
@@ -121,6 +128,43 @@ def count(n: Array) -> Iterator[Array]:
         yield np.array([number], np.int32)
 
 
+@stage("n:INT32[1] -> i:INT32[1]")
+def endless(n: Array) -> Iterator[Array]:
+    """Counts for ever, from `n` on."""
+    number = int(n[0])
+    while True:
+        yield np.array([number], np.int32)
+        number += 1
+
+
+@stage("how:BYTES[1] -> pid:INT64[1]")
+def tantrum(how: Array) -> Array:
+    """Raises whatever it is asked for; its process id where it is asked for nothing."""
+    faults: dict[bytes, BaseException] = {
+        b"exit": SystemExit(3), b"cancel": asyncio.CancelledError(), b"interrupt": KeyboardInterrupt(),
+        b"close": GeneratorExit(), b"surrogate": ValueError("caf\udce9"), b"long": ValueError("x" * 5_000_000),
+        b"mute": Mute(), b"stop": StopIteration(), b"ours": Picky("no"),
+    }  # fmt: skip
+    if how[0] in faults:
+        raise faults[how[0]]
+    return np.array([os.getpid()])
+
+
+class Mute(Exception):
+    """Cannot say what is wrong."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("mute")
+
+
+class Picky(TorchshipError):
+    """An error of our tree that cannot be made as the others are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.hint = 5  # type: ignore[assignment]
+
+
 @stage("x:FP32[1] -> total:FP32[1]")
 class Adder:
     """A stateful stage: the sum of what it was given."""
@@ -154,10 +198,53 @@ class Totals:
         return np.array([total]), np.array([os.getpid()])
 
 
+@stage("x:INT32[1] -> total:INT64[1]")
+class Members:
+    """Counts the requests of a sequence, and names neither its start nor its end."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def __call__(self, x: Array, *, sequence_id: str = "") -> Array:
+        self._counts[sequence_id] += 1
+        return np.array([self._counts[sequence_id]])
+
+
 @stage("x:FP32[1] -> y:FP32[1]")
 def wrong(x: Array) -> Array:
     """Gives another datatype than it declares."""
     return x.astype(np.float64)
+
+
+FORMS: dict[str, Callable[[Array], Any]] = {
+    "plain": lambda x: x,
+    "big endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "little endian": lambda x: x.astype(x.dtype.newbyteorder("<")),
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "every second": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "columns first": np.asfortranarray,
+    "the same again": lambda x: np.broadcast_to(x[:1], x.shape),
+    "read only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "lists": lambda x: x.tolist(),
+    "long doubles": lambda x: x.astype(np.longdouble),
+    "complex": lambda x: x.astype(np.complex64),
+}
+WORDS: dict[str, Callable[[list[bytes]], Any]] = {
+    "bytes": lambda words: np.array([*words, None], object)[:-1],
+    "text": lambda words: [word.decode("latin-1") for word in words],
+    "fixed width": lambda words: np.array([word.decode("latin-1") for word in words]),
+    "buffers": lambda words: np.array([bytearray(word) if n % 2 else memoryview(word) for n, word in enumerate(words)]
+                                      + [None], object)[:-1],
+    "numbers": lambda words: np.array([*map(len, words), None], object)[:-1],
+    "nothing": lambda words: np.array([None for _ in words], object),
+    "surrogates": lambda words: ["\udce9" for _ in words],
+}  # fmt: skip
+
+
+@stage("x:FP32[-1,2], word:BYTES[-1] -> y:FP32[-1,2], said:BYTES[-1]", batched=True, max_batch=3)
+def disguised(x: Array, word: Array, *, form: str = "plain", words: str = "bytes") -> tuple[Any, Any]:
+    """What it is given, as arrays that are laid out in odd ways, and as objects that may be no bytes."""
+    return FORMS[form](x), WORDS[words](word.tolist())
 
 
 def planned(*stages: dict[str, Any], **options: Any) -> Plan:

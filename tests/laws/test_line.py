@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.replicas import InProcessReplica
-from tests.serving import Background, planned
+from tests.serving import FORMS, WORDS, Background, planned
 from torchship.errors import Expired, StageFailed, TorchshipError
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.planning import Plan
@@ -98,6 +98,48 @@ def test_line_equals_composed(
     expected = attempt(composed, tensors, parameters)
     same(background.run(ask(line, tensors, parameters=parameters)), expected)
     same(background.run(ask(inside, tensors, parameters=parameters)), expected)
+
+
+@pytest.fixture(scope="module")
+def disguised(background: Background) -> Iterator[tuple[Line, Line, Composed]]:
+    plan = planned({"run": "disguised"}, {"run": "disguised", "name": "again", "inputs": {"x": "y", "word": "said"}})
+    line, inside = background.run(opened(plan)), background.run(opened(plan, start=InProcessReplica))
+    composed = Composed(plan)
+    yield line, inside, composed
+    background.run(line.close())
+    background.run(inside.close())
+    composed.close()
+
+
+@settings(RELAXED, max_examples=40)
+@given(
+    rows=st.lists(st.tuples(VALUES, VALUES, st.binary(max_size=4)), min_size=1, max_size=7),
+    form=st.sampled_from(list(FORMS)),
+    words=st.sampled_from(["bytes", "text", "fixed width", "buffers"]) | st.sampled_from(list(WORDS)),
+    asked=st.sampled_from(["=", ">", "<"]),
+)
+def test_line_equals_composed_whatever_the_arrays_are_made_of(
+    disguised: tuple[Line, Line, Composed],
+    background: Background,
+    rows: list[tuple[float, float, bytes]],
+    form: str,
+    words: str,
+    asked: str,
+) -> None:
+    """Byte order, strides and objects: the same values on all ways, or the same error."""
+    line, inside, composed = disguised
+    word = np.array([*(row[2] for row in rows), None], object)[:-1]
+    tensors = {"x": np.array([row[:2] for row in rows], f"{asked}f4"), "word": word}
+    parameters = {"form": form, "words": words}
+    expected = attempt(composed, tensors, parameters)
+    same(background.run(ask(line, tensors, parameters=parameters)), expected)
+    same(background.run(ask(inside, tensors, parameters=parameters)), expected)
+    wrong = {"long doubles", "complex", "lists", "numbers", "nothing", "surrogates"} & {form, words}
+    assert isinstance(expected, StageFailed) == bool(wrong)
+    if not isinstance(expected, TorchshipError) and form not in ("the same again",):
+        assert np.array_equal(expected["y"], tensors["x"])
+        if words in ("bytes", "buffers"):
+            assert expected["said"].tolist() == word.tolist()
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import random
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from torchship import hardware
 from torchship.artifact import Store
 from torchship.errors import NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.serve.config import ModelConfig
@@ -18,6 +19,7 @@ from torchship.serve.versions import Wanted, lay_out, wanted
 from torchship.stages.labels import read_labels
 
 _log = logging.getLogger("torchship.serve")
+_WAIT = 5.0  # seconds that a load waits for the old version, which may take as long as its requests
 _KEPT = 8  # versions that are gone and still listed in the index
 
 
@@ -69,6 +71,8 @@ class Catalog:
     def __init__(self, *, store: Store) -> None:
         self.store = store
         self.entries: dict[str, Entry] = {}
+        self._turns = asyncio.Semaphore(hardware.cores())
+        self._retiring: dict[asyncio.Task[None], Line] = {}
 
     def expect(self, config: ModelConfig) -> None:
         """A model that should be served, though it is not there yet: the server is not ready before it is."""
@@ -105,7 +109,7 @@ class Catalog:
         return None
 
     async def _open(self, entry: Entry, config: ModelConfig, version: Wanted) -> Version:
-        name = version.number or str(max([int(known) for known in entry.versions if known.isdigit()], default=0) + 1)
+        name = version.number or "1"  # what is not in a store has no versions
         made = Version(name, version.files)
         before = entry.versions.get(name)
         if before is None or before.line is None:
@@ -113,7 +117,7 @@ class Catalog:
         try:
             names = await asyncio.to_thread(read_labels, config.labels)
             plan = await asyncio.to_thread(lay_out, version, self.store, target=config.latency_target, labels=names)
-            made.line = await Line(plan, store=self.store, limits=config.limits()).open()
+            made.line = await Line(plan, store=self.store, limits=config.limits(), turns=self._turns).open()
         except Exception as fault:
             ours = isinstance(fault, TorchshipError)
             error = fault if isinstance(fault, TorchshipError) else StageFailed(f"cannot open: {fault}")
@@ -140,21 +144,27 @@ class Catalog:
         shadow = entry.versions.get(config.versions.shadow)
         entry.shadow = shadow.line if shadow else None
         _log.info("model %s serves version %s", config.name, ", ".join(opened))
-        for known in gone:
-            known.state = "UNLOADING"
-        await asyncio.gather(*(self._retire(known) for known in gone))
+        await self._retire(gone)
         left = [known.name for known in entry.versions.values() if known.line is None and known not in replaced]
         for old in left[:-_KEPT]:
             del entry.versions[old]
 
+    async def _retire(self, versions: Iterable[Version]) -> None:
+        """Let versions finish what they have, for as long as its time-outs allow, and leave; wait a while for it."""
+        for version in versions:
+            line, version.state = version.line, "UNLOADING"
+            if line is not None:
+                task = asyncio.ensure_future(self._finish(version, line))
+                self._retiring[task] = line
+                task.add_done_callback(self._retiring.pop)
+        if self._retiring:
+            await asyncio.wait(self._retiring, timeout=_WAIT)
+
     @staticmethod
-    async def _retire(version: Version) -> None:
-        line, version.state = version.line, "UNLOADING"
-        if line is not None:
-            await line.drain()
-            version.line = None
-            await line.close()
+    async def _finish(version: Version, line: Line) -> None:
+        await line.drain()
         version.line, version.state, version.reason = None, "UNAVAILABLE", "unloaded"
+        await line.close()
 
     async def unload(self, name: str) -> None:
         """Drain and close all versions of a model. Raises NotFound."""
@@ -162,7 +172,7 @@ class Catalog:
         async with entry.busy:
             entry.current, entry.current_version, entry.reason = None, "", "unloaded"
             entry.split = entry.shadow = None
-            await asyncio.gather(*(self._retire(known) for known in entry.versions.values() if known.line))
+            await self._retire([known for known in entry.versions.values() if known.line])
 
     async def watch(self, seconds: float) -> None:
         """Look into the store again and again, and load what has changed there. Runs until it is cancelled."""
@@ -216,10 +226,14 @@ class Catalog:
             if version.line is not None
         }
 
-    async def drain(self, *, patience: float) -> None:
-        """Take nothing more, and answer what is under way."""
-        await asyncio.gather(*(line.drain(patience=patience) for line in self.lines().values()))
+    async def drain(self, *, patience: float | None = None) -> None:
+        """Take nothing more, and answer what is under way, within `patience` seconds or as long as it may take."""
+        lines = {*self.lines().values(), *self._retiring.values()}
+        await asyncio.gather(*(line.drain(patience=patience) for line in lines))
 
     async def close(self, *, grace: float = 5.0) -> None:
         """Stop all workers; each may end what it runs, within `grace` seconds."""
-        await asyncio.gather(*(line.close(grace=grace) for line in self.lines().values()))
+        lines = {*self.lines().values(), *self._retiring.values()}
+        for task in list(self._retiring):
+            task.cancel()
+        await asyncio.gather(*(line.close(grace=grace) for line in lines))

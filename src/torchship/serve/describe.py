@@ -44,7 +44,10 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
 
 
 def configuration(line: Line, *, name: str) -> dict[str, Any]:
-    """The model's configuration: batch axis left out of `dims` where the model is batched, as Triton does."""
+    """The model's configuration: batch axis left out of `dims` where the model is batched, as Triton does.
+
+    A pipeline cuts the rows of a request for each of its stages, so that only the queue bounds them.
+    """
     plan = line.plan
     batched = plan.signature.batched
 
@@ -59,7 +62,7 @@ def configuration(line: Line, *, name: str) -> dict[str, Any]:
         "name": name,
         "platform": "torchship",
         "backend": "torchship",
-        "max_batch_size": plan.max_batch if batched else 0,
+        "max_batch_size": (plan.max_batch if len(plan.nodes) == 1 else line.limits.queue_rows) if batched else 0,
         "input": [tensor(spec) | _format(spec, batched) for spec in plan.signature.inputs],
         "output": [tensor(spec) for spec in plan.signature.outputs],
         **scheduler,
@@ -99,7 +102,7 @@ def statistics(line: Line, *, name: str, version: str) -> dict[str, Any]:
         "version": version,
         "last_inference": int(last * 1e3),
         "inference_count": meter.rows,
-        "execution_count": sum(station.calls for station in stations),
+        "execution_count": line.executions,
         "inference_stats": {
             "success": duration(meter.success, meter.seconds),
             "fail": duration(meter.failed, meter.failed_seconds),

@@ -26,7 +26,7 @@ from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import Tracing
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
-from torchship.serve.descriptors import room_for_connections
+from torchship.serve.container import become_init, check_system_calls, room_for_connections
 from torchship.serve.http.listen import Certificates, Listener
 from torchship.serve.http.router import Route
 from torchship.serve.http.site import ConnectionLimits
@@ -90,7 +90,7 @@ class Server:
             "tls": self._certificates.context if self._certificates else None,
             "limits": ConnectionLimits(
                 body=http.max_body,
-                connections=room_for_connections(),
+                connections=room_for_connections(_workers(config)),
                 head_seconds=http.head_timeout,
                 body_seconds=http.body_timeout,
                 idle_seconds=http.idle,
@@ -135,25 +135,32 @@ class Server:
     def _listeners(self) -> list[Listener]:
         return [listener for listener in (self.http, self.own, self.grpc) if listener]
 
-    async def drain(self, *, patience: float = 30.0) -> None:
+    async def drain(self, *, patience: float | None = None) -> None:
         """Two steps, so that balancers notice first: for `drain_delay` seconds not ready, but taking requests; then
-        taking none, until all that was begun is answered."""
+        taking none, until all that was begun is answered: as long as its own time-outs allow, or for `patience`
+        seconds."""
         if not self.service.draining:
             self.service.draining = True
             for listener in self._listeners:
                 listener.drain()
-            await asyncio.sleep(self.config.http.drain_delay if patience else 0.0)
+            await asyncio.sleep(0.0 if patience == 0 else self.config.http.drain_delay)
         await self.catalog.drain(patience=patience)
 
-    async def close(self, *, patience: float = 30.0) -> None:
+    async def close(self, *, patience: float | None = None) -> None:
         """Drain, stop the workers, close the ports."""
+        grace = 5.0 if patience is None else min(patience, 5.0)
         for task in self._tasks:
             task.cancel()
         await self.drain(patience=patience)
-        await asyncio.gather(*(listener.close(grace=min(patience, 5.0)) for listener in self._listeners))
-        await self.catalog.close(grace=min(patience, 5.0))
+        await asyncio.gather(*(listener.close(grace=grace) for listener in self._listeners))
+        await self.catalog.close(grace=grace)
         if self._traces:
             await asyncio.to_thread(self._traces.close)
+
+
+def _workers(config: ServerConfig) -> int:
+    """How many processes the models of a file need, as far as the file says."""
+    return sum(stage.copies for model in config.model for stage in model.pipeline().stages)
 
 
 def _mounted(mount: Mount, service: Service) -> list[Route]:
@@ -237,6 +244,8 @@ def serve(*targets: str | Mapping[str, Any], **options: Unpack[ServeOptions]) ->
 
 def run(config: ServerConfig) -> int:
     """The same for a configuration at hand."""
+    become_init()
+    check_system_calls()
     logs.begin(config.log)
     return uvloop.run(_run(config))
 

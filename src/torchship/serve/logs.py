@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import re
 import sys
+import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -14,6 +17,7 @@ from torchship.serve.config import Logs
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a caller's id must not look like a line of the log
 _LONGEST = 4000
+_QUEUED = 5000  # lines
 _FIELDS = ("model", "version", "station", "pid", "request", "trace")
 
 
@@ -46,11 +50,56 @@ class _Text:
         return text
 
 
+class _Writer(logging.Handler):
+    """Writes from a thread of its own: where nobody reads stderr, lines are dropped and counted, and nobody waits."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(_QUEUED)
+        self._dropped = 0
+        threading.Thread(target=self._write, name="torchship-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            if self._dropped and self._lines.empty():
+                dropped, self._dropped = self._dropped, 0
+                text = f"{dropped} lines of the log were dropped: they were not read fast enough"
+                line += "\n" + self.format(logging.LogRecord("torchship", logging.WARNING, "", 0, text, None, None))
+            try:
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # closed: there is nobody to tell
+                pass
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        """Wait until all is written, for at most a second."""
+        end = time.monotonic() + 1.0
+        while self._lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        super().close()
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+
+
 def begin(logs: Logs) -> None:
     """Send the log to stderr in the wished form; may be called again to change it."""
-    out = logging.StreamHandler(sys.stderr)
+    out = _Writer(sys.stderr)
     out.setFormatter(_Json() if logs.format == "json" else _Text())  # type: ignore[arg-type]
     root = logging.getLogger("torchship")
+    for old in root.handlers:
+        old.close()
     root.handlers[:] = [out]
     root.setLevel(logs.level.upper())
     root.propagate = False

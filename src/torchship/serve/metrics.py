@@ -82,8 +82,9 @@ class LineMeter:
         """All failures together."""
         return sum(self.failures.values())
 
-    def succeeded(self, rows: list[int], seconds: list[float]) -> None:
+    def succeeded(self, rows: list[int], seconds: list[float], now: float) -> None:
         """Count answered requests: the rows of each, and how long it took."""
+        self.last = now
         self.success += len(rows)
         self.rows += sum(rows)
         self.seconds += sum(seconds)

@@ -63,7 +63,7 @@ _FAMILIES = (
         "nv_inference_exec_count",
         "counter",
         "Calls of the model, each with a batch",
-        _plain(lambda line: sum(node.station.meter.calls for node in line.nodes)),
+        _plain(lambda line: line.executions),
     ),
     _Family(
         "nv_inference_pending_request_count",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -314,7 +315,7 @@ def test_metrics_are_readable_and_tell_what_happened() -> None:
                     found[name.replace('model="odd\\"name",version="1"', "m")] = float(value)
             assert found["nv_inference_request_success{m}"] == 3
             assert found["nv_inference_count{m}"] == 7
-            assert found["nv_inference_exec_count{m}"] == 6
+            assert found["nv_inference_exec_count{m}"] == 3
             assert found['nv_inference_request_failure{m,reason="REJECTED"}'] == 1
             assert found['torchship_batches_total{m,stage="sums",rows="3"}'] == 2
             assert found['torchship_workers_ready{m,stage="double"}'] == 1
@@ -383,5 +384,94 @@ def test_workers_keep_to_their_cores_and_let_others_go_first() -> None:
             for worker in line.nodes[0].station.replicas:
                 assert os.sched_getaffinity(worker.pid) == {core}
                 assert os.getpriority(os.PRIO_PROCESS, worker.pid) >= 5
+
+    run(work)
+
+
+@pytest.mark.parametrize("how", ["exit", "cancel", "interrupt", "close", "surrogate", "long", "mute", "stop", "ours"])
+def test_whatever_a_stage_raises_fails_its_own_request_only(how: str) -> None:
+    async def work() -> None:
+        async with Opened({"run": "tantrum"}) as line:
+            before = await line.submit({"how": np.array([b"", None], object)[:1]})
+            asked = [line.submit({"how": np.array([word, None], object)[:1]}) for word in (b"", how.encode(), b"")]
+            with pytest.raises(TorchshipError, match="stage 'tantrum'") as caught:
+                await asked[1]
+            assert len(str(caught.value)) < 3000
+            str(caught.value).encode()
+            for future in (asked[0], asked[2]):
+                assert (await future)["pid"] == before["pid"]
+            assert line.nodes[0].station.meter.restarts == 0
+
+    run(work)
+
+
+def test_parameters_of_any_length_arrive() -> None:
+    async def work() -> None:
+        async with Opened({"run": "long_words"}) as line:
+            with pytest.raises(BadInput, match=r"parameter 'seed' is 1\.18e\+21"):
+                line.submit({"x": ROW[0, :1]}, parameters={"seed": 2**70})
+            for size in (10, 3_000_000, 70_000):
+                asked = [line.submit({"x": ROW[0, :1]}, parameters={"prompt": "p" * size}) for _ in range(5)]
+                assert [int((await future)["size"][0]) for future in asked] == [size] * 5
+
+    run(work)
+
+
+def test_a_group_s_signals_do_not_reach_workers() -> None:
+    async def work() -> None:
+        async with Opened({"run": "sleeper"}) as line:
+            (replica,) = line.nodes[0].station.replicas
+            asked = line.submit({"ms": np.array([300], np.int32)})
+            await asyncio.sleep(0.1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(replica.pid, number)
+            assert int((await asked)["pid"][0]) == replica.pid
+            assert line.nodes[0].station.meter.restarts == 0
+
+    run(work)
+
+
+def test_a_stream_waits_for_its_reader_and_ends_with_it() -> None:
+    async def work() -> None:
+        async with Opened({"run": "endless"}) as line:
+            (replica,) = line.nodes[0].station.replicas
+            answers = line.stream({"n": np.array([0], np.int32)})
+            assert int((await anext(answers))["i"][0]) == 0
+            await until(lambda: replica.in_flight[0].unread == 16)
+            await asyncio.sleep(0.3)
+            assert replica.in_flight[0].unread == 16  # so many are made ahead, and no more
+            for number in range(1, 100):
+                assert int((await anext(answers))["i"][0]) == number
+            await answers.aclose()  # type: ignore[attr-defined]
+            await until(lambda: not replica.in_flight)
+            assert line.meter.failures == {"CANCELED": 1}
+            with pytest.raises(Expired):
+                async for _ in line.stream({"n": np.array([0], np.int32)}, deadline=0.3):
+                    pass
+            await until(lambda: not replica.in_flight)
+            assert line.nodes[0].station.meter.restarts == 0
+
+    run(work)
+
+
+def test_a_stream_that_is_dropped_before_its_turn_never_begins() -> None:
+    async def first(line: Line) -> None:
+        async for _ in line.stream({"n": np.array([0], np.int32)}):
+            await asyncio.sleep(10)
+
+    async def work() -> None:
+        async with Opened({"run": "endless"}) as line:
+            (replica,) = line.nodes[0].station.replicas
+            running = asyncio.ensure_future(first(line))
+            await until(lambda: bool(replica.in_flight) and replica.in_flight[0].unread == 16)
+            waiting = asyncio.ensure_future(first(line))
+            await until(lambda: len(replica.in_flight) == 2)
+            waiting.cancel()
+            await asyncio.sleep(0.1)
+            running.cancel()
+            await until(lambda: not replica.in_flight)
+            answers = line.stream({"n": np.array([5], np.int32)})
+            assert int((await anext(answers))["i"][0]) == 5
+            await answers.aclose()  # type: ignore[attr-defined]
 
     run(work)

@@ -21,6 +21,7 @@ def test_one_record_is_one_line(form: Literal["text", "json"], capsys: pytest.Ca
         logging.getLogger("torchship.serve").warning(
             "request %s", "a\n12:00:00 error forged \x1b[31m\u2028" + "x" * 9000
         )
+        logger.handlers[0].flush()
         (line,) = capsys.readouterr().err.rstrip("\n").split("\n")
     finally:
         logger.handlers[:], logger.level, logger.propagate = before

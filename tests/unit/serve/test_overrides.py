@@ -64,7 +64,7 @@ def test_how_long_a_full_line_takes() -> None:
     meter = LineMeter()
     assert meter.seconds_for(100, 0.0) == 1.0  # nothing is known yet
     meter.mark(0.0)
-    meter.succeeded([50], [0.1])
+    meter.succeeded([50], [0.1], 0.1)
     assert meter.seconds_for(100, 2.0) == 4.0  # 25 rows a second
     assert meter.seconds_for(10_000, 2.0) == 60.0
     idle = LineMeter()

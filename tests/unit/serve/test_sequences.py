@@ -38,6 +38,20 @@ def test_each_sequence_has_its_worker_and_its_order() -> None:
     run(work)
 
 
+def test_start_and_end_count_even_where_the_stage_does_not_name_them() -> None:
+    async def work() -> None:
+        async with Opened({"run": "Members"}) as line:
+            for number in range(20):  # each is over before the next
+                assert int((await ask(line, 1, number + 1, start=True))["total"][0]) == 1
+                assert int((await ask(line, 1, number + 1, end=True))["total"][0]) == 2
+            assert line._sequences is not None
+            assert len(line._sequences) == 0
+            with pytest.raises(BadInput, match="'sequence_end' is 'yes', expected bool"):
+                line.submit({"x": np.array([1], np.int32)}, parameters={"sequence_id": "a", "sequence_end": "yes"})
+
+    run(work)
+
+
 def test_idle_sequences_end() -> None:
     async def work() -> None:
         async with Opened({"run": "Totals"}, sequence_idle=0.2) as line:

@@ -15,6 +15,8 @@ from torchship.stage import Parameter, Value
 from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
 from torchship.wire.messages import RawInputs
 
+_ENDS = {"sequence_start", "sequence_end"}
+
 
 class RequestValidator:
     """Checks the tensors and parameters of requests against a signature."""
@@ -92,7 +94,13 @@ class RequestValidator:
         name = given.get("sequence_id")
         if isinstance(name, int) and "sequence_id" in known and isinstance(known["sequence_id"].default, str):
             given = {**given, "sequence_id": str(name)}  # clients may count sequences or name them
-        return {name: known[name].check(value) for name, value in given.items() if name in known}
+        found = {name: known[name].check(value) for name, value in given.items() if name in known}
+        if "sequence_id" in known:  # where a sequence starts and ends matters to the line, whatever the stage names
+            found |= {name: Parameter(name, False).check(given[name]) for name in _ENDS & given.keys() - known.keys()}
+        for name, value in found.items():
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                raise BadInput(f"parameter {name!r} is {value:.3g}", hint="a whole number has at most 64 bits")
+        return found
 
 
 def _check_bytes(name: str, array: Array) -> None:

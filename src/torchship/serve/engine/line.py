@@ -258,6 +258,11 @@ class Line:
                 job.tensors = {name: tensors[key] for name, key in self._outputs}
             self._finish(job)
 
+    @property
+    def executions(self) -> int:
+        """Calls of the stage that joins the most: rows answered, divided by these, are the size of a batch."""
+        return min(node.station.meter.calls for node in self.nodes)
+
     def _on_batch_done(self, calls: list[StageCall], rows: list[int], arrays: list[Array]) -> None:
         """A batch is back on a line of one station: each job goes home with its share."""
         batch, node, now = Batch(self._outline, arrays), self._only, time.monotonic()
@@ -272,7 +277,7 @@ class Line:
                 size += job.size
                 jobs.append(job)
         self.admission.leave(len(jobs), sum([job.rows for job in jobs]), size)
-        self.meter.succeeded([job.rows for job in jobs], [now - job.arrived for job in jobs])
+        self.meter.succeeded([job.rows for job in jobs], [now - job.arrived for job in jobs], now)
         if not self.admission.jobs:
             self._empty.set()
         for job in jobs:
@@ -293,7 +298,7 @@ class Line:
         job.done = True
         self.admission.leave(1, job.rows, job.size)
         now = time.monotonic()
-        self.meter.succeeded([job.rows], [now - job.arrived])
+        self.meter.succeeded([job.rows], [now - job.arrived], now)
         if not self.admission.jobs:
             self._empty.set()
         job.reply(job)
@@ -387,8 +392,9 @@ class Line:
         if self.plan.streams:
             raise Unsupported(f"model {self.plan.name!r} streams its answers", hint="call it by a streaming protocol")
 
-    async def drain(self, *, patience: float = 30.0) -> None:
-        """Take nothing more, and wait until what is on the line has been answered."""
+    async def drain(self, *, patience: float | None = None) -> None:
+        """Take nothing more, and wait until what is on the line has been answered, which its time-outs bound; or for at
+        most `patience` seconds."""
         self.state = "draining"
         self._empty.clear()
         if self.admission.jobs:

@@ -183,6 +183,7 @@ class LocalReplica:
             raise Unavailable(f"cannot start a worker for {model.name!r}: {fault}") from None
         theirs.close()
         os.close(self._output.inlet)
+        self._arena.region.drop_descriptor()
         self._inbox = Inbox(self._sock)
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * INLINE)

@@ -229,6 +229,7 @@ class WorkerLoop:
         self._inputs = [(spec.name, numpy_dtype(spec.dtype)) for spec in runner.signature.inputs]
         self._patience = 0
         self._later: deque[tuple[Order, int]] = deque()
+        self._dropped: set[int] = set()
 
     def work(self) -> None:
         """Take, run, pass on, until the host stops us or is gone. Raises SystemExit when the device is lost."""
@@ -237,10 +238,10 @@ class WorkerLoop:
                 order, fd = self._later.popleft() if self._later else self._next(patience=self._patience)
                 if isinstance(order, RunBatch):
                     self._run(order, fd)
-                elif isinstance(order, Ping):
-                    send(self._sock, encode(Pong(order.number)))
                 elif isinstance(order, Stop):
                     return
+                else:
+                    self._answer(order)
         except ConnectionError:
             return
         raise SystemExit(self._runner.lost)
@@ -281,31 +282,41 @@ class WorkerLoop:
         tensors, values, rows = call
         answers = self._runner.stream(tensors, values)
         ahead: deque[int] = deque()
-        while isinstance(outputs := self._runner.step(answers), list):
+        outputs: list[Array] | Fault | None = None
+        while self._may_go_on(batch.number, ahead):
+            outputs = self._runner.step(answers)
+            if not isinstance(outputs, list):
+                break
             ahead.append(sum(map(arena.size_of, outputs)))
             times = began, time.monotonic_ns()
             if not self._send(batch.number, [Answer(0, rows, outputs)], [], times=times, more=True):
                 self._runner.end(answers)
                 return
-            if not self._may_go_on(batch.number, ahead):
-                outputs = None
-                break
         self._runner.end(answers)
-        self._send(batch.number, [], [outputs] if outputs else [], times=(began, time.monotonic_ns()), slot=batch.slot)
+        self._dropped = {number for number in self._dropped if number > batch.number}
+        faults = [outputs] if isinstance(outputs, Fault) else []
+        self._send(batch.number, [], faults, times=(began, time.monotonic_ns()), slot=batch.slot)
 
     def _may_go_on(self, number: int, ahead: deque[int]) -> bool:
         """Whether a stream is still wanted; waits while its caller has too many answers left to take."""
-        while self._inbox.waiting or len(ahead) >= _AHEAD or sum(ahead) > _AHEAD_BYTES:
+        while number not in self._dropped and (
+            self._inbox.waiting or len(ahead) >= _AHEAD or sum(ahead) > _AHEAD_BYTES
+        ):
             order, fd = self._next()
-            if isinstance(order, Taken) and order.number == number:
-                ahead.popleft()
-            elif isinstance(order, Drop) and order.number == number:
-                return False
-            elif isinstance(order, Ping):
-                send(self._sock, encode(Pong(order.number)))
-            elif isinstance(order, RunBatch | Stop):
+            if isinstance(order, RunBatch | Stop):
                 self._later.append((order, fd))
-        return True
+            elif isinstance(order, Taken) and order.number == number:
+                ahead.popleft()
+            else:
+                self._answer(order)
+        return number not in self._dropped
+
+    def _answer(self, order: Order) -> None:
+        """What can be done at once, whatever else is under way."""
+        if isinstance(order, Ping):
+            send(self._sock, encode(Pong(order.number)))
+        elif isinstance(order, Drop):  # it may be of a stream that has not begun, or has ended
+            self._dropped.add(order.number)
 
     def _send(
         self,

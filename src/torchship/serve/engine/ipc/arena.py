@@ -76,12 +76,15 @@ class MemoryRegion:
             os.close(fd)
             raise StageFailed(f"a worker handed over memory that cannot be used: {fault}") from None
 
+    def drop_descriptor(self) -> None:
+        """Keep the memory, but not the descriptor that hands it on: descriptors are few."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
     def close(self) -> None:
         """Give the memory back; may be called twice. Views that still live keep their pages until they die."""
-        if self.fd < 0:
-            return
-        os.close(self.fd)
-        self.fd = -1
+        self.drop_descriptor()
         self.memory.release()
         try:
             self.map.close()
@@ -159,7 +162,8 @@ def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> ArenaB
         packed = b"".join([_pack(array) for array in arrays])
         memory[offset : offset + len(packed)] = packed
         return ArenaBlock(shape, offset, len(packed))
-    view = np.ndarray(shape, first.dtype, memory, offset)
+    native = first.dtype if first.dtype.isnative else first.dtype.newbyteorder("=")
+    view = np.ndarray(shape, native, memory, offset)
     if len(arrays) == 1:
         view[...] = first
     else:
