@@ -291,8 +291,6 @@ def test_too_many_connections(server: Running) -> None:
             peer.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n")
         answers = [peer.recv(4096).split(b" ")[1] for peer in peers]
         assert answers.count(b"503") == 4
-    except ConnectionResetError:
-        pass  # turned away before it had read what we sent
     finally:
         for peer in peers:
             peer.close()

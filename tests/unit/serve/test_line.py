@@ -442,7 +442,7 @@ def test_a_stream_waits_for_its_reader_and_ends_with_it() -> None:
             assert replica.in_flight[0].unread == 16  # so many are made ahead, and no more
             for number in range(1, 100):
                 assert int((await anext(answers))["i"][0]) == number
-            await answers.aclose()  # type: ignore[attr-defined]
+            await answers.aclose()
             await until(lambda: not replica.in_flight)
             assert line.meter.failures == {"CANCELED": 1}
             with pytest.raises(Expired):
@@ -472,6 +472,6 @@ def test_a_stream_that_is_dropped_before_its_turn_never_begins() -> None:
             await until(lambda: not replica.in_flight)
             answers = line.stream({"n": np.array([5], np.int32)})
             assert int((await anext(answers))["i"][0]) == 5
-            await answers.aclose()  # type: ignore[attr-defined]
+            await answers.aclose()
 
     run(work)

@@ -22,6 +22,7 @@ from torchship.serve.http.site import Site, is_reset
 from torchship.wire.raw import Buffer
 
 _DIGITS = re.compile(r"[0-9]{1,15}")
+_LINGER = 0.5  # seconds in which who is turned away may read why
 
 
 class _Found:
@@ -234,8 +235,12 @@ class Connection(asyncio.Protocol):
         """A peer is there; too many of them are turned away."""
         self.transport = cast(asyncio.Transport, transport)
         if self._site.closing or len(self._site.connections) >= self._site.limits.connections:
-            self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
+            text = (
+                b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.write(text)
+            # To close with a request unread is a reset, which takes the answer away with it (RFC 9112 section 9.6).
+            asyncio.get_running_loop().call_later(_LINGER, self.transport.close)
             self._closing = True
             return
         secure = self.transport.get_extra_info("ssl_object")
