@@ -22,7 +22,9 @@ from torchship.errors import BadConfig, CorruptArtifact, NotFound, Unavailable, 
 
 MAX_RATIO = 200
 _MAX_SMALL = 16 * 2**20
-_SUFFIXES = (".tar", ".zip")
+SUFFIXES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_WRITTEN = SUFFIXES[:2]
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def export(folder: Path | str, *, to: Path | str) -> Path:
     Raises BadConfig for another suffix, and what `open_artifact` raises.
     """
     target = Path(to)
-    _check_suffix(target)
+    _check_suffix(target, _WRITTEN)
     artifact = open_artifact(folder)
     paths = [MANIFEST, *(entry.path for entry in artifact.manifest.files)]
     if (artifact.path / SIGNATURE).is_file():
@@ -56,9 +58,9 @@ def export(folder: Path | str, *, to: Path | str) -> Path:
     return target
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in _SUFFIXES:
-        raise BadConfig(f"{path.name}: not an archive's name", hint=f"end it with {' or '.join(_SUFFIXES)}")
+def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+    if not path.name.lower().endswith(suffixes):
+        raise BadConfig(f"{path.name}: not an archive's name", hint=f"end it with {' or '.join(suffixes)}")
 
 
 def _write_tar(target: Path, root: Path, paths: list[str]) -> None:
@@ -82,13 +84,15 @@ def _write_zip(target: Path, root: Path, paths: list[str]) -> None:
 
 @contextmanager
 def extracted(archive: Path | str) -> Iterator[Artifact]:
-    """The verified artifact of a .tar or .zip file in a temporary folder, gone at the end of the `with` block.
+    """The verified artifact of an archive in a temporary folder, gone at the end of the `with` block.
+
+    A .zip, or a .tar, compressed or not, as any tool packs the folder: with `./`, from above, on a Mac or on Windows.
 
     Only plain files that the archive's own manifest lists are written, with exactly the size that it lists.
     Raises NotFound, BadConfig, UnsafeArtifact, CorruptArtifact, Unsupported for an unknown format version.
     """
-    path = Path(archive)
-    _check_suffix(path)
+    path = Path(archive).expanduser()
+    _check_suffix(path, SUFFIXES)
     if not path.is_file():
         raise NotFound(f"no file {path}")
     with tempfile.TemporaryDirectory(prefix="torchship-") as place:
@@ -103,35 +107,45 @@ def extracted(archive: Path | str) -> Iterator[Artifact]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[list[_Member]]:
-    if path.suffix == ".tar":
-        with tarfile.open(path, "r:") as tar:
-            yield list(_tar_members(tar))
-    else:
+    if path.name.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             yield list(_zip_members(archive))
+    else:
+        with tarfile.open(path, "r:" if path.suffix.lower() == ".tar" else "r:*") as tar:
+            yield list(_tar_members(tar, limit=max(path.stat().st_size, 1) * MAX_RATIO))
 
 
-def _tar_members(archive: tarfile.TarFile) -> Iterator[_Member]:
+def _path(name: str) -> str:
+    """A member's name without the `./` that tar puts before it; empty for the folder itself. Raises UnsafeArtifact."""
+    while name.startswith("./"):
+        name = name[2:]
+    return "" if name in ("", ".") else folders.check_path(name.rstrip("/"))
+
+
+def _tar_members(archive: tarfile.TarFile, *, limit: int) -> Iterator[_Member]:
     for count, info in enumerate(archive):
         _check_count(count)
+        if info.offset_data + info.size > limit:
+            raise UnsafeArtifact(f"{info.name} would grow the archive over {limit} bytes", hint="do not open it")
+        path = _path(info.name)
         if info.isdir():
-            folders.check_path(info.name.rstrip("/"))
-        elif not info.isreg() or info.issparse():
+            continue
+        if not info.isreg() or info.issparse():
             raise UnsafeArtifact(f"{info.name!r} is not a plain file", hint="an artifact holds plain files only")
-        else:
-            yield _Member(info.name, info.size, lambda info=info: archive.extractfile(info) or io.BytesIO())  # type: ignore[misc]
+        yield _Member(path, info.size, lambda info=info: archive.extractfile(info) or io.BytesIO())  # type: ignore[misc]
 
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[_Member]:
     for count, info in enumerate(archive.infolist()):
         _check_count(count)
         kind = stat.S_IFMT(info.external_attr >> 16)
-        if info.is_dir():
-            folders.check_path(info.filename.rstrip("/"))
-        elif kind not in (0, stat.S_IFREG) or info.flag_bits & 0x1:
+        name = info.filename if "/" in info.filename else info.filename.replace("\\", "/")  # as old Windows packs
+        path = _path(name)
+        if name.endswith("/"):
+            continue
+        if kind not in (0, stat.S_IFREG) or info.flag_bits & 0x1:
             raise UnsafeArtifact(f"{info.filename!r} is not a plain file", hint="an artifact holds plain files only")
-        else:
-            yield _Member(info.filename, info.file_size, lambda info=info: archive.open(info))  # type: ignore[misc]
+        yield _Member(path, info.file_size, lambda info=info: archive.open(info))  # type: ignore[misc]
 
 
 def _check_count(count: int) -> None:
@@ -140,7 +154,10 @@ def _check_count(count: int) -> None:
 
 
 def _extract(members: list[_Member], root: Path, *, packed: int, name: str) -> None:
-    found = {folders.check_path(member.path): member for member in members}
+    members = [member for member in members if not _is_litter(member.path)]
+    tops = {member.path.partition("/")[0] for member in members}
+    top = f"{tops.pop()}/" if len(tops) == 1 and not any(member.path == MANIFEST for member in members) else ""
+    found = {member.path.removeprefix(top): member for member in members}
     if len(found) != len(members):
         raise UnsafeArtifact(f"{name} holds a file twice", hint="do not open this archive")
     if MANIFEST not in found:
@@ -163,6 +180,12 @@ def _extract(members: list[_Member], root: Path, *, packed: int, name: str) -> N
         )
     for path, member in found.items():
         _write_member(member, root / path)
+
+
+def _is_litter(path: str) -> bool:
+    """What desktops leave in folders, and a Mac in archives."""
+    last = path.rpartition("/")[2]
+    return path.startswith("__MACOSX/") or last.startswith("._") or last in _LITTER
 
 
 def _read_small(member: _Member) -> bytes:

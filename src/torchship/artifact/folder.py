@@ -84,16 +84,34 @@ def read(folder: Path, path: str, *, limit: int) -> bytes:
 
 
 @contextlib.contextmanager
-def room(path: Path) -> Iterator[None]:
-    """Turns a full disk, a quota or a read-only file system into Unavailable, naming the place."""
+def room(path: Path, *, verb: str = "written") -> Iterator[None]:
+    """Turns a full disk, a quota, a read-only file system or missing rights into Unavailable, naming the place."""
     try:
         yield
     except OSError as fault:
-        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            hint = "make room, or name another place"
+        elif fault.errno in (errno.EACCES, errno.EPERM):
+            path, hint = Path(fault.filename or path), "ask its owner for the right, or name another place"
+        else:
             raise
-        raise Unavailable(
-            f"{path} cannot be written: {fault.strerror}", hint="make room, or name another place"
-        ) from fault
+        raise Unavailable(f"{path} cannot be {verb}: {fault.strerror}", hint=hint) from fault
+
+
+def make(path: Path) -> None:
+    """Make a folder and those above it, shared as the one they lie in is."""
+    if not path.is_dir():
+        make(path.parent)
+        path.mkdir(exist_ok=True)
+        share(path)
+
+
+def share(path: Path) -> None:
+    """What is made in a folder of a group (setgid, and the group may write) is the group's, whatever the umask says."""
+    above = path.parent.stat().st_mode
+    if above & stat.S_ISGID and above & stat.S_IWGRP:
+        ours = path.stat().st_mode
+        path.chmod(stat.S_IMODE(ours) | (above & 0o2070 if stat.S_ISDIR(ours) else 0o060))
 
 
 def write(path: Path, data: bytes) -> None:
@@ -106,13 +124,14 @@ def write(path: Path, data: bytes) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        share(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

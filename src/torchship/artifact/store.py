@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import MANIFEST
 from torchship.artifact.opening import open_artifact
-from torchship.errors import BadConfig, NotFound
+from torchship.errors import BadConfig, NotFound, Unavailable
 
 _NAME = re.compile(r"[A-Za-z][\w.-]{0,99}", re.ASCII)
 _STATE = "state.json"
@@ -42,7 +42,7 @@ class Entry(msgspec.Struct, frozen=True):
 def default_root() -> Path:
     """`$TORCHSHIP_STORE`, or `~/.local/share/torchship/store`."""
     given = os.environ.get("TORCHSHIP_STORE")
-    return Path(given) if given else Path.home() / ".local" / "share" / "torchship" / "store"
+    return Path(given).expanduser() if given else Path.home() / ".local" / "share" / "torchship" / "store"
 
 
 def check_name(name: str) -> str:
@@ -58,7 +58,7 @@ class Store:
     """Artifacts below `root`. Several processes may publish, read and remove at once."""
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.root = Path(root) if root is not None else default_root()
+        self.root = Path(root).expanduser() if root is not None else default_root()
 
     def publish(self, folder: Path | str, *, name: str, current: bool = True) -> int:
         """Copy the artifact in `folder` into the store as the next version of `name`, and make it current if asked.
@@ -73,7 +73,14 @@ class Store:
             with self._locked(name) as home:
                 state = self._state(name)
                 version = max([state.latest, *self.versions(name)]) + 1
-                os.rename(staged, home / str(version))
+                while True:
+                    try:
+                        os.rename(staged, home / str(version))
+                        break
+                    except OSError as fault:  # taken, where the file system knows no locks
+                        if fault.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                            raise
+                        version += 1
                 folders.sync(home)
                 self._remember(name, _State(version if current else state.current or version, version))
         return version
@@ -97,16 +104,21 @@ class Store:
     def list(self) -> tuple[Entry, ...]:
         """What is published, sorted by name."""
         try:
-            names = sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name))
+            with folders.room(self.root, verb="read"):
+                names = sorted(path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name))
         except FileNotFoundError:
             return ()
-        entries = (Entry(name, self.versions(name), self._state(name).current) for name in names)
+        entries = []
+        for name in names:
+            with suppress(Unavailable):  # someone else's, not for us
+                entries.append(Entry(name, self.versions(name), self._state(name).current))
         return tuple(entry for entry in entries if entry.versions)
 
     def versions(self, name: str) -> tuple[int, ...]:
         """The versions of `name` in rising order; none when it is not published."""
         try:
-            found = [path.name for path in (self.root / check_name(name)).iterdir()]
+            with folders.room(self.root / name, verb="read"):
+                found = [path.name for path in (self.root / check_name(name)).iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             return ()
         return tuple(
@@ -123,7 +135,7 @@ class Store:
     def set_current(self, name: str, *, version: int) -> None:
         """Make `version` the one that `name` alone means. Raises NotFound."""
         self.resolve(f"{check_name(name)}@{version}")
-        with self._locked(name):
+        with folders.room(self.root), self._locked(name):
             self._version(name, str(version), self.versions(name))
             self._remember(name, _State(version, self._state(name).latest))
 
@@ -135,14 +147,13 @@ class Store:
         versions = self.versions(name)
         if not versions:
             raise self._unknown(name)
-        with self._incoming() as trash, self._locked(name) as home:
+        with folders.room(self.root), self._incoming() as trash, self._locked(name) as home:
             versions = self.versions(name)
             gone = versions if version is None else (self._version(name, str(version), versions),)
             state = self._state(name)
             left = [number for number in versions if number not in gone]
             current = state.current if state.current in left else max(left, default=0)
             self._remember(name, _State(current, max([state.latest, *versions])))
-            trash.mkdir()
             for number in gone:
                 os.rename(home / str(number), trash / str(number))
 
@@ -173,7 +184,8 @@ class Store:
     def _state(self, name: str) -> _State:
         """What is remembered of a name; nothing where that was lost: then the newest version is current."""
         try:
-            return msgspec.json.decode((self.root / name / _STATE).read_bytes(), type=_State)
+            with folders.room(self.root / name, verb="read"):
+                return msgspec.json.decode((self.root / name / _STATE).read_bytes(), type=_State)
         except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
             return _State()
 
@@ -184,10 +196,20 @@ class Store:
     def _locked(self, name: str) -> Iterator[Path]:
         """Only one process at a time changes what lies under a name."""
         home = self.root / name
-        home.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        folders.make(home)
+        plain = os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT | plain, 0o666)
+        except PermissionError:  # another one's: reading is enough to lock it
+            descriptor = os.open(home / ".lock", os.O_RDONLY | plain)
+        try:
+            with suppress(PermissionError):
+                folders.share(home / ".lock")
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as fault:  # a file system without locks: `publish` finds a free number by itself
+                if fault.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
             yield home
         finally:
             os.close(descriptor)
@@ -196,19 +218,19 @@ class Store:
     def _incoming(self) -> Iterator[Path]:
         """A private place on the same disk, gone afterwards unless it was renamed away."""
         place = self.root / ".incoming" / f"{os.getpid()}-{os.urandom(6).hex()}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(place.parent)
+        folders.make(place)
+        _sweep(place.parent, now=place.stat().st_mtime)
         try:
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _sweep(incoming: Path) -> None:
-    """Remove what publishers that were killed left behind."""
+def _sweep(incoming: Path, *, now: float) -> None:
+    """Remove what publishers that were killed left behind; `now` by the clock of the disk, which may not be ours."""
     for place in incoming.iterdir():
         try:
-            if place.stat().st_mtime < time.time() - _FORGOTTEN_S:
+            if place.stat().st_mtime < now - _FORGOTTEN_S:
                 shutil.rmtree(place, ignore_errors=True)
         except FileNotFoundError:
             continue
@@ -217,10 +239,11 @@ def _sweep(incoming: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     for path in folders.files_below(source):
         there = target / folders.check_path(path)
-        there.parent.mkdir(parents=True, exist_ok=True)
+        folders.make(there.parent)
         with os.fdopen(folders.open_file(source, path), "rb") as given, open(there, "xb") as taken:
             shutil.copyfileobj(given, taken, 2**20)
             taken.flush()
             os.fsync(taken.fileno())
+        folders.share(there)
     for place, _, _ in os.walk(target):
         folders.sync(Path(place))

@@ -17,7 +17,7 @@ from types import ModuleType
 import click
 
 from torchship import __version__, plugins
-from torchship.errors import BadConfig, BadInput, TorchshipError, Unsupported
+from torchship.errors import BadConfig, BadInput, TorchshipError, Unavailable, Unsupported
 
 _ABOUT = {
     "optimize": "Search the best valid way to run a model here, and publish it.",
@@ -102,7 +102,8 @@ def app() -> None:
 def main() -> None:
     """The console script: turns every error of ours into one line with a hint, and an exit code."""
     try:
-        code = app.main(standalone_mode=False)
+        code = app.main([_at_home(word) for word in sys.argv[1:]], standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as fault:
         fault.show()
@@ -116,10 +117,22 @@ def main() -> None:
     except TorchshipError as fault:
         show(fault)
         sys.exit(2 if isinstance(fault, BadInput | BadConfig) else 1)
+    except OSError as fault:  # a folder for a file, missing rights, a full disk: no fault of ours
+        place = fault.filename or "the output"
+        show(Unavailable(f"{place}: {fault.strerror or fault}", hint="name another place, or make room"))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer cannot be written
+        sys.exit(1)
+
+
+def _at_home(word: str) -> str:
+    """A path below `~`, also behind `--option=`, where no shell has put the home folder in."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value) if value.startswith("~/") else word
 
 
 def show(fault: TorchshipError) -> None:
-    """Print an error as one line, its hint beneath."""
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {' '.join(str(fault).split())}", err=True)
+    """Print an error as one line, its hint beneath; without colours where NO_COLOR asks for none (no-color.org)."""
+    colours = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {' '.join(str(fault).split())}", err=True, color=colours)
     if fault.hint:
-        click.echo(f" {click.style('hint', fg='cyan')}: {fault.hint}", err=True)
+        click.echo(f" {click.style('hint', fg='cyan')}: {fault.hint}", err=True, color=colours)

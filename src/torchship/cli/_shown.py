@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,8 @@ def console() -> Console:
     """A console on stdout that neither colours numbers nor wraps them away when it is piped: COLUMNS, or 140."""
     from rich.console import Console
 
-    found = Console(highlight=False, soft_wrap=False)
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold
+    found = Console(highlight=False, soft_wrap=False, color_system=colours)
     return found if found.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=140)
 
 

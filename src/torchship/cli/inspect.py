@@ -22,7 +22,7 @@ Examples:
 def command(*, target: str, store: str | None, no_verify: bool, as_json: bool) -> None:
     """Show what an artifact holds and what was measured, after checking every file.
 
-    ARTIFACT is a name in the store (resnet18, resnet18@3), a folder, or an exported .tar or .zip file.
+    ARTIFACT is a name in the store (resnet18, resnet18@3), a folder, or an archive of one (.tar, .tar.gz, .zip).
     """
     from pathlib import Path
 
@@ -30,7 +30,7 @@ def command(*, target: str, store: str | None, no_verify: bool, as_json: bool) -
     from torchship.cli import _shown
 
     with ExitStack() as stack:
-        if target.endswith((".tar", ".zip")) and Path(target).is_file():
+        if target.lower().endswith(archive.SUFFIXES) and Path(target).expanduser().is_file():
             artifact = stack.enter_context(archive.extracted(target))
         else:
             artifact = open_artifact(Store(store).resolve(target), verify=not no_verify)

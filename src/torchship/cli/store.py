@@ -192,7 +192,7 @@ def verify(store: Store, *, target: str, key: str | None) -> None:
 @click.option("--name", default=None, help="The name to publish under.  [default: the artifact's own]")
 @click.pass_obj
 def import_(store: Store, *, file: str, name: str | None) -> None:
-    """Check an exported FILE (.tar or .zip) and publish what it holds."""
+    """Check an archive of an artifact (.tar, .tar.gz, .zip) and publish what it holds."""
     from torchship.artifact import archive
 
     with archive.extracted(file) as artifact:

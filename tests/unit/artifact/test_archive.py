@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+import subprocess
 import tarfile
 import tempfile
 import zipfile
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from tests.unit.artifact.made import linear
-from torchship.artifact import archive
+from torchship.artifact import archive, open_artifact
 from torchship.errors import BadConfig, CorruptArtifact, NotFound, TorchshipError, UnsafeArtifact, Unsupported
 
 
@@ -146,3 +147,46 @@ def test_a_wrong_hash_is_found_after_unpacking(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(zip_of(content))
     with pytest.raises(CorruptArtifact, match="its hash is wrong"), archive.extracted(tmp_path / "x.zip"):
         raise AssertionError("it was opened")
+
+
+def folder_of(place: Path) -> Path:
+    """An artifact's folder."""
+    root = place / "net"
+    linear(root)
+    return root
+
+
+def packed(root: Path, file: Path, *words: str) -> Path:
+    """The folder packed by the tool `tar`."""
+    subprocess.run(["tar", *words, "-f", str(file)], cwd=root, check=True)
+    return file
+
+
+def zipped(root: Path, file: Path, rename: Callable[[str], str], more: Content) -> Path:
+    """The folder as a zip file whose entries have other names."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        for path in sorted(root.rglob("*")):
+            name = rename(str(path.relative_to(root)) + ("/" if path.is_dir() else ""))
+            made.writestr(zipfile.ZipInfo(name), b"" if path.is_dir() else path.read_bytes())
+        for name, data in more.items():
+            made.writestr(name, data)
+    return file
+
+
+LITTER = {"__MACOSX/net/._manifest.json": b"x", "net/.DS_Store": b"x", "net/backend/._model.onnx": b"x"}
+TOOLS: dict[str, Callable[[Path, Path], Path]] = {
+    "with a dot": lambda root, at: packed(root, at / "x.tar", "-c", "."),
+    "from above": lambda root, at: packed(root.parent, at / "x.tar", "-c", "net"),
+    "tar.gz": lambda root, at: packed(root, at / "x.tar.gz", "-cz", "."),
+    "tgz from above": lambda root, at: packed(root.parent, at / "x.TGZ", "-cz", "./net"),
+    "pax": lambda root, at: packed(root, at / "x.tar", "-c", "--format=pax", "--pax-option=comment=hello", "."),
+    "a Mac's zip": lambda root, at: zipped(root, at / "x.zip", lambda name: f"net/{name}", LITTER),
+    "an old Windows zip": lambda root, at: zipped(root, at / "x.zip", lambda name: name.replace("/", "\\"), {}),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_archives_of_usual_tools_are_read(tmp_path: Path, tool: str) -> None:
+    root = folder_of(tmp_path)
+    with archive.extracted(TOOLS[tool](root, tmp_path)) as found:
+        assert found.manifest == open_artifact(root).manifest
