@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 33_400
+ENGINE = 33_550
 
 # What broke these rules when they were made.
 DOUBLED = {
