@@ -227,9 +227,7 @@ def forget(*, person: str, gallery: str, compact: bool) -> None:
     from torchship_faces.recognizer import open_gallery
 
     book = open_gallery(gallery)
-    gone = book.forget(person)
-    if compact:
-        book.compact()
+    gone = book.forget(person, compact=compact)
     click.echo(f"forgot {person} ({gone} templates{', gone from disk' if compact else ''})")
 
 

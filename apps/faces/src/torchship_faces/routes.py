@@ -144,7 +144,11 @@ class _Pictures:
 
     def values(self, exchange: Exchange, upload: Upload, model: str, *, also: Sequence[str] = ()) -> dict[str, Value]:
         """The parameters in the query and in a JSON body. Raises BadInput for one that the pipeline does not have."""
-        found = {**upload.parameters, **query_parameters(exchange.head)}
+        words = query_words(exchange.head)
+        texts: dict[str, Value] = {
+            name: words[name] for name in ("group", "groups") if name in words
+        }  # also where it is 2024
+        found: dict[str, Value] = {**upload.parameters, **query_parameters(exchange.head), **texts}
         known = dict.fromkeys([*self._service.model_metadata(model)["parameters"], *also])
         unknown = sorted(found.keys() - known.keys())
         if unknown:
@@ -246,11 +250,13 @@ class _People:
         serial = places.get("template")
         if serial is not None and not (serial.isascii() and serial.isdigit()):
             raise BadInput(f"{serial[:40]!r} is not the number of a template")
+        compact = query_words(exchange.head).get("compact", "false")
+        if compact not in ("true", "false", "1", "0"):
+            raise BadInput(f"compact is {compact[:20]!r}, expected true or false")
+        number = None if serial is None else int(serial)
         gone = await asyncio.to_thread(
-            self._book.forget, places["person"], serial=None if serial is None else int(serial)
+            self._book.forget, places["person"], serial=number, compact=compact in ("true", "1")
         )
-        if query_words(exchange.head).get("compact") == "true":
-            await asyncio.to_thread(self._book.compact)
         exchange.answer_json({"person": places["person"], "forgotten": gone})
 
     async def count(self, exchange: Exchange) -> None:

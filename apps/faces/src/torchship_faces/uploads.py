@@ -47,7 +47,7 @@ def read_upload(exchange: Exchange) -> Upload:
     """The body as an Upload; `images` holds every picture that is neither `first` nor `second`. Raises BadInput."""
     kind, body = content_type(exchange), bytes(exchange.body)
     if kind == "multipart/form-data":
-        found = _form(read_form(exchange))
+        found = form_upload(read_form(exchange))
     elif kind == "application/json":
         found = _json(read_json(exchange, JsonUpload))
     elif body and (kind.startswith("image/") or kind in ("", "application/octet-stream")):
@@ -85,18 +85,27 @@ def picture_of(text: str, *, where: str) -> bytes:
         raise BadInput(f"{where} is not base64: {fault}", hint="the bytes of the picture in base64") from None
 
 
-def _form(parts: list[tuple[str, bytes]]) -> Upload:
+def form_upload(parts: list[tuple[str, bytes]]) -> Upload:
+    """The parts of a form as an Upload: pictures by any name, `first` and `second`, `groups`, and what is told."""
     found = Upload()
     for name, content in parts:
         if name in ("first", "second"):
             setattr(found, name, content)
-        elif name in ("image", "images"):
-            found.images.append(content)
+        elif name in ("image", "images") or not _is_text(content):
+            found.images.append(content)  # whatever the field is called: pictures are no text
         elif name == "groups":
-            found.groups += group_names(content.decode(errors="replace"))
+            found.groups += group_names(content.decode())
         else:
-            found.about[name] = content.decode(errors="replace")[:1000]
+            found.about[name] = content.decode()[:1000]
     return found
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def group_names(text: str) -> list[str]:

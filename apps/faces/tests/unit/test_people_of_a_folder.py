@@ -16,7 +16,7 @@ from torchship.tensors import Tensors
 from torchship_faces.enrolment import Enrolled, enrol_folder, pictures_of
 from torchship_faces.gallery import Enrolment, Gallery
 from torchship_faces.recognizer import written
-from torchship_faces.uploads import group_names, picture_of
+from torchship_faces.uploads import form_upload, group_names, picture_of
 
 JOSE = unicodedata.normalize("NFD", "José")
 # ruff: noqa: RUF001
@@ -190,6 +190,13 @@ def test_base64_as_clients_send_it(text: str) -> None:
 def test_what_is_no_base64_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(BadInput, match=r"^\$\.images\[1\] is not base64"):
         picture_of(text, where="$.images[1]")
+
+
+def test_a_picture_in_a_form_is_found_by_any_name() -> None:
+    parts = [("file", PICTURE), ("name", "Zoë".encode()), ("images", PICTURE), ("groups", b"a, b"), ("first", PICTURE)]
+    found = form_upload(parts)
+    assert (found.images, found.first, found.second) == ([PICTURE, PICTURE], PICTURE, b"")
+    assert (found.about, found.groups) == ({"name": "Zoë"}, ["a", "b"])
 
 
 def test_groups_are_split_by_commas() -> None:

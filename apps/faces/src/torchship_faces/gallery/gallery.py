@@ -286,10 +286,11 @@ class Gallery:
             self._compact_if_due()
         return [[template.serial for template in put.templates] for put in puts]
 
-    def forget(self, person: str, *, serial: int | None = None) -> int:
+    def forget(self, person: str, *, serial: int | None = None, compact: bool = False) -> int:
         """Drop a person, or one template; on disk when this returns. How many templates went.
 
-        Raises NotFound. `compact` then removes the vectors from the disk; a kept face is removed at once.
+        A kept face is removed at once, the vectors by `compact`. Raises NotFound, and Unavailable when the disk refuses
+        the record, or has no room to compact: that says that the person is forgotten all the same.
         """
         with self._exclusive():
             state = self._current().state
@@ -302,7 +303,16 @@ class Gallery:
             digests = _faces(state, rows)
             self._append([ForgetRecord(known, serial or 0, time.time())])
             pictures.remove(self.root, digests.difference(self._current().state.pictures.values()))
-            self._compact_if_due()
+            if not compact:
+                self._compact_if_due()
+                return len(rows)
+            try:
+                self._compact()
+            except Unavailable as fault:
+                hint = "make room and compact; nobody is found by them"
+                raise Unavailable(
+                    f"{person!r} is forgotten, the vectors are on disk still: {fault}", hint=hint
+                ) from None
             return len(rows)
 
     def compact(self) -> None:

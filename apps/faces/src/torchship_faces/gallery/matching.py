@@ -145,10 +145,7 @@ class Forget:
         *,
         compact: Annotated[bool, Meta(description="remove the vectors from the disk at once")] = False,
     ) -> Array:
-        gone = self._gallery.forget(_text(person))
-        if compact:
-            self._gallery.compact()
-        return np.array([gone], np.int64)
+        return np.array([self._gallery.forget(_text(person), compact=compact)], np.int64)
 
     def close(self) -> None:
         """Close the gallery."""
