@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchship.client.address import parse
-from torchship.client.load import Outcome, Target, closed_loop
+from torchship.client.load import CallOutcome, Target, closed_loop
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.service import Answer
@@ -155,7 +155,7 @@ def spent(process: psutil.Process) -> float:
     return float(sum(one.cpu_times().user + one.cpu_times().system for one in every))
 
 
-async def load(target: Target, callers: int, seconds: float) -> Outcome:
+async def load(target: Target, callers: int, seconds: float) -> CallOutcome:
     """A closed loop of right answers."""
     shot = target.shot({"x": np.arange(16, dtype=np.float32).reshape(1, 16)})
     return await closed_loop(shot, connect=target.connect(), concurrency=callers, seconds=seconds, warm_up=0.0)

@@ -93,7 +93,7 @@ def bytes_array(items: Sequence[Any]) -> Array:
 
 
 def as_array(value: Any) -> Array:
-    """What people give for a tensor (nested lists, numbers, bytes, arrays of other libraries) as an array.
+    """What callers give for a tensor (nested lists, numbers, bytes, arrays of other libraries) as an array.
 
     Raises BadInput for a masked array: what is under its mask is no value.
     """

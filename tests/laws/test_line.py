@@ -18,7 +18,7 @@ from torchship.pipeline.composed import Composed
 from torchship.pipeline.planning import Plan
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.replica import LocalReplica, StartReplica
-from torchship.serve.engine.spec import Limits
+from torchship.serve.engine.spec import LineLimits
 from torchship.tensors import Tensors
 
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,7 +57,7 @@ def trio(request: pytest.FixtureRequest, background: Background) -> Iterator[tup
 
 
 async def opened(plan: Plan, *, start: StartReplica = LocalReplica) -> Line:
-    return await Line(plan, limits=Limits(), start=start).open()
+    return await Line(plan, limits=LineLimits(), start=start).open()
 
 
 async def ask(line: Line, tensors: Tensors, **options: Any) -> Tensors | TorchshipError:

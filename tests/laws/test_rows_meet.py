@@ -11,7 +11,7 @@ from tests.serving import Background
 from torchship.pipeline.config import convert
 from torchship.pipeline.planning import plan
 from torchship.serve.engine.line import Line
-from torchship.serve.engine.spec import Limits
+from torchship.serve.engine.spec import LineLimits
 from torchship.stage import stage
 from torchship.tensors import Array, Tensors
 
@@ -38,7 +38,7 @@ def test_23_faces_of_8_pictures_are_one_batch() -> None:
     background = Background()
 
     async def asked() -> list[Tensors]:
-        line = await Line(plan(convert({"name": "p", "stages": stages})), limits=Limits(max_wait=2.0)).open()
+        line = await Line(plan(convert({"name": "p", "stages": stages})), limits=LineLimits(max_wait=2.0)).open()
         try:
             pictures = (
                 line.submit({"picture": np.array([n], np.int32), "count": np.array([count], np.int32)})

@@ -42,7 +42,7 @@ class Shot:
 
 
 @dataclass(slots=True)
-class Outcome:
+class CallOutcome:
     """What a run measured; latencies in seconds, of good answers only."""
 
     seconds: float = 0.0
@@ -70,7 +70,7 @@ class _Run:
     """Book-keeping of one run over lanes."""
 
     def __init__(self, shot: Shot) -> None:
-        self.outcome = Outcome()
+        self.outcome = CallOutcome()
         self.payloads = itertools.cycle(shot.payloads)
         self.check = shot.check
         self.due: dict[Lane, float] = {}
@@ -103,7 +103,7 @@ class _Run:
 
 async def closed_loop(
     shot: Shot, *, connect: Connect, concurrency: int, seconds: float, warm_up: float = 0.5
-) -> Outcome:
+) -> CallOutcome:
     """`concurrency` callers, each sending its next request as soon as its last was answered.
 
     Raises Unavailable where nobody listens.
@@ -130,7 +130,7 @@ async def closed_loop(
 
 async def open_loop(
     shot: Shot, *, connect: Connect, rate: float, seconds: float, lanes: int = 64, seed: int = 0, patience: float = 5.0
-) -> Outcome:
+) -> CallOutcome:
     """Requests that are due at Poisson-distributed moments, `rate` a second, whatever the server does.
 
     A request that finds all lanes busy waits, and its latency counts the wait. After the last one, answers are
@@ -177,7 +177,7 @@ class Row:
 
     load: str
     kind: str
-    outcome: Outcome
+    outcome: CallOutcome
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""

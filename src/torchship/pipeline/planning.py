@@ -16,7 +16,7 @@ from torchship.errors import BadConfig, BadInput, TorchshipError
 from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.pipeline.describe import Description, describe
 from torchship.pipeline.faults import blame
-from torchship.pipeline.wiring import REQUEST, Slot, SlotTable, connect, is_proven, relax
+from torchship.pipeline.wiring import REQUEST, TensorTable, WiredTensor, connect, is_proven, relax
 from torchship.stage import Parameter, Value
 from torchship.tensors import Free, Signature, TensorSpec
 
@@ -93,7 +93,9 @@ def plan(
     return _finish(config, layout, table, outputs, where)
 
 
-def _finish(config: PipelineConfig, layout: Layout, table: SlotTable, outputs: tuple[Slot, ...], where: str) -> Plan:
+def _finish(
+    config: PipelineConfig, layout: Layout, table: TensorTable, outputs: tuple[WiredTensor, ...], where: str
+) -> Plan:
     nodes = layout.nodes
     known = {parameter.name for node in nodes for parameter in node.parameters}
     if set(config.parameters) - known:
@@ -151,7 +153,7 @@ class _Site:
 
     stage: StageConfig
     described: Description
-    slots: tuple[Slot, ...]
+    slots: tuple[WiredTensor, ...]
     name: str
     path: str
     pipeline: Mapping[str, Value]
@@ -173,16 +175,16 @@ class Layout:
         *,
         where: str,
         prefix: str = "",
-        given: tuple[Slot, ...] = (),
+        given: tuple[WiredTensor, ...] = (),
         over: Mapping[str, Value] = {},
-    ) -> tuple[SlotTable, tuple[Slot, ...]]:
+    ) -> tuple[TensorTable, tuple[WiredTensor, ...]]:
         """Place all stages; the tensors at hand afterwards, and those that are the pipeline's outputs.
 
         `given` are the inputs of a pipeline inside another, `over` the outer one's parameters, `prefix` its name.
         """
         if not config.stages:
             raise BadConfig(f"{where}.stages: a pipeline needs at least one stage")
-        table = SlotTable()
+        table = TensorTable()
         table.put(given)
         for index, stage in enumerate(config.stages):
             path = f"{where}.stages[{index}]"
@@ -214,7 +216,7 @@ class Layout:
             return stage
         return msgspec.structs.replace(stage, artifact=str(self.store.resolve(stage.artifact).absolute()))
 
-    def _inside(self, site: _Site, inner: PipelineConfig, *, prefix: str) -> tuple[Slot, ...]:
+    def _inside(self, site: _Site, inner: PipelineConfig, *, prefix: str) -> tuple[WiredTensor, ...]:
         """The outputs of a published pipeline, whose stages take the place of this one."""
         stage = site.stage
         given = tuple(
@@ -233,14 +235,16 @@ class Layout:
         _refuse_unknown(stage.parameters, known, site.path)
         return made
 
-    def _place(self, site: _Site) -> tuple[Slot, ...]:
+    def _place(self, site: _Site) -> tuple[WiredTensor, ...]:
         """The outputs of one stage, after its node has been added."""
         stage, described, slots = site.stage, site.described, site.slots
         signature = described.signature
         empty = signature.batched and any(slot.maybe_empty for slot in slots)
         index = len(self.nodes)
         gives = tuple(
-            Slot(f"{site.name}.{spec.name}", spec, index, empty or (not signature.batched and _may_be_empty(spec)))
+            WiredTensor(
+                f"{site.name}.{spec.name}", spec, index, empty or (not signature.batched and _may_be_empty(spec))
+            )
             for spec in signature.outputs
         )
         node = Node(
@@ -270,7 +274,7 @@ def _as_asked(part: StageConfig, stage: StageConfig) -> StageConfig:
     return msgspec.structs.replace(part, **asked)
 
 
-def _renamed(made: tuple[Slot, ...], stage: StageConfig, path: str) -> tuple[Slot, ...]:
+def _renamed(made: tuple[WiredTensor, ...], stage: StageConfig, path: str) -> tuple[WiredTensor, ...]:
     unknown = set(stage.outputs) - {slot.spec.name for slot in made}
     if unknown:
         raise BadConfig(f"{path}.outputs: the stage has no output {sorted(unknown)}")
@@ -286,7 +290,7 @@ def _with_labels(stage: StageConfig, described: Description, labels: tuple[str, 
     return msgspec.structs.replace(stage, options={**stage.options, "labels": list(labels)})
 
 
-def _request(config: PipelineConfig, first: Signature, where: str) -> tuple[Slot, ...]:
+def _request(config: PipelineConfig, first: Signature, where: str) -> tuple[WiredTensor, ...]:
     """The tensors of a request: as the pipeline declares them, else what the first stage takes."""
     specs = first.inputs
     renamed = config.stages[0].inputs
@@ -299,7 +303,7 @@ def _request(config: PipelineConfig, first: Signature, where: str) -> tuple[Slot
         specs = tuple(msgspec.structs.replace(spec, name=renamed.get(spec.name, spec.name)) for spec in specs)
     if len({spec.name for spec in specs}) != len(specs):
         raise BadConfig(f"{where}.inputs: two inputs have one name")
-    return tuple(Slot(f"{REQUEST}.{spec.name}", spec, -1, _may_be_empty(spec)) for spec in specs)
+    return tuple(WiredTensor(f"{REQUEST}.{spec.name}", spec, -1, _may_be_empty(spec)) for spec in specs)
 
 
 def _may_be_empty(spec: TensorSpec) -> bool:
@@ -337,7 +341,7 @@ def _refuse_unknown(given: Mapping[str, Value], known: set[str], path: str) -> N
         raise BadConfig(f"{path}.parameters: the stage has no parameter {unknown}", hint=hint)
 
 
-def _outputs(config: PipelineConfig, table: SlotTable, where: str) -> tuple[Slot, ...]:
+def _outputs(config: PipelineConfig, table: TensorTable, where: str) -> tuple[WiredTensor, ...]:
     """The slots of the pipeline's outputs: as it declares them, else what the last stage gives."""
     if not config.outputs:
         return table.last

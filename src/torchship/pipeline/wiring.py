@@ -14,7 +14,7 @@ REQUEST = "request"
 
 
 @dataclass(frozen=True)
-class Slot:
+class WiredTensor:
     """One tensor on its way through the pipeline: `key` is unique, `spec` is named as later stages find it.
 
     `node` is the index of the stage that gives it, -1 for the request. `maybe_empty`: it may have no rows.
@@ -27,14 +27,14 @@ class Slot:
 
 
 @dataclass
-class SlotTable:
+class TensorTable:
     """The tensors at hand at some point of the pipeline, the latest of each name first in reach."""
 
-    by_name: dict[str, Slot] = field(default_factory=dict)
-    by_key: dict[str, Slot] = field(default_factory=dict)
-    last: tuple[Slot, ...] = ()
+    by_name: dict[str, WiredTensor] = field(default_factory=dict)
+    by_key: dict[str, WiredTensor] = field(default_factory=dict)
+    last: tuple[WiredTensor, ...] = ()
 
-    def put(self, slots: tuple[Slot, ...], *, stage: str = "") -> None:
+    def put(self, slots: tuple[WiredTensor, ...], *, stage: str = "") -> None:
         """Take in what a stage gives."""
         for slot in slots:
             self.by_name[slot.spec.name] = slot
@@ -42,7 +42,7 @@ class SlotTable:
             self.by_key.setdefault(f"{stage}.{slot.spec.name}", slot)
         self.last = slots
 
-    def find(self, name: str) -> Slot | None:
+    def find(self, name: str) -> WiredTensor | None:
         """A tensor by `name` or by `stage.name`."""
         return self.by_key.get(name) or self.by_name.get(name)
 
@@ -52,7 +52,9 @@ class SlotTable:
         return ", ".join(self.by_name) or "nothing"
 
 
-def connect(signature: Signature, given: Mapping[str, str], table: SlotTable, *, where: str) -> tuple[Slot, ...]:
+def connect(
+    signature: Signature, given: Mapping[str, str], table: TensorTable, *, where: str
+) -> tuple[WiredTensor, ...]:
     """The slot for every input of `signature`.
 
     An input takes the tensor that `given` names for it, else the latest tensor of its own name, datatype and rank;
@@ -83,7 +85,7 @@ def connect(signature: Signature, given: Mapping[str, str], table: SlotTable, *,
     return slots
 
 
-def _named(spec: TensorSpec, given: Mapping[str, str], table: SlotTable, where: str) -> Slot | None:
+def _named(spec: TensorSpec, given: Mapping[str, str], table: TensorTable, where: str) -> WiredTensor | None:
     if spec.name not in given:
         own = table.by_name.get(spec.name)
         return own if own and _is_alike(own.spec, spec) else None
@@ -95,7 +97,7 @@ def _named(spec: TensorSpec, given: Mapping[str, str], table: SlotTable, where: 
     return found
 
 
-def _guess(spec: TensorSpec, table: SlotTable, taken: set[str], where: str) -> Slot:
+def _guess(spec: TensorSpec, table: TensorTable, taken: set[str], where: str) -> WiredTensor:
     fits = [slot for slot in table.last if slot.key not in taken and _is_alike(slot.spec, spec)]
     if len(fits) == 1:
         return fits[0]
@@ -111,7 +113,7 @@ def _is_alike(given: TensorSpec, taken: TensorSpec) -> bool:
     return given.dtype == taken.dtype and len(given.shape) == len(taken.shape)
 
 
-def _check_empty(spec: TensorSpec, slot: Slot, signature: Signature, where: str) -> None:
+def _check_empty(spec: TensorSpec, slot: WiredTensor, signature: Signature, where: str) -> None:
     """A job stage must say that it takes no rows where there may be none; row stages are then not called."""
     if signature.batched or not slot.maybe_empty or not spec.shape:
         return

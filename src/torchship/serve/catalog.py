@@ -47,7 +47,7 @@ class Split:
 
 
 @dataclass(slots=True)
-class Entry:
+class CatalogEntry:
     """One model: its configuration and its versions; `current` is what a request without a version gets.
 
     `given` is the configuration of the server's file, which a caller who loads the model may have changed since.
@@ -70,13 +70,13 @@ class Catalog:
 
     def __init__(self, *, store: Store) -> None:
         self.store = store
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, CatalogEntry] = {}
         self._turns = asyncio.Semaphore(hardware.cores())
         self._retiring: dict[asyncio.Task[None], Line] = {}
 
     def expect(self, config: ModelConfig) -> None:
         """A model that should be served, though it is not there yet: the server is not ready before it is."""
-        self.entries.setdefault(config.name, Entry(config, config))
+        self.entries.setdefault(config.name, CatalogEntry(config, config))
 
     async def load(self, config: ModelConfig, *, fresh: bool = True) -> None:
         """Open the wanted versions in fresh processes, warm them, switch over, and drain what is not wanted any more.
@@ -101,14 +101,14 @@ class Catalog:
             await self._switch(entry, config, opened)
 
     @staticmethod
-    def _known(entry: Entry, version: Wanted) -> Version | None:
+    def _known(entry: CatalogEntry, version: Wanted) -> Version | None:
         """The same files, already open."""
         for found in entry.versions.values():
             if found.line is not None and found.files == version.files and version.number in ("", found.name):
                 return found
         return None
 
-    async def _open(self, entry: Entry, config: ModelConfig, version: Wanted) -> Version:
+    async def _open(self, entry: CatalogEntry, config: ModelConfig, version: Wanted) -> Version:
         name = version.number or "1"  # what is not in a store has no versions
         made = Version(name, version.files)
         before = entry.versions.get(name)
@@ -132,7 +132,7 @@ class Catalog:
         made.state = "READY"
         return made
 
-    async def _switch(self, entry: Entry, config: ModelConfig, opened: dict[str, Version]) -> None:
+    async def _switch(self, entry: CatalogEntry, config: ModelConfig, opened: dict[str, Version]) -> None:
         """One turn of the loop: from here on requests go to what was opened; the rest is drained."""
         gone = [known for known in entry.versions.values() if known.line is not None and known not in opened.values()]
         replaced = [known for known in gone if known.name in opened]
@@ -188,7 +188,7 @@ class Catalog:
                 except TorchshipError as fault:
                     _log.debug("watching %s: %s", entry.config.name, fault.line)
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> CatalogEntry:
         """A model. Raises NotFound."""
         try:
             return self.entries[name]

@@ -10,7 +10,7 @@ import msgspec
 from torchship import textfiles
 from torchship.errors import BadConfig
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.serve.engine.spec import Count, Limits, Seconds
+from torchship.serve.engine.spec import Count, LineLimits, Seconds
 from torchship.stage import Value
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][A-Za-z0-9_.\-]{0,127}$")]
@@ -118,9 +118,8 @@ class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shadow: str = ""
 
 
-class ModelConfig(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """`[[model]]`: exactly one of `stages`, `artifact` and `run`, and the Limits of its line. 0 copies: what the stages
-    say.
+class ModelConfig(LineLimits, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`[[model]]`: exactly one of `stages`, `artifact` and `run`, and its LineLimits. 0 copies: what the stages say.
 
     `latency_target` bounds the batch by what was measured when the artifact was made. `labels` name the classes for
     callers who ask for classes: a list, a file, or `imagenet`.
@@ -160,9 +159,9 @@ class ModelConfig(Limits, frozen=True, forbid_unknown_fields=True, kw_only=True)
             stages = tuple(msgspec.structs.replace(stage, copies=self.copies) for stage in stages)
         return PipelineConfig(self.name, stages, self.inputs, self.outputs, self.parameters)
 
-    def limits(self) -> Limits:
+    def limits(self) -> LineLimits:
         """What its line takes."""
-        return msgspec.convert(self, Limits, from_attributes=True)
+        return msgspec.convert(self, LineLimits, from_attributes=True)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

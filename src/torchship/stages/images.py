@@ -10,7 +10,7 @@ from PIL import Image
 
 from torchship.errors import BadConfig, BadInput
 from torchship.stage import stage
-from torchship.stages.picture import Limits, check_size, decode
+from torchship.stages.picture import PictureLimits, check_size, decode
 from torchship.tensors import Array, TensorSpec
 
 Size: TypeAlias = int | Sequence[int]
@@ -31,7 +31,7 @@ class Decode:
     """
 
     def __init__(self, *, max_pixels: int = 64_000_000, max_bytes: int = 32 * 2**20) -> None:
-        self._limits = Limits(max_pixels, max_bytes)
+        self._limits = PictureLimits(max_pixels, max_bytes)
 
     def __call__(self, image: Array) -> tuple[Array, Array]:
         picture = decode(element(image), limits=self._limits).convert("RGB")
@@ -70,7 +70,7 @@ class Classify:
         self._filter = _filter(interpolation)
         self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
         self._fast = fast
-        self._limits = Limits(max_pixels, max_bytes)
+        self._limits = PictureLimits(max_pixels, max_bytes)
         if crop not in ("center", "squash"):
             raise BadConfig(f"crop is {crop!r}", hint="use center or squash")
 
@@ -188,7 +188,7 @@ class Resize:
         self._size = None if size is None else _pair(size)
         self._short = short
         self._filter = _filter(interpolation)
-        self._limits = Limits(max_pixels)
+        self._limits = PictureLimits(max_pixels)
 
     def __call__(self, pixels: Array) -> Array:
         picture = Image.fromarray(pixels[0])

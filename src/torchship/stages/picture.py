@@ -39,7 +39,7 @@ _TURNS = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class PictureLimits:
     """What is refused before it is decoded: `pixels` counts width times height, `size` the bytes that came in."""
 
     pixels: int = 64_000_000
@@ -78,7 +78,7 @@ def read_file(path: Path) -> bytes:
         raise BadInput(f"{path}: {fault.strerror}", hint="is it a link to what is gone?") from None
 
 
-def decode(data: bytes, *, limits: Limits = Limits(), at_least: int = 0) -> Image.Image:
+def decode(data: bytes, *, limits: PictureLimits = PictureLimits(), at_least: int = 0) -> Image.Image:
     """The picture upright, as RGB or L: the first frame, turned as its EXIF says; transparency is dropped.
 
     Broken or huge metadata (EXIF, profiles, comments) neither changes nor stops a picture.
@@ -100,7 +100,7 @@ def decode(data: bytes, *, limits: Limits = Limits(), at_least: int = 0) -> Imag
     return _plain(_upright(picture))
 
 
-def _loaded(reader: Callable[[io.BytesIO], ImageFile], data: bytes, limits: Limits, at_least: int) -> ImageFile:
+def _loaded(reader: Callable[[io.BytesIO], ImageFile], data: bytes, limits: PictureLimits, at_least: int) -> ImageFile:
     picture = reader(io.BytesIO(data))
     check_size(*picture.size, limits=limits)
     if at_least:
@@ -121,7 +121,7 @@ def _reader(data: bytes) -> Callable[[io.BytesIO], ImageFile]:
     raise BadInput(f"not a picture (it starts with {start_hex})", hint=f"send the bytes of a {_FORMATS} file")
 
 
-def check_size(width: int, height: int, *, limits: Limits = Limits()) -> None:
+def check_size(width: int, height: int, *, limits: PictureLimits = PictureLimits()) -> None:
     """Raises BadInput for a picture, sent or to be made, of more pixels than `limits` allow."""
     if width * height > limits.pixels:
         raise BadInput(

@@ -52,7 +52,7 @@ class _Wanted(msgspec.Struct, gc=False, omit_defaults=True):
     parameters: dict[str, Value] | None = None
 
 
-class _Question(msgspec.Struct, gc=False, omit_defaults=True):
+class _RequestHead(msgspec.Struct, gc=False, omit_defaults=True):
     inputs: list[_Input]
     id: str = ""
     parameters: dict[str, Value] | None = None
@@ -67,7 +67,7 @@ class _Output(msgspec.Struct, gc=False, omit_defaults=True):
     data: list[Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-class _Answer(msgspec.Struct, gc=False, omit_defaults=True):
+class _ResponseHead(msgspec.Struct, gc=False, omit_defaults=True):
     model_name: str
     model_version: str
     outputs: list[_Output]
@@ -85,7 +85,7 @@ class _Told(msgspec.Struct, gc=False):
     parameters: dict[str, Any] | None = None
 
 
-_QUESTION = msgspec.json.Decoder(_Question)
+_QUESTION = msgspec.json.Decoder(_RequestHead)
 _TOLD = msgspec.json.Decoder(_Told)
 _ANSWER = msgspec.json.Encoder()
 
@@ -124,7 +124,7 @@ def decode_request(
     return request
 
 
-def _question(text: Buffer) -> _Question:
+def _question(text: Buffer) -> _RequestHead:
     try:
         return _QUESTION.decode(text)
     except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
@@ -268,7 +268,7 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
         for name, array in response.outputs.items():
             data = encode_json_data(array)
             outputs.append(_Output(name, dtype_name(array.dtype), list(array.shape), None, data))
-    answer = _Answer(response.model, response.version, outputs, response.id, response.parameters or None)
+    answer = _ResponseHead(response.model, response.version, outputs, response.id, response.parameters or None)
     text = _ANSWER.encode(answer)
     if not blobs and not any(wish.binary for wish in request.outputs):
         return Body(text, None)
@@ -313,7 +313,7 @@ def _keep(key: tuple[str, str, int, bool], part: BatchSlice, response: Response)
         sizes = {"binary_data_size": array.nbytes} if key[-1] else None
         data: Any = msgspec.UNSET if key[-1] else []
         outputs.append(_Output(name, dtype_name(array.dtype), list(array.shape), sizes, data))
-    *befores, last = _ANSWER.encode(_Answer(response.model, response.version, outputs)).split(b"[]")
+    *befores, last = _ANSWER.encode(_ResponseHead(response.model, response.version, outputs)).split(b"[]")
     if not key[-1]:
         befores = [before + b"[" if index == 0 else b"]" + before + b"[" for index, before in enumerate(befores)]
         last = b"]" + last
@@ -394,7 +394,7 @@ def encode_request(request: Request) -> Body:
         inputs.append(_Input(name, list(array.shape), dtype_name(array.dtype), parameters=sizes))
     wanted = [_Wanted(wish.name, {**wish_parameters(wish), "binary_data": True}) for wish in request.outputs]
     parameters = {**timing_parameters(request), "binary_data_output": True}
-    text = _ANSWER.encode(_Question(inputs, request.id, parameters, wanted or None))
+    text = _ANSWER.encode(_RequestHead(inputs, request.id, parameters, wanted or None))
     return Body(b"".join([text, *blobs]), len(text))
 
 

@@ -16,7 +16,7 @@ from tests.unit.protocols.running import Running, running
 from torchship.cli.bench import command
 from torchship.client.address import caller_context, parse
 from torchship.client.lanes import grpc_lanes, http_lanes, http_request
-from torchship.client.load import Outcome, Row, Shot, Target, closed_loop, example, meets, open_loop
+from torchship.client.load import CallOutcome, Row, Shot, Target, closed_loop, example, meets, open_loop
 from torchship.client.report import render
 from torchship.errors import BadConfig, BadInput, NotFound, StageFailed, Unavailable
 from torchship.serve.api import rest
@@ -49,7 +49,7 @@ def test_closed_loop(server: Running, encoding: str) -> None:
     aim = target(server, encoding)
     before = len(server.service.seen)
 
-    async def main() -> Outcome:
+    async def main() -> CallOutcome:
         tensors = await example(aim, rows=3)
         assert tensors["x"].shape == (3, 16)
         return await closed_loop(aim.shot(tensors), connect=aim.connect(), concurrency=4, seconds=0.2, warm_up=0.05)
@@ -115,17 +115,20 @@ def test_examples_that_cannot_be(server: Running) -> None:
 
 
 def test_what_meets_a_target() -> None:
-    good = Outcome(1.0, [0.01] * 99 + [0.2])
+    good = CallOutcome(1.0, [0.01] * 99 + [0.2])
     row = Row("1 callers", "closed", good)
     assert meets(row, percent=50, limit=0.02)
     assert not meets(row, percent=99.5, limit=0.02)
     good.faults["status 503"] += 1
     assert not meets(row, percent=50, limit=0.02)
-    assert not meets(Row("", "open", Outcome()), percent=50, limit=1)
+    assert not meets(Row("", "open", CallOutcome()), percent=50, limit=1)
 
 
 def test_the_page() -> None:
-    rows = [Row("1 callers", "closed", Outcome(1.0, [0.001, 0.002])).plain(), Row("9/s", "open", Outcome()).plain()]
+    rows = [
+        Row("1 callers", "closed", CallOutcome(1.0, [0.001, 0.002])).plain(),
+        Row("9/s", "open", CallOutcome()).plain(),
+    ]
     page = render(rows, title="<x>")
     assert "&lt;x&gt;" in page
     assert page.count("<polyline") == 8

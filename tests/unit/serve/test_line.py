@@ -17,7 +17,7 @@ from tests.serving import planned
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.serve import prometheus
 from torchship.serve.engine.line import Line
-from torchship.serve.engine.spec import Limits
+from torchship.serve.engine.spec import LineLimits
 
 ROW = np.array([[1, 2, 3, 4]], np.float32)
 
@@ -30,7 +30,7 @@ class Opened:
         self.line: Line
 
     async def __aenter__(self) -> Line:
-        self.line = await Line(planned(*self._stages), limits=Limits(**self._limits)).open()
+        self.line = await Line(planned(*self._stages), limits=LineLimits(**self._limits)).open()
         return self.line
 
     async def __aexit__(self, *fault: object) -> None:

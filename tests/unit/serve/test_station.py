@@ -16,7 +16,7 @@ from torchship.errors import StageFailed, Unavailable
 from torchship.pipeline import describe
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.replica import ReplicaEvents
-from torchship.serve.engine.spec import Limits, WorkerSpec
+from torchship.serve.engine.spec import LineLimits, WorkerSpec
 from torchship.serve.engine.station import Station
 
 ROW = np.array([[1, 2, 3, 4]], np.float32)
@@ -41,7 +41,7 @@ def run(work: Callable[[Line, Station, Staff], Awaitable[None]], stage: dict[str
     async def bounded() -> None:
         staff = Staff()
         async with asyncio.timeout(60):
-            line = await Line(planned(stage), limits=Limits(**limits), start=staff.start).open()
+            line = await Line(planned(stage), limits=LineLimits(**limits), start=staff.start).open()
             try:
                 await work(line, line.nodes[0].station, staff)
             finally:

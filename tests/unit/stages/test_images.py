@@ -16,7 +16,7 @@ from torchvision.transforms import v2 as tv
 
 from torchship.errors import BadConfig, BadInput
 from torchship.stages.images import IMAGENET_MEAN, IMAGENET_STD, Classify, Decode, Letterbox, Normalize, Resize, reader
-from torchship.stages.picture import Limits, decode
+from torchship.stages.picture import PictureLimits, decode
 from torchship.tensors import Array, TensorSpec
 
 RANDOM = np.random.default_rng(0)
@@ -257,7 +257,7 @@ def test_one_pixel_is_a_picture() -> None:
 
 def test_limits_can_be_set() -> None:
     with pytest.raises(BadInput, match=r"at most 0\.001 million"):
-        decode(encoded(photo()), limits=Limits(pixels=1000))
+        decode(encoded(photo()), limits=PictureLimits(pixels=1000))
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64), (640, 2), (1, 640), (3, 3)])

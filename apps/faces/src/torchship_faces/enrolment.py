@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from torchship.errors import BadInput, NotFound
-from torchship.stages.picture import Limits, decode, picture_files, read_file
+from torchship.stages.picture import PictureLimits, decode, picture_files, read_file
 from torchship.tensors import Tensors
 from torchship_faces.gallery.gallery import Enrolment, Gallery
 from torchship_faces.quality import Gate, grade, refusal
@@ -66,7 +66,7 @@ def largest(found: Tensors, *, what: str = "the picture") -> int:
 
 def cut(picture: bytes, box: NDArray[np.float32]) -> bytes:
     """A face with some of its surroundings as JPEG, at most 320 pixels a side: enough to embed it anew."""
-    whole = decode(picture, limits=Limits()).convert("RGB")
+    whole = decode(picture, limits=PictureLimits()).convert("RGB")
     margin = 0.5 * float(max(box[2] - box[0], box[3] - box[1]))
     left, top = max(0, int(box[0] - margin)), max(0, int(box[1] - margin))
     part = whole.crop((left, top, min(whole.width, int(box[2] + margin)), min(whole.height, int(box[3] + margin))))

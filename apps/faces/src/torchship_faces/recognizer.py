@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torchship.artifact import Store
 from torchship.errors import BadInput, NotFound
 from torchship.pipeline import Composed, convert, plan
-from torchship.stages.picture import Limits, decode
+from torchship.stages.picture import PictureLimits, decode
 from torchship.tensors import Tensors
 from torchship_faces import recipes
 from torchship_faces.embedders import DEFAULT, Embedder, embedder
@@ -78,7 +78,7 @@ def written(path: Path) -> Iterator[None]:
 
 def draw(picture: bytes, found: Tensors, *, names: Sequence[str] = ()) -> Image.Image:
     """The picture with boxes, points, and the name of each face (empty: unknown)."""
-    image = decode(picture, limits=Limits()).convert("RGB")
+    image = decode(picture, limits=PictureLimits()).convert("RGB")
     pen = ImageDraw.Draw(image)
     width = max(2, min(image.size) // 250)
     for row, (box, points) in enumerate(zip(found["box"], found["points"], strict=True)):

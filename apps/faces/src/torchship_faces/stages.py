@@ -12,7 +12,7 @@ from PIL import Image
 from torchship.errors import BadConfig
 from torchship.stage import stage
 from torchship.stages.images import element
-from torchship.stages.picture import Limits, decode
+from torchship.stages.picture import PictureLimits, decode
 from torchship.tensors import Array
 from torchship_faces import geometry, quality
 
@@ -32,7 +32,7 @@ class Open:
         self, *, max_side: int = 1600, max_pixels: int = 64_000_000, max_bytes: int = 32 * 2**20, side: int = SIDE
     ) -> None:
         self._max_side, self._side = max_side, side
-        self._limits = Limits(max_pixels, max_bytes)
+        self._limits = PictureLimits(max_pixels, max_bytes)
 
     @classmethod
     def declare(cls, *, side: int = SIDE, **_: object) -> str:

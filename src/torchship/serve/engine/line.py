@@ -22,7 +22,7 @@ from torchship.serve.engine.nodes import StageNode, build, shorten
 from torchship.serve.engine.queue import Job, StageCall
 from torchship.serve.engine.replica import LocalReplica, StartReplica
 from torchship.serve.engine.sequences import Sequences
-from torchship.serve.engine.spec import Limits
+from torchship.serve.engine.spec import LineLimits
 from torchship.serve.metrics import LineMeter
 from torchship.stage import Parameters, select
 from torchship.tensors import Array, Tensors
@@ -41,7 +41,7 @@ class Line:
         plan: Plan,
         *,
         store: Store | None = None,
-        limits: Limits | None = None,
+        limits: LineLimits | None = None,
         start: StartReplica = LocalReplica,
         turns: asyncio.Semaphore | None = None,
     ) -> None:
@@ -50,7 +50,7 @@ class Line:
         `turns` bounds how many open at once, of all lines that share it: by default, one for each core.
         """
         self.plan = plan
-        self.limits = limits or Limits()
+        self.limits = limits or LineLimits()
         self.validator = RequestValidator(plan.signature, parameters=plan.parameters, nan=self.limits.nan)
         self.admission = AdmissionLimit(max_rows=self.limits.queue_rows, max_bytes=self.limits.queue_bytes)
         self.meter = LineMeter()

@@ -14,7 +14,7 @@ from torchship.pipeline.planning import Node, Plan
 from torchship.serve.engine.padding import Padding
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.replica import StartReplica
-from torchship.serve.engine.spec import Limits, StageModel, WorkerSpec, placements
+from torchship.serve.engine.spec import LineLimits, StageModel, WorkerSpec, placements
 from torchship.serve.engine.station import Station
 from torchship.stage import Value, select
 from torchship.tensors import Array
@@ -67,7 +67,7 @@ def build(
     node: Node,
     *,
     store: Store,
-    limits: Limits,
+    limits: LineLimits,
     start: StartReplica,
     turns: asyncio.Semaphore,
     fail: Callable[[StageCall, TorchshipError], None],

@@ -1,6 +1,6 @@
 """What a line and its workers are told: the limits of a model, where a copy of a stage runs, and what it opens.
 
-A setting is declared here once. `Limits` are the keys of a `[[model]]` table too (serve.config extends it), and a
+A setting is declared here once. `LineLimits` are the keys of a `[[model]]` table too (serve.config extends it), and a
 `WorkerSpec` is sent to the worker as it is, so that a new setting needs no other edit before it is used.
 """
 
@@ -21,7 +21,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class LineLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a model's line takes, and how patient it is; times in seconds, sizes in bytes.
 
     A batch may run for `run_timeout`, or for the time-out of a request in it that asks for longer; 0 is a minute, or
@@ -102,12 +102,12 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     model: StageModel
     placement: Placement = Placement()
-    limits: Limits = Limits()
+    limits: LineLimits = LineLimits()
     depth: int = 2
     opener: str = "torchship.serve.engine.worker:open_stage_of"
 
 
-def placements(config: StageConfig, limits: Limits) -> tuple[Placement, ...]:
+def placements(config: StageConfig, limits: LineLimits) -> tuple[Placement, ...]:
     """The place of each copy of a stage; where there are several devices, the copies are dealt out to them in turn.
 
     A Python stage has one thread unless it asks for more: what it calls often starts as many as there are cores.
