@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -94,6 +95,35 @@ def test_openapi(client: httpx.Client) -> None:
     body = infer["requestBody"]["content"]["application/json"]["example"]
     assert client.post("/v2/models/echo/infer", json=body).status_code == 200
     assert document["paths"]["/v2/health/live"]["get"]["summary"]
+
+
+def test_openapi_is_what_strict_readers_want(client: httpx.Client) -> None:
+    """Arrays say what they hold, what is required exists, places of a path are declared, and operations have names."""
+    document = client.get("/openapi.json").json()
+    names: list[str] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if node.get("type") == "array":
+                assert "items" in node, node
+            if node.get("type") == "object" and "required" in node:
+                assert set(node["required"]) <= node["properties"].keys(), node
+            for below in node.values():
+                walk(below)
+        elif isinstance(node, list):
+            for below in node:
+                walk(below)
+
+    walk(document)
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            names.append(operation["operationId"])
+            assert operation["summary"]
+            assert set(operation["tags"]) <= {tag["name"] for tag in document["tags"]}
+            declared = operation.get("parameters", ())
+            assert [part["name"] for part in declared] == re.findall(r"{(\w+)}", path)
+            assert all(part["required"] and part["schema"]["pattern"] for part in declared)
+    assert len(names) == len(set(names))
 
 
 def test_a_client_that_calls_everything_octets(client: httpx.Client) -> None:

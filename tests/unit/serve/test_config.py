@@ -99,3 +99,9 @@ def test_native_code_is_trusted_by_a_word_on_the_command_line_or_in_the_file(tmp
     (tmp_path / "s.toml").write_text("")
     with pytest.raises(BadConfig, match="said in the file"):
         configure(str(tmp_path / "s.toml"), trust=True)
+
+
+@pytest.mark.parametrize("name", ["modèle", "stats", "a/b", "a b"])
+def test_a_name_that_no_path_can_hold_is_refused_at_the_start(name: str) -> None:
+    with pytest.raises(BadConfig, match=r"\$\.model\[0\]\.name"):
+        configs.convert({"model": [{"name": name, "run": "a:b"}]})

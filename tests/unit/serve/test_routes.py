@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from torchship.errors import BadInput
+from torchship.errors import BadConfig, BadInput
 from torchship.serve.http.exchange import Head
 from torchship.serve.http.router import Router
 from torchship.serve.routes import Exchange, Route, query_parameters, query_words, read_form, read_json
@@ -66,3 +66,8 @@ def test_places_of_a_path(path: str, found: dict[str, str] | None) -> None:
     assert (head.endpoint == said.append) == (found is not None)
     assert head.places == (found or {})
     assert Route("GET", pattern, said.append).path == "/p/{who}"
+
+
+def test_two_routes_at_one_path_are_refused() -> None:
+    with pytest.raises(BadConfig, match=r"GET /p/\{b\} is served already"):
+        Router([Route("GET", "/p/{a}", print), Route("GET", "/p/{b}", print)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from torchship.errors import TorchshipError
 from torchship.serve.api.front import Front
 from torchship.serve.http.exchange import Exchange
-from torchship.serve.http.router import Route
+from torchship.serve.http.router import ANY_TEXT, NAME, Route
 from torchship.serve.service import Service
 
 _SMALL = 64  # elements of a tensor that are written out in an example
@@ -51,13 +52,17 @@ def models(service: Service) -> list[dict[str, Any]]:
 def describe(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
     """The OpenAPI document."""
     paths: dict[str, dict[str, Any]] = {}
-    for model in models(service):
+    found = models(service)
+    for model in found:
         for path, method, operation in _model_paths(model):
             paths.setdefault(path, {})[method] = operation
     for route in routes:
         if route.pattern.startswith("/v2/models/{model}") and not route.pattern.endswith("/setting"):
             continue  # told for each model
         paths.setdefault(route.path, {})[route.method.lower()] = _other(route)
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            operation["operationId"] = f"{method}{re.sub(r'[^A-Za-z0-9]+', '_', path)}"
     about = service.server_metadata()
     return {
         "openapi": "3.1.0",
@@ -65,7 +70,10 @@ def describe(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
             "title": "torchship",
             "version": about["version"],
             "description": "Open Inference Protocol v2 with Triton's extensions.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name} for name in ("server", *(model["name"] for model in found))],
         "paths": paths,
         "components": {"schemas": {"Error": _ERROR}},
     }
@@ -92,16 +100,27 @@ def _operation(summary: str, model: dict[str, Any] | None = None) -> dict[str, A
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": {"application/json": {"schema": {}}}}}
     responses |= {status: {"description": text, "content": error} for status, text in _FAULTS.items()}
-    return {"summary": summary, "responses": responses, **({"tags": [model["name"]]} if model else {})}
+    return {
+        "summary": summary,
+        "description": summary,
+        "responses": responses,
+        "tags": [model["name"] if model else "server"],
+    }
 
 
 def _other(route: Route) -> dict[str, Any]:
     operation = _operation(route.about or route.path)
     operation["responses"]["200"]["content"] = {"*/*": {"schema": {}}}
-    names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
-    if names:
+    places = [part[1:-1] for part in route.pattern.split("/") if part.startswith("{")]
+    if places:
         operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            {
+                "name": place.removesuffix(":text"),
+                "in": "path",
+                "required": True,
+                "schema": {"type": "string", "pattern": ANY_TEXT if place.endswith(":text") else NAME},
+            }
+            for place in places
         ]
     if route.method in ("POST", "PUT"):
         operation["requestBody"] = {"required": False, "content": {"application/json": {"schema": _OBJECT}}}
@@ -185,7 +204,7 @@ def _answer_schema(model: dict[str, Any]) -> dict[str, Any]:
             "name": {"enum": [item["name"] for item in model["outputs"]]},
             "datatype": {"type": "string"},
             "shape": {"type": "array", "items": {"type": "integer"}},
-            "data": {"type": "array"},
+            "data": {"type": "array", "items": {}},
         },
     }
     return {

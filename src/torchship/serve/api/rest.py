@@ -154,7 +154,6 @@ def _admin_routes(front: Front) -> list[Route]:
         ("POST", f"{repository}/models/{{model}}/load", lambda exchange: admin.load(*model(exchange))),
         ("POST", f"{repository}/models/{{model}}/unload", lambda exchange: admin.unload(*model(exchange))),
         ("POST", "/v2/drain", lambda _: admin.drain()),
-        ("POST", "/v2/drain", lambda _: admin.drain()),
         ("GET", f"{shared}/status", lambda _: admin.regions()),
         ("GET", f"{shared}/region/{{region}}/status", lambda exchange: admin.regions(place(exchange))),
         ("POST", f"{shared}/region/{{region}}/register", register),

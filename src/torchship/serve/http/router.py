@@ -11,11 +11,13 @@ from typing import NamedTuple
 from unicodedata import category
 from urllib.parse import unquote
 
-from torchship.errors import BadInput
+from torchship.errors import BadConfig, BadInput
 from torchship.serve.http.exchange import Endpoint, Exchange, Head, HttpFault
 
 # A name from a URL ends up in look-ups, logs and metrics: nothing but this may pass.
-_NAME = re.compile(r"[A-Za-z0-9_][\w.\-]{0,127}", re.ASCII)
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"
+ANY_TEXT = r"^.{1,200}$"
+_NAME = re.compile(NAME)
 
 
 class Route(NamedTuple):
@@ -49,6 +51,7 @@ class Router:
     """All routes of a server."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
+        """Raises BadConfig where two want the same path: one of them would never be asked."""
         self._root = _Node()
         for route in routes:
             node = self._root
@@ -58,6 +61,8 @@ class Router:
                     node = node.below
                 else:
                     node = node.children.setdefault(part, _Node())
+            if route.method in node.routes:
+                raise BadConfig(f"{route.method} {route.path} is served already", hint="mount it at another path")
             node.routes[route.method] = route._replace(endpoint=_spawning(route.endpoint))
 
     def resolve(self, head: Head) -> None:

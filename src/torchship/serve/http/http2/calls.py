@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from torchship.errors import TorchshipError
 from torchship.serve.http.coding import decompress, unpack
 from torchship.serve.http.exchange import HttpFault
 from torchship.serve.http.http2.outflow import Stream
@@ -143,7 +142,7 @@ class Call:
                 return False
             if self._link.site.admit is not None:
                 self._link.site.admit(self.head.rpc.scope, self.head.headers)
-        except TorchshipError as fault:
+        except Exception as fault:  # a rule that cannot decide refuses
             self.fail(fault)
             return False
         return True
