@@ -460,3 +460,26 @@ def test_a_slow_but_steady_sender_is_not_cut() -> None:
     with running(listen) as found:
         assert status(talk(found, *cuts, pause=0.8)) == 200
         assert status(talk(found, cuts[0], b"", pause=4.0)) == 408
+
+
+def test_long_json_is_read_while_others_are_answered() -> None:
+    """In pieces, in a thread: the values and the faults are those of short JSON."""
+
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0)
+
+    rows = 20_000
+    numbers = ",".join(str(number % 997) for number in range(rows * 16))
+    text = '{"inputs":[{"name":"x","shape":[%d,16],"datatype":"FP32","data":[%s]}]}'
+    with running(listen) as found:
+        long = post((text % (rows, numbers)).encode())
+        assert len(long) > 1 << 20
+        _, body = parts(answer := talk(found, long + post(ASK), pause=1.0))
+        assert status(answer) == 200
+        data = json.loads(body.partition(b"HTTP/1.1")[0])["outputs"][0]["data"]
+        assert data == [number % 997 for number in range(rows * 16)]
+        assert answer.count(b"HTTP/1.1 200 OK") == 2
+        for wrong, said in ((",", "malformed"), (",,1", "malformed"), (',"a"', "'x'"), (",1e39", "'x'"), (",1", "'x'")):
+            refused = talk(found, post((text % (rows, numbers + wrong)).encode()))
+            assert status(refused) == 400
+            assert said in json.loads(parts(refused)[1].partition(b"HTTP/1.1")[0])["error"]

@@ -475,3 +475,24 @@ def test_a_stream_that_is_dropped_before_its_turn_never_begins() -> None:
             await answers.aclose()
 
     run(work)
+
+
+def test_sizes_of_batches_are_few_labels() -> None:
+    """A label of a metric has few values, whatever callers send."""
+
+    async def work() -> None:
+        async with Opened({"run": "double"}) as line:
+            for size in range(1, 5000):
+                line.nodes[0].station.meter.count(1, size, 1, 0.0, packing=0.0, running=0.0, passing=0.0)
+            text = prometheus.render({("m", "1"): line})
+            counts = {
+                int(row.split('rows="')[1].split('"')[0]): float(row.rpartition(" ")[2])
+                for row in text.splitlines()
+                if row.startswith("torchship_batches_total{")
+            }
+            assert sorted(counts) == [*range(1, 65), 128, 256, 512, 1024, 2048, 4096, 8192]
+            assert counts[64] == 1
+            assert counts[128] == 64
+            assert sum(counts.values()) == 4999
+
+    run(work)

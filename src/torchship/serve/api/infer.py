@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from torchship.wire.templates import TemplateCache
 _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _DIGITS = re.compile(r"[0-9]{1,15}")
+_LONG = 1 << 20  # bytes of a body that are not read while everybody waits
 _KNOWN = 256  # models, versions and lengths of the JSON before binary data
 
 
@@ -52,16 +54,30 @@ class Inference:
         self._templates: dict[tuple[str, str, int | None], TemplateCache] = {}
 
     def __call__(self, exchange: Exchange) -> None:
-        """Begin one inference; its answer is sent when it is there."""
+        """Begin one inference; its answer is sent when it is there. Long JSON is read in a thread, in pieces."""
+        if len(exchange.body) > _LONG and not self._about(exchange.head).plain:
+            exchange.job = asyncio.ensure_future(self._read_apart(exchange))
+            return
         request = self.decode(exchange)
         exchange.job = self._front.start(request, self._answer, exchange)
 
-    def decode(self, exchange: Exchange) -> Request:
-        """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
-        head = exchange.head
+    async def _read_apart(self, exchange: Exchange) -> None:
+        try:
+            request = await asyncio.to_thread(self.decode, exchange)
+            if not exchange.gone:
+                exchange.job = self._front.start(request, self._answer, exchange)
+        except Exception as fault:
+            exchange.fail(fault)
+
+    def _about(self, head: Head) -> _About:
         about: _About | None = head.memo
         if about is None:
             about = head.memo = self._read(head)
+        return about
+
+    def decode(self, exchange: Exchange) -> Request:
+        """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
+        about = self._about(exchange.head)
         if about.plain and not (about.vague and _speaks_json(exchange.body)):
             inputs = input_specs(self._service, about.model, about.version)
             request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
@@ -69,7 +85,7 @@ class Inference:
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
             body = exchange.body
-            known = about.templates.read(body) if type(body) is bytes else None
+            known = about.templates.read(body) if type(body) is bytes and len(body) <= _LONG else None
             request = known if known is not None else self._general(body, about)
         if about.headers:
             self._front.attach(request, about.headers)
