@@ -197,3 +197,25 @@ def test_copies_are_dealt_out_to_devices_and_all_have_to_open(monkeypatch: pytes
 
     monkeypatch.setitem(describe._UNUSED, "run", ())  # a Python stage has no device: it is its own affair
     run(work, {"run": "double", "copies": 3, "device": ["cuda:0", "cuda:1"]})
+
+
+def test_replicas_of_all_lines_open_in_turns() -> None:
+    opening: list[int] = []
+    staff = Staff()
+
+    def start(spec: WorkerSpec, events: ReplicaEvents) -> Steered:
+        made = staff.start(spec, events)
+        opening.append(sum(replica.state == "opening" for replica in staff.all))
+        return made
+
+    async def work() -> None:
+        turns = asyncio.Semaphore(2)
+        lines = [Line(planned({"run": "double", "copies": 2}), start=start, turns=turns) for _ in range(4)]
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(line.open() for line in lines))
+            assert all(line.ready for line in lines)
+            await asyncio.gather(*(line.close() for line in lines))
+
+    asyncio.run(work())
+    assert len(opening) == 8
+    assert max(opening) == 2
