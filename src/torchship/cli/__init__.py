@@ -103,7 +103,8 @@ def main() -> None:
     """The console script: turns every error of ours into one line with a hint, and an exit code."""
     try:
         code = app.main([_at_home(word) for word in sys.argv[1:]], standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: `>&-`
+            sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as fault:
         fault.show()
@@ -112,7 +113,7 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except TorchshipError as fault:
         show(fault)
@@ -120,7 +121,7 @@ def main() -> None:
     except OSError as fault:  # a folder for a file, missing rights, a full disk: no fault of ours
         place = fault.filename or "the output"
         show(Unavailable(f"{place}: {fault.strerror or fault}", hint="name another place, or make room"))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer cannot be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in its buffer cannot be written
         sys.exit(1)
 
 
