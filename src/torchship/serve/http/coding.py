@@ -51,7 +51,7 @@ def compress(data: bytes, *, coding: str) -> bytes:
 
 
 def acceptable(header: str) -> str:
-    """The coding to use for an `Accept-Encoding` header: gzip, deflate, or "" for none."""
+    """The coding to use for an `Accept-Encoding` header (RFC 9110 section 12.5.3): gzip, deflate, or "" for none."""
     wishes: dict[str, float] = {}
     for item in header.lower().split(","):
         name, _, parameter = item.strip().partition(";")

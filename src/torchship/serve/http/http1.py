@@ -104,27 +104,28 @@ def _head_of(site: Site, data: bytes) -> Head:
 def _frame(head: Head, lengths: set[str]) -> None:
     """How long the body is. Two ways to say it are one too many (RFC 9112 section 6.3)."""
     headers = head.headers
-    if not head.old and "host" not in headers:
+    if not head.old and "host" not in headers:  # RFC 9112 section 3.2
         raise HttpFault(400, "the header Host is missing")
     if "transfer-encoding" in headers:
         if lengths or head.old:
             raise HttpFault(400, "Transfer-Encoding beside Content-Length or in HTTP/1.0")
-        if headers["transfer-encoding"].strip().lower() != "chunked":
+        if headers["transfer-encoding"].strip().lower() != "chunked":  # RFC 9112 section 6.1
             raise HttpFault(501, "only the transfer coding chunked is understood")
         head.length = -1
     elif lengths:
+        # RFC 9110 section 8.6: one decimal number
         if len(lengths) > 1 or not _DIGITS.fullmatch(next(iter(lengths))):
             raise HttpFault(400, "Content-Length is not one number")
         head.length = int(lengths.pop())
     expect = headers.get("expect", "")
-    if expect and expect.lower() != "100-continue":
+    if expect and expect.lower() != "100-continue":  # RFC 9110 section 10.1.1
         raise HttpFault(417, "only the expectation 100-continue is understood")
     head.expects = bool(expect) and not head.old
     head.encoding = headers.get("content-encoding", "").strip().lower()
 
 
 def _asks_to_stay(head: Head) -> bool:
-    """llhttp cannot say keep-alive before the body has come; the Connection header and the version can."""
+    """RFC 9112 section 9.3. llhttp says it only after the body; the Connection header and the version say it now."""
     wish = head.headers.get("connection", "").lower()
     return "keep-alive" in wish if head.old else "close" not in wish
 

@@ -141,7 +141,7 @@ class Connection2(asyncio.Protocol):
     def _head(self, number: int, flags: int, block: bytes) -> None:
         """A complete header block: a new stream, or trailers."""
         ended = bool(flags & h2.END_STREAM)
-        if number <= self._last:
+        if number <= self._last:  # RFC 9113 section 5.1.1: new streams have growing numbers
             self._trailers(number, ended, block)
             return
         head = self._fields.lookup(block)
@@ -223,7 +223,7 @@ class Connection2(asyncio.Protocol):
         """Count data against both windows; its stream, or None where we have closed that already."""
         self._left -= size
         self._taken += size
-        if self._left < 0:
+        if self._left < 0:  # RFC 9113 section 6.9.1
             raise ConnectionFault(h2.FLOW_CONTROL_ERROR, "more data than the window allows")
         if self._taken > _WINDOW // 2:
             self.transport.write(h2.window_update(0, self._taken))
@@ -264,7 +264,7 @@ class Connection2(asyncio.Protocol):
         stream.ended = True
         stream.hold(self.site, 0)
         head = stream.head
-        if head.length >= 0 and head.length != stream.size:
+        if head.length >= 0 and head.length != stream.size:  # RFC 9113 section 8.1.1
             raise StreamFault(stream.number, h2.PROTOCOL_ERROR)
         if head.rpc is not None and stream.partner is not None:
             stream.partner.complete()
@@ -457,7 +457,7 @@ class Connection2(asyncio.Protocol):
         self._end_of_life = 0.0
 
     def retire(self) -> None:
-        """Take no new streams; hang up when the last one is answered."""
+        """Take no new streams (RFC 9113 section 6.8); hang up when the last one is answered."""
         if self._closing:
             self.transport.close()
         elif not self._streams:
