@@ -8,6 +8,6 @@ from pathlib import Path
 
 
 def test_a_closed_output_is_no_traceback(tmp_path: Path) -> None:
-    line = f"exec {sys.executable} -m torchship store list --store {tmp_path} >&-"
+    line = f"exec {sys.executable} -m torchship store --store {tmp_path} list >&-"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
