@@ -137,7 +137,8 @@ def run_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Para
     taken = take(node, slots)
     values = select(node.parameters, parameters, node.defaults)
     try:
-        return rows.check_outputs(node.signature, rows.run(stage, taken, values, max_batch=node.max_batch))
+        outputs = rows.run(stage, taken, values, max_batch=node.max_batch, declared=node.signature)
+        return rows.check_outputs(node.signature, outputs)
     except KeyboardInterrupt:
         raise
     except BaseException as fault:  # SystemExit too: a stage may fail, but not end the process

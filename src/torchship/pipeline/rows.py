@@ -11,8 +11,17 @@ from torchship.stage import Parameters, Stage
 from torchship.tensors import Signature, Tensors, dtype_name, numpy_dtype, plain
 
 
-def run(stage: Stage, tensors: Tensors, parameters: Parameters = {}, *, max_batch: int = 0) -> Tensors:
+def run(
+    stage: Stage,
+    tensors: Tensors,
+    parameters: Parameters = {},
+    *,
+    max_batch: int = 0,
+    declared: Signature | None = None,
+) -> Tensors:
     """The outputs of `stage` for one job of any number of rows. `max_batch=0` takes the stage's own.
+
+    `declared` is what the outputs of each call are checked against, where several are joined.
 
     Raises StageFailed when a row stage does not give one row for each that it took.
     """
@@ -32,6 +41,8 @@ def run(stage: Stage, tensors: Tensors, parameters: Parameters = {}, *, max_batc
         check_rows(stage({n: a[at : at + most] for n, a in tensors.items()}, parameters), min(most, rows - at))
         for at in range(0, rows, most)
     ]
+    if declared is not None:  # before they are joined: what is joined may hide what one call gave
+        parts = [check_outputs(declared, part) for part in parts]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
