@@ -26,6 +26,15 @@ def command() -> None:
     """Look after pipelines: TOML files with stages = [...], or the only [[model]] with stages of a server's file."""
 
 
+def _made(plan: Plan, store: Store) -> None:
+    """Make every Python stage once, as a worker would: what its options name must be there. Raises what it raises."""
+    from torchship.pipeline.opening import open_stage
+
+    for node in plan.nodes:
+        if node.config.run:
+            open_stage(node.config, store).close()
+
+
 def _planned(target: str, root: str | None) -> tuple[Plan, Store]:
     """The plan of a TOML file or of what is published."""
     import sys
@@ -46,8 +55,9 @@ def _planned(target: str, root: str | None) -> tuple[Plan, Store]:
 @_store
 @click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
 def check(*, target: str, root: str | None, as_json: bool) -> None:
-    """Type-check a pipeline: every input of every stage, every parameter, before anything starts."""
-    plan, _ = _planned(target, root)
+    """Check a pipeline before anything starts: every input, every parameter, every file that an option names."""
+    plan, store = _planned(target, root)
+    _made(plan, store)
     if as_json:
         import msgspec
 
@@ -109,6 +119,7 @@ def publish(
     from torchship.pipeline import Composed, pack_pipeline
 
     plan, store = _planned(file, root)
+    _made(plan, store)
     examples = {}
     if example:
         inputs = _tensorfiles.read(example, signature=plan.signature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +58,24 @@ def _check_plain(stage: StageConfig, artifact: Artifact) -> None:
 
 
 def _names_a_file(value: object) -> bool:
-    return isinstance(value, str) and not value.startswith(INSIDE) and ("/" in value or Path(value).exists())
+    return isinstance(value, str) and not value.startswith(INSIDE) and ("/" in value or os.path.exists(value))
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Options with every text in them changed, also in lists and tables."""
+    if isinstance(value, Mapping):
+        return {name: with_texts(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _placed(stage: StageConfig, root: Path, *, trust: bool) -> StageConfig:
-    def place(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(INSIDE):
-            return str(root.absolute() / folders.check_path(value.removeprefix(INSIDE)))
-        return value
+    def place(text: str) -> str:
+        inside = text.startswith(INSIDE)
+        return str(root.absolute() / folders.check_path(text.removeprefix(INSIDE))) if inside else text
 
-    options = {name: place(value) for name, value in stage.options.items()}
-    artifact: str = place(stage.artifact)
-    return msgspec.structs.replace(stage, artifact=artifact, options=options, trust=trust)  # its own word is no proof
+    options = with_texts(stage.options, place)
+    return msgspec.structs.replace(
+        stage, artifact=place(stage.artifact), options=options, trust=trust
+    )  # its own word is no proof

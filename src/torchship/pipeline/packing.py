@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torchship.difference import relative_error
 from torchship.errors import BadConfig, GuardRefused
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.config import StageConfig
-from torchship.pipeline.embedded import FILE, INSIDE
+from torchship.pipeline.embedded import FILE, INSIDE, with_texts
 from torchship.pipeline.planning import Plan, plan
 from torchship.recipe import Recipe
 from torchship.tensors import FLOATS, Tensors
@@ -78,13 +79,23 @@ def _taken(stage: StageConfig, name: str, place: str, *, root: Path, store: Stor
         source = open_artifact(store.resolve(stage.artifact))
         shutil.copytree(source.path, root / "models" / place)
         return msgspec.structs.replace(stage, artifact=f"{INSIDE}models/{place}", name=name)
-    options = dict(stage.options)
-    for option, value in options.items():
-        if isinstance(value, str) and "/" in value and Path(value).is_file():
-            inside = f"files/{place}/{Path(value).name}"
-            (root / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(value, root / inside)
-            options[option] = f"{INSIDE}{inside}"
+    copied: list[str] = []
+
+    def take(value: str) -> str:
+        source = Path(os.path.expanduser(value))
+        if value.startswith(INSIDE) or not os.path.isfile(source):
+            return value
+        copied.append(f"files/{place}/{len(copied)}/{source.name}")
+        folders.make((root / copied[-1]).parent)
+        shutil.copyfile(source, root / copied[-1])
+        return f"{INSIDE}{copied[-1]}"
+
+    options = {  # in lists and tables, which hold names of classes and the like, a file is written with a slash
+        name: take(value)
+        if isinstance(value, str)
+        else with_texts(value, lambda text: take(text) if "/" in text else text)
+        for name, value in stage.options.items()
+    }
     return msgspec.structs.replace(stage, options=options)
 
 

@@ -14,7 +14,7 @@ from tests.unit.artifact.made import colour
 from tests.unit.cli.test_artifact_commands import torchship
 from tests.unit.pipeline.test_plan import BODIES
 from torchship.artifact import Store
-from torchship.errors import BadConfig, BadInput, GuardRefused
+from torchship.errors import BadConfig, BadInput, GuardRefused, NotFound
 
 CLASSIFY = """
 parameters = {top_k = 2}
@@ -121,3 +121,21 @@ def test_preprocessing_is_compared_with_the_training_code(here: Path) -> None:
         torchship("pipeline", "publish", file, "--example", red, "--expect", here / "bad.npz")
     with pytest.raises(BadInput, match="needs --example"):
         torchship("pipeline", "publish", file, "--expect", here / "bad.npz")
+
+
+def test_files_that_options_name_travel_and_what_is_missing_is_found(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(here)
+    stage = '{run = "torchship.stages.labels:TopK", options = {labels = "names.txt"}}'
+    (here / "named.toml").write_text(f'name = "named"\nstages = [{stage}]\n')
+    for verb in ("check", "publish"):
+        with pytest.raises(NotFound, match=r"no file names\.txt"):
+            torchship("pipeline", verb, "named.toml")
+    (here / "names.txt").write_text("ant\nbee\n")
+    torchship("pipeline", "check", "named.toml")
+    torchship("pipeline", "publish", "named.toml")
+    (here / "names.txt").unlink()
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "x.npy", np.array([[0, 9]], np.float32))
+    assert "bee" in torchship("predict", "named", "--input", tmp_path / "x.npy").output
