@@ -168,8 +168,3 @@ def _limit(batches: Iterator[Tensors], signature: Signature, rows: int) -> Itera
 def rows_of(batch: Tensors, *, signature: Signature) -> int:
     """How many rows a batch holds; 1 where the signature has none."""
     return next(iter(batch.values())).shape[0] if signature.batched else 1
-
-
-def resize(tensors: Tensors, *, rows: int) -> Tensors:
-    """`tensors` with exactly `rows` rows, repeating them from the start as needed."""
-    return {name: np.take(array, np.arange(rows) % array.shape[0], axis=0) for name, array in tensors.items()}
