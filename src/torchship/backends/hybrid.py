@@ -228,7 +228,13 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     Raises NotFound when a class is not installed, CorruptArtifact when its code or the weights do not fit.
     """
     prepare(device=device, threads=threads)
-    plan = msgspec.json.decode((path / PLAN).read_bytes(), type=HybridPlan)
+    try:
+        plan = msgspec.json.decode((path / PLAN).read_bytes(), type=HybridPlan)
+    except msgspec.MsgspecError as fault:
+        raise CorruptArtifact(
+            f"{PLAN} is not what this version of torchship writes: {fault}",
+            hint="it was made by another version: optimize the model again, or open it with that one",
+        ) from fault
     module, call = _raised(plan, path)
     module.eval().requires_grad_(False)
     for number, cut in enumerate(plan.cuts):

@@ -60,6 +60,15 @@ def test_changed_code_is_refused_at_opening(tmp_path: Path) -> None:
         backend.open(tmp_path, signature=model.signature, options={})
 
 
+def test_a_plan_of_another_version_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "hybrid.json").write_text('{"source":"","drawn":null,"digests":{},"args":[],"kwargs":{}}')
+    with pytest.raises(CorruptArtifact, match="not what this version of torchship writes") as caught:
+        plugins.load("backends", name="hybrid").open(
+            tmp_path, signature=capture(torch.nn.Linear(8, 3), torch.randn(2, 8)).signature, options={}
+        )
+    assert "optimize the model again" in caught.value.hint
+
+
 def test_the_search_falls_back_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     report = search.optimize(
