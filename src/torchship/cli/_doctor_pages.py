@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from torchship.optimize.doctor.diagnose import Diagnosis
-    from torchship.optimize.doctor.examination import Examination, RouteRow
-    from torchship.optimize.doctor.explain import Explanation
-    from torchship.optimize.doctor.machine import Machine
+    from torchship.doctor.diagnose import Diagnosis
+    from torchship.doctor.examination import Examination, RouteRow
+    from torchship.doctor.explain import Explanation
+    from torchship.doctor.machine import Machine
 
 _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "info": "dim"}
 

@@ -53,7 +53,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
 
 def _machine(*, as_json: bool) -> int:
     from torchship.cli import _doctor_pages as pages
-    from torchship.optimize.doctor.machine import examine
+    from torchship.doctor.machine import examine
 
     found = examine()
     if as_json:
@@ -71,8 +71,8 @@ def _diagnose(target: str, inputs: tuple[str, ...], routes: str | None, timeout:
 
         raise Unavailable("a model can only be examined where torch is", hint="pip install torch onnx onnxscript")
     from torchship.cli import _doctor_pages as pages
-    from torchship.optimize.doctor import examination
-    from torchship.optimize.doctor import routes as known
+    from torchship.doctor import examination
+    from torchship.doctor import routes as known
 
     sys.path.insert(0, "")
     names = known.ROUTE_NAMES if routes is None else tuple(part.strip() for part in routes.split(","))
@@ -90,7 +90,7 @@ def _diagnose(target: str, inputs: tuple[str, ...], routes: str | None, timeout:
 
 def _explain(text: str, *, as_json: bool) -> int:
     from torchship.cli import _doctor_pages as pages
-    from torchship.optimize.doctor.explain import explain
+    from torchship.doctor.explain import explain
 
     found = explain(text)
     if as_json:

@@ -85,12 +85,19 @@ class TorchStage:
             torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def no_fast_path() -> Iterator[None]:
+def no_fast_path() -> contextlib.AbstractContextManager[None]:
     """Without the short cut of torch's own transformer layers, which answers 0 where a mask leaves a place out.
 
     What is exported computes these places; they are nobody's, and the reference is not to differ there.
     """
+    import torch
+
+    # dynamo never takes it, and cannot trace the switch
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _fast_path_off()
+
+
+@contextlib.contextmanager
+def _fast_path_off() -> Iterator[None]:
     import torch
 
     before = torch.backends.mha.get_fastpath_enabled()

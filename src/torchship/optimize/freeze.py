@@ -81,7 +81,7 @@ def _bare(module: torch.nn.Module) -> torch.nn.Module:
             continue
         for name, child in part._modules.items():
             part._modules[name] = child if child is None else _unwrapped(child)
-        part._compiled_call_impl = None
+        vars(part).pop("_compiled_call_impl", None)
         for name in _IDLE_HOOKS.intersection(vars(part)):
             vars(part)[name].clear()
     return module

@@ -134,9 +134,8 @@ def build_here(argument: Any) -> None:
             model, options=dict(task.recipe.options), out=out / "backend"
         )
     except BuildFailed as fault:
-        from torchship.optimize.doctor.diagnose import in_plain_words
-
-        raise in_plain_words(fault) from fault
+        # the doctor stands above the search, and uses its capture: it is asked by name
+        raise process.resolve("torchship.doctor.diagnose:in_plain_words")(fault) from fault
     package.pack(
         out,
         name=task.name,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from torchship.optimize.doctor.explain import AILMENTS, explain
+from torchship.doctor.explain import KNOWN_FAILURES, explain
 
 _OUT_OF_MEMORY = (
     "batch_size=64\nTraceback (most recent call last):\n"
@@ -42,7 +42,7 @@ _LOGS = {
 }
 
 
-@pytest.mark.parametrize("name", [ailment.name for ailment in AILMENTS])
+@pytest.mark.parametrize("name", [known.name for known in KNOWN_FAILURES])
 def test_every_known_failure_is_recognised_by_its_own_log(name: str) -> None:
     found = explain(f"INFO starting\n{_LOGS[name]}\n")
     assert name in [explanation.name for explanation in found]
@@ -60,7 +60,7 @@ def test_out_of_memory_computes_a_batch_that_fits() -> None:
 
 
 def test_out_of_cuda_memory_is_not_taken_for_a_killed_process() -> None:
-    assert [ailment.name for ailment in explain("torch.OutOfMemoryError: " + _OUT_OF_MEMORY)] == ["CUDA out of memory"]
+    assert [known.name for known in explain("torch.OutOfMemoryError: " + _OUT_OF_MEMORY)] == ["CUDA out of memory"]
 
 
 def test_out_of_memory_without_a_batch_size_gives_a_share() -> None:

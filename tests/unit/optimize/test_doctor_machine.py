@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from torchship import plugins
+from torchship.doctor import features, machine
 from torchship.hardware import Gpu, Hardware, here
-from torchship.optimize.doctor import features, machine
 
 
 class _Usage(NamedTuple):

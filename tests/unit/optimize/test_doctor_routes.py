@@ -12,13 +12,13 @@ import pytest
 
 from tests.unit.optimize import doctor_patients
 from torchship import process
+from torchship.doctor import catalog, edits, examination, routes, runner
+from torchship.doctor.diagnose import Diagnosis, diagnose
+from torchship.doctor.examination import Examination, RouteRow
+from torchship.doctor.failure import Failure, places_in
+from torchship.doctor.findings import Finding
+from torchship.doctor.runner import Seen, look
 from torchship.errors import BadConfig, CaptureFailed
-from torchship.optimize.doctor import edits, examination, rounds, routes
-from torchship.optimize.doctor.diagnose import Diagnosis, diagnose
-from torchship.optimize.doctor.examination import Examination, RouteRow
-from torchship.optimize.doctor.failure import Failure, places_in
-from torchship.optimize.doctor.findings import Finding
-from torchship.optimize.doctor.look import Seen, look
 from torchship.optimize.places import Place
 from torchship.process import Outcome
 
@@ -208,7 +208,7 @@ def test_a_hang_costs_one_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(process, "run", run)
     steps: list[str] = []
-    found = rounds.walk("x:y", [], ["trace", "onnx"], timeout=5, memory=1, threads=1, on_step=steps.append)
+    found = runner.walk("x:y", [], ["trace", "onnx"], timeout=5, memory=1, threads=1, on_step=steps.append)
     assert found["trace"].fault == "did not finish within 5 s"
     assert (found["onnx"].value, found["onnx"].seconds) == ({"route": "onnx"}, 2.0)
     assert steps == ["trace", "onnx"]
@@ -251,6 +251,12 @@ def forward(x, y):
 """
 
 
+def rewrite_of(name: str) -> edits.Rewrite:
+    row = catalog.named(name)
+    assert row is not None
+    return row.rewrite
+
+
 @pytest.mark.parametrize(
     ("line", "construct", "new"),
     [
@@ -269,13 +275,13 @@ def forward(x, y):
 def test_edits_rewrite_one_statement(tmp_path: Path, line: int, construct: str, new: str) -> None:
     path = tmp_path / "user.py"
     path.write_text(_BRANCHES)
-    assert edits.propose(str(path), line, construct=construct)[1] == new
+    assert edits.propose(str(path), line, rewrite=rewrite_of(construct))[1] == new
 
 
 def test_what_should_go_has_no_new_source(tmp_path: Path) -> None:
     path = tmp_path / "user.py"
     path.write_text(_BRANCHES)
-    assert edits.propose(str(path), 12, construct="print or logging") == ("print(scale)", "")
+    assert edits.propose(str(path), 12, rewrite=rewrite_of("print or logging")) == ("print(scale)", "")
 
 
 def test_places_are_found_in_every_spelling() -> None:

@@ -102,3 +102,46 @@ def test_torchscript_that_was_trained_is_taken() -> None:
     made = freeze.frozen(script)
     assert not any(weight.requires_grad for weight in made.parameters())
     assert freeze.remember(made)() == []
+
+
+def test_compiled_parts_and_idle_hooks_are_left_behind() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager")
+            self.second = parametrizations.weight_norm(nn.Linear(4, 3))
+            self.second.compile(backend="eager")
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.second(self.first(x))
+
+    module = Model()
+    made: Any = freeze.frozen(module)
+    assert type(made.first) is nn.Sequential
+    assert made.second._compiled_call_impl is None
+    assert not made.second._load_state_dict_pre_hooks
+    assert type(module.first) is not nn.Sequential
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), nn.Module.__call__(module.second, module.first._orig_mod(x)))
+
+
+def test_hooks_that_forward_registers_are_given_back() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+            self.ready = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.ready:
+                self.ready = True
+                self.part.register_forward_hook(lambda part, given, out: out + 1)
+            return self.part(x)  # type: ignore[no-any-return]
+
+    module: Any = freeze.frozen(Late())
+    restore = freeze.remember(module)
+    module(torch.zeros(1))
+    restore()
+    assert not module.part._forward_hooks
+    assert module(torch.zeros(1)).item() == 1

@@ -7,32 +7,39 @@ import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 _TENSOR_WORDS = ("reshape", "view", "expand", "repeat")
-_REMOVED = ("print or logging", "user-inserted graph break", "assertion on values")
+Rewrite: TypeAlias = Callable[[ast.stmt, ast.stmt | None], str | None]
 
 
-def propose(file: str, line: int, *, construct: str) -> tuple[str, str]:
+def propose(file: str, line: int, *, rewrite: Rewrite) -> tuple[str, str]:
     """Old and new source for the statement at a line: no new source where it should go, neither where none is known."""
-    rewrite = _REWRITES.get(construct)
-    removes = construct in _REMOVED
     try:
         source = Path(file).read_text()
         found = _statement(ast.parse(source), line)
     except (OSError, SyntaxError, ValueError):
         return "", ""
-    if found is None or (rewrite is None and not removes):
+    if found is None:
         return "", ""
     statement, following = found
-    if rewrite is None:
-        return (_as_written(source, statement), "") if isinstance(statement, ast.Expr | ast.Assert) else ("", "")
     new = rewrite(statement, following)
-    if not new:
+    if new is None:
         return "", ""
     old = _as_written(source, statement)
     if following is not None and isinstance(statement, ast.If) and _returned(statement.body) and not statement.orelse:
         old += "\n" + _as_written(source, following)
     return old, new
+
+
+def unknown(statement: ast.stmt, following: ast.stmt | None) -> str | None:
+    """For constructs that have no safe rewrite."""
+    return None
+
+
+def removed(statement: ast.stmt, following: ast.stmt | None) -> str | None:
+    """The statement goes."""
+    return "" if isinstance(statement, ast.Expr | ast.Assert) else None
 
 
 def _as_written(source: str, statement: ast.stmt) -> str:
@@ -84,12 +91,12 @@ def _where(condition: ast.expr, a: str, b: str) -> str:
     return f"torch.where({text.replace('.item()', '')}, {a}, {b})"
 
 
-def _branch(statement: ast.stmt, following: ast.stmt | None) -> str:
+def branch(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     """`if c: return a` then `return b`, `if c: v = a` else `v = b`, or `v = a if c else b`, as one torch.where."""
     if not isinstance(statement, ast.If):
-        return _choice(statement)
+        return _choice(statement) or None
     if not _decides(statement.test):
-        return ""
+        return None
     other = statement.orelse or ([following] if following is not None else [])
     yes, no = _returned(statement.body), _returned(other)
     if yes is not None and no is not None:
@@ -99,7 +106,7 @@ def _branch(statement: ast.stmt, following: ast.stmt | None) -> str:
         return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), set_yes[0])}"
     if set_yes and set_no and set_yes[0] == set_no[0]:
         return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), ast.unparse(set_no[1]))}"
-    return ""
+    return None
 
 
 def _decides(test: ast.expr) -> bool:
@@ -155,39 +162,30 @@ class _FreeSize(ast.NodeTransformer):
         return node
 
 
-def _no_item(statement: ast.stmt, following: ast.stmt | None) -> str:
+def no_item(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     if isinstance(statement, ast.For | ast.While | ast.FunctionDef) or "int(" in ast.unparse(statement):
-        return ""
+        return None
     if isinstance(statement, ast.If):
-        return _branch(statement, following)
+        return branch(statement, following)
     new = ast.unparse(_DropItem().visit(ast.parse(ast.unparse(statement))))
-    return new if new != ast.unparse(statement) else ""
+    return new if new != ast.unparse(statement) else None
 
 
-def _no_size(statement: ast.stmt, following: ast.stmt | None) -> str:
+def no_size(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If | ast.For | ast.While):
-        return ""
+        return None
     change = _FreeSize()
     new = ast.unparse(change.visit(ast.parse(ast.unparse(statement))))
-    return new if change.changed else ""
+    return new if change.changed else None
 
 
-def _out_of_place(statement: ast.stmt, following: ast.stmt | None) -> str:
+def out_of_place(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     """`x.add_(1)` as `x = x.add(1)`: enough where x is no view that something else reads."""
     if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)):
-        return ""
+        return None
     function = statement.value.func
     if not (isinstance(function, ast.Attribute) and function.attr.endswith("_") and not function.attr.endswith("__")):
-        return ""
+        return None
     owner = ast.unparse(function.value)
     arguments = ", ".join(ast.unparse(item) for item in [*statement.value.args, *statement.value.keywords])
-    return f"{owner} = {owner}.{function.attr[:-1]}({arguments})" if owner.isidentifier() else ""
-
-
-_REWRITES: dict[str, Callable[[ast.stmt, ast.stmt | None], str]] = {
-    "data-dependent if": _branch,
-    ".item()": _no_item,
-    "size written into the code": _no_size,
-    "in-place write on a view": _out_of_place,
-    "writes into its input": _out_of_place,
-}
+    return f"{owner} = {owner}.{function.attr[:-1]}({arguments})" if owner.isidentifier() else None

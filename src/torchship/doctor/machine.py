@@ -12,9 +12,9 @@ import msgspec
 import psutil
 
 from torchship import plugins
+from torchship.doctor import features
+from torchship.doctor.features import Feature
 from torchship.hardware import THREAD_VARIABLES, Hardware, free_memory, here, quota, version
-from torchship.optimize.doctor import features
-from torchship.optimize.doctor.features import Feature
 
 Level: TypeAlias = Literal["ok", "warn", "bad"]
 _PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import torch
 
-from torchship.optimize.doctor import failure, suspects
-from torchship.optimize.doctor.failure import Failure
-from torchship.optimize.doctor.patient import Patient, admit, call, worst_error
+from torchship.doctor import failure, suspects
+from torchship.doctor.failure import Failure
+from torchship.doctor.subject import Subject, admit, call, worst_error
 from torchship.optimize.places import Place, is_installed, is_users, place_at
 
 _TOLERANCE = 2e-3
@@ -43,49 +43,49 @@ class Outcome(msgspec.Struct, frozen=True):
     suspects: tuple[tuple[str, Place], ...] = ()
 
 
-def walk(given: Any, *, patient: Patient | None = None) -> Any:
+def walk(given: Any, *, subject: Subject | None = None) -> Any:
     """A child's work: one route of one Case, as plain data. Whatever the route does is a finding."""
     for name in ("torch", "torch.onnx", "torch._dynamo", "torch.export"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    patient = patient or admit(given)
+    subject = subject or admit(given)
     name = given["part"]
-    outcome = _compile(patient) if name == "compile" else _walk(patient, name)
-    found = tuple(suspects.scan(patient.module)) if outcome.failure or outcome.wrong else ()
+    outcome = _compile(subject) if name == "compile" else _walk(subject, name)
+    found = tuple(suspects.scan(subject.module)) if outcome.failure or outcome.wrong else ()
     return msgspec.to_builtins(msgspec.structs.replace(outcome, suspects=found))
 
 
 def refused(name: str, fault: BaseException) -> Any:
-    """The outcome of a route whose patient could not be brought up, as plain data."""
+    """The outcome of a route whose subject could not be brought up, as plain data."""
     return msgspec.to_builtins(Outcome(name, failure.of(fault)))
 
 
-def _walk(patient: Patient, name: str) -> Outcome:
+def _walk(subject: Subject, name: str) -> Outcome:
     try:
         with _quiet():
-            shipped = ROUTES[name](patient)
+            shipped = ROUTES[name](subject)
     except Exception as fault:
         return Outcome(name, failure.of(fault))
-    found = _compared(patient, name, shipped)
-    decided = [place for place in getattr(patient.model.module, "decided", ()) if not is_installed(place.file)]
+    found = _compared(subject, name, shipped)
+    decided = [place for place in getattr(subject.model.module, "decided", ()) if not is_installed(place.file)]
     if name == "trace" and decided and not found.wrong and found.failure is None:
         words = f"traces, but freezes what this example decided at {decided[0]}"
         return msgspec.structs.replace(found, wrong=words)
     return found
 
 
-def _compared(patient: Patient, name: str, shipped: Callable[..., Any]) -> Outcome:
+def _compared(subject: Subject, name: str, shipped: Callable[..., Any]) -> Outcome:
     """The exported program against the module itself, on the example and on data that it has not seen."""
     worst = 0.0
     looks = (
-        ("on its own example", patient.tensors),
-        ("on other data", patient.mirrored),
-        ("on other data", patient.unseen),
+        ("on its own example", subject.tensors),
+        ("on other data", subject.mirrored),
+        ("on other data", subject.unseen),
     )
     for where, draw in looks:
         tensors = draw()
         try:
             torch.manual_seed(0)
-            expected = call(patient.model.module, tensors)
+            expected = call(subject.model.module, tensors)
         except Exception:
             return Outcome(name, error=worst)  # the module itself refuses these inputs: its findings say so
         torch.manual_seed(0)
@@ -105,21 +105,21 @@ def _wrong(error: float, where: str) -> str:
     return f"exports, but {much} {where}"
 
 
-def _export(patient: Patient, *, strict: bool) -> Any:
-    model = patient.model
+def _export(subject: Subject, *, strict: bool) -> Any:
+    model = subject.model
     exported = torch.export.export(
-        model.module, patient.tensors(), dynamic_shapes=model.dynamic_shapes(ceiling=64), strict=strict
+        model.module, subject.tensors(), dynamic_shapes=model.dynamic_shapes(ceiling=64), strict=strict
     )
     return exported.module()
 
 
-def _trace(patient: Patient) -> Any:
-    return torch.jit.trace(patient.model.module, patient.tensors(), check_trace=False)  # type: ignore[no-untyped-call]
+def _trace(subject: Subject) -> Any:
+    return torch.jit.trace(subject.model.module, subject.tensors(), check_trace=False)  # type: ignore[no-untyped-call]
 
 
-def _script(patient: Patient) -> Any:
+def _script(subject: Subject) -> Any:
     """The user's own module: TorchScript reads source code, and cannot read the flat frame around it."""
-    flat: Any = patient.model.module
+    flat: Any = subject.model.module
     scripted = torch.jit.script(flat.inner)
 
     def run(*tensors: torch.Tensor) -> Any:
@@ -135,15 +135,15 @@ def _script(patient: Patient) -> Any:
     return run
 
 
-def _onnx(patient: Patient) -> Any:
+def _onnx(subject: Subject) -> Any:
     import onnxruntime
 
-    model = patient.model
+    model = subject.model
     with tempfile.TemporaryDirectory(prefix="torchship-doctor-") as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             model.module,
-            patient.tensors(),
+            subject.tensors(),
             path,
             dynamo=True,
             dynamic_shapes=model.dynamic_shapes(ceiling=64),
@@ -160,9 +160,9 @@ def _onnx(patient: Patient) -> Any:
     return run
 
 
-ROUTES: dict[str, Callable[[Patient], Any]] = {
-    "export": lambda patient: _export(patient, strict=False),
-    "export strict": lambda patient: _export(patient, strict=True),
+ROUTES: dict[str, Callable[[Subject], Any]] = {
+    "export": lambda subject: _export(subject, strict=False),
+    "export strict": lambda subject: _export(subject, strict=True),
     "onnx": _onnx,
     "trace": _trace,
     "script": _script,
@@ -178,9 +178,9 @@ OPENS = {
 }
 
 
-def _compile(patient: Patient) -> Outcome:
+def _compile(subject: Subject) -> Outcome:
     """torch.compile: the whole module in one graph, and every place where the graph breaks."""
-    module, tensors = patient.model.module, patient.tensors()
+    module, tensors = subject.model.module, subject.tensors()
     try:
         with _quiet():
             found = torch._dynamo.explain(module)(*(tensor.clone() for tensor in tensors))
@@ -195,7 +195,7 @@ def _compile(patient: Patient) -> Outcome:
             call(whole, tensors)
     except Exception as fault:
         return Outcome("compile", failure.of(fault), breaks=breaks, graphs=graphs)
-    compared = _compared(patient, "compile", whole)
+    compared = _compared(subject, "compile", whole)
     return msgspec.structs.replace(compared, breaks=breaks, graphs=graphs)
 
 

@@ -8,18 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from torchship import process
+from torchship.doctor import runner
+from torchship.doctor.cost import Cost
+from torchship.doctor.diagnose import Diagnosis, diagnose, diagnose_break, suspected
+from torchship.doctor.findings import Finding
+from torchship.doctor.routes import OPENS, ROUTE_NAMES, Outcome
+from torchship.doctor.runner import Seen
 from torchship.errors import BadConfig, CaptureFailed, NotFound
 from torchship.hardware import here
-from torchship.optimize.doctor import rounds
-from torchship.optimize.doctor.cost import Cost
-from torchship.optimize.doctor.diagnose import Diagnosis, diagnose, diagnose_break, suspected
-from torchship.optimize.doctor.findings import Finding
-from torchship.optimize.doctor.look import Seen
-from torchship.optimize.doctor.routes import OPENS, ROUTE_NAMES, Outcome
 from torchship.tensors import TensorSpec
 
-# two children at once, about equally long: each brings the patient up once
-_GROUPS = ((rounds.MODULE, "export", "trace", "script", "onnx"), ("export strict", "compile"))
+# two children at once, about equally long: each brings the subject up once
+_GROUPS = ((runner.MODULE, "export", "trace", "script", "onnx"), ("export strict", "compile"))
 _OURS = {kind.__name__: kind for kind in (BadConfig, NotFound, CaptureFailed)}
 
 
@@ -80,12 +80,12 @@ def diagnose_target(
     threads = max(1, here().cores // 2)
 
     def walked(group: Sequence[str]) -> dict[str, process.Outcome]:
-        order = [name for name in group if name == rounds.MODULE or name in routes]
-        return rounds.walk(target, inputs, order, timeout=timeout, memory=limit, threads=threads, on_step=on_step)
+        order = [name for name in group if name == runner.MODULE or name in routes]
+        return runner.walk(target, inputs, order, timeout=timeout, memory=limit, threads=threads, on_step=on_step)
 
     with ThreadPoolExecutor(len(_GROUPS)) as pool:
         done = {name: outcome for found in pool.map(walked, _GROUPS) for name, outcome in found.items()}
-    seen = _seen(done.pop(rounds.MODULE))
+    seen = _seen(done.pop(runner.MODULE))
     _stop_if_nothing(seen)
     rows = [_row(name, done[name]) for name in routes]
     compiled = _outcome(done["compile"]) if "compile" in done else None

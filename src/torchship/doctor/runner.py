@@ -1,4 +1,4 @@
-"""Rounds: children bring the patient up once and look at one part after another; who falls costs its own row only."""
+"""Runs an examination in children that bring the module up once; a part that falls costs its own row only."""
 
 from __future__ import annotations
 
@@ -12,15 +12,47 @@ from typing import Any
 import msgspec
 
 from torchship import process
-from torchship.optimize.doctor import routes
-from torchship.optimize.doctor.look import look
-from torchship.optimize.doctor.patient import Case, Patient, admit
+from torchship.doctor import failure, routes
+from torchship.doctor.cost import Cost, estimate
+from torchship.doctor.findings import Finding, examine
+from torchship.doctor.subject import Case, Subject, admit
+from torchship.errors import TorchshipError
+from torchship.hardware import here
 
 MODULE = "module"  # the look at the module itself; the other parts are routes
 _ALARM = "killed by SIGALRM"
 
 
-class Round(msgspec.Struct, frozen=True):
+class Seen(msgspec.Struct, frozen=True):
+    """What the child that looks at the module itself sends back; `kind` and `hint` of the error that stopped it."""
+
+    signature: str = ""
+    findings: list[Finding] = []
+    cost: Cost | None = None
+    notes: list[str] = []
+    failed: failure.Failure | None = None
+    kind: str = ""
+    words: str = ""
+    hint: str = ""
+
+
+def look(given: Any, *, subject: Subject | None = None) -> Any:
+    """A child's work: findings and costs of one Case, as plain data."""
+    try:
+        subject = subject or admit(given)
+    except TorchshipError as fault:
+        seen = Seen(failed=failure.of(fault), kind=type(fault).__name__, words=str(fault), hint=fault.hint)
+        return msgspec.to_builtins(seen)
+    notes = []
+    try:
+        cost: Cost | None = estimate(subject, hardware=here())
+    except Exception as fault:  # an estimate that cannot be made is no reason to say nothing
+        cost = None
+        notes.append(f"no cost estimate: {type(fault).__name__}: {' '.join(str(fault).split())[:160]}")
+    return msgspec.to_builtins(Seen(str(subject.model.signature), examine(subject), cost, notes))
+
+
+class PartsTask(msgspec.Struct, frozen=True):
     """What a child is told: the parts in their order, the folder for its answers, and seconds for each part."""
 
     target: str
@@ -50,9 +82,9 @@ def walk(
     waiting = list(parts)
     while waiting:
         with tempfile.TemporaryDirectory(prefix="torchship-doctor-") as folder:
-            told = Round(target, tuple(inputs), tuple(waiting), folder, timeout)
+            told = PartsTask(target, tuple(inputs), tuple(waiting), folder, timeout)
             done = process.run(
-                "torchship.optimize.doctor.rounds:round_here",
+                "torchship.doctor.runner:parts_here",
                 argument=msgspec.to_builtins(told),
                 timeout=(timeout + 10) * len(waiting),  # the child's own alarm rings first
                 memory=memory,
@@ -69,24 +101,24 @@ def walk(
     return found
 
 
-def round_here(given: Any) -> None:
+def parts_here(given: Any) -> None:
     """The child's side."""
-    told = msgspec.convert(given, Round)
-    patient: Patient | None = None
+    told = msgspec.convert(given, PartsTask)
+    subject: Subject | None = None
     broken: Exception | None = None
     for part in told.parts:
         signal.setitimer(signal.ITIMER_REAL, told.seconds)  # its default action ends native code that hangs too
         started = time.monotonic()
         case = msgspec.to_builtins(Case(told.target, told.inputs, part))
-        if patient is None and broken is None:
+        if subject is None and broken is None:
             try:
-                patient = admit(case)
+                subject = admit(case)
             except Exception as fault:
                 broken = fault
         if part == MODULE:
-            value = look(case, patient=patient)
+            value = look(case, subject=subject)
         else:
-            value = routes.refused(part, broken) if broken else routes.walk(case, patient=patient)
+            value = routes.refused(part, broken) if broken else routes.walk(case, subject=subject)
         unfinished = Path(told.folder, "unfinished")
         unfinished.write_bytes(msgspec.json.encode(_Answer(value, time.monotonic() - started)))
         unfinished.rename(unfinished.with_name(part))

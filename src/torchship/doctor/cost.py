@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchship.doctor import features
+from torchship.doctor.subject import Subject, call
 from torchship.hardware import Hardware
-from torchship.optimize.doctor import features
-from torchship.optimize.doctor.patient import Patient, call
 
 _CONVOLUTIONS = ("convolution",)
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "attention", "rnn")
@@ -36,31 +36,31 @@ class Cost(msgspec.Struct, frozen=True):
     usable: list[str] = []
 
 
-def estimate(patient: Patient, *, hardware: Hardware) -> Cost:
+def estimate(subject: Subject, *, hardware: Hardware) -> Cost:
     """Counted by running the example once under torch's FLOP counter, and once under a ledger of live tensors."""
-    tensors = patient.tensors()
+    tensors = subject.tensors()
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one operator for a whole layer is not counted
     try:
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent}) as counter:
-            call(patient.model.module, tensors)
+            call(subject.model.module, tensors)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     by_operator = {str(operator): int(count) for operator, count in counter.get_flop_counts().get("Global", {}).items()}
     total = sum(by_operator.values())
     convolution = _share(by_operator, _CONVOLUTIONS, total)
     product = _share(by_operator, _PRODUCTS, total)
-    rows = int(tensors[0].shape[0]) if patient.model.signature.batched else 1
-    weights = {tensor.data_ptr(): tensor for tensor in (*patient.module.parameters(), *patient.module.buffers())}
+    rows = int(tensors[0].shape[0]) if subject.model.signature.batched else 1
+    weights = {tensor.data_ptr(): tensor for tensor in (*subject.module.parameters(), *subject.module.buffers())}
     return Cost(
         flops=total // rows,
         convolution=convolution,
         product=product,
-        parameters=sum(tensor.numel() for tensor in patient.module.parameters()),
+        parameters=sum(tensor.numel() for tensor in subject.module.parameters()),
         weight_bytes=sum(tensor.nbytes for tensor in weights.values()),
-        activations=live_bytes(patient.model.module, tensors) // rows,
+        activations=live_bytes(subject.model.module, tensors) // rows,
         rows=rows,
-        usable=_usable(patient.module, convolution, product, hardware),
+        usable=_usable(subject.module, convolution, product, hardware),
     )
 
 

@@ -23,7 +23,7 @@ class Explanation(msgspec.Struct, frozen=True):
     line: str
 
 
-class Ailment(msgspec.Struct, frozen=True):
+class KnownFailure(msgspec.Struct, frozen=True):
     """A known failure: `pattern` finds it in a text, `mend` is fixed advice, `compute` adds advice from the text."""
 
     name: str
@@ -95,8 +95,8 @@ def _installed(*names: str) -> Callable[[str], list[str]]:
     return versions
 
 
-AILMENTS = (
-    Ailment(
+KNOWN_FAILURES = (
+    KnownFailure(
         "CUDA out of memory",
         r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|out of memory.*cuda",
         "the GPU's memory is full: weights, activations and the cache of torch's allocator share it",
@@ -106,7 +106,7 @@ AILMENTS = (
         ),
         _cuda_memory,
     ),
-    Ailment(
+    KnownFailure(
         "forked CUDA context",
         r"Cannot re-initialize CUDA in forked subprocess|initialization error.*fork|poison_fork",
         "CUDA was used before the process forked: a CUDA context cannot be inherited",
@@ -117,7 +117,7 @@ AILMENTS = (
             "torchship's own workers always start fresh: serve the model with `torchship serve`",
         ),
     ),
-    Ailment(
+    KnownFailure(
         "shared memory is too small",
         r"Bus error|SIGBUS|unable to (?:open|write|mmap).*(?:shm|torch_)|insufficient shared memory|No space left.*shm",
         "the shared memory is full: the kernel ends a process that touches a page it cannot get, without an exception",
@@ -129,7 +129,7 @@ AILMENTS = (
         ),
         _shared_memory,
     ),
-    Ailment(
+    KnownFailure(
         "DataLoader worker killed",
         r"DataLoader worker.*(?:killed|exited unexpectedly)",
         "a worker process of the DataLoader was ended from outside: most often the kernel, for want of memory",
@@ -139,7 +139,7 @@ AILMENTS = (
         ),
         _shared_memory,
     ),
-    Ailment(
+    KnownFailure(
         "killed for memory",
         r"\bKilled\b|oom-kill|Out of memory: Kill|exit(?:ed with)? code 137|signal 9|SIGKILL|\bMemoryError|"
         r"Cannot allocate memory|DefaultCPUAllocator",
@@ -151,7 +151,7 @@ AILMENTS = (
         ),
         lambda text: [f"this machine grants {_gib(here().memory)}"],
     ),
-    Ailment(
+    KnownFailure(
         "no kernel for this GPU",
         r"no kernel image is available|CUDA capability sm_\d+ is not compatible|PTX was compiled with an unsupported",
         "this build of the library has no code for this card",
@@ -161,14 +161,14 @@ AILMENTS = (
         ),
         _installed("torch"),
     ),
-    Ailment(
+    KnownFailure(
         "driver too old",
         r"driver version is insufficient|driver .*is too old|CUDA driver version|forward compatibility was attempted",
         "the NVIDIA driver is older than the CUDA that the library was built with",
         ("update the driver, or install torch for an older CUDA (cu126 instead of cu130)",),
         lambda text: [f"driver here: {gpu.driver}" for gpu in here().gpus[:1]],
     ),
-    Ailment(
+    KnownFailure(
         "GLIBC missing",
         r"version `(?:GLIBC|GLIBCXX|CXXABI)_[\d.]+' not found",
         "the library was built on a newer Linux than this one",
@@ -180,7 +180,7 @@ AILMENTS = (
             f"needed: {found[0]}" for found in [re.search(r"(?:GLIBC|GLIBCXX|CXXABI)_[\d.]+", text)] if found
         ],
     ),
-    Ailment(
+    KnownFailure(
         "instruction missing",
         r"Illegal instruction|SIGILL|AVX2? (?:is )?not supported|requires? AVX|CPU lacks|doesn't support AVX",
         "the program uses processor instructions that this machine does not have (AVX, AVX2, AVX-512, AMX)",
@@ -190,7 +190,7 @@ AILMENTS = (
         ),
         _features,
     ),
-    Ailment(
+    KnownFailure(
         "ABI mismatch",
         r"undefined symbol: _ZN|numpy\.dtype size changed|A module that was compiled using NumPy 1|"
         r"incompatible with.*numpy|_ARRAY_API not found|Symbol not found: __ZN",
@@ -201,7 +201,7 @@ AILMENTS = (
         ),
         _installed("torch", "torchvision", "numpy"),
     ),
-    Ailment(
+    KnownFailure(
         "ONNX opset unsupported",
         r"opset \d+ (?:is )?(?:under development|not supported)|Unsupported model IR version|"
         r"support for domain .* is till opset|No Op registered for|NOT_IMPLEMENTED.*Could not find an implementation",
@@ -209,7 +209,7 @@ AILMENTS = (
         ("export with a lower opset_version (18 runs nearly everywhere)", "pip install -U onnxruntime"),
         _installed("onnx", "onnxruntime"),
     ),
-    Ailment(
+    KnownFailure(
         "dtype mismatch",
         r"expected scalar type \w+ but found|Input type \(.+\) and (?:weight|bias) type|"
         r"must have the same dtype|same dtype, but got|Unexpected input data type",
@@ -220,13 +220,13 @@ AILMENTS = (
             "under autocast keep the inputs in fp32",
         ),
     ),
-    Ailment(
+    KnownFailure(
         "tensors on different devices",
         r"Expected all tensors to be on the same device|found at least two devices|Input type \(torch\.cuda",
         "one tensor is on the GPU, the other on the CPU",
         ("x = x.to(next(model.parameters()).device)", "register loose tensors as buffers, so that .to() moves them"),
     ),
-    Ailment(
+    KnownFailure(
         "weights do not fit",
         r"Error\(s\) in loading state_dict|size mismatch for|Missing key\(s\) in state_dict",
         "the file holds the weights of another architecture, or of a wrapped one",
@@ -235,7 +235,7 @@ AILMENTS = (
             "build the module with the same options as in training (number of classes)",
         ),
     ),
-    Ailment(
+    KnownFailure(
         "unsafe weights file",
         r"Weights only load failed|weights_only",
         "the file holds more than tensors: loading it would run code",
@@ -244,7 +244,7 @@ AILMENTS = (
             "torch.serialization.add_safe_globals for types that you trust",
         ),
     ),
-    Ailment(
+    KnownFailure(
         "too many threads",
         r"libgomp: Thread creation failed|OMP: Error|pthread_create failed|Resource temporarily unavailable|"
         r"oversubscri|can't start new thread",
@@ -255,19 +255,19 @@ AILMENTS = (
         ),
         _threads,
     ),
-    Ailment(
+    KnownFailure(
         "too many open files",
         r"Too many open files|EMFILE",
         "every connection, worker and shared tensor takes a file descriptor",
         ("ulimit -n 65536 (systemd: LimitNOFILE=65536)", "torch.multiprocessing.set_sharing_strategy('file_system')"),
     ),
-    Ailment(
+    KnownFailure(
         "no compiler",
         r"(?:InvalidCxxCompiler|No working C\+\+ compiler|gcc: not found|'g\+\+')|fatal error: Python\.h",
         "torch.compile and AOTInductor write C++ and need a compiler (and Python's headers)",
         ("apt install g++ python3-dev", "or use backends that need none: onnxruntime, openvino"),
     ),
-    Ailment(
+    KnownFailure(
         "library missing",
         r"lib[\w.+-]+\.so[\w.]*: cannot open shared object file|DLL load failed",
         "a shared library is not installed, or not on the loader's path",
@@ -279,13 +279,13 @@ AILMENTS = (
             f"missing: {found[1]}" for found in [re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open", text)] if found
         ],
     ),
-    Ailment(
+    KnownFailure(
         "port in use",
         r"Address already in use|EADDRINUSE",
         "another process listens on that port",
         ("ss -ltnp shows which; choose another with --http-port",),
     ),
-    Ailment(
+    KnownFailure(
         "device-side assert",
         r"device-side assert triggered|index out of (?:range|bounds)|indexSelect",
         "an index is larger than the table it looks into: a token id, a class label",
@@ -294,7 +294,7 @@ AILMENTS = (
             "check ids against embedding.num_embeddings",
         ),
     ),
-    Ailment(
+    KnownFailure(
         "crash in native code",
         r"Segmentation fault|SIGSEGV|core dumped|SIGABRT|double free",
         "native code broke; Python has no say in that",
@@ -313,7 +313,7 @@ def explain(failure: BaseException | str) -> list[Explanation]:
     Empty when nothing is known.
     """
     text = failure if isinstance(failure, str) else _texts(failure)
-    return [found for found in (_explained(ailment, text) for ailment in AILMENTS) if found is not None]
+    return [found for found in (_explained(known, text) for known in KNOWN_FAILURES) if found is not None]
 
 
 def _texts(fault: BaseException | None) -> str:
@@ -324,12 +324,12 @@ def _texts(fault: BaseException | None) -> str:
     return "\n".join(lines)
 
 
-def _explained(ailment: Ailment, text: str) -> Explanation | None:
-    found = re.search(ailment.pattern, text)
+def _explained(known: KnownFailure, text: str) -> Explanation | None:
+    found = re.search(known.pattern, text)
     if found is None:
         return None
     start = text.rfind("\n", 0, found.start()) + 1
     end = text.find("\n", found.start())
     line = text[start : end if end >= 0 else len(text)].strip()
     near = text[max(0, start - 2000) : found.end() + 2000]
-    return Explanation(ailment.name, ailment.words, [*ailment.compute(near), *ailment.mend], line[:300])
+    return Explanation(known.name, known.words, [*known.compute(near), *known.mend], line[:300])

@@ -1,4 +1,4 @@
-"""The constructs that stop an export, how each shows in an error's text, and what to do about it in plain words."""
+"""The constructs that stop an export, a row for each: how it shows, why it stops, what to do, and who rewrites it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ import re
 
 import msgspec
 
+from torchship.doctor import edits
+
 
 class Construct(msgspec.Struct, frozen=True):
-    """`pattern` is searched in the error's text, `code` (where given) in the user's line."""
+    """One row. `pattern` is searched in an error's text, `code` (where given) in the user's line; `words` say why it
+    stops an export, `edit` what to do, and `rewrite` does it where that is safe.
+
+    `seen` is what to say where the source shows it and nothing has failed: a warning where it is `serious`. `freezes`:
+    a trace takes it without a word, and answers wrongly.
+    """
 
     name: str
     pattern: str
     words: str
     edit: str
     code: str = ""
+    seen: str = ""
+    serious: bool = False
+    freezes: bool = False
+    rewrite: edits.Rewrite = edits.unknown
 
     def fits(self, text: str, code: str) -> bool:
         """Whether an error with this text at this line is of this kind."""
@@ -35,6 +46,7 @@ CONSTRUCTS = (
         r"graph_break\(\)",
         "the code asks torch.compile to break the graph here",
         "remove the call",
+        rewrite=edits.removed,
     ),
     Construct(
         ".item()",
@@ -43,6 +55,10 @@ CONSTRUCTS = (
         "keep it a tensor: drop .item(), and compare or multiply tensors; a loop that runs as often as the data says "
         "needs a fixed number of rounds with torch.where, or stays outside of the model",
         code=r"\.item\(|\.tolist\(|\bint\(|\bfloat\(|\bbool\(",
+        seen="takes a number out of a tensor: a trace freezes it",
+        serious=True,
+        freezes=True,
+        rewrite=edits.no_item,
     ),
     Construct(
         "loop as long as the data says",
@@ -50,6 +66,9 @@ CONSTRUCTS = (
         "how often the loop runs is only known when the model runs",
         "a fixed number of rounds with torch.where inside; torch.while_loop; or keep the loop outside of the model",
         code=r"\bfor\b.*\brange\(|\bwhile\b",
+        seen="values of a tensor end the loop: a trace freezes the rounds of the example",
+        serious=True,
+        freezes=True,
     ),
     Construct(
         "data-dependent if",
@@ -58,6 +77,10 @@ CONSTRUCTS = (
         "compute both branches and choose with torch.where(condition, a, b); use torch.cond when they are costly; "
         "or move the decision out of the model",
         code=r"\b(if|elif)\b",
+        seen="branches on values of a tensor: a trace freezes the branch that the example took",
+        serious=True,
+        freezes=True,
+        rewrite=edits.branch,
     ),
     Construct(
         "assertion on values",
@@ -65,6 +88,8 @@ CONSTRUCTS = (
         "the assertion needs a value that is only known when the model runs",
         "check in front of the model, or leave the line out of what is shipped",
         code=r"^assert\b",
+        seen="asserts on values of a tensor",
+        rewrite=edits.removed,
     ),
     Construct(
         "output length depends on data",
@@ -72,6 +97,7 @@ CONSTRUCTS = (
         "how many values come out depends on the data (boolean mask, nonzero, unique)",
         "keep the shape and zero the rest: torch.where(mask, x, 0); or return the mask and select after the model",
         code=r"\[[^\]]*(>|<|==|mask|keep|index|~)|nonzero|masked_select|unique|len\(|\bnms\(|where\([^,]*\)",
+        seen="picks by a mask: the output's length depends on the data",
     ),
     Construct(
         "mask whose values are looked at",
@@ -92,12 +118,16 @@ CONSTRUCTS = (
         "the data leaves torch here: exporters see a constant, or nothing",
         "use the torch function of the same name (np.percentile is torch.quantile, np.argsort is torch.argsort)",
         code=r"numpy|np\.",
+        seen="leaves torch: exporters see a constant here",
+        freezes=True,
     ),
     Construct(
         "print or logging",
         r"builtin operator.?.?print|builtin `print`|logging",
         "printing is a side effect: it breaks the graph, or is lost in the exported program",
         "remove it, or print outside of forward",
+        seen="prints: breaks the graph of torch.compile",
+        rewrite=edits.removed,
     ),
     Construct(
         "loop over a free axis",
@@ -106,18 +136,24 @@ CONSTRUCTS = (
         "has steps",
         "a layer that takes the whole axis at once (nn.GRU for nn.GRUCell, cumsum, a batched product); or fix the axis",
         code=r"\bfor\b.*\bin\b",
+        seen="runs once for each step of an axis: a program holds a copy for each step",
+        freezes=True,
     ),
     Construct(
         "size written into the code",
         rf"{_SPECIALISED}|shape .* is invalid for input|invalid dimensions for input",
         "a free axis takes a fixed length here, or a branch asks for its length",
         "use -1 or x.shape[0] instead of the number; or declare the axis with the lengths that the code allows",
+        seen="a length of a tensor is written into the code, or decides a branch",
+        freezes=True,
+        rewrite=edits.no_size,
     ),
     Construct(
         "in-place write on a view",
         r"in-?place operation|is a view|mutat|a leaf Variable|inplace update",
         "a view is written in place: the exporter cannot tell what else sees the change",
         "write out of place: x = x + 1 instead of x.add_(1); torch.cat or torch.where instead of x[:, 0] = ...",
+        rewrite=edits.out_of_place,
     ),
     Construct(
         "custom autograd Function",
@@ -155,6 +191,9 @@ CONSTRUCTS = (
         r"side effect|mutating|list .*append|attribute mutation|leaked|constant_attribute|assigned during",
         "forward changes a Python object: an exported program forgets that",
         "return the value instead, or keep it in a buffer with register_buffer",
+        seen="changes a Python object in forward: exported programs forget that",
+        serious=True,
+        freezes=True,
     ),
     Construct(
         "dict output",
@@ -183,6 +222,7 @@ CONSTRUCTS = (
         "packing reads the lengths out of a tensor, and a graph holds no Python numbers",
         "leave the packing out, and mask what lies behind each row's length; TorchScript takes it as it is",
         code=r"pack_padded_sequence|pack_sequence",
+        freezes=True,
     ),
     Construct(
         "recurrent layer over a free axis",
@@ -191,24 +231,40 @@ CONSTRUCTS = (
         "no need to mend it: TorchScript takes it with its loop, and torchship hands that to the other engines; or fix "
         "the axis, and pad",
         code=r"(?!)",  # a call of a module: only the module itself says what it is
+        freezes=True,
     ),
     Construct(
         "random numbers",
         _NEVER,
         "every run draws other numbers, and another runtime draws them its own way",
         "pass the noise in as an input, or leave it out when not self.training",
+        seen="draws random numbers in forward",
+        freezes=True,
     ),
     Construct(
         "dropout that eval() cannot switch off",
         _NEVER,
         "F.dropout drops values unless it is told not to, in eval mode too",
         "F.dropout(x, p, training=self.training), or an nn.Dropout",
+        seen="F.dropout without training=self.training stays on in eval mode",
+        serious=True,
+        freezes=True,
     ),
     Construct(
         "batch norm that eval() cannot switch off",
         _NEVER,
         "F.batch_norm with training=True takes mean and variance from the batch: rows change one another",
         "training=self.training, or an nn.BatchNorm",
+        seen="F.batch_norm with training=True takes its statistics from the batch",
+        serious=True,
+        freezes=True,
+    ),
+    Construct(
+        "try and except",
+        _NEVER,
+        "one way is taken while a program is exported, and the other is forgotten",
+        "choose in front of the model",
+        seen="try and except around tensor code: exporters keep one way only",
     ),
     Construct(
         "package missing",

@@ -8,12 +8,11 @@ from typing import TypeAlias
 
 import msgspec
 
+from torchship.doctor import edits, failure
+from torchship.doctor.catalog import UNKNOWN, Construct, named, recognise
+from torchship.doctor.failure import Failure
+from torchship.doctor.routes import Break
 from torchship.errors import BuildFailed
-from torchship.optimize.doctor import edits, failure
-from torchship.optimize.doctor.constructs import UNKNOWN, Construct, named, recognise
-from torchship.optimize.doctor.failure import Failure
-from torchship.optimize.doctor.routes import Break
-from torchship.optimize.doctor.suspects import PACKED, RECURRENT
 from torchship.optimize.places import Place, is_installed
 
 
@@ -34,20 +33,6 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
 
 Suspects: TypeAlias = Sequence[tuple[str, Place]]
-_FREEZES = (
-    PACKED,
-    RECURRENT,
-    "loop over a free axis",
-    ".item()",
-    "data-dependent if",
-    "loop as long as the data says",
-    "numpy inside the model",
-    "size written into the code",
-    "random numbers",
-    "dropout that eval() cannot switch off",
-    "batch norm that eval() cannot switch off",
-    "side effect in Python",
-)
 
 
 def diagnose(fault: Failure, *, suspects: Suspects = ()) -> Diagnosis:
@@ -78,8 +63,8 @@ def suspected(suspects: Suspects, *, said: str = "") -> Diagnosis | None:
     """The diagnosis of a route that gives wrong results: the first line of the source that a trace freezes."""
     for name, place in suspects:
         construct = named(name)
-        if name in _FREEZES and construct is not None:
-            old, new = edits.propose(place.file, place.line, construct=name)
+        if construct is not None and construct.freezes:
+            old, new = edits.propose(place.file, place.line, rewrite=construct.rewrite)
             return Diagnosis(name, construct.words, construct.edit, place, said, old, new)
     return None
 
@@ -98,7 +83,7 @@ def _told(construct: Construct, place: Place | None, fault: Failure, said: str) 
         edit += _allowed(fault.text)
     if construct.name == "operator that ONNX does not have":
         said = _operator(fault.text) or said
-    old, new = edits.propose(place.file, place.line, construct=construct.name) if place else ("", "")
+    old, new = edits.propose(place.file, place.line, rewrite=construct.rewrite) if place else ("", "")
     own = fault.place
     called = own if place and own and is_installed(place.file) and not is_installed(own.file) else None
     return Diagnosis(construct.name, construct.words, edit, place, said, old, new, called)

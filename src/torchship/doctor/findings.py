@@ -10,9 +10,9 @@ import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchship.doctor import catalog, failure, suspects
+from torchship.doctor.subject import Subject, call, worst_error
 from torchship.optimize.axes import UNSTEADY
-from torchship.optimize.doctor import failure, suspects
-from torchship.optimize.doctor.patient import Patient, call, worst_error
 from torchship.optimize.places import Place, is_installed, place_now
 
 _HUGE = 16 * 2**20
@@ -29,15 +29,15 @@ class Finding(msgspec.Struct, frozen=True):
     place: Place | None = None
 
 
-def examine(patient: Patient) -> list[Finding]:
+def examine(subject: Subject) -> list[Finding]:
     """All findings, the worst first."""
     found = [
-        *_modes(patient),
-        *_sharing(patient),
-        *_formats(patient.module),
-        *_constants(patient.module),
-        *_runs(patient),
-        *_suspects(patient),
+        *_modes(subject),
+        *_sharing(subject),
+        *_formats(subject.module),
+        *_constants(subject.module),
+        *_runs(subject),
+        *_suspects(subject),
     ]
     return sorted(found, key=lambda finding: ("bad", "warn", "info").index(finding.level))
 
@@ -48,13 +48,13 @@ def _listed(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(every[:most]) + more
 
 
-def _modes(patient: Patient) -> Iterator[Finding]:
-    inner: Any = patient.model.module
+def _modes(subject: Subject) -> Iterator[Finding]:
+    inner: Any = subject.model.module
     fixed = _training(inner.inner)
     if fixed:
         words = f"stays in train mode after eval(): {_listed(fixed)}"
         yield Finding("train mode", "bad", words, "let its train(mode) and eval() reach these modules")
-    parts = [name for name in _training(patient.module) if name not in fixed]
+    parts = [name for name in _training(subject.module) if name not in fixed]
     if parts:
         words = f"dropout or batch norm is in train mode: {_listed(parts)}"
         # no more than a warning: every module is made in train mode
@@ -65,8 +65,8 @@ def _training(module: torch.nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if part.training and type(part).__name__.startswith(_MODES)]
 
 
-def _sharing(patient: Patient) -> Iterator[Finding]:
-    module = patient.module
+def _sharing(subject: Subject) -> Iterator[Finding]:
+    module = subject.module
     names: dict[int, list[str]] = defaultdict(list)
     for name, part in module.named_modules(remove_duplicate=False):
         names[id(part)].append(name)
@@ -74,7 +74,7 @@ def _sharing(patient: Patient) -> Iterator[Finding]:
     if shared:
         words = f"one module is used in several places: {'; '.join(' = '.join(group[:3]) for group in shared[:3])}"
         yield Finding("shared module", "warn", words, "some quantizers need a module for each place: un-share it")
-    calls = _called_twice(patient)
+    calls = _called_twice(subject)
     if calls:
         words = f"called more than once in a forward: {_listed(calls)}"
         yield Finding("module used twice", "info", words, "some quantizers (PT2E for x86) need a module for each call")
@@ -95,17 +95,17 @@ def _owners(names: Sequence[str]) -> list[str]:
     return [name.rpartition(".")[0] for name in names]
 
 
-def _called_twice(patient: Patient) -> list[str]:
+def _called_twice(subject: Subject) -> list[str]:
     """The innermost modules that one forward calls more than once (as torchvision's ResNet blocks do their ReLU)."""
     counts: dict[str, int] = defaultdict(int)
-    inner: Any = patient.model.module
+    inner: Any = subject.model.module
 
     def count(name: str) -> None:
         counts[name] += 1
 
     leaves = [(name, part) for name, part in inner.inner.named_modules() if name and not any(part.children())]
     hooks = [part.register_forward_pre_hook(lambda *_, name=name: count(name)) for name, part in leaves]
-    call(inner, patient.tensors())
+    call(inner, subject.tensors())
     for hook in hooks:
         hook.remove()
     return [f"{name} ({number} times)" for name, number in counts.items() if number > 1]
@@ -150,36 +150,36 @@ def _constants(module: torch.nn.Module) -> Iterator[Finding]:
         yield Finding("huge constant", "warn", f"large constants go into every file: {words}", "compute it in forward")
 
 
-def _runs(patient: Patient) -> Iterator[Finding]:
+def _runs(subject: Subject) -> Iterator[Finding]:
     """What two or three runs tell: randomness, writes into inputs, memory order, other lengths."""
-    module, tensors = patient.model.module, patient.tensors()
+    module, tensors = subject.model.module, subject.tensors()
     torch.manual_seed(0)
     first = call(module, tensors)
     torch.manual_seed(1)
     error = worst_error(first, call(module, tensors))
     if error > 1e-5:
-        yield _unstable(patient, error)
+        yield _unstable(subject, error)
     if any(not torch.isfinite(output).all() for output in first if output.is_floating_point()):
         yield Finding("NaN or infinity", "bad", "the output for the example input holds NaN or infinity")
-    yield from _writes(patient)
-    yield from _memory_order(patient, first)
+    yield from _writes(subject)
+    yield from _memory_order(subject, first)
     yield from _noted(module)
     try:
-        call(module, patient.unseen())
+        call(module, subject.unseen())
     except Exception as fault:
         place = failure.of(fault).place
         words = f"fails on other lengths of its free axes: {' '.join(str(fault).split())[:160]}"
         yield Finding("free axes", "bad", words, "narrow the axes: rows:2..16, or a fixed number", place)
 
 
-def _unstable(patient: Patient, error: float) -> Finding:
+def _unstable(subject: Subject, error: float) -> Finding:
     """Random numbers where two runs from one seed agree; else something that outlives the call."""
     runs = []
     for _ in range(2):
         torch.manual_seed(1)
-        runs.append(call(patient.model.module, patient.tensors()))
+        runs.append(call(subject.model.module, subject.tensors()))
     drawn = worst_error(*runs) <= 1e-5
-    part = _unstable_part(patient)
+    part = _unstable_part(subject)
     words = f"two runs on the same input differ by {error:.2g}{f', first in {part}' if part else ''}"
     if drawn:
         kinds: tuple[str, ...] = ("random numbers", "dropout that eval() cannot switch off")
@@ -188,14 +188,14 @@ def _unstable(patient: Patient, error: float) -> Finding:
         kinds = ("side effect in Python",)
         words += ", from the same random numbers too: something outlives the call"
         edit = "pass the state in and return it, or keep it out of forward"
-    place = next((place for name, place in suspects.scan(patient.module) if name in kinds), None)
+    place = next((place for name, place in suspects.scan(subject.module) if name in kinds), None)
     return Finding("unstable output", "bad", words, edit, place)
 
 
-def _unstable_part(patient: Patient) -> str:
+def _unstable_part(subject: Subject) -> str:
     """The first part, in the order of the calls, whose output differs between two runs."""
     records: list[list[tuple[str, torch.Tensor]]] = []
-    inner: Any = patient.model.module
+    inner: Any = subject.model.module
     for seed in (0, 1):
         seen: list[tuple[str, torch.Tensor]] = []
         hooks = [
@@ -208,7 +208,7 @@ def _unstable_part(patient: Patient) -> str:
             if name
         ]
         torch.manual_seed(seed)
-        call(inner, patient.tensors())
+        call(inner, subject.tensors())
         for hook in hooks:
             hook.remove()
         records.append(seen)
@@ -232,17 +232,17 @@ class _Writing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _writes(patient: Patient) -> Iterator[Finding]:
-    written: Sequence[int] = getattr(patient.model.module, "written", ())
+def _writes(subject: Subject) -> Iterator[Finding]:
+    written: Sequence[int] = getattr(subject.model.module, "written", ())
     if not written:
         return
-    tensors = [tensor.clone() for tensor in patient.tensors()]
-    inner: Any = patient.model.module
+    tensors = [tensor.clone() for tensor in subject.tensors()]
+    inner: Any = subject.model.module
     args, kwargs = inner.frame.fill(tensors)
     with torch.no_grad(), _Writing(tensors) as seen:
         inner.inner(*args, **kwargs)
     for index in written:
-        name = patient.model.signature.inputs[index].name
+        name = subject.model.signature.inputs[index].name
         words = f"forward changes its input {name!r} in place: elsewhere the caller's data is overwritten"
         edit = f"begin with {name} = {name}.clone()"
         yield Finding("writes into its input", "warn", words, edit, seen.places.get(index))
@@ -257,12 +257,12 @@ def _noted(module: Any) -> Iterator[Finding]:
             yield Finding("axes", "warn" if "fixed" in note else "info", note)
 
 
-def _memory_order(patient: Patient, first: Sequence[torch.Tensor]) -> Iterator[Finding]:
+def _memory_order(subject: Subject, first: Sequence[torch.Tensor]) -> Iterator[Finding]:
     """The same values in another memory order must give the same answer."""
-    turned = [tensor.mT.contiguous().mT if tensor.ndim >= 2 else tensor for tensor in patient.tensors()]
+    turned = [tensor.mT.contiguous().mT if tensor.ndim >= 2 else tensor for tensor in subject.tensors()]
     try:
         with torch.inference_mode():
-            again = patient.model.module(*turned)
+            again = subject.model.module(*turned)
     except Exception as fault:
         found = failure.of(fault)
         words = f"fails on inputs that are not contiguous: {' '.join(str(fault).split())[:120]}"
@@ -270,42 +270,22 @@ def _memory_order(patient: Patient, first: Sequence[torch.Tensor]) -> Iterator[F
         return
     if (
         worst_error(first, tuple(again)) > 1e-2
-        and worst_error(first, call(patient.model.module, patient.tensors())) < 1e-5
+        and worst_error(first, call(subject.model.module, subject.tensors())) < 1e-5
     ):
         yield Finding(
             "non-contiguous input", "bad", "gives other results on inputs that are not contiguous", "x.contiguous()"
         )
 
 
-_SUSPECT_WORDS = {
-    ".item()": "takes a number out of a tensor: a trace freezes it",
-    "numpy inside the model": "leaves torch: exporters see a constant here",
-    "print or logging": "prints: breaks the graph of torch.compile",
-    "side effect in Python": "changes a Python object in forward: exported programs forget that",
-    "random numbers": "draws random numbers in forward",
-    "dropout that eval() cannot switch off": "F.dropout without training=self.training stays on in eval mode",
-    "batch norm that eval() cannot switch off": "F.batch_norm with training=True takes its statistics from the batch",
-    "data-dependent if": "branches on values of a tensor: a trace freezes the branch that the example took",
-    "loop as long as the data says": "values of a tensor end the loop: a trace freezes the rounds of the example",
-    "loop over a free axis": "runs once for each step of an axis: a program holds a copy for each step",
-    "assertion on values": "asserts on values of a tensor",
-    "output length depends on data": "picks by a mask: the output's length depends on the data",
-    "size written into the code": "a length of a tensor is written into the code, or decides a branch",
-    "try and except": "try and except around tensor code: exporters keep one way only",
-}
-
-
-def _suspects(patient: Patient) -> Iterator[Finding]:
+def _suspects(subject: Subject) -> Iterator[Finding]:
     """What the source shows, and where values decided while forward ran that the source does not show."""
-    serious = ("side effect in Python", "data-dependent if", ".item()", "loop as long as the data says")
-    seen = list(dict.fromkeys(suspects.scan(patient.module)))
-    for construct, place in seen:
-        if construct in (suspects.PACKED, suspects.RECURRENT):
-            continue  # nothing odd in itself
-        level: Literal["info", "warn"] = "warn" if construct in serious or "eval()" in construct else "info"
-        yield Finding(construct, level, _SUSPECT_WORDS[construct], "", place)
+    seen = list(dict.fromkeys(suspects.scan(subject.module)))
+    for name, place in seen:
+        row = catalog.named(name)
+        if row is not None and row.seen:  # the others are nothing odd in themselves
+            yield Finding(name, "warn" if row.serious else "info", row.seen, "", place)
     lines = {(place.file, place.line) for _, place in seen}
-    for place in getattr(patient.model.module, "decided", ()):
+    for place in getattr(subject.model.module, "decided", ()):
         if (place.file, place.line) not in lines:
             words = "values of a tensor decide here what runs, or how long a result is: a trace freezes that"
             yield Finding("values decide", "info" if is_installed(place.file) else "warn", words, "", place)

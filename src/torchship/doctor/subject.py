@@ -1,4 +1,4 @@
-"""The patient: the module that TARGET names with its inputs, brought up in the child process that examines it."""
+"""The subject: the module that TARGET names with its inputs, brought up in the child process that examines it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Patient:
+class Subject:
     """The user's module as it came, and the Model that capture made of it."""
 
     module: torch.nn.Module
@@ -50,14 +50,14 @@ class Patient:
         return tuple(-2 * tensor if tensor.is_floating_point() else tensor for tensor in self.tensors())
 
 
-def admit(given: Any) -> Patient:
-    """Bring the patient up from a Case in plain data. Raises BadConfig, NotFound and CaptureFailed."""
+def admit(given: Any) -> Subject:
+    """Bring the subject up from a Case in plain data. Raises BadConfig, NotFound and CaptureFailed."""
     warnings.simplefilter("ignore")
     case = msgspec.convert(given, Case)
     sys.path.insert(0, "")
     torch.manual_seed(0)
     module = module_at(case.target)
-    return Patient(module, capture(module, [TensorSpec.parse(text) for text in case.inputs]))
+    return Subject(module, capture(module, [TensorSpec.parse(text) for text in case.inputs]))
 
 
 def call(module: Any, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,183 @@
+"""Models as other people write them: what once went wrong in their hands, and the right value now."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+from torchship.errors import CaptureFailed
+from torchship.lowering import program
+from torchship.optimize import capsule
+from torchship.optimize.capture import capture
+from torchship.pipeline.wiring import relax
+from torchship.tensors import Signature, TensorSpec
+
+
+@dataclasses.dataclass
+class State:
+    h: torch.Tensor
+    c: torch.Tensor
+
+
+class Stack:
+    """A cache as libraries write them: a plain object with a list of tensors."""
+
+    def __init__(self) -> None:
+        self.layers: list[torch.Tensor] = []
+
+    def push(self, x: torch.Tensor) -> None:
+        self.layers[0] = torch.cat([self.layers[0], x], 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 4)
+
+    def forward(self, x: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        h, c = self.cell(x, (state.h, state.c))
+        return h * 2, State(h, c)
+
+
+class Caching(nn.Module):
+    def forward(self, x: torch.Tensor, cache: Stack) -> dict[str, Any]:
+        cache.push(x)
+        return {"sum": cache.layers[0].sum(1), "cache": cache}
+
+
+class Policy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[Normal, int]:
+        mean = self.mean(x)
+        return Normal(mean, torch.ones_like(mean), validate_args=False), 7
+
+
+class Generating(nn.Module):
+    def forward(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        return iter([x, x])
+
+
+class Forces(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_(True)
+        return -torch.autograd.grad(x.square().sum(), x)[0]
+
+
+def names(specs: tuple[TensorSpec, ...]) -> list[str]:
+    return [spec.name for spec in specs]
+
+
+def test_objects_are_inputs_and_outputs() -> None:
+    x, state = torch.randn(2, 3), State(torch.zeros(2, 4), torch.zeros(2, 4))
+    model = capture(Recurrent(), (x, state))
+    assert names(model.signature.inputs) == ["x", "state_h", "state_c"]
+    assert names(model.signature.outputs) == ["output_0", "output_1_h", "output_1_c"]
+    h, c = torch.randn(2, 4), torch.randn(2, 4)
+    inner: Any = model.module.inner
+    with torch.no_grad():
+        wanted = inner.cell(x, (h, c))
+        given = program.export(model).module()(x, h, c)
+    torch.testing.assert_close(given[1], wanted[0])
+    torch.testing.assert_close(given[2], wanted[1])
+    policy = capture(Policy(), torch.randn(2, 3))
+    assert names(policy.signature.outputs) == ["output_0_loc", "output_0_scale"]
+    assert any("output_1" in note and "int" in note for note in policy.module.notes)  # type: ignore[union-attr]
+
+
+def test_a_cache_that_forward_writes_into_is_new_for_each_call() -> None:
+    cache = Stack()
+    cache.layers.append(torch.ones(2, 5))
+    model = capture(Caching(), (torch.ones(2, 1), cache))
+    assert names(model.signature.inputs) == ["x", "cache_layers_0"]
+    assert names(model.signature.outputs) == ["sum", "cache_layers_0"]
+    for _ in range(2):
+        total, layer = model.module(torch.ones(2, 1), torch.full((2, 5), 3.0))
+        assert total.tolist() == [16, 16]
+        assert layer.shape == (2, 6)
+    assert cache.layers[0].shape == (2, 5)
+
+
+def test_what_hides_tensors_is_refused_by_type_and_name() -> None:
+    with pytest.raises(CaptureFailed, match="what Generating returns is a list_iterator"):
+        capture(Generating(), torch.randn(2, 3))
+    with pytest.raises(CaptureFailed, match="argument 'cache' is a list_iterator"):
+        capture(Caching(), (torch.ones(2, 1), iter([torch.ones(2, 5)])))
+
+
+def test_gradients_inside_forward_are_named() -> None:
+    with pytest.raises(CaptureFailed, match=r"computes gradients .*test_other_hands\.py:\d+: .*autograd\.grad") as told:
+        capture(Forces(), torch.randn(2, 3))
+    assert "torch.func.grad" in told.value.hint
+
+
+def test_bitwise_operators_on_masks_are_data(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a & b) | (a ^ b)
+
+    model = capture(Both(), (torch.tensor([[True, False]] * 2), torch.tensor([[True, True]] * 2)))
+    program.save(program.export(model), tmp_path)
+    found = program.load(tmp_path)(torch.tensor([[True, False]]), torch.tensor([[False, False]]))
+    assert found[0].tolist() == [[True, False]]
+
+
+def test_the_fast_path_is_not_the_reference() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).eval()
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    model = capture(encoder, {"src": torch.randn(2, 3, 8), "src_key_padding_mask": padding})
+    x = torch.randn(2, 3, 8)
+    with torch.inference_mode():
+        ours = model.module(x, padding)[0]
+    assert ours[0, 2].abs().sum() > 0  # the fast path answers 0 where a place is padded
+    torch.testing.assert_close(program.export(model).module()(x, padding)[0], ours.clone())
+
+
+def test_a_bounded_batch_axis_is_relaxed_alike() -> None:
+    bounded = Signature(
+        (TensorSpec.parse("x:FP32[n:1..16,4]"),), (TensorSpec.parse("y:FP32[n:1..16,2]"),), batched=True
+    )
+    assert relax(relax(bounded)) == relax(bounded)
+    assert str(relax(bounded)) == "x:FP32[n,4] -> y:FP32[n,2]"
+
+
+def carried(value: Any, folder: Path) -> Any:
+    folder.chmod(0o700)
+    capsule.put(folder / "value.pkl", value, what="it")
+    return capsule.take(folder / "value.pkl")
+
+
+def test_what_has_no_content_travels(tmp_path: Path) -> None:
+    box: ContextVar[list[int] | None] = ContextVar("box", default=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Linear(3, 2).eval())
+        again, lock, twice, part = carried((box, threading.Lock(), box, script), tmp_path)
+    assert again.name == "box"
+    assert again.get() is None
+    assert twice is again
+    assert lock.acquire(blocking=False)
+    x = torch.randn(2, 3)
+    np.testing.assert_allclose(part(x).detach(), script(x).detach())
+
+
+def test_code_keeps_the_name_of_its_file(tmp_path: Path) -> None:
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("def twice(x):\n    return 2 * x\n", "/some/script.py", "exec"), scope)
+    found = carried(scope["twice"], tmp_path)
+    assert found(3) == 6
+    assert found.__code__.co_filename == "/some/script.py"
