@@ -115,7 +115,7 @@ def test_compiled_parts_and_idle_hooks_are_left_behind() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return self.second(self.first(x))
 
-    module = Model()
+    module: Any = Model()
     made: Any = freeze.frozen(module)
     assert type(made.first) is nn.Sequential
     assert made.second._compiled_call_impl is None
