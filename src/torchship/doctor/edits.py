@@ -163,6 +163,7 @@ class _FreeSize(ast.NodeTransformer):
 
 
 def no_item(statement: ast.stmt, following: ast.stmt | None) -> str | None:
+    """The statement without taking numbers out of tensors."""
     if isinstance(statement, ast.For | ast.While | ast.FunctionDef) or "int(" in ast.unparse(statement):
         return None
     if isinstance(statement, ast.If):
@@ -172,6 +173,7 @@ def no_item(statement: ast.stmt, following: ast.stmt | None) -> str | None:
 
 
 def no_size(statement: ast.stmt, following: ast.stmt | None) -> str | None:
+    """The statement with -1 for the number that a view or reshape begins with."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If | ast.For | ast.While):
         return None
     change = _FreeSize()
