@@ -270,7 +270,7 @@ CONSTRUCTS = (
         "package missing",
         r"ModuleNotFoundError|No module named|onnxscript",
         "this route needs a package that is not installed",
-        "pip install torch onnx onnxscript cloudpickle",
+        "pip install 'torchship[optimize]'",
     ),
     Construct(
         "graph break",

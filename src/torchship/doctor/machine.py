@@ -70,9 +70,7 @@ def examine() -> Machine:
 def _advice(facts: list[Fact], packages: Mapping[str, str]) -> list[str]:
     advice = [fact.advice for fact in facts if fact.level != "ok" and fact.advice]
     if "torch" not in packages:
-        advice.append(
-            "this install opens and serves artifacts; to optimize models: pip install torch onnx onnxscript cloudpickle"
-        )
+        advice.append("this install opens and serves artifacts; to optimize models: pip install 'torchship[optimize]'")
     if "openvino" not in packages and platform.machine() == "x86_64":
         advice.append("OpenVINO is often the fastest backend on x86: pip install openvino nncf")
     return advice
