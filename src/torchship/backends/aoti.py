@@ -16,6 +16,7 @@ from torchship.stage import Stage
 from torchship.tensors import Signature
 
 KIND = "native"
+COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("torch",)
 OPTIONS = torch_stage.OPTIONS
 FILE = "model.pt2"

@@ -15,6 +15,7 @@ from torchship.stage import Stage
 from torchship.tensors import Signature
 
 KIND = "data"
+TAKES = ("fuse", "quantize")  # transforms that it gains from
 PACKAGES = ("torch",)
 OPTIONS = torch_stage.OPTIONS
 SCRIPT = "script.ts"

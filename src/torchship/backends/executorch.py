@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 KIND = "data"
+COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("executorch", "torch")
 OPTIONS = ("precision", "exclude", "modules")
 FILE = "model.pte"

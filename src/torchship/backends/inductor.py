@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 KIND = "data"
+TRIED = 3  # in this order among the backends: how often it wins
+TRACES = True  # its static int8 needs each module called once
+TAKES = ("quantize",)
+COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("torch",)
 OPTIONS = (*torch_stage.OPTIONS, "compile_mode")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")

@@ -16,6 +16,7 @@ from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Signature, Tensors
 
 KIND = "data"
+TRIED = 0  # in this order among the backends: how often it wins
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 OPTIONS = ("precision", "keep", "modules", "exclude", "range", "percentile", "bias_correction", "ops", "per_channel",
            "provider", "provider_options", "optimization", "spin")  # fmt: skip

@@ -19,6 +19,7 @@ from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Free, Signature, Tensors, numpy_dtype
 
 KIND = "data"
+TRIED = 1  # in this order among the backends: how often it wins
 PACKAGES = ("openvino", "nncf", "onnx", "onnxscript")
 OPTIONS = ("precision", "rest", "range", "bias_correction", "preset", "transformer", "exclude", "modules", "device")
 FILE = "model.xml"

@@ -23,6 +23,7 @@ from torchship.stage import Stage
 from torchship.tensors import Axis, Free, Signature, TensorSpec
 
 KIND = "native"
+TRIED = 2  # in this order among the backends: how often it wins
 PACKAGES = ("tensorrt", "tensorrt-rtx-cu13-libs", "torch")
 OPTIONS = ("precision", "device", "workspace", "keep", "modules", "exclude", "range", "percentile", "bias_correction",
            "ops", "per_channel")  # fmt: skip

@@ -12,7 +12,7 @@ from torchship import difference, textfiles
 from torchship.artifact import Artifact
 from torchship.artifact.manifest import BatchPoint, Manifest, Timing
 from torchship.errors import BadConfig, NotFound, Unavailable
-from torchship.optimize import turns
+from torchship.optimize import interleaved
 from torchship.optimize.facts import Facts, load
 from torchship.optimize.measure import point
 from torchship.optimize.trial import Trial
@@ -132,7 +132,7 @@ def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int)
     for batch in (1, 8):
         if batch > limit:
             break
-        seconds = turns.measure([(a.path, batch), (b.path, batch)], device=device, threads=threads)
+        seconds = interleaved.measure([(a.path, batch), (b.path, batch)], device=device, threads=threads)
         for artifact, taken in zip((a, b), seconds, strict=True):
             if not taken:
                 raise Unavailable(f"{artifact.path} does not run here", hint="`torchship doctor` says what does")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,19 +26,25 @@ from torchship.errors import BadInput
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import capsule, combine, finetune, race, reference, rematch, rescue
+from torchship.optimize import capsule, loop, reference, remeasure
+from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, choose
+from torchship.optimize.config import Metric, SearchConfig, Settings, read
 from torchship.optimize.facts import Facts
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard
-from torchship.optimize.race import Course, OnTrial
+from torchship.optimize.loop import OnTrial
 from torchship.optimize.report import Report
+from torchship.optimize.strategies import Strategy
+from torchship.optimize.strategies.cutting import Cutting
+from torchship.optimize.strategies.finetuning import FineTuning, source_hash
+from torchship.optimize.strategies.mixed_precision import MixedPrecision
+from torchship.optimize.strategies.proposals import Proposals, propose
 from torchship.optimize.trial import METRIC, Trial, read_metric
-from torchship.optimize.wish import Metric, Settings, Wish, read
 from torchship.optimize.yardstick import told
-from torchship.recipe import Recipe, Step
+from torchship.recipe import Recipe
 
 _SLOW_IMPORTS = ("torch", "torch.export", "onnxscript", "torchship.optimize.trial", "torchship.artifact.package")
 _OFTEN_MEANT = frozenset(("torchvision", "timm", "transformers"))  # where the user's module comes from
@@ -74,7 +79,9 @@ def optimize(
     Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
     When no trial is valid the report has no winner and nothing is published.
     """
-    wish = read(module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings)
+    config = read(
+        module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings
+    )
     model = capture(
         module,
         example_inputs,
@@ -86,13 +93,13 @@ def optimize(
     if evaluate is None:
         reference.refuse_unsteady(model)
     root = Path(settings.get("cache") or caching.default_root())
-    forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=wish.threads)
+    forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
     with folders.room(root), capsule.private_folder(root / "work") as work, closing(forks):
-        facts = _race(model, groups, evaluate, wish, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)
+        facts = _search(model, groups, evaluate, config, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)
         if not settings.get("publish", True) or facts.choice.winner is None:
             return Report(facts)
         where = store if isinstance(store, Store) else Store(store)
-        return Report(facts, *_publish(facts, where, labels=wish.labels, work=work))
+        return Report(facts, *_publish(facts, where, labels=config.labels, work=work))
 
 
 def artifact_name(text: str) -> str:
@@ -101,11 +108,11 @@ def artifact_name(text: str) -> str:
     return word[:100] if word[:1].isalpha() else f"m{word}"[:100]
 
 
-def _race(
+def _search(
     model: Model,
     groups: Sequence[int] | None,
     evaluate: Metric | None,
-    wish: Wish,
+    config: SearchConfig,
     *,
     work: Path,
     cache: Cache,
@@ -113,105 +120,51 @@ def _race(
     on_trial: OnTrial | None,
 ) -> Facts:
     started = time.monotonic()
-    machine = machines.here()
-    course = _prepare(model, groups, evaluate, wish, machine=machine, work=work, cache=cache, forks=forks)
-    recipes, left_out = race.propose(course.model, hardware=machine, backends=wish.backends)
-    if wish.recipes is not None:
-        recipes = [Recipe("eager"), *(recipe for recipe in wish.recipes if recipe != Recipe("eager"))]
-    deadline = started + wish.budget
-    free = wish.recipes is None  # what the caller lists is tried, and nothing else
-    among = wish.backends or plugins.names("backends")
-
-    def cut(trials: Sequence[Trial]) -> list[Recipe]:
-        return combine.cut(trials, course.model, source=wish.source, hardware=machine, among=among) if free else []
-
-    trials, interrupted = race.run(
-        recipes, course=course, goal=wish.goal, deadline=deadline, prune=free, instead=cut, on_trial=on_trial
-    )
-    layers: tuple[rescue.Layer, ...] = ()
-    ended = time.monotonic() > deadline and any(trial.status == "ok" for trial in trials)
-    if not (interrupted or ended) and all(trial.recipe.backend != "hybrid" for trial in trials):
-        more, interrupted = race.run(cut(trials), course=course, goal=wish.goal, deadline=deadline, on_trial=on_trial)
-        trials += more
+    context = _prepare(model, groups, evaluate, config, started=started, work=work, cache=cache, forks=forks)
+    recipes, left_out = propose(context.model, hardware=context.hardware, backends=config.backends)
+    mixed, tuning = MixedPrecision(context), FineTuning(context)
+    if config.recipes is None:
+        cutting = Cutting(context, among=config.backends or plugins.names("backends"))
+        proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead)
+        strategies: list[Strategy] = [proposals, cutting, mixed, tuning]
+    else:  # what the caller lists is tried to its end, and nothing else but what mends it
+        recipes = [Recipe("eager"), *(recipe for recipe in config.recipes if recipe != Recipe("eager"))]
+        strategies = [Proposals(recipes, goal=config.goal), mixed, tuning]
+    trials, interrupted = loop.run(strategies, context=context, on_trial=on_trial)
     try:
         if not interrupted:
-            layers = _rescue(trials, course, wish, deadline=deadline, on_trial=on_trial)
-            if wish.finetune is not None:
-                _finetune(trials, course, wish, deadline=deadline, on_trial=on_trial)
-            first = choose(trials, goal=wish.goal, constraints=wish.constraints)
-            trials = rematch.run(trials, first, course=course, goal=wish.goal, deadline=deadline)
+            first = choose(trials, goal=config.goal, constraints=config.constraints)
+            trials = remeasure.run(trials, first, context=context)
     except KeyboardInterrupt:
         interrupted = True
     cache.trim()
-    facts = _facts(course, wish, trials, left_out)
-    found = tuple((layer.path, layer.db) for layer in layers)
+    facts = _facts(context, trials, left_out)
+    found = tuple((layer.path, layer.db) for layer in mixed.layers)
     seconds = time.monotonic() - started
     return msgspec.structs.replace(facts, sensitivity=found, interrupted=interrupted, seconds=seconds)
 
 
-def _rescue(
-    trials: list[Trial], course: Course, wish: Wish, *, deadline: float, on_trial: OnTrial | None
-) -> tuple[rescue.Layer, ...]:
-    """Append trials that leave sensitive layers out of int8, where that could win; the ranking they went by."""
-    candidates = rescue.worth_it(trials, goal=wish.goal)
-    if not candidates or time.monotonic() > deadline:
-        return ()
-    layers = rescue.ranking(course, recipe=candidates[0].recipe, seconds=min(120.0, deadline - time.monotonic()))
-    for trial in rescue.run(candidates, layers, tried=tuple(trials), course=course, deadline=deadline):
-        trials.append(trial)
-        if on_trial is not None:
-            on_trial(trial, len(trials), len(trials))
-    return layers
-
-
-def _finetune(trials: list[Trial], course: Course, wish: Wish, *, deadline: float, on_trial: OnTrial | None) -> None:
-    """Append trials of the refused int8 candidates with weights from the user's training loop."""
-    candidates = rescue.worth_it(trials, goal=wish.goal)
-    if not candidates or wish.finetune is None or time.monotonic() > deadline:
-        return
-    key = caching.digest(course.model_hash, _source_hash(wish.finetune))
-    capsule.put(course.work / "loop.pkl", wish.finetune, what="the fine-tuning loop")
-    fault = finetune.in_child(
-        work=course.work,
-        weights=course.cache.root / "tuned" / f"{key}.safetensors",
-        timeout=max(30.0, deadline - time.monotonic()),
-        memory=wish.limits.memory,
-        threads=wish.threads,
-    )
-    tuned = replace(course, tuned=True, model_hash=key)
-    for candidate in candidates:
-        old = candidate.recipe
-        recipe = msgspec.structs.replace(old, transforms=(Step(finetune.STEP), *old.transforms))
-        if fault:
-            trial = Trial(recipe, "failed", failure=f"fine-tuning: {fault}")
-        else:
-            trial = race.attempt(recipe, course=tuned, left=max(30.0, deadline - time.monotonic()))
-        trials.append(trial)
-        if on_trial is not None:
-            on_trial(trial, len(trials), len(trials))
-
-
-def _facts(course: Course, wish: Wish, trials: Sequence[Trial], left_out: dict[str, str]) -> Facts:
-    model = course.model
+def _facts(context: SearchContext, trials: Sequence[Trial], left_out: dict[str, str]) -> Facts:
+    model, config = context.model, context.config
     return Facts(
         name=model.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         torchship=__version__,
-        source=wish.source,
+        source=config.source,
         signature=str(model.signature),
-        hardware=course.hardware.line,
-        fingerprint=course.hardware.fingerprint,
-        threads=wish.threads,
-        device=wish.device,
-        goal=wish.goal,
-        constraints=wish.constraints,
+        hardware=context.hardware.line,
+        fingerprint=context.hardware.fingerprint,
+        threads=config.threads,
+        device=config.device,
+        goal=config.goal,
+        constraints=config.constraints,
         trials=tuple(trials),
-        choice=choose(trials, goal=wish.goal, constraints=wish.constraints),
+        choice=choose(trials, goal=config.goal, constraints=config.constraints),
         left_out=left_out,
-        notes=(*getattr(model.module, "notes", ()), *course.doubts, *_busy(course.hardware)),
-        command=wish.command,
-        rows=course.rows,
-        reference_metric=course.reference_metric,
+        notes=(*getattr(model.module, "notes", ()), *context.doubts, *_busy(context.hardware)),
+        command=config.command,
+        rows=context.rows,
+        reference_metric=context.reference_metric,
         packages=caching.versions(["torch", "onnxruntime", "openvino", "nncf", "torchao"]),
     )
 
@@ -228,13 +181,13 @@ def _prepare(
     model: Model,
     groups: Sequence[int] | None,
     evaluate: Metric | None,
-    wish: Wish,
+    config: SearchConfig,
     *,
-    machine: Hardware,
+    started: float,
     work: Path,
     cache: Cache,
     forks: Forkserver,
-) -> Course:
+) -> SearchContext:
     """Compute the reference once, and lay everything out for the children."""
     fit, held_back, theirs = reference.split_calibration(model.calibration, groups, signature=model.signature)
     model = replace(model, calibration=fit)
@@ -243,24 +196,19 @@ def _prepare(
     plan, judged_hash = reference.prepare(work / "reference", model, held_back=held_back, groups=theirs)
     if evaluate is not None:
         capsule.put(work / "metric.pkl", evaluate, what="the evaluate function")
-    return Course(
+    return SearchContext(
+        config=config,
         model=model,
-        name=model.name,
-        source=wish.source,
         model_hash=caching.digest(caching.hash_model(model), caching.hash_tensors([*model.examples, *fit])),
         work=work,
         cache=cache,
         forks=forks,
-        hardware=machine,
-        guard=wish.guard,
-        effort=wish.effort,
-        limits=wish.limits,
-        threads=wish.threads,
-        device=wish.device,
+        hardware=machines.here(),
+        deadline=started + config.budget,
         rows=plan.rows,
         doubts=tuple(told(plan.yards)),
         judged_hash=judged_hash,
-        metric_hash="" if evaluate is None else _source_hash(evaluate),
+        metric_hash="" if evaluate is None else source_hash(evaluate),
         reference_metric=None
         if evaluate is None
         else _reference_metric(evaluate, reference.EagerStage(model), work / "reference"),
@@ -280,17 +228,6 @@ def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Pat
     if rows is not None:
         (folder / METRIC).write_bytes(tensorfile.encode({"rows": rows}))
     return found
-
-
-def _source_hash(function: Callable[..., Any]) -> str:
-    """A hash of a function's source and defaults, or of its pickle where it has no source."""
-    try:
-        return caching.digest(inspect.getsource(function), repr(getattr(function, "__defaults__", None)))
-    except (OSError, TypeError):
-        import cloudpickle
-
-        data: bytes = cloudpickle.dumps(function)
-        return caching.digest(data)
 
 
 def _publish(facts: Facts, store: Store, *, labels: Sequence[str], work: Path) -> tuple[Artifact, int]:

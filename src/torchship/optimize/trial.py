@@ -49,7 +49,7 @@ class Trial(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-class Limits(msgspec.Struct, frozen=True):
+class TrialLimits(msgspec.Struct, frozen=True):
     """What a child may take: seconds and bytes."""
 
     timeout: float = 300.0
@@ -91,7 +91,7 @@ class Proof(msgspec.Struct, frozen=True):
     timing: Timing
 
 
-def build(task: BuildTask, *, limits: Limits, forks: Forkserver) -> process.Outcome:
+def build(task: BuildTask, *, limits: TrialLimits, forks: Forkserver) -> process.Outcome:
     """Apply the transforms, build and pack in a child; the Outcome's fault says why it failed."""
     return forks.run(
         "torchship.optimize.trial:build_here",
@@ -101,7 +101,7 @@ def build(task: BuildTask, *, limits: Limits, forks: Forkserver) -> process.Outc
     )
 
 
-def prove(task: ProofTask, *, limits: Limits, threads: int) -> process.Outcome:
+def prove(task: ProofTask, *, limits: TrialLimits, threads: int) -> process.Outcome:
     """Open, guard and measure in a fresh child, pinned, that imports only what serving needs; the value is a Proof."""
     return process.run(
         "torchship.optimize.trial:prove_here",

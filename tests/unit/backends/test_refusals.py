@@ -17,7 +17,7 @@ from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, 
 from torchship.hardware import Gpu, Hardware
 from torchship.lowering import torch_stage
 from torchship.model import Model
-from torchship.optimize import wish
+from torchship.optimize import config
 from torchship.recipe import Options, Recipe, Step
 from torchship.tensors import Signature
 
@@ -164,7 +164,7 @@ def test_every_option_that_is_proposed_is_one_that_exists() -> None:
 )
 def test_a_recipe_is_checked_before_anything_starts(recipe: Recipe, words: str) -> None:
     with pytest.raises(BadConfig, match=words):
-        wish.check(recipe, nn.ModuleDict({"head": nn.Identity()}))
+        config.check(recipe, nn.ModuleDict({"head": nn.Identity()}))
 
 
 @pytest.mark.parametrize("backend", [eager, torchscript, onnxruntime, openvino, aoti])

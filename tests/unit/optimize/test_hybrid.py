@@ -12,9 +12,10 @@ import torch
 from tests.unit.optimize import unexportable
 from torchship import hardware, plugins
 from torchship.errors import BuildFailed, CorruptArtifact, UnsafeArtifact
-from torchship.optimize import combine, search
+from torchship.optimize import search
 from torchship.optimize.capture import capture
 from torchship.optimize.measure import Effort
+from torchship.optimize.strategies.cutting import cut
 from torchship.optimize.trial import Status, Trial
 from torchship.recipe import Recipe
 
@@ -95,7 +96,7 @@ def test_it_stands_in_where_what_eager_exported_was_refused(tmp_path: Path) -> N
 
     def proposed(status: Status) -> list[Recipe]:
         eager = Trial(Recipe("eager"), status, artifact=str(tmp_path))
-        return combine.cut([eager], model, source="", hardware=hardware.here(), among=[])
+        return cut([eager], model, source="", hardware=hardware.here(), among=[])
 
     assert proposed("ok") == []
     assert Recipe("hybrid") in proposed("refused")

@@ -1,4 +1,4 @@
-"""Best first, who is rescued, and who races again: pure functions of the trials."""
+"""Best first, what is mended, and what is measured again: pure functions of the trials."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import msgspec
 from tests.contracts.test_backends import HERE, picture
 from tests.unit.optimize.test_choose import trial
 from torchship.optimize.choose import choose
-from torchship.optimize.order import hopeless, next_up
-from torchship.optimize.race import propose
-from torchship.optimize.rematch import racers
-from torchship.optimize.rescue import Layer, describe, gentler, worth_it
+from torchship.optimize.remeasure import close_ones
+from torchship.optimize.strategies.mixed_precision import Layer, describe, gentler, worth_it
+from torchship.optimize.strategies.proposals import hopeless, next_up, propose
 from torchship.optimize.trial import Trial
 from torchship.recipe import Option, Options, Recipe
 
@@ -54,7 +53,7 @@ def test_an_engine_far_behind_is_not_tried_again() -> None:
     assert not hopeless(Recipe("slow", INT8), done, goal="size")
 
 
-def test_only_refused_int8_that_would_win_is_rescued() -> None:
+def test_only_refused_int8_that_would_win_is_mended() -> None:
     def refused(name: str, p50: float, **options: Option) -> Trial:
         found = trial(name, p50=p50, status="refused", passed=False)
         return msgspec.structs.replace(found, recipe=Recipe(name, dict(options)))
@@ -67,22 +66,22 @@ def test_only_refused_int8_that_would_win_is_rescued() -> None:
     assert worth_it([trial("eager", p50=1), fast], goal="latency") == []
 
 
-def test_close_racers_meet_again_with_eager_beside_them() -> None:
+def test_close_ones_are_measured_again_with_eager_beside_them() -> None:
     trials = [trial("eager", p50=10), trial("a", p50=2.0), trial("b", p50=2.2), trial("c", p50=4)]
-    assert racers(trials, choose(trials, goal="latency"), goal="latency") == [1, 2, 0]
-    assert racers(trials, choose(trials, goal="size"), goal="size") == []
-    assert racers(trials[:2], choose(trials[:2], goal="latency"), goal="latency") == []
+    assert close_ones(trials, choose(trials, goal="latency"), goal="latency") == [1, 2, 0]
+    assert close_ones(trials, choose(trials, goal="size"), goal="size") == []
+    assert close_ones(trials[:2], choose(trials[:2], goal="latency"), goal="latency") == []
 
 
 def test_int8_is_mended_as_a_whole_before_layers_are_left_out() -> None:
-    course: Any = SimpleNamespace(model=picture(), hardware=HERE)
-    equalized, *searched = gentler(Recipe("onnxruntime", INT8), course=course)
+    context: Any = SimpleNamespace(model=picture(), hardware=HERE)
+    equalized, *searched = gentler(Recipe("onnxruntime", INT8), context=context)
     assert [step.transform for step in equalized.transforms] == ["equalize"]
     assert [recipe.options["range"] for recipe in searched] == ["percentile", "mse", "entropy"]
     careful = Recipe("onnxruntime", {**INT8, "bias_correction": True, "range": "mse"})
-    assert len(gentler(careful, course=course)) == 1
+    assert len(gentler(careful, context=context)) == 1
     as_they_come = Recipe("onnxruntime", {"precision": "dynamic_int8"})  # has no ranges to choose
-    assert [len(recipe.transforms) for recipe in gentler(as_they_come, course=course)] == [1]
+    assert [len(recipe.transforms) for recipe in gentler(as_they_come, context=context)] == [1]
 
 
 def test_left_out_layers_are_named_worst_first() -> None:

@@ -18,7 +18,7 @@ from torchship.optimize.choose import GOALS, Constraints, Goal
 from torchship.optimize.finetune import Loop
 from torchship.optimize.guard import Guard
 from torchship.optimize.measure import Effort
-from torchship.optimize.trial import Limits
+from torchship.optimize.trial import TrialLimits
 from torchship.recipe import Recipe
 from torchship.stage import Stage
 from torchship.tensors import Free
@@ -60,14 +60,14 @@ class Settings(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class SearchConfig:
     """What the caller asked for, checked and complete."""
 
     goal: Goal
     constraints: Constraints
     guard: Guard
     effort: Effort
-    limits: Limits
+    limits: TrialLimits
     backends: Sequence[str] | None
     recipes: Sequence[Recipe] | None
     budget: float
@@ -88,7 +88,7 @@ def read(
     max_drop: float | None,
     guard: Guard | None,
     settings: Settings,
-) -> Wish:
+) -> SearchConfig:
     """Raises BadConfig for an unknown goal, backend or setting."""
     if goal not in GOALS:
         raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
@@ -104,7 +104,7 @@ def read(
     machine = machines.here()
     limits = guard or Guard()
     memory = settings.get("trial_memory") or int(machine.memory * _MEMORY_SHARE)
-    return Wish(
+    return SearchConfig(
         goal=goal,
         constraints=Constraints(settings.get("max_latency_p99"), settings.get("max_memory"), settings.get("max_size")),
         guard=msgspec.structs.replace(
@@ -113,7 +113,7 @@ def read(
             strict=settings.get("strict", limits.strict),
         ),
         effort=settings.get("effort") or Effort(),
-        limits=Limits(settings.get("trial_timeout", 300.0), memory),
+        limits=TrialLimits(settings.get("trial_timeout", 300.0), memory),
         backends=backends,
         recipes=settings.get("recipes"),
         budget=budget,

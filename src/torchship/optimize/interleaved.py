@@ -1,4 +1,4 @@
-"""Takes turns: several artifacts, each open and warm in a fresh process of its own, run one at a time.
+"""An interleaved benchmark: several artifacts, each open and warm in a fresh process, run one at a time.
 
 What disturbs the machine then disturbs all alike, so that their ratios hold where single figures do not.
 """
@@ -25,8 +25,8 @@ _SILENCE = 60.0
 _MESSAGE = 2**16  # bytes; a turn has at most 200 samples
 
 
-class Turn(msgspec.Struct, frozen=True):
-    """What a racer is told at its start."""
+class Contest(msgspec.Struct, frozen=True):
+    """What a contestant is told at its start."""
 
     artifact: str
     batch: int
@@ -36,7 +36,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class Racer:
+class Contestant:
     """One waiting child and its samples."""
 
     sock: socket.socket
@@ -44,68 +44,68 @@ class Racer:
 
 
 def measure(
-    racers: Sequence[tuple[Path, int]], *, device: str, threads: int, deadline: float = float("inf")
+    contestants: Sequence[tuple[Path, int]], *, device: str, threads: int, deadline: float = float("inf")
 ) -> list[list[float]]:
     """Seconds of single calls for each artifact at its batch size; none for one that fails or is late.
 
-    `deadline` is on the monotonic clock. Each racer has a turn of a quarter of a second in each of seven rounds.
+    `deadline` is on the monotonic clock. Each has a turn of a quarter of a second in each of seven rounds.
     """
     with ExitStack() as stack:
-        waiting = [_start(path, batch, device, threads, stack) for path, batch in racers]
-        opened = [_answer(racer, min(deadline, time.monotonic() + _OPENING)) is not None for racer in waiting]
+        waiting = [_start(path, batch, device, threads, stack) for path, batch in contestants]
+        opened = [_answer(contestant, min(deadline, time.monotonic() + _OPENING)) is not None for contestant in waiting]
         for _ in range(_ROUNDS):
-            for racer, ready in zip(waiting, opened, strict=True):
+            for contestant, ready in zip(waiting, opened, strict=True):
                 if ready:
-                    _take_turn(racer)
+                    _take_turn(contestant)
             if time.monotonic() > deadline:
                 break
-        return [racer.seconds for racer in waiting]
+        return [contestant.seconds for contestant in waiting]
 
 
-def _start(path: Path, batch: int, device: str, threads: int, stack: ExitStack) -> Racer:
+def _start(path: Path, batch: int, device: str, threads: int, stack: ExitStack) -> Contestant:
     child, sock = process.converse(
-        "torchship.optimize.turns:turns_here",
-        argument=msgspec.to_builtins(Turn(str(path), batch, device, threads, _TURN)),
+        "torchship.optimize.interleaved:contest_here",
+        argument=msgspec.to_builtins(Contest(str(path), batch, device, threads, _TURN)),
         output=subprocess.DEVNULL,
         threads=threads,
         cpus=hardware.cpus(threads),
     )
     stack.callback(sock.close)
     stack.callback(process.stop, child)
-    return Racer(sock)
+    return Contestant(sock)
 
 
-def _take_turn(racer: Racer) -> None:
+def _take_turn(contestant: Contestant) -> None:
     try:
-        racer.sock.send(b".")
+        contestant.sock.send(b".")
     except OSError:
         return
-    racer.seconds += _answer(racer, time.monotonic() + _SILENCE) or []
+    contestant.seconds += _answer(contestant, time.monotonic() + _SILENCE) or []
 
 
-def _answer(racer: Racer, deadline: float) -> list[float] | None:
+def _answer(contestant: Contestant, deadline: float) -> list[float] | None:
     """One message from the child; None when it died or took too long."""
-    racer.sock.settimeout(max(0.001, deadline - time.monotonic()))
+    contestant.sock.settimeout(max(0.001, deadline - time.monotonic()))
     try:
-        message = racer.sock.recv(_MESSAGE)
+        message = contestant.sock.recv(_MESSAGE)
     except OSError:
         return None
     return msgspec.json.decode(message, type=list[float]) if message else None
 
 
-def turns_here(argument: Any, sock: socket.socket) -> None:
+def contest_here(argument: Any, sock: socket.socket) -> None:
     """The child's side: open, warm up, say so; then run for a moment at each sign."""
     from torchship.artifact import open_artifact
     from torchship.optimize.measure import Effort, resized, sample, warm_up
 
-    turn = msgspec.convert(argument, Turn)
-    artifact = open_artifact(Path(turn.artifact), verify=False)
-    stage = artifact.open(device=turn.device, threads=turn.threads, trust=True)
+    contest = msgspec.convert(argument, Contest)
+    artifact = open_artifact(Path(contest.artifact), verify=False)
+    stage = artifact.open(device=contest.device, threads=contest.threads, trust=True)
     tensors = artifact.inputs()
     if artifact.manifest.signature.batched:
-        tensors = dict(resized(tensors, rows=turn.batch))
+        tensors = dict(resized(tensors, rows=contest.batch))
     warm_up(stage, tensors, seconds=0.5)
-    effort = Effort(seconds=turn.seconds, calls=200, fewest=2, warm_up=0.02)
+    effort = Effort(seconds=contest.seconds, calls=200, fewest=2, warm_up=0.02)
     sock.send(b"[]")
     while sock.recv(1):
         sock.send(msgspec.json.encode(sample(stage, tensors, effort=effort)))

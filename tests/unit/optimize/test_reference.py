@@ -1,0 +1,107 @@
+"""What candidates are judged on: real rows, made-up ones and laws apart; groups stay together on one side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from torchship.artifact import tensorfile
+from torchship.errors import BadInput
+from torchship.model import Model
+from torchship.optimize import reference
+from torchship.tensors import Array, Signature, Tensors
+
+PLAIN = Signature.parse("x:FP32[-1,3] -> y:FP32[-1,2]")
+WORDS = Signature.parse("ids:INT64[-1,n], mask:INT64[-1,n] -> y:FP32[-1,2]")
+
+
+class Flat(nn.Module):
+    """A module as capture leaves it: a tuple of tensors comes out."""
+
+    tried = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.table = nn.Linear(3, 2), nn.Embedding(9, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        if mask is None:
+            return (self.head(x),)
+        kept = mask[..., None].float()
+        return (self.head((self.table(x) * kept).sum(1) / kept.sum(1).clamp(min=1)),)
+
+
+def rows(count: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
+
+
+def test_real_rows_and_made_up_ones_are_kept_apart(tmp_path: Path) -> None:
+    model = Model(module=Flat(), signature=PLAIN, examples=[{"x": rows(2)}])
+    held = [{"x": rows(40, seed)} for seed in (1, 2)]
+    plan, _ = reference.prepare(tmp_path, model, held_back=held)
+    real = [index for index, entry in enumerate(plan.entries) if entry.kind == "real"]
+    given = np.concatenate([tensorfile.load(tmp_path / f"{index}.in.safetensors")["x"] for index in real])
+    np.testing.assert_array_equal(given, np.concatenate([batch["x"] for batch in held]))
+    assert plan.rows == 80
+    assert any(entry.kind == "made" for entry in plan.entries)
+    assert any(entry.law and "loud" in entry.law.words for entry in plan.entries)
+
+
+def test_without_data_the_users_examples_are_real_and_noise_is_not(tmp_path: Path) -> None:
+    model = Model(module=Flat(), signature=PLAIN, examples=[{"x": rows(2)}])
+    plan, _ = reference.prepare(tmp_path, model, held_back=[])
+    assert [entry.kind for entry in plan.entries].count("real") == 1
+    assert plan.rows == 2
+
+
+def test_a_made_up_mask_that_leaves_out_everything_is_only_asked_for_numbers(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 9, (2, 5))
+    example: Tensors = {"ids": ids, "mask": np.ones_like(ids)}
+    empty: Tensors = {"ids": ids, "mask": np.zeros_like(ids)}
+    module = Flat()
+    module.tried = 1
+    plan, _ = reference.prepare(
+        tmp_path, Model(module=module, signature=WORDS, examples=[example, empty]), held_back=[]
+    )
+    kinds = {
+        bool(tensorfile.load(tmp_path / f"{index}.in.safetensors")["mask"].any()): entry.kind
+        for index, entry in enumerate(plan.entries)
+        if entry.kind in ("made", "finite")
+    }
+    assert kinds == {True: "made", False: "finite"}
+
+
+def test_answers_that_are_no_numbers_anywhere_are_refused_with_words(tmp_path: Path) -> None:
+    module = Flat()
+    with torch.no_grad():
+        module.head.bias.fill_(torch.nan)
+    with pytest.raises(BadInput, match="'y' of the model itself is NaN or infinite everywhere"):
+        reference.prepare(tmp_path, Model(module=module, signature=PLAIN, examples=[{"x": rows(2)}]), held_back=[])
+
+
+def test_rows_of_one_group_are_all_on_one_side() -> None:
+    samples = [{"x": rows(30, seed), "group": np.arange(30)} for seed in range(4)]
+    model, groups = reference.with_data(Model(module=Flat(), signature=PLAIN, examples=[]), samples)
+    assert groups == list(range(30)) * 4
+    fit, held, theirs = reference.split_calibration(model.calibration, groups, signature=PLAIN)
+    assert theirs is not None
+    assert len(set(theirs)) == 20, "as many as a proof needs"
+    assert sum(len(batch["x"]) for batch in held) == len(theirs) == 80
+    fitted = np.concatenate([batch["x"] for batch in fit])
+    judged = np.concatenate([batch["x"] for batch in held])
+    assert len(fitted) == 40
+    assert not {row.tobytes() for row in fitted} & {row.tobytes() for row in judged}
+
+
+def test_data_without_groups_is_halved_and_half_a_grouping_is_refused() -> None:
+    batches = [rows(8, seed) for seed in range(6)]
+    model, groups = reference.with_data(Model(module=Flat(), signature=PLAIN, examples=[]), batches)
+    fit, held, theirs = reference.split_calibration(model.calibration, groups, signature=PLAIN)
+    assert (len(fit), len(held), theirs) == (3, 3, None)
+    with pytest.raises(BadInput, match="sample 1 names 0 groups for 8 rows"):
+        reference.grouped([{"x": batches[0], "group": "a"}, {"x": batches[1]}], signature=PLAIN)
