@@ -94,12 +94,8 @@ def _of(spec: TensorSpec, parts: Sequence[Array], batched: bool) -> Yardstick:
         joined = np.concatenate(parts).astype(np.float64)
         kind, soft, power = _kind(joined)
     found = tuple(_channels(axis, floats) for axis in _axes(spec, batched)) if rows else ()
-<<<<<<< HEAD
     # answers of other lengths differ, too
     varies = any(p.shape[1:] != floats[0].shape[1:] or bool((p != floats[0][:1]).any()) for p in floats)
-=======
-    varies = any(part.shape[1:] != floats[0].shape[1:] or bool((part != floats[0][:1]).any()) for part in floats)
->>>>>>> 07195c6 (One loop: ask, attempt, tell; the strategies are a folder, settings one nested config, backends state facts about themselves)
     return Yardstick(
         spec.name, kind, found, float(np.median(norms)), float(np.median(spreads)), soft, power, varies=varies
     )
