@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from torchship import home
 from torchship.errors import BadConfig, NotFound
 
 _MARKS = (
@@ -37,7 +38,7 @@ def decode(data: bytes, *, where: str) -> str:
 def read(path: Path | str) -> str:
     """The text of a file of the user's. Raises NotFound, BadConfig."""
     try:
-        return decode(Path(path).expanduser().read_bytes(), where=str(path))
+        return decode(home.expand(path).read_bytes(), where=str(path))
     except FileNotFoundError:
         raise NotFound(f"no file {path}") from None
     except OSError as fault:

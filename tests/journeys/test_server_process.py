@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from tests.unit.artifact.made import linear
 
 ROOT = Path(__file__).parents[2]
 TWO = """
@@ -34,9 +38,9 @@ run = "tests.serving:sleeper"
 class Running:
     """A server process and where it listens."""
 
-    def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-m", "torchship", "serve", *words]
-        self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    def __init__(self, *words: str, python: str = sys.executable, **how: Any) -> None:
+        command = [python, "-m", "torchship", "serve", *words]
+        self.child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, **how)
         self.lines: list[str] = []
         assert self.child.stderr is not None
         self.url = ""
@@ -69,10 +73,10 @@ class Running:
 
 
 @contextmanager
-def serving(text: str, folder: Path, *words: str) -> Iterator[Running]:
+def serving(text: str, folder: Path, *words: str, **how: Any) -> Iterator[Running]:
     file = folder / "serve.toml"
     file.write_text(text)
-    server = Running(str(file), "--http-port", "0", *words)
+    server = Running(str(file), "--http-port", "0", *words, **how)
     try:
         yield server
     finally:
@@ -189,3 +193,42 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in log
     assert "Traceback" not in log
     assert server.child.returncode == 1
+
+
+def python_for(user: int) -> str:
+    """An interpreter of this version that a user without rights may run."""
+    near = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]
+    code = "import sys, msgspec, numpy, torchship"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    for python in near:
+        with suppress(OSError):
+            if (
+                subprocess.run([python, "-c", code], user=user, group=user, env=environment, check=False).returncode
+                == 0
+            ):
+                return python
+    pytest.skip(f"user {user} may run no Python with these packages")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become another user")
+def test_a_user_without_a_name_and_a_home() -> None:
+    """As in a container that runs as a number which no list of users knows, its environment empty."""
+    user = 12345
+    with pytest.raises(KeyError):
+        pwd.getpwuid(user)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    how: dict[str, Any] = {"user": user, "group": user, "extra_groups": [], "env": environment}
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        folder = Path(place)
+        folder.chmod(0o755)
+        linear(folder / "net")
+        text = f'[[model]]\nname = "net"\nartifact = "{folder}/net"\n' + TWO
+        with serving(text, folder, python=python_for(user), **how) as server:
+            given = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}
+            status, answer = server.ask("/v2/models/net/infer", {"inputs": [given]})
+            assert (status, answer["outputs"][0]["data"]) == (200, [7.0, -1.0])
+            assert server.double(2)[0] == 200
+            assert psutil.Process(server.child.pid).uids().real == user
+            server.child.terminate()
+            server.finish()
+            assert server.child.returncode == 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from torchship import home
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import MANIFEST, MAX_FILES, SIGNATURE
 from torchship.artifact.opening import Artifact, open_artifact, read_manifest
@@ -91,7 +92,7 @@ def extracted(archive: Path | str) -> Iterator[Artifact]:
     Only plain files that the archive's own manifest lists are written, with exactly the size that it lists.
     Raises NotFound, BadConfig, UnsafeArtifact, CorruptArtifact, Unsupported for an unknown format version.
     """
-    path = Path(archive).expanduser()
+    path = home.expand(archive)
     _check_suffix(path, SUFFIXES)
     if not path.is_file():
         raise NotFound(f"no file {path}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from torchship import hardware
+from torchship import hardware, home
 from torchship.artifact.manifest import Manifest
 from torchship.difference import relative_error, share_equal
-from torchship.errors import WrongMachine
+from torchship.errors import BadConfig, WrongMachine
 from torchship.stage import Stage
 from torchship.tensors import FLOATS, Array, Signature, Tensors, dtype_name
 
@@ -22,7 +23,8 @@ def is_due(manifest: Manifest, digest: str) -> bool:
     not been checked yet."""
     if manifest.family == hardware.here().family and manifest.provenance.packages == _versions(manifest):
         return False
-    return not _mark(manifest, digest).exists()
+    path = _mark(manifest, digest)
+    return path is None or not os.path.exists(path)
 
 
 def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors) -> None:
@@ -43,12 +45,10 @@ def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors
 
 def remember(manifest: Manifest, digest: str) -> None:
     """Note that the artifact was checked here, where a note can be written."""
-    path = _mark(manifest, digest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:
-        pass
+    if path := _mark(manifest, digest):
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
 
 
 def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: float) -> dict[str, str]:
@@ -81,7 +81,11 @@ def _versions(manifest: Manifest) -> dict[str, str]:
     return {name: hardware.version(name) for name in manifest.provenance.packages}
 
 
-def _mark(manifest: Manifest, digest: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchship" / "verified"
+def _mark(manifest: Manifest, digest: str) -> Path | None:
+    """The file whose presence is the note; None for a user without a usable home."""
+    try:
+        root = home.folder("XDG_CACHE_HOME", ".cache") / "torchship" / "verified"
+    except BadConfig:
+        return None
     facts = (digest, hardware.here().family, sorted(_versions(manifest).items()))
     return root / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

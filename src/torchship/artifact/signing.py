@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from torchship import textfiles
+from torchship import home, textfiles
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import SIGNATURE
 from torchship.errors import BadConfig, CorruptArtifact, NotFound, Unavailable, UnsafeArtifact
@@ -35,9 +35,8 @@ class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def keys_folder() -> Path:
-    """Where trusted public keys lie."""
-    given = os.environ.get("TORCHSHIP_KEYS")
-    return Path(given) if given else Path.home() / ".config" / "torchship" / "keys"
+    """Where trusted public keys lie. Raises BadConfig where neither the environment nor a home says."""
+    return home.folder("TORCHSHIP_KEYS", ".config", "torchship", "keys")
 
 
 def make_key(path: Path) -> str:
@@ -106,10 +105,9 @@ def signer(folder: Path, *, digest: str) -> str:
 
 def trusted_keys(folder: Path | None = None) -> dict[str, str]:
     """Names of the trusted public keys by key. Raises BadConfig for a file that holds none."""
-    place = folder or keys_folder()
     try:
-        files = sorted(place.glob("*.pub"))
-    except OSError:
+        files = sorted((folder or keys_folder()).glob("*.pub"))
+    except (OSError, BadConfig):
         return {}
     return {read_public(file): file.stem for file in files}
 
@@ -134,7 +132,7 @@ def check(folder: Path, *, digest: str, key: str = "") -> str:
     if found not in known:
         raise UnsafeArtifact(
             f"{folder} is signed by {found[:16]}..., which is not trusted",
-            hint=f"put that public key into {keys_folder()} if you trust its owner",
+            hint="put that public key into $TORCHSHIP_KEYS or ~/.config/torchship/keys if you trust its owner",
         )
     return known[found]
 

@@ -10,10 +10,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 
+from torchship import home
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import MANIFEST
 from torchship.artifact.opening import open_artifact
@@ -39,12 +41,6 @@ class Entry(msgspec.Struct, frozen=True):
     current: int
 
 
-def default_root() -> Path:
-    """`$TORCHSHIP_STORE`, or `~/.local/share/torchship/store`."""
-    given = os.environ.get("TORCHSHIP_STORE")
-    return Path(given).expanduser() if given else Path.home() / ".local" / "share" / "torchship" / "store"
-
-
 def check_name(name: str) -> str:
     """`name` when it is one: a letter, then letters, digits, `_`, `.` and `-`. Raises BadConfig."""
     if not _NAME.fullmatch(name):
@@ -55,10 +51,23 @@ def check_name(name: str) -> str:
 
 
 class Store:
-    """Artifacts below `root`. Several processes may publish, read and remove at once."""
+    """Artifacts below `root`, else `$TORCHSHIP_STORE`, else `~/.local/share/torchship/store`.
+
+    Several processes may publish, read and remove at once.
+    """
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.root = Path(root).expanduser() if root is not None else default_root()
+        self.named = str(root or "")  # what was given; empty for the user's own
+
+    @cached_property
+    def root(self) -> Path:
+        """Its folder. Raises BadConfig where none is given and there is no usable home.
+
+        That is found out when it is asked for: artifacts that are named by their folders need no store.
+        """
+        if self.named:
+            return home.expand(self.named)
+        return home.folder("TORCHSHIP_STORE", ".local", "share", "torchship", "store")
 
     def publish(self, folder: Path | str, *, name: str, current: bool = True) -> int:
         """Copy the artifact in `folder` into the store as the next version of `name`, and make it current if asked.
@@ -158,7 +167,7 @@ class Store:
                 os.rename(home / str(number), trash / str(number))
 
     def _path(self, target: str) -> Path:
-        path = Path(target).expanduser()
+        path = home.expand(target)
         if not path.is_dir():
             raise NotFound(f"no artifact at {target}", hint="`torchship store list` shows what is published")
         return path

@@ -24,13 +24,12 @@ def command(*, target: str, store: str | None, no_verify: bool, as_json: bool) -
 
     ARTIFACT is a name in the store (resnet18, resnet18@3), a folder, or an archive of one (.tar, .tar.gz, .zip).
     """
-    from pathlib import Path
-
+    from torchship import home
     from torchship.artifact import Store, archive, open_artifact
     from torchship.cli import _shown
 
     with ExitStack() as stack:
-        if target.lower().endswith(archive.SUFFIXES) and Path(target).expanduser().is_file():
+        if target.lower().endswith(archive.SUFFIXES) and home.expand(target).is_file():
             artifact = stack.enter_context(archive.extracted(target))
         else:
             artifact = open_artifact(Store(store).resolve(target), verify=not no_verify)

@@ -151,7 +151,7 @@ def keygen(*, file: str) -> None:
     signing.need_library()
     public = signing.make_key(Path(file))
     click.echo(f"wrote {file} (keep it secret) and {file}.pub")
-    click.echo(f"public key {public}: who trusts it puts {file}.pub into {signing.keys_folder()}")
+    click.echo(f"public key {public}: who trusts it puts {file}.pub into $TORCHSHIP_KEYS or ~/.config/torchship/keys")
 
 
 @command.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchship import hardware
+from torchship import hardware, home
 from torchship.errors import Unavailable
 from torchship.model import Model, to_numpy, to_torch
 from torchship.recipe import Options, choice
@@ -115,6 +115,7 @@ def prepare(*, device: str, threads: int, tf32: bool = False) -> None:
     """
     import torch
 
+    home.name_user()
     torch.set_num_threads(threads or hardware.cores())
     if device == "cpu":
         return

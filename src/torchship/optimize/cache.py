@@ -30,12 +30,6 @@ _KEPT_BYTES = 20 * 2**30
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size)
 
 
-def default_root() -> Path:
-    """Where the cache lies unless told otherwise."""
-    given = os.environ.get("TORCHSHIP_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "torchship"
-
-
 class Cache:
     """Builds and trials below `root`. An entry appears whole or not at all; the oldest go beyond 20 GiB."""
 

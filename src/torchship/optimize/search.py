@@ -17,7 +17,7 @@ from typing import Any, Unpack
 import msgspec
 import torch
 
-from torchship import __version__, plugins
+from torchship import __version__, home, plugins
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, package, tensorfile
 from torchship.artifact import folder as folders
@@ -92,7 +92,8 @@ def optimize(
     model, groups = reference.with_data(model, () if calibration is None else calibration)
     if evaluate is None:
         reference.refuse_unsteady(model)
-    root = Path(settings.get("cache") or caching.default_root())
+    root = Path(settings.get("cache") or home.folder("TORCHSHIP_CACHE", ".cache", "torchship"))
+    home.name_user()
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
     with folders.room(root), capsule.private_folder(root / "work") as work, closing(forks):
         facts = _search(model, groups, evaluate, config, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from torchship import textfiles
+from torchship import home, textfiles
 from torchship.errors import BadConfig
 from torchship.stage import Value
 
@@ -67,7 +67,7 @@ def convert(data: object, *, where: str = "$") -> PipelineConfig:
 def store_of(path: Path | str) -> Path | None:
     """The store that a server's file names, found from the file; None: the user's own. Raises NotFound, BadConfig."""
     root = textfiles.read_toml(path).get("store", {}).get("root", "")
-    return Path(path).parent / Path(root).expanduser() if root else None
+    return Path(path).parent / home.expand(root) if root else None
 
 
 def read(path: Path | str) -> PipelineConfig:

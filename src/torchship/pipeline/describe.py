@@ -124,7 +124,7 @@ def describe_apart(config: StageConfig, store: Store) -> Description:
     """
     if config.artifact or config.run.startswith("torchship.stages."):
         return describe(config, store)
-    question = msgspec.to_builtins(_Question(config, str(store.root)))
+    question = msgspec.to_builtins(_Question(config, store.named))
     outcome = process.run("torchship.pipeline.describe:answer", argument=question, timeout=120.0)
     if outcome.fault:
         raise BadConfig(outcome.fault)

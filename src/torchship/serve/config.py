@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from torchship import textfiles
+from torchship import home, textfiles
 from torchship.errors import BadConfig
 from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.serve.engine.spec import Count, LineLimits, Seconds
@@ -213,7 +213,7 @@ def check(config: ServerConfig) -> None:
 
 def read(path: Path | str) -> ServerConfig:
     """The configuration in a TOML file; store and certificates are found from the file. Raises NotFound, BadConfig."""
-    path = Path(path).expanduser()
+    path = home.expand(path)
     data = textfiles.read_toml(path)
     try:
         config = convert(data)
@@ -228,4 +228,4 @@ def read(path: Path | str) -> ServerConfig:
 
 def _beside(folder: Path, name: str) -> str:
     """A path in the file, found from the file; empty stays empty."""
-    return str((folder / Path(name).expanduser()).resolve()) if name else ""
+    return str((folder / home.expand(name)).resolve()) if name else ""

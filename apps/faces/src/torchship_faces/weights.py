@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from torchship import home
 from torchship.errors import CorruptArtifact, NotFound, Unavailable
 
 
@@ -88,8 +89,7 @@ _PICTURES = "5e5efdd1686aa566af0d3cc1313b131e4b197657a8ffd03669e6d3fad92705ec"
 
 def folder() -> Path:
     """Where weights are kept: `$TORCHSHIP_CACHE/weights`, else `~/.cache/torchship/weights`."""
-    root = os.environ.get("TORCHSHIP_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "torchship") / "weights"
+    return home.folder("TORCHSHIP_CACHE", ".cache", "torchship") / "weights"
 
 
 def fetch(name: str, *, tell: Callable[[str], None] = lambda _: None) -> Path:

@@ -74,9 +74,7 @@ def build(
 ) -> StageNode:
     """The node of a line for one of a plan, its station not yet open."""
     config, signature = node.config, node.signature
-    model = StageModel(
-        name=node.name, config=config, store=str(store.root), signature=signature, max_batch=node.max_batch
-    )
+    model = StageModel(name=node.name, config=config, store=store.named, signature=signature, max_batch=node.max_batch)
     specs = [WorkerSpec(model=model, placement=place, limits=limits) for place in placements(config, limits)]
     defaults = select(node.parameters, {}, node.defaults)
     return StageNode(
