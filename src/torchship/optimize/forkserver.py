@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from torchship import process
+from torchship import home, process
 from torchship.process import Child, Outcome
 
 _PATIENCE = 120.0  # seconds for the imports; then children start fresh, one by one
@@ -27,6 +27,7 @@ class Forkserver:
     """Runs `module:function(argument)` in forked children, one at a time. It starts when first needed."""
 
     def __init__(self, imports: Sequence[str], *, threads: int) -> None:
+        home.name_user()  # torch's compiler runs in the children and asks
         self._imports = tuple(imports)
         self._threads = threads
         self._server: subprocess.Popen[bytes] | None = None

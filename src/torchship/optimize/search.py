@@ -93,7 +93,6 @@ def optimize(
     if evaluate is None:
         reference.refuse_unsteady(model)
     root = Path(settings.get("cache") or home.folder("TORCHSHIP_CACHE", ".cache", "torchship"))
-    home.name_user()
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
     with folders.room(root), capsule.private_folder(root / "work") as work, closing(forks):
         facts = _search(model, groups, evaluate, config, work=work, cache=Cache(root), forks=forks, on_trial=on_trial)
