@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -86,15 +87,17 @@ def study(
     Where values decide in the user's own code (`decided`), a trial on a few rows proves nothing: rows are then only
     taken for independent when `batched` vouches for it. Raises CaptureFailed when `batched` is not to be had.
     """
+    started = time.monotonic()
     outputs = run(calls[0])
+    odd = rows.bounded(run, usual=time.monotonic() - started)
     steady = all(map(rows.close, outputs, run(calls[0])))
-    found = _rows(run, calls, names=names, batched=batched, decided=decided) if steady else Rows(False, False, UNSTEADY)
+    found = _rows(odd, calls, names=names, batched=batched, decided=decided) if steady else Rows(False, False, UNSTEADY)
     if batched and not found.alone:
         raise CaptureFailed(f"axis 0 is no batch axis: {found.reason}")
     notes = [found.reason] if found.reason else []
     alone = found.alone and batched is not False
     if alone and any(found.moves):
-        run = rows.moved(run, found.moves)
+        run, odd = rows.moved(run, found.moves), rows.moved(odd, found.moves)
         outputs = run(calls[0])
         notes += [
             f"output {i}: its batch axis {axis} was moved to the front" for i, axis in enumerate(found.moves) if axis
@@ -109,13 +112,14 @@ def study(
     lengths = edges.Lengths(run, calls, shapes, symbols, batched=alone)
     for name in lengths.symbols:
         probes += _probe(lengths, name)
-    probes += _others(run, calls[0], notes) if decided else []
+    probes += _others(odd, calls[0], notes) if decided else []
     notes = list(dict.fromkeys(notes))
     first = shapes[0][0] if alone else None
     ends = tuple(_output_shape(i, outputs[i].dim(), probes, symbols=symbols, rows=first) for i in range(len(outputs)))
     moves = found.moves if alone else ()
     tried = [call for call, _ in probes[len(calls) :]]
     shapes, beyond = _edges(lengths, shapes, names=names, notes=notes)
+    beyond += edges.values(odd, calls[0], names=names)
     inputs = tuple(_unnamed(shapes, ends))
     return Study(inputs, outputs, tuple(_unnamed(ends, shapes)), alone, moves, steady, notes, tried, beyond)
 
@@ -138,7 +142,7 @@ def _edges(
         notes.append(f"{told} is {least}..{most or ''}: the module refuses other lengths")
         for j, p in places:
             made[j][p] = Free(least, most, axis.name)
-    return [tuple(shape) for shape in made], lengths.ends(bounds) + edges.values(lengths.run, lengths.call, names=names)
+    return [tuple(shape) for shape in made], lengths.ends(bounds)
 
 
 def _rows(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from torchship.difference import is_close
 from torchship.model import to_numpy
@@ -15,6 +17,8 @@ from torchship.tensors import Axis
 Shape: TypeAlias = tuple[Axis, ...]
 Call: TypeAlias = Sequence[torch.Tensor]
 Run: TypeAlias = Callable[[Call], tuple[torch.Tensor, ...]]
+PATIENCE = 5.0  # seconds; the least that a run on values of ours may take
+_SLOWER = 20  # times as long as the caller's own example
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,32 @@ def look(run: Run, call: Call, *, names: Sequence[str]) -> Rows:
             return Rows(False, False, reason, runs=True)
     reason = _mixes(run, several)
     return Rows(True, not reason, reason, moves, runs=True)
+
+
+class _Deadline(TorchFunctionMode):
+    """Raises TimeoutError at the first call of torch after a moment of `time.monotonic`."""
+
+    def __init__(self, moment: float) -> None:
+        super().__init__()
+        self.moment = moment
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self.moment:
+            raise TimeoutError("the module does not come to an end on these values")
+        return func(*args, **(kwargs or {}))
+
+
+def bounded(run: Run, *, usual: float) -> Run:
+    """`run`, given up with TimeoutError long after the `usual` seconds: a loop that ends by values may never end.
+
+    For values that a caller did not give: zeros, infinities, large numbers.
+    """
+
+    def ended(call: Call) -> tuple[torch.Tensor, ...]:
+        with _Deadline(time.monotonic() + max(PATIENCE, _SLOWER * usual)):
+            return run(call)
+
+    return ended
 
 
 def moved(run: Run, moves: Sequence[int]) -> Run:

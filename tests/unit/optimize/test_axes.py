@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from torchship.errors import CaptureFailed
+from torchship.optimize import rows
 from torchship.optimize.capture import capture
 from torchship.tensors import TensorSpec
 
@@ -91,3 +93,32 @@ def test_a_scalar_stays_a_scalar_and_keywords_may_come_in_any_order() -> None:
     )
     assert [tensor.dim() for tensor in model.torch_inputs(model.examples[0])] == [0, 1]
     assert str(model.signature.inputs[1]) == "x:FP32[n1]"
+
+
+class Halves(nn.Module):
+    """Loops for ever on infinity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while x.norm() > 1:
+            x = x / 2
+        return x
+
+
+class Doubles(nn.Module):
+    """Loops for ever on zeros."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while x.abs().max() < 1:
+            x = x * 2
+        return x
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("module", [Halves(), Doubles()])
+def test_a_loop_that_never_ends_on_values_of_ours_is_given_up(
+    module: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "PATIENCE", 0.2)
+    model = capture(module, torch.full((2, 4), 0.3))
+    assert not model.signature.batched
+    assert all(np.isfinite(edge["x"]).all() for edge in model.edges)
