@@ -40,6 +40,7 @@ PLAN = "hybrid.json"
 WEIGHTS = "weights.safetensors"
 SCRIPT = "script.py"
 _PRECISIONS = ("fp32", "bf16")
+_VERSIONED = (*sys.stdlib_module_names, "torch", "torchvision", "torchaudio", "torchship")
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -156,13 +157,7 @@ def _digests(named: dict[str, Any]) -> dict[str, str]:
 
 def _source_of(value: Any) -> str:
     """Empty for Python's and torch's own, which come with a version, and for what was not written in Python."""
-    if str(value.__module__).partition(".")[0] in (
-        *sys.stdlib_module_names,
-        "torch",
-        "torchvision",
-        "torchaudio",
-        "torchship",
-    ):
+    if str(value.__module__).partition(".")[0] in _VERSIONED:
         return ""
     try:
         return inspect.getsource(value)

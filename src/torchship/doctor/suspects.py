@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 
@@ -12,18 +13,7 @@ import torch
 from torchship.optimize.places import Place, is_users, place_at
 
 _CHANGING = ("append", "extend", "insert", "update", "add", "pop", "clear", "setdefault", "remove")
-_RANDOM = (
-    "rand",
-    "randn",
-    "randint",
-    "rand_like",
-    "randn_like",
-    "bernoulli",
-    "multinomial",
-    "randperm",
-    "normal_",
-    "uniform_",
-)
+_RANDOM = re.compile(r"randn?(_like)?|randint|randperm|bernoulli|multinomial|normal_|uniform_")
 RECURRENT = "recurrent layer over a free axis"
 PACKED = "packed sequence"
 _DROPS = "dropout that eval() cannot switch off"
@@ -96,7 +86,7 @@ def _on_call(node: ast.AST) -> str:
         (last in ("pack_padded_sequence", "pack_sequence"), PACKED),
         (name.startswith("self.") and last in _CHANGING and name.count(".") >= 2, "side effect in Python"),
         (last in ("view", "reshape") and _fixed(node.args), "size written into the code"),
-        (last in _RANDOM and name.startswith("torch."), "random numbers"),
+        (bool(_RANDOM.fullmatch(last)) and name.startswith("torch."), "random numbers"),
         (last == "dropout" and "." in name and name[:5] != "self." and (bare or always), _DROPS),
         (last == "batch_norm" and always, "batch norm that eval() cannot switch off"),
     )

@@ -63,11 +63,8 @@ def capture(
     # other lengths and values are examples too: the guard is to see them
     examples = _longer(flat, _arrays(names, [*calls, *study.tried]), signature)
     edges = _arrays(names, study.edges)
-    flat.notes, flat.moves, flat.steady = (
-        [*study.notes, *flat.dropped, *_on_buffers(changed)],
-        study.moves,
-        study.steady,
-    )
+    flat.notes = [*study.notes, *flat.dropped, *_on_buffers(changed)]
+    flat.moves, flat.steady = study.moves, study.steady
     flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
     name = name or type(module).__name__

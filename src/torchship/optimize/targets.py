@@ -252,17 +252,7 @@ def milliseconds(text: str, *, what: str) -> float:
 
 def size(text: str, *, what: str) -> int:
     """`300MB` or `1GiB` in bytes."""
-    units = {
-        "": 1,
-        "b": 1,
-        "kb": 1e3,
-        "mb": 1e6,
-        "gb": 1e9,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "k": 1e3,
-        "m": 1e6,
-        "g": 1e9,
-    }
-    return int(_number(text, {key: float(value) for key, value in units.items()}, what=what, example="300MB or 1GiB"))
+    units = {"": 1.0, "b": 1.0}
+    for power, letter in enumerate("kmg", 1):
+        units |= {letter: 1e3**power, f"{letter}b": 1e3**power, f"{letter}ib": 2.0 ** (10 * power)}
+    return int(_number(text, units, what=what, example="300MB or 1GiB"))

@@ -41,7 +41,7 @@ def _findings(name: str) -> dict[str, Finding]:
         warnings.simplefilter("ignore")
         seen = msgspec.convert(look(_case(name)), Seen)
     assert seen.failed is None
-    return {finding.name: finding for finding in seen.findings}
+    return {finding.name: finding for finding in reversed(seen.findings)}  # the worst of one name: it comes first
 
 
 def _fault_line(name: str) -> int:
