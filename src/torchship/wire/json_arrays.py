@@ -14,12 +14,13 @@ import numpy as np
 
 from torchship.errors import BadInput
 from torchship.tensors import FLOATS, Array, as_bytes, bytes_array, numpy_dtype
-from torchship.wire.raw import Buffer, element_count
+from torchship.wire.raw import LONG, Buffer, element_count
 
 # The largest double that still rounds to a finite number of the type.
 _FLOAT_MAX = {"FP16": 65519.99999999999, "BF16": 3.3961775292304601e38, "FP32": 3.4028235677973362e38}
 _MAX_DEPTH = 32
 _PIECE = 1 << 18  # bytes of a long list that are read at a time
+_ELEMENTS = 1 << 14  # of a long output that are written at a time
 # How JSON, which has no such numbers, tells them: as the JSON mapping of protobuf does, whose messages these are.
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
 _SPELT = dict(zip(("nan", "inf", "-inf"), NON_FINITE, strict=True))
@@ -111,6 +112,15 @@ def _in_pieces(text: memoryview, datatype: str) -> Array | None:
             place = cut + 1
     except (msgspec.MsgspecError, ValueError, OverflowError):
         return None
+
+
+def encode_output(array: Array) -> list[Any] | msgspec.Raw:
+    """The data of an output for the encoder; a long one is text already, made piece by piece as long input is read."""
+    if array.nbytes <= LONG:
+        return encode_json_data(array)
+    flat, encode = array.ravel(), msgspec.json.encode
+    pieces = [flat[at : at + _ELEMENTS] for at in range(0, flat.size, _ELEMENTS)]
+    return msgspec.Raw(b"[%b]" % b",".join([encode(encode_json_data(piece))[1:-1] for piece in pieces]))
 
 
 def encode_json_data(array: Array) -> list[Any]:

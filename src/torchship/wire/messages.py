@@ -15,6 +15,7 @@ import numpy as np
 from torchship.stage import Value
 from torchship.tensors import Array, Tensors
 from torchship.wire.json_arrays import encode_json_data
+from torchship.wire.raw import LONG
 
 _KEPT = 512
 
@@ -119,16 +120,17 @@ class Outline(msgspec.Struct, eq=False):
 class Batch:
     """What a stage made of many callers' rows; axis 0 of every array holds them.
 
-    `plain`: the rows are numbers, which can be cut as text and as bytes. `bodies` is for whoever can write the answers
-    to all callers at once.
+    `plain`: the rows are numbers, which can be cut as text and as bytes; `long`: too many to be written as text at
+    once. `bodies` is for whoever can write the answers to all callers at once.
     """
 
-    __slots__ = ("_raws", "_texts", "arrays", "bodies", "outline", "plain")
+    __slots__ = ("_raws", "_texts", "arrays", "bodies", "long", "outline", "plain")
 
     def __init__(self, outline: Outline, arrays: list[Array]) -> None:
         self.outline = outline
         self.arrays = arrays
         self.plain = not any(array.dtype.hasobject for array in arrays)
+        self.long = sum([array.nbytes for array in arrays]) > LONG
         self.bodies: tuple[str, str, list[bytes]] | None = None
         self._texts: list[list[bytes]] | None = None
         self._raws: list[tuple[bytes, int]] | None = None

@@ -26,7 +26,7 @@ from torchship.wire.oip_json import (
     wish_parameters,
     write_region,
 )
-from torchship.wire.raw import Buffer, decode_raw, element_count, encode_raw, read_varint, varint
+from torchship.wire.raw import LONG, Buffer, decode_raw, element_count, encode_raw, read_varint, varint
 from torchship.wire.schema import message
 
 _CONTENTS = {
@@ -44,6 +44,8 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 _SMALL = 1 << 16  # bytes of a request whose tensors are copied out of it rather than viewed
+_FIELDS = 4096  # of a request that are looked at to find raw tensors
+_PIECE = 1 << 16  # elements of a typed field that are read at a time
 _RAW_TAG = 0x3A  # raw_input_contents = 7
 _TAGS = frozenset((0x0A, 0x12, 0x1A, 0x22, 0x2A, 0x32))
 
@@ -111,6 +113,21 @@ class InferCodec:
                 part = memoryview(data)[first:last]
                 inputs[name] = decode_raw(part, name=name, datatype=datatype, shape=shape)
         return Request(old.model, inputs, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
+
+    @staticmethod
+    def slow(data: Buffer, start: int) -> bool:
+        """Whether decoding takes long: a large request without raw tensors, its numbers in typed fields."""
+        if len(data) <= LONG:
+            return False
+        place = start
+        for _ in range(_FIELDS):
+            if place >= len(data):
+                break
+            if data[place] == _RAW_TAG:
+                return False
+            length, place = read_varint(data, place + 1)
+            place += length
+        return True
 
     def _decode_slowly(self, data: Buffer, key: bytes = b"") -> Request:
         try:
@@ -265,7 +282,9 @@ def typed_contents(contents: Any, *, name: str, datatype: str, shape: list[int])
         raise BadInput(f"input {name!r} has {len(values)} elements in {field}, expected {count} of {shape}")
     if datatype == "BYTES":
         return bytes_array(list(values)).reshape(shape)
-    wide = np.array(values, {"int_contents": np.int32, "uint_contents": np.uint32}.get(field) or numpy_dtype(datatype))
+    kind = {"int_contents": np.int32, "uint_contents": np.uint32}.get(field) or numpy_dtype(datatype)
+    pieces = [np.array(values[at : at + _PIECE], kind) for at in range(0, count, _PIECE)]  # others get their turn
+    wide = np.concatenate(pieces) if pieces else np.empty(0, kind)
     array = wide.astype(numpy_dtype(datatype))
     if wide.dtype.kind in "iu" and (array != wide).any():
         raise BadInput(f"input {name!r}: a value of {field} is out of the range of {datatype}")

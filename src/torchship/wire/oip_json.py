@@ -15,9 +15,9 @@ import numpy as np
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
 from torchship.tensors import Array, Free, Signature, TensorSpec, bytes_array, dtype_name
-from torchship.wire.json_arrays import decode_json_data, encode_json_data, quote_constants
+from torchship.wire.json_arrays import decode_json_data, encode_output, quote_constants
 from torchship.wire.messages import BatchSlice, Request, Response, WantedOutput
-from torchship.wire.raw import Buffer, decode_raw, encode_raw
+from torchship.wire.raw import LONG, Buffer, decode_raw, encode_raw
 
 
 class Regions(Protocol):
@@ -64,7 +64,7 @@ class _Output(msgspec.Struct, gc=False, omit_defaults=True):
     datatype: str
     shape: list[int]
     parameters: dict[str, Any] | None = None
-    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    data: Any = msgspec.UNSET
 
 
 class _ResponseHead(msgspec.Struct, gc=False, omit_defaults=True):
@@ -256,7 +256,13 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
     Raises BadInput when the request names an output that the model does not have.
     """
     part = response.outputs
-    if type(part) is BatchSlice and not request.outputs and not response.parameters and part.batch.plain:
+    if (
+        type(part) is BatchSlice
+        and part.batch.plain
+        and (request.binary or not part.batch.long)
+        and not request.outputs
+        and not response.parameters
+    ):
         return _encode_slice(part, response, binary=request.binary)
     outputs: list[_Output] = []
     blobs: list[bytes] = []
@@ -266,13 +272,27 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
             outputs.append(_output(wish, response, blobs, regions))
     else:
         for name, array in response.outputs.items():
-            data = encode_json_data(array)
+            data = encode_output(array)
             outputs.append(_Output(name, dtype_name(array.dtype), list(array.shape), None, data))
     answer = _ResponseHead(response.model, response.version, outputs, response.id, response.parameters or None)
     text = _ANSWER.encode(answer)
     if not blobs and not any(wish.binary for wish in request.outputs):
         return Body(text, None)
     return Body(b"".join([text, *blobs]), len(text))
+
+
+def is_long(response: Response, request: Request) -> bool:
+    """Whether so many numbers will be JSON that others should not wait for it.
+
+    Never where outputs go into shared memory: they are written before their regions are let go.
+    """
+    part, wishes = response.outputs, request.outputs
+    if (type(part) is BatchSlice and not part.batch.long) or (request.binary and not wishes):
+        return False
+    if any("shared_memory_region" in wish.parameters for wish in wishes):
+        return False
+    names = [wish.name for wish in wishes if not wish.binary and wish.name in part] if wishes else part
+    return sum([part[name].nbytes for name in names]) > LONG
 
 
 def _encode_slice(part: BatchSlice, response: Response, *, binary: bool) -> Body:
@@ -331,7 +351,7 @@ def _output(wish: WantedOutput, response: Response, blobs: list[bytes], regions:
         blobs.append(encode_raw(array))
         output.parameters = {"binary_data_size": len(blobs[-1])}
     else:
-        output.data = encode_json_data(array)
+        output.data = encode_output(array)
     return output
 
 

@@ -13,6 +13,7 @@ from torchship.errors import BadInput
 from torchship.tensors import Array, as_bytes, bytes_array, numpy_dtype, plain
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+LONG = 1 << 20  # bytes of numbers as text or in typed fields that are not read or written while everybody waits
 _LENGTH = struct.Struct("<I")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from torchship.errors import BadInput
 from torchship.tensors import Signature, TensorSpec, bytes_array
 from torchship.wire.messages import Batch, BatchSlice, Outline, Request, Response, WantedOutput
-from torchship.wire.oip_json import decode_plain, decode_request, decode_response, encode_response
+from torchship.wire.oip_json import decode_plain, decode_request, decode_response, encode_response, is_long
 from torchship.wire.raw import encode_raw
 
 
@@ -246,6 +247,49 @@ def test_answers_in_json() -> None:
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.5, "NaN"]}],
     }
     assert rest == b""
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "?", "O"])
+def test_a_long_answer_in_pieces_is_the_same(rows: int, dtype: str) -> None:
+    """More than 1 MiB is written piece by piece, one answer or a part of a batch; what is not finite among the rest."""
+    count = 1_200_000 // rows
+    array: Any = (np.arange(rows * count) % 1009 - 500).reshape(rows, count)
+    array = (
+        np.char.mod("n\u00e9%d", array[:, : 200_000 // rows]).astype(object) if dtype == "O" else array.astype(dtype)
+    )
+    if dtype == "f4":
+        array[-1, -1], array[0, 70_000] = np.nan, -np.inf
+    flat = array.ravel().tolist()
+    if dtype == "f4":
+        flat[-1], flat[70_000] = "NaN", "-Infinity"
+    datatype = {"f4": "FP32", "f8": "FP64", "i8": "INT64", "?": "BOOL", "O": "BYTES"}[dtype]
+    output = {"name": "y", "datatype": datatype, "shape": [*array.shape], "data": flat}
+    direct = msgspec.json.encode({"model_name": "m", "model_version": "1", "outputs": [output]})
+    assert encode_response(Response("m", "1", {"y": array}), Request("m", {})) == (direct, None)
+    if dtype != "O":
+        part: Any = BatchSlice(Batch(Outline(("y",)), [np.concatenate([array, array])]), rows, 2 * rows)
+        assert encode_response(Response("m", "1", part), Request("m", {})) == (direct, None)
+
+
+def test_which_answers_are_long() -> None:
+    large, small = np.zeros((1, 1 << 18), np.float32), np.zeros((1, 4), np.float32)
+    wide: Any = np.zeros((1, (1 << 18) + 1), np.float32)
+
+    def long(outputs: Any, *wishes: WantedOutput, binary: bool = False) -> bool:
+        return is_long(Response("m", "1", outputs), Request("m", {}, outputs=wishes, binary=binary))
+
+    assert long({"y": wide})
+    assert long({"y": large, "z": small})
+    assert not long({"y": large})
+    assert not long({"y": wide}, binary=True)
+    assert not long({"y": wide}, WantedOutput("y", binary=True))
+    assert long({"y": wide, "z": small}, WantedOutput("z", binary=True), WantedOutput("y"))
+    assert not long({"y": wide}, WantedOutput("y", parameters={"shared_memory_region": "r"}))
+    assert not long({"y": wide}, WantedOutput("nope"))
+    rows = Batch(Outline(("y",)), [np.zeros((4, 1 << 17), np.float32)])
+    assert not long(BatchSlice(rows, 0, 1))
+    assert long(BatchSlice(rows, 0, 3))
 
 
 def test_answers_in_binary() -> None:

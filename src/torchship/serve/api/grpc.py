@@ -126,7 +126,20 @@ class GrpcInference:
 
     def __call__(self, call: Call, body: Buffer, start: int) -> None:
         """Begin one inference; its answer is sent when it is there."""
-        request = self._codec.decode(body, start)
+        if self._codec.slow(body, start):
+            call.job = asyncio.ensure_future(self._read_apart(call, body, start))
+        else:
+            self._begin(call, self._codec.decode(body, start))
+
+    async def _read_apart(self, call: Call, body: Buffer, start: int) -> None:
+        try:
+            request = await asyncio.to_thread(self._codec.decode, body, start)
+            if not call.gone:
+                self._begin(call, request)
+        except Exception as fault:
+            call.fail(fault)
+
+    def _begin(self, call: Call, request: Request) -> None:
         timeout = call.head.timeout
         if timeout and (not request.deadline or timeout < request.deadline):
             request.deadline = timeout

@@ -15,14 +15,13 @@ from torchship.serve.service import Service
 from torchship.stage import Value
 from torchship.tensors import Axis, Free, TensorSpec
 from torchship.wire.messages import Request, Response
-from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response
-from torchship.wire.raw import Buffer
+from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response, is_long
+from torchship.wire.raw import LONG, Buffer
 from torchship.wire.templates import TemplateCache
 
 _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _DIGITS = re.compile(r"[0-9]{1,15}")
-_LONG = 1 << 20  # bytes of a body that are not read while everybody waits
 _KNOWN = 256  # models, versions and lengths of the JSON before binary data
 
 
@@ -55,7 +54,7 @@ class Inference:
 
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when it is there. Long JSON is read in a thread, in pieces."""
-        if len(exchange.body) > _LONG and not self._about(exchange.head).plain:
+        if len(exchange.body) > LONG and not self._about(exchange.head).plain:
             exchange.job = asyncio.ensure_future(self._read_apart(exchange))
             return
         request = self.decode(exchange)
@@ -85,7 +84,7 @@ class Inference:
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
             body = exchange.body
-            known = about.templates.read(body) if type(body) is bytes and len(body) <= _LONG else None
+            known = about.templates.read(body) if type(body) is bytes and len(body) <= LONG else None
             request = known if known is not None else self._general(body, about)
         if about.headers:
             self._front.attach(request, about.headers)
@@ -126,6 +125,9 @@ class Inference:
         try:
             if not end.id:
                 end.id = request.id
+            if is_long(end, request):
+                exchange.job = asyncio.ensure_future(self._write_apart(exchange, request, end))
+                return
             body = encode_response(end, request, regions=self._regions)
             if end.trace:
                 send_body(exchange, body, trace=end.trace)
@@ -133,6 +135,13 @@ class Inference:
                 exchange.answer(body.data)
             else:
                 exchange.answer(body.data, content_type=_OCTETS, headers=_told(body.header_length))
+        except Exception as fault:
+            exchange.fail(fault)
+
+    async def _write_apart(self, exchange: Exchange, request: Request, end: Response) -> None:
+        try:
+            body = await asyncio.to_thread(encode_response, end, request, regions=self._regions)
+            send_body(exchange, body, trace=end.trace)
         except Exception as fault:
             exchange.fail(fault)
 

@@ -35,7 +35,10 @@ class StreamInference:
         try:
             async for body in call.messages():
                 try:
-                    request = self._codec.decode(body, 5)
+                    if self._codec.slow(body, 5):
+                        request = await asyncio.to_thread(self._codec.decode, body, 5)
+                    else:
+                        request = self._codec.decode(body, 5)
                     if self._front.forward:
                         self._front.attach(request, self._front.forwarded(call.head))
                     free = self._decoupled(request, decoupled)
