@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 33_800
+ENGINE = 33_880
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -96,7 +96,7 @@ ROOMS = {
     "torchship.serve.engine": 3_000,
     "torchship.serve.http": 2_700,
     "torchship.stages": 1_550,
-    "torchship.wire": 1_650,
+    "torchship.wire": 1_660,
     "torchship_faces": 2_400,
     "torchship_faces.gallery": 2_050,
 }

@@ -136,3 +136,4 @@ def test_which_requests_are_slow() -> None:
     assert InferCodec.slow(typed(300_000), 0)
     assert InferCodec.slow(b"\0" * 5 + typed(300_000), 5)
     assert InferCodec.slow(b"\xff" * 2_000_000, 0)
+    assert InferCodec.slow(b"\x0a\0" * 1_000_000 + raw, 0)  # the look is bounded
