@@ -24,7 +24,7 @@ from torchship.client import Client
 from torchship.serve.api import grpc, rest
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
-from torchship.serve.config import convert
+from torchship.serve.config import ModelConfig, convert
 from torchship.serve.host import Server
 from torchship.wire.schema import message
 
@@ -203,6 +203,9 @@ def test_shared_memory(kit: tuple[Any, Any]) -> None:
         client.infer("add_sub", inputs, outputs=[output])
         found = shared_memory.get_contents_as_numpy(handle, np.int32, [1, 16], offset=128)
         assert (found == NUMBERS * 2).all()
+        if module is tritonclient.grpc:  # one for each output, though none holds anything
+            answer = client.infer("add_sub", inputs, outputs=[output]).get_response()
+            assert list(answer.raw_output_contents) == [b""]
         inputs[0].set_shared_memory("both", 256)
         with pytest.raises(InferenceServerException, match="has 192 bytes"):
             client.infer("add_sub", inputs)
@@ -216,6 +219,26 @@ def test_shared_memory(kit: tuple[Any, Any]) -> None:
         client.unregister_system_shared_memory("both")
         shared_memory.destroy_shared_memory_region(handle)
     assert not Path(f"/dev/shm{key}").exists()
+
+
+def test_where_the_channels_are() -> None:
+    """The configuration over gRPC says the format of pictures, as clients that prepare them ask for it."""
+
+    async def listen(front: Front) -> Any:
+        return await grpc.listen(front, port=0)
+
+    with running(listen) as found:
+        found.run(found.service.catalog.load(ModelConfig(name="photos", run="tests.unit.protocols.stages:photos")))
+        try:
+            with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{found.port}") as client:
+                config = client.get_model_config("photos").config
+        finally:
+            found.run(found.service.catalog.unload("photos"))
+    kinds = type(config.input[0])
+    assert [(one.name, list(one.dims), one.format) for one in config.input] == [
+        ("first", [3, 8, 8], kinds.FORMAT_NCHW),
+        ("last", [8, 8, 3], kinds.FORMAT_NHWC),
+    ]
 
 
 def test_settings(kit: tuple[Any, Any]) -> None:

@@ -17,6 +17,7 @@ from torchship.artifact import folder as folders
 from torchship.artifact import tensorfile
 from torchship.errors import BadInput, NotFound
 from torchship.tensors import Array, Signature, Tensors, bytes_array, dtype_name, numpy_dtype, plain
+from torchship.wire.json_arrays import encode_json_data
 
 
 def read(path: Path, *, signature: Signature, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Tensors:
@@ -142,13 +143,15 @@ def _storable(array: Array) -> Array:
 
 
 def as_json(tensors: Tensors) -> list[dict[str, Any]]:
-    """Tensors as the outputs of an answer of the Open Inference Protocol."""
+    """Tensors as the outputs of an answer of the Open Inference Protocol; bytes that are no text are replaced."""
     return [
         {
             "name": name,
             "datatype": dtype_name(array.dtype),
             "shape": list(array.shape),
-            "data": [v.decode(errors="replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()],
+            "data": encode_json_data(array)
+            if array.dtype.kind not in "OSU"
+            else [v.decode(errors="replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()],
         }
         for name, array in tensors.items()
     ]

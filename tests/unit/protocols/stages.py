@@ -38,3 +38,8 @@ def again(text_input: Array, *, count: int = 1, wait: float = 0.0) -> Iterator[A
     for _ in range(count):
         time.sleep(wait)
         yield np.array([text_input[0].upper()], object)
+
+
+@stage("first:FP32[-1,3,8,8], last:UINT8[-1,8,8,3] -> size:INT64[-1]", batched=True, max_batch=8)
+def photos(first: Array, last: Array) -> Array:
+    return np.full(len(first), last[0].size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,3 +46,12 @@ def test_frames_on_their_way_to_a_stream_that_we_closed(server: Running) -> None
         peer.send(h2.frame(h2.DATA, 0, 1, bytes(500)) + h2.frame(h2.DATA, h2.END_STREAM, 1, bytes(5)))
         peer.send(peer.call(3))
         assert peer.status(3)["grpc-status"] == "0"
+
+
+def test_who_sends_no_more_is_answered_and_then_closed(server: Running) -> None:
+    """A half-closed connection gets the answers to all that it asked in full (as RFC 9112 section 9.6 has it)."""
+    with Peer(server) as peer:
+        peer.send(peer.call(1) + peer.call(3) + peer.headers(5))
+        peer.socket.shutdown(socket.SHUT_WR)
+        ended = [number for kind, flags, number, _ in peer.frames() if kind == h2.HEADERS and flags & h2.END_STREAM]
+    assert ended == [1, 3]

@@ -143,3 +143,36 @@ def test_a_certificate_is_renewed_in_place(papers: Path, tmp_path: Path) -> None
             put("client", *kinds)
             certificates.renew()
             assert served(found) == expected
+
+
+def test_a_root_that_is_removed_is_no_longer_trusted(papers: Path, tmp_path: Path) -> None:
+    """The clients of the authority that is in the file now get in, those of one that was in it do not."""
+    for name in ("other", "root"):
+        words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}"]
+        subprocess.run(["openssl", *words, *files], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    clients, ours, theirs = tmp_path / "clients.pem", papers / "ca.pem", tmp_path / "other.pem"
+    clients.write_bytes(ours.read_bytes() + theirs.read_bytes())
+    certificates = Certificates(papers / "server.pem", key=papers / "server.key", clients=clients)
+
+    async def listen(front: Front) -> Any:
+        return await rest.listen(front, port=0, tls=certificates.context)
+
+    other = caller(papers, "http/1.1", known=False)
+    other.load_cert_chain(theirs, tmp_path / "other.key")
+
+    def let_in(found: Running, context: ssl.SSLContext) -> bool:
+        with suppress(ssl.SSLError, ConnectionError):
+            return ask(found, context, b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 200")
+        return False
+
+    with running(listen) as found:
+        assert let_in(found, caller(papers, "http/1.1"))
+        assert let_in(found, other)
+        clients.write_bytes(theirs.read_bytes())
+        certificates.renew()
+        assert not let_in(found, caller(papers, "http/1.1"))
+        assert let_in(found, other)
+        clients.write_bytes(b"half-written")
+        certificates.renew()
+        assert let_in(found, other)

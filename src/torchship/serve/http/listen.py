@@ -106,7 +106,11 @@ class Certificates:
         """Raises BadConfig naming the file that cannot be used."""
         self._certificate, self._key, self._clients = certificate, key, clients
         self._seen = self._stamps()
-        self.context = tls_context(certificate, key=key, clients=clients)
+        self.context = self._now = tls_context(certificate, key=key, clients=clients)
+        self.context.sni_callback = self._choose  # called whether the peer names a server or not
+
+    def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self._now
 
     def _stamps(self) -> list[tuple[int, int, int]]:
         found = [
@@ -121,13 +125,8 @@ class Certificates:
             return
         self._seen = stamps
         try:
-            tls_context(
-                self._certificate, key=self._key, clients=self._clients
-            )  # the old one must not be half replaced
-            self.context.load_cert_chain(self._certificate, self._key)
-            if self._clients:
-                self.context.load_verify_locations(self._clients)
-        except (BadConfig, OSError, ssl.SSLError) as fault:
+            self._now = tls_context(self._certificate, key=self._key, clients=self._clients)
+        except BadConfig as fault:
             _log.warning("the certificate is not renewed: %s", fault)
         else:
             _log.info("new connections get the renewed certificate")
