@@ -82,7 +82,8 @@ class InProcessReplica:
 
         specs = self.spec.model.signature.inputs
         columns = zip(*[call.arrays for call in calls], strict=True)
-        return {spec.name: np.concatenate(column) for spec, column in zip(specs, columns, strict=True)}
+        joined = zip(specs, columns, strict=True)
+        return {spec.name: np.concatenate(column) for spec, column in joined if column[0] is not None}
 
     def _done(
         self, batch: InFlightBatch, began: int, results: list[Result], faults: list[Fault], outputs: list[list[Array]]

@@ -66,6 +66,30 @@ def lengths(x: Array, name: Array) -> tuple[Array, Array]:
     return x * 2, np.full(len(x), x.shape[1], np.int64)
 
 
+SHIFTED = "x:FP32[-1,4], bias?:FP32[-1,4], word?:BYTES[-1,n] -> y:FP32[-1,4], said:BYTES[-1], rows:INT64[-1]"
+
+
+@stage(SHIFTED, batched=True, max_batch=8)
+def shifted(x: Array, bias: Array | None = None, word: Array | None = None) -> tuple[Array, Array, Array]:
+    """The numbers plus the bias, the first words, and how many rows the batch had."""
+    said = bytes_array([b"none"] * len(x)) if word is None else word[:, 0]
+    return x if bias is None else x + bias, said, np.full(len(x), len(x))
+
+
+@stage("y:FP32[0..,4], bias?:FP32[0..,4] -> total:FP32[1], given:BOOL[1]")
+class Total:
+    """A job stage that takes the bias too."""
+
+    def __call__(self, y: Array, bias: Array | None = None) -> tuple[Array, Array]:
+        return np.array([y.sum()], np.float32), np.array([bias is not None])
+
+
+@stage("x?:FP32[1], text?:BYTES[1] -> seen:BYTES[1]")
+def either(x: Array | None = None, text: Array | None = None) -> Array:
+    """A job stage of which every input is optional."""
+    return bytes_array([b"+".join([b"x"] * (x is not None) + [b"text"] * (text is not None))])
+
+
 @stage("x:FP32[-1,4] -> y:FP32[-1,4]", batched=True, max_batch=8)
 def moody(x: Array) -> Array:
     """Raises for 13, dies for 666, hangs for 777, tells its process for 1000."""

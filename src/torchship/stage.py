@@ -82,11 +82,11 @@ def stage(text: str, *, batched: bool = False, max_batch: int = 0) -> Callable[[
     """Declare the signature of a function or class that is to be used as a stage; it changes nothing else.
 
     `text` reads `image:BYTES[1] -> pixels:FP32[1,3,224,224]`. A function without `batched` is a job stage.
-    Positional parameters are the tensors it consumes; keyword-only ones are the values a request may set,
-    bounded by `Annotated[float, msgspec.Meta(ge=0, le=1, description=...)]`. It returns a mapping, or the
-    arrays in the order of the outputs. A generator function streams several answers. A class is made once
-    in each worker with the stage's options, then called the same way; it may have `close`, and a class method
-    `declare(**options) -> str` where its signature depends on its options.
+    Positional parameters are the tensors it consumes, with a default where the input is optional (`mask?:BOOL[-1]`);
+    keyword-only ones are the values a request may set, bounded by `Annotated[float, msgspec.Meta(ge=0, le=1,
+    description=...)]`. It returns a mapping, or the arrays in the order of the outputs. A generator function streams
+    several answers. A class is made once in each worker with the stage's options, then called the same way; it may
+    have `close`, and a class method `declare(**options) -> str` where its signature depends on its options.
     """
     signature = Signature.parse(text, batched=batched)
 
@@ -112,7 +112,28 @@ def declaration(body: Any, options: Mapping[str, Any] = {}) -> tuple[Signature, 
             signature = Signature.parse(body.declare(**options), batched=signature.batched)
     elif options:
         raise BadConfig(f"{body.__qualname__} takes no options: {sorted(options)}", hint="set parameters instead")
+    defaults_of(body, signature)
     return signature, max_batch
+
+
+def defaults_of(body: Any, signature: Signature) -> dict[str, Any]:
+    """What stands for each optional input of a declared function or class where it is left out.
+
+    Raises BadConfig for one that has no default.
+    """
+    if len(signature.required) == len(signature.inputs):
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    places = [one for one in inspect.signature(called(body)).parameters.values() if one.kind in kinds]
+    places = places[1:] if isinstance(body, type) else places  # without self
+    known = {spec.name: one.default for spec, one in zip(signature.inputs, places, strict=False)}
+    found = {spec.name: known.get(spec.name, inspect.Parameter.empty) for spec in signature.inputs if spec.optional}
+    bare = [name for name, default in found.items() if default is inspect.Parameter.empty]
+    if bare:
+        raise BadConfig(
+            f"{body.__qualname__} has no default for its optional inputs {bare}", hint="as in def f(x, mask=None)"
+        )
+    return found
 
 
 def called(body: Any) -> Callable[..., Any]:
@@ -166,6 +187,7 @@ class FunctionStage:
     def __init__(self, body: Callable[..., Any], *, options: Mapping[str, Any] = {}) -> None:
         """Raises BadConfig when `body` is not declared with `@stage` or does not take its options."""
         self.signature, self.max_batch = declaration(body, options)
+        self._absent = defaults_of(body, self.signature)
         self._body: Callable[..., Any] = body(**options) if isinstance(body, type) else body
         call = called(body)
         self.parameters = declared_parameters(call)
@@ -181,7 +203,8 @@ class FunctionStage:
         yield from map(self._named, answers if self.streams else (answers,))
 
     def _run(self, tensors: Tensors, parameters: Parameters) -> Any:
-        consumed = (tensors[spec.name] for spec in self.signature.inputs)
+        given: Mapping[str, Any] = {**self._absent, **tensors} if self._absent else tensors
+        consumed = (given[spec.name] for spec in self.signature.inputs)
         return self._body(*consumed, **select(self.parameters, parameters))
 
     def _named(self, answer: Any) -> Tensors:
@@ -210,14 +233,6 @@ def join(jobs: Sequence[Tensors]) -> Tensors:
     if len(jobs) == 1:
         return jobs[0]
     return {name: np.concatenate([job[name] for job in jobs]) for name in jobs[0]}
-
-
-def split(batch: Tensors, rows: Sequence[int]) -> list[Tensors]:
-    """Undo `join`: views of `batch`, `rows[i]` rows for job i."""
-    ends = np.cumsum(rows)
-    return [
-        {name: array[end - count : end] for name, array in batch.items()} for end, count in zip(ends, rows, strict=True)
-    ]
 
 
 make_callable(__name__, verb="torchship.stage:stage")

@@ -7,7 +7,7 @@ Axis 0 of every tensor of a *batched* signature holds the rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -132,7 +132,9 @@ class Free(msgspec.Struct, frozen=True, array_like=True):
 
 Axis: TypeAlias = int | Free
 
-_SPEC = re.compile(r"^\s*(?P<name>[A-Za-z_][\w.\-]*)\s*:\s*(?P<dtype>[A-Z0-9]+)\s*\[(?P<axes>[^\]]*)\]\s*$")
+_SPEC = re.compile(
+    r"^\s*(?P<name>[A-Za-z_][\w.\-]*)(?P<optional>\??)\s*:\s*(?P<dtype>[A-Z0-9]+)\s*\[(?P<axes>[^\]]*)\]\s*$"
+)
 _AXIS = re.compile(r"^(?:(?P<name>[A-Za-z_]\w*)(?::|$))?(?:(?P<min>\d+)\.\.(?P<max>\d*))?$")
 
 
@@ -154,18 +156,20 @@ def _parse_axis(text: str, spec: str) -> Axis:
     return axis
 
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Name, datatype and shape of one tensor; an axis is a length or Free."""
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Name, datatype and shape of one tensor; an axis is a length or Free. A call may leave an `optional` input out."""
 
     name: str
     dtype: str
     shape: tuple[Axis, ...]
+    optional: bool = False
 
     @classmethod
     def parse(cls, text: str) -> TensorSpec:
         """Read `name:DTYPE[axis,axis,...]`, as in `image:FP32[-1,3,224,224]` or `ids:INT64[batch,seq:1..512]`.
 
-        Raises BadConfig naming the part that is wrong.
+        A question mark behind the name makes it optional, as in `mask?:BOOL[-1,seq]`. Raises BadConfig naming the part
+        that is wrong.
         """
         found = _SPEC.match(text)
         if not found:
@@ -175,10 +179,11 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if found["dtype"] not in DTYPES:
             raise BadConfig(f"{text!r}: unknown datatype {found['dtype']}", hint=f"use one of {', '.join(DTYPES)}")
         axes = found["axes"].strip()
-        return cls(found["name"], found["dtype"], tuple(_parse_axis(a, text) for a in axes.split(",")) if axes else ())
+        shape = tuple(_parse_axis(axis, text) for axis in axes.split(",")) if axes else ()
+        return cls(found["name"], found["dtype"], shape, bool(found["optional"]))
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.dtype}[{','.join(map(str, self.shape))}]"
+        return f"{self.name}{'?' * self.optional}:{self.dtype}[{','.join(map(str, self.shape))}]"
 
     @property
     def wire_shape(self) -> list[int]:
@@ -229,15 +234,38 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def parse(cls, text: str, *, batched: bool = True) -> Signature:
-        """Read `a:FP32[-1,4], b:INT8[-1] -> y:FP32[-1]`. Raises BadConfig naming the part that is wrong."""
+        """Read `a:FP32[-1,4], b?:INT8[-1] -> y:FP32[-1]`. Raises BadConfig naming the part that is wrong.
+
+        Optional inputs come last, and the rows of a batched signature are counted by an input that is not optional.
+        """
         sides = text.split("->")
         if len(sides) != 2:
             raise BadConfig(f"{text!r} is not a signature", hint='write "inputs -> outputs"')
         inputs, outputs = (tuple(map(TensorSpec.parse, _split(side))) for side in sides)
-        return cls(inputs, outputs, batched)
+        found = cls(inputs, outputs, batched)
+        if any(spec.optional for spec in outputs):
+            raise BadConfig(f"{text!r}: an output is optional", hint="only inputs may be: leave its question mark out")
+        if found.required != inputs[: len(found.required)]:
+            raise BadConfig(f"{text!r}: an input comes after an optional one", hint="write the optional inputs last")
+        if batched and inputs and not found.required:
+            raise BadConfig(
+                f"{text!r}: every input is optional, but the rows of a batch are counted by one that is there",
+                hint="make one input required, or declare the stage without batched=True",
+            )
+        return found
 
     def __str__(self) -> str:
         return " -> ".join(", ".join(map(str, side)) for side in (self.inputs, self.outputs))
+
+    @property
+    def required(self) -> tuple[TensorSpec, ...]:
+        """The inputs that every call brings."""
+        return tuple(spec for spec in self.inputs if not spec.optional)
+
+    def taking(self, names: Collection[str]) -> Signature:
+        """The same without the optional inputs that are not among `names`."""
+        kept = tuple(spec for spec in self.inputs if spec.name in names or not spec.optional)
+        return self if kept == self.inputs else msgspec.structs.replace(self, inputs=kept)
 
     @property
     def max_rows(self) -> int:
@@ -249,28 +277,35 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def check(self, tensors: Tensors, *, nan: NanPolicy = "allow") -> int:
         """Raise BadInput naming the fault, or return the number of rows (1 where the signature is not batched)."""
-        if len(tensors) != len(self.inputs) or any(spec.name not in tensors for spec in self.inputs):
-            self._wrong_names(tensors)
+        given: Sequence[TensorSpec] = self.inputs
+        if len(tensors) != len(given) or any(spec.name not in tensors for spec in given):
+            given = self._given(tensors)
         lengths: dict[str, int] = {}
-        for spec in self.inputs:
+        for spec in given:
             spec.check(tensors[spec.name], lengths=lengths, nan=nan)
-        return self._rows(tensors) if self.batched else 1
+        return _rows(tensors, given) if self.batched else 1
 
-    def _rows(self, tensors: Tensors) -> int:
-        rows = {spec.name: tensors[spec.name].shape[0] for spec in self.inputs if spec.shape}
-        if len(set(rows.values())) > 1:
-            raise BadInput(f"tensors differ in their number of rows: {rows}", hint="axis 0 holds the rows of one batch")
-        count = next(iter(rows.values()), 1)
-        if count == 0:
-            raise BadInput("the batch is empty", hint="send at least one row")
-        return count
-
-    def _wrong_names(self, tensors: Tensors) -> None:
+    def _given(self, tensors: Tensors) -> list[TensorSpec]:
+        """The inputs that are there, where only optional ones are not. Raises BadInput for any other names."""
         expected = [spec.name for spec in self.inputs]
-        missing = [name for name in expected if name not in tensors]
+        missing = [spec.name for spec in self.required if spec.name not in tensors]
         unknown = [name for name in tensors if name not in expected]
         faults = [f"missing {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown)
-        raise BadInput(f"input names do not fit: {', '.join(faults)}", hint=f"the inputs are {', '.join(expected)}")
+        if faults:
+            names = ", ".join(f"{spec.name} (optional)" if spec.optional else spec.name for spec in self.inputs)
+            raise BadInput(f"input names do not fit: {', '.join(faults)}", hint=f"the inputs are {names}")
+        return [spec for spec in self.inputs if spec.name in tensors]
+
+
+def _rows(tensors: Tensors, given: Sequence[TensorSpec]) -> int:
+    """How many rows the tensors have. Raises BadInput where they differ, or there are none."""
+    rows = {spec.name: tensors[spec.name].shape[0] for spec in given if spec.shape}
+    if len(set(rows.values())) > 1:
+        raise BadInput(f"tensors differ in their number of rows: {rows}", hint="axis 0 holds the rows of one batch")
+    count = next(iter(rows.values()), 1)
+    if count == 0:
+        raise BadInput("the batch is empty", hint="send at least one row")
+    return count
 
 
 def _split(text: str) -> Sequence[str]:

@@ -36,3 +36,8 @@ class Accumulator:
     def __call__(self, x: Array) -> Array:
         self._total += int(x[0])
         return np.array([self._total], np.int32)
+
+
+@stage("x:FP32[-1,2], by?:FP32[-1,2] -> y:FP32[-1,2]", batched=True, max_batch=8)
+def scaled(x: Array, by: Array | None = None) -> Array:
+    return x if by is None else x * by

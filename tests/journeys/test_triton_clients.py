@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc
@@ -21,6 +22,7 @@ from tritonclient.utils import InferenceServerException, shared_memory
 from tests.serving import Background
 from tests.unit.protocols.running import Running, running
 from torchship.client import Client
+from torchship.errors import BadInput
 from torchship.serve.api import grpc, rest
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
@@ -61,6 +63,7 @@ def _real() -> Iterator[Doors]:
         "text": f"{stages}:upper",
         "again": f"{stages}:again",
         "sum": f"{stages}:Accumulator",
+        "scaled": f"{stages}:scaled",
     }
     config = convert(
         {
@@ -408,3 +411,44 @@ def test_reflection_and_health(real: Doors) -> None:
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=20)
         assert next(watch) == b"\x08\x01"
         watch.cancel()
+
+
+@pytest.mark.parametrize("module", [tritonclient.http, tritonclient.grpc])
+def test_optional_inputs(real: Doors, module: Any) -> None:
+    url = real.http if module is tritonclient.http else real.grpc
+    extra = {} if module is tritonclient.http else {"as_json": True}
+    array = np.array([[1, 2]], np.float32)
+    with module.InferenceServerClient(url) as client:
+        config = client.get_model_config("scaled", **extra)
+        x, by = config.get("config", config)["input"]
+        assert (x["name"], x.get("optional", False)) == ("x", False)
+        assert (by["name"], by["optional"]) == ("by", True)
+        known = client.get_model_metadata("scaled", **extra)["inputs"]
+        assert [set(one) for one in known] == [{"name", "datatype", "shape"}] * 2
+        inputs = [module.InferInput(name, [1, 2], "FP32") for name in ("x", "by")]
+        for binary in (True, False) if module is tritonclient.http else (True,):
+            for one, value in zip(inputs, (array, array * 3), strict=True):
+                one.set_data_from_numpy(value, **({"binary_data": binary} if module is tritonclient.http else {}))
+            for _ in range(3):  # the same bytes again are read in a shorter way
+                assert client.infer("scaled", inputs[:1]).as_numpy("y").tolist() == [[1, 2]]
+                assert client.infer("scaled", inputs).as_numpy("y").tolist() == [[3, 12]]
+            with pytest.raises(InferenceServerException, match=r"missing \['x'\]"):
+                client.infer("scaled", inputs[1:])
+
+
+def test_optional_inputs_by_our_clients_and_plain_json(real: Doors) -> None:
+    array = np.array([[1, 2]], np.float32)
+    for url in (f"http://{real.http}", f"grpc://{real.grpc}"):
+        with Client(url) as client:
+            assert client.infer("scaled", {"x": array})["y"].tolist() == [[1, 2]]
+            assert client.infer("scaled", {"by": array, "x": array})["y"].tolist() == [[1, 4]]
+            with pytest.raises(BadInput, match=r"missing \['x'\]"):
+                client.infer("scaled", {"by": array})
+    with httpx.Client(base_url=f"http://{real.http}") as client:
+        generate = "/v2/models/scaled/generate"
+        assert client.post(generate, json={"x": [1, 2]}).json()["y"] == [1, 2]
+        assert client.post(generate, json={"x": [1, 2], "by": [2, 2]}).json()["y"] == [2, 4]
+        assert "missing ['x']" in client.post(generate, json={"by": [1, 2]}).json()["error"]
+        infer = client.get("/openapi.json").json()["paths"]["/v2/models/scaled/infer"]["post"]
+        schema = infer["requestBody"]["content"]["application/json"]["schema"]["properties"]["inputs"]
+        assert (schema["minItems"], schema["maxItems"]) == (1, 2)

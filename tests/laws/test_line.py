@@ -142,6 +142,59 @@ def test_line_equals_composed_whatever_the_arrays_are_made_of(
             assert expected["said"].tolist() == word.tolist()
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        ({"run": "shifted"},),
+        ({"run": "shifted", "outputs": {"rows": "many"}}, {"run": "Total"}),
+        ({"run": "double"}, {"run": "shifted", "inputs": {"x": "y"}}),  # nothing is named bias or word: never there
+        ({"run": "either"},),
+    ],
+)
+def partial(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Line, Composed]]:
+    plan = planned(*request.param)
+    line, inside = background.run(opened(plan)), background.run(opened(plan, start=InProcessReplica))
+    composed = Composed(plan)
+    yield line, inside, composed
+    background.run(line.close())
+    background.run(inside.close())
+    composed.close()
+
+
+@settings(RELAXED, max_examples=15)
+@given(
+    jobs=st.lists(
+        st.tuples(st.lists(VALUES, min_size=1, max_size=20), st.booleans(), st.booleans()), min_size=1, max_size=12
+    )
+)
+def test_line_equals_composed_whichever_inputs_are_there(
+    partial: tuple[Line, Line, Composed], background: Background, jobs: list[tuple[list[float], bool, bool]]
+) -> None:
+    """Requests with and without the optional inputs, at the same time: each gets the answer that it gets alone."""
+    line, inside, composed = partial
+    names = {spec.name for spec in composed.signature.inputs}
+    asked: list[Tensors] = []
+    for values, with_bias, with_word in jobs:
+        x = np.array([[value] * 4 for value in values], np.float32)
+        word = np.array([[b"a\0", b"b"][: 1 + len(x) % 2]] * len(x), object)
+        if "text" in names:
+            asked.append(({"x": x[0, :1]} if with_bias else {}) | ({"text": word[0, :1]} if with_word else {}))
+            continue
+        more = ({"bias": x * 3} if with_bias else {}) | ({"word": word} if with_word else {})
+        asked.append({"x": x} | {name: array for name, array in more.items() if name in names})
+    expected = [attempt(composed, tensors, {}) for tensors in asked]
+
+    async def all_of_them(line: Line) -> list[Tensors | TorchshipError]:
+        return await asyncio.gather(*(ask(line, tensors) for tensors in asked))
+
+    for one in (line, inside):
+        for found, right in zip(background.run(all_of_them(one)), expected, strict=True):
+            assert not isinstance(right, TorchshipError), right
+            assert not isinstance(found, TorchshipError), found
+            counted = {"rows", "many"}  # of the batch, which is larger on a line
+            same(*({n: a for n, a in some.items() if n not in counted} for some in (found, right)))
+
+
 @pytest.fixture(scope="module")
 def moody(background: Background) -> Iterator[Line]:
     line = background.run(

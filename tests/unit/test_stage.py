@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from torchship.errors import BadConfig, BadInput
-from torchship.stage import FunctionStage, Parameter, Stage, join, split, stage
+from torchship.stage import FunctionStage, Parameter, Stage, join, stage
 from torchship.tensors import Array
 
 Score = Annotated[float, msgspec.Meta(ge=0, le=1, description="smallest score that is kept")]
@@ -92,7 +92,39 @@ def test_a_missing_output_is_named() -> None:
         FunctionStage(forgets)({"x": np.zeros(1, np.float32)})
 
 
-def test_split_undoes_join() -> None:
+def test_join_puts_the_rows_of_jobs_one_after_the_other() -> None:
     jobs = [{"a": np.arange(n * 2).reshape(n, 2), "b": np.arange(n)} for n in (1, 3, 2)]
-    for job, back in zip(jobs, split(join(jobs), [1, 3, 2]), strict=True):
-        assert all(np.array_equal(job[name], back[name]) for name in job)
+    joined, at = join(jobs), 0
+    for job in jobs:
+        rows = slice(at, at := at + len(job["b"]))
+        assert all(np.array_equal(job[name], joined[name][rows]) for name in job)
+    assert at == len(joined["a"]) == len(joined["b"])
+
+
+def test_an_optional_input_gets_its_default() -> None:
+    text = "x:FP32[1], a?:FP32[1], b?:FP32[1] -> y:FP32[1]"
+
+    @stage(text)
+    def added(x: Array, a: float = 10, b: float = 100, *, scale: float = 1.0) -> Array:
+        return np.asarray((x + a + b) * scale, np.float32)
+
+    @stage(text)
+    class Added:
+        def __call__(self, x: Array, a: float = 10, b: float = 100, *, scale: float = 1.0) -> Array:
+            return np.asarray((x + a + b) * scale, np.float32)
+
+    one = np.ones(1, np.float32)
+    for body in (added, Added):
+        made = FunctionStage(body)
+        assert made({"x": one})["y"] == 111
+        assert made({"x": one, "b": one})["y"] == 12
+        assert made({"b": one, "a": one, "x": one}, {"scale": 2.0})["y"] == 6
+
+
+def test_an_optional_input_without_a_default_is_refused() -> None:
+    @stage("x:FP32[1], a?:FP32[1], b?:FP32[1] -> y:FP32[1]")
+    def bare(x: Array, a: Array, *rest: Array) -> Array:
+        return x
+
+    with pytest.raises(BadConfig, match=r"bare has no default for its optional inputs \['a', 'b'\]"):
+        FunctionStage(bare)

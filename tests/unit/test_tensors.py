@@ -134,3 +134,44 @@ def test_nan_is_refused_only_on_request() -> None:
     assert IMAGES.check({"image": array}) == 1
     with pytest.raises(BadInput, match="NaN"):
         IMAGES.check({"image": array}, nan="refuse")
+
+
+def test_optional_inputs_are_marked_and_may_be_absent() -> None:
+    text = "x:FP32[-1,2], mask?:BOOL[-1,2], bias?:FP32[-1] -> y:FP32[-1]"
+    found = Signature.parse(text)
+    assert str(found) == text
+    assert Signature.parse(str(found)) == found
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Signature) == found
+    x, bias = np.zeros((3, 2), np.float32), np.zeros(3, np.float32)
+    assert found.check({"x": x}) == 3
+    assert found.check({"bias": bias, "x": x}) == 3
+    assert str(found.taking({"bias"})) == "x:FP32[-1,2], bias?:FP32[-1] -> y:FP32[-1]"
+    with pytest.raises(BadInput, match=r"^input names do not fit: missing \['x'\]$") as caught:
+        found.check({"bias": bias})
+    assert caught.value.hint == "the inputs are x, mask (optional), bias (optional)"
+    with pytest.raises(BadInput, match=r"unknown \['masc'\]"):
+        found.check({"x": x, "masc": bias})
+    with pytest.raises(BadInput, match="differ in their number of rows"):
+        found.check({"x": x, "bias": bias[:2]})
+    with pytest.raises(BadInput, match="tensor 'bias' holds NaN"):
+        found.check({"x": x, "bias": bias * np.nan}, nan="refuse")
+
+
+def test_where_nothing_is_optional_a_signature_is_written_as_ever() -> None:
+    assert msgspec.json.encode(IMAGES.outputs[0]) == b'{"name":"y","dtype":"FP32","shape":[[1,null,""],10]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("x:FP32[-1] -> y?:FP32[-1]", "an output is optional"),
+        ("a?:FP32[-1], b:FP32[-1] -> y:FP32[-1]", "an input comes after an optional one"),
+        ("a?:FP32[-1], b?:FP32[-1] -> y:FP32[-1]", "every input is optional, but the rows"),
+        ("?a:FP32[-1] -> y:FP32[-1]", "is not a tensor"),
+    ],
+)
+def test_optional_inputs_that_cannot_be_are_refused(text: str, fault: str) -> None:
+    with pytest.raises(BadConfig, match=fault):
+        Signature.parse(text)
+    if "every" in fault:
+        assert Signature.parse(text, batched=False).check({}) == 1

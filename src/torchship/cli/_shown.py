@@ -48,7 +48,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 def show_signature(out: Console, signature: Signature) -> None:
     """Inputs and outputs, one a line."""
     sides = [("input", spec) for spec in signature.inputs] + [("output", spec) for spec in signature.outputs]
-    rows = [(side, spec.name, spec.dtype, "[" + ", ".join(map(str, spec.shape)) + "]") for side, spec in sides]
+    rows = [
+        (side, spec.name + "?" * spec.optional, spec.dtype, "[" + ", ".join(map(str, spec.shape)) + "]")
+        for side, spec in sides
+    ]
     kind = "rows of axis 0 may be batched" if signature.batched else "one job at a time"
     out.print(table(("", "name", "datatype", "shape"), rows, title=f"Signature ({kind})"), "")
 

@@ -51,7 +51,7 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     from torchship.stages.picture import SUFFIXES
 
     suffix = path.suffix.lower()
-    only = signature.inputs[0] if len(signature.inputs) == 1 else None
+    only = signature.required[0] if len(signature.required) == 1 else None
     if only and only.dtype == "BYTES" and suffix not in (".npy", ".npz", ".json", ".safetensors"):
         return {only.name: bytes_array([data]).reshape([1] * len(only.shape))}
     if suffix == ".npz":
@@ -61,7 +61,7 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     if suffix == ".json":
         return _json(textfiles.decode(data, where=path.name), signature)
     if only is None:
-        raise BadInput(f"one tensor for {len(signature.inputs)} inputs", hint="use .npz, .json or .safetensors")
+        raise BadInput(f"one tensor for {len(signature.required)} inputs", hint="use .npz, .json or .safetensors")
     if suffix == ".npy":
         return {only.name: _numpy(data)}
     if suffix in SUFFIXES:
@@ -92,8 +92,8 @@ def _json(text: str, signature: Signature) -> Tensors:
         found = msgspec.json.decode(text)
     except msgspec.MsgspecError as fault:
         raise BadInput(f"not JSON: {fault}") from None
-    if isinstance(found, list) and len(signature.inputs) == 1:
-        found = {signature.inputs[0].name: found}
+    if isinstance(found, list) and len(signature.required) == 1:
+        found = {signature.required[0].name: found}
     if not isinstance(found, dict):
         raise BadInput("not a mapping of names to lists", hint='as in {"x": [[1, 2, 3]]}')
     if isinstance(found.get("inputs"), list):

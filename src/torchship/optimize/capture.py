@@ -108,6 +108,11 @@ def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], li
         isinstance(given, Sequence) and given and all(isinstance(item, TensorSpec) for item in given)
     ):
         specs = [given] if isinstance(given, TensorSpec) else list(given)
+        if left_out := [spec.name for spec in specs if spec.optional]:
+            hint = "an artifact has one set of inputs: optimize once for each"
+            raise CaptureFailed(
+                f"inputs {left_out} are optional, which those of an exported model cannot be", hint=hint
+            )
         calls = [
             _by_name(module, specs, call)
             for size in vocabularies(module)

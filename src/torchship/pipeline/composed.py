@@ -68,7 +68,11 @@ class Composed:
 
     def _start(self, tensors: Tensors) -> dict[str, Array]:
         specs = self.plan.signature.inputs
-        return {key: plain(tensors[spec.name]) for key, spec in zip(self.plan.inputs, specs, strict=True)}
+        return {
+            key: plain(tensors[spec.name])
+            for key, spec in zip(self.plan.inputs, specs, strict=True)
+            if spec.name in tensors or not spec.optional
+        }
 
     def _run(self, nodes: Sequence[Node], slots: dict[str, Array], parameters: Parameters) -> None:
         """Run `nodes`, each as soon as what it waits for is done; a chain lets go of tensors that nobody needs."""
@@ -119,9 +123,14 @@ def _ordered(node: Node, outputs: Tensors) -> Sequence[Array]:
 def take(node: Node, slots: dict[str, Array]) -> dict[str, Array]:
     """The tensors that `node` takes out of a job's slots, under its own names; checked where the plan could not.
 
-    Raises BadInput naming the stage and the tensor.
+    An optional input whose slot is not there, or holds None, is left out. Raises BadInput naming the stage and the
+    tensor.
     """
-    taken = {spec.name: slots[key] for spec, key in zip(node.signature.inputs, node.takes, strict=True)}
+    taken = {
+        spec.name: slots[key]
+        for spec, key in zip(node.signature.inputs, node.takes, strict=True)
+        if not spec.optional or slots.get(key) is not None
+    }
     if not node.checked:
         none_left = node.signature.batched and all(array.shape[:1] == (0,) for array in taken.values())
         try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from torchship import process
 from torchship.artifact import Store
 from torchship.artifact import open_stage as open_artifact_stage
@@ -66,7 +64,7 @@ def remote_signature(config: StageConfig) -> Signature | None:
     """The declared signature, batched where every tensor's first axis is free; None: the server is to be asked."""
     if not config.signature:
         return None
-    found = Signature.parse(config.signature)
+    found = Signature.parse(config.signature, batched=False)
     rows = [spec.shape[:1] for spec in (*found.inputs, *found.outputs)]
     batched = all(first and isinstance(first[0], Free) for first in rows)
-    return msgspec.structs.replace(found, batched=batched)
+    return Signature.parse(config.signature, batched=batched)

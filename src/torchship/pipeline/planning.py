@@ -16,7 +16,7 @@ from torchship.errors import BadConfig, BadInput, TorchshipError
 from torchship.pipeline.config import PipelineConfig, StageConfig
 from torchship.pipeline.describe import Description, describe
 from torchship.pipeline.faults import blame
-from torchship.pipeline.wiring import REQUEST, TensorTable, WiredTensor, connect, is_proven, relax
+from torchship.pipeline.wiring import REQUEST, TensorTable, WiredTensor, connect, is_proven, relax, used
 from torchship.stage import Parameter, Value
 from torchship.tensors import Free, Signature, TensorSpec
 
@@ -103,7 +103,7 @@ def _finish(
             f"{where}.parameters: no stage has {sorted(set(config.parameters) - known)}",
             hint=f"there is {', '.join(sorted(known)) or 'none'}",
         )
-    inputs = tuple({slot.key: slot for slot in table.by_key.values() if slot.node < 0}.values())
+    inputs = _inputs(config, nodes, {slot.key: slot for slot in table.by_key.values() if slot.node < 0}, where)
     keys = tuple(slot.key for slot in outputs)
     placed = []
     for node in nodes:
@@ -122,6 +122,27 @@ def _finish(
         parameters=_merge(placed, where),
         labels=layout.labels,
     )
+
+
+def _inputs(
+    config: PipelineConfig, nodes: list[Node], slots: dict[str, WiredTensor], where: str
+) -> tuple[WiredTensor, ...]:
+    """The pipeline's inputs, the optional ones last: they are optional for every stage that takes them."""
+    needed = {
+        key: node.name
+        for node in nodes
+        for spec, key in zip(node.signature.inputs, node.takes, strict=True)
+        if not spec.optional
+    }
+    wrong = [slot for slot in slots.values() if slot.spec.optional and slot.key in needed]
+    if wrong and config.inputs:
+        raise BadConfig(
+            f"{where}.inputs: {wrong[0].spec} is optional, but stage {needed[wrong[0].key]!r} needs it",
+            hint="leave its question mark out",
+        )
+    always = [replace(slot, spec=msgspec.structs.replace(slot.spec, optional=False)) for slot in wrong]
+    found = slots | {slot.key: slot for slot in always}
+    return tuple(sorted(found.values(), key=lambda slot: slot.spec.optional))
 
 
 def _merge(nodes: list[Node], where: str) -> tuple[Parameter, ...]:
@@ -175,7 +196,7 @@ class Layout:
         *,
         where: str,
         prefix: str = "",
-        given: tuple[WiredTensor, ...] = (),
+        given: tuple[WiredTensor, ...] | None = None,
         over: Mapping[str, Value] = {},
     ) -> tuple[TensorTable, tuple[WiredTensor, ...]]:
         """Place all stages; the tensors at hand afterwards, and those that are the pipeline's outputs.
@@ -185,14 +206,16 @@ class Layout:
         if not config.stages:
             raise BadConfig(f"{where}.stages: a pipeline needs at least one stage")
         table = TensorTable()
-        table.put(given)
+        table.put(given or ())
         for index, stage in enumerate(config.stages):
             path = f"{where}.stages[{index}]"
             described = self._describe(stage, path)
-            if not index and not given:
+            if not index and given is None:
                 table.put(_request(config, described.signature, where))
+            signature = used(described.signature, stage.inputs, table)
+            described = msgspec.structs.replace(described, signature=signature)
             name = prefix + _name(stage, [node.name.removeprefix(prefix) for node in self.nodes], path)
-            slots = connect(described.signature, stage.inputs, table, where=path)
+            slots = connect(signature, stage.inputs, table, where=path)
             site = _Site(stage, described, slots, name, path, config.parameters, over)
             if described.pipeline is not None:
                 alone = len(config.stages) == 1
@@ -350,6 +373,9 @@ def _outputs(config: PipelineConfig, table: TensorTable, where: str) -> tuple[Wi
         slot = table.find(name)
         if slot is None:
             raise BadConfig(f"{where}.outputs[{index}]: no stage gives {name!r}", hint=f"there is {table.names}")
+        if slot.spec.optional:
+            text = f"{where}.outputs[{index}]: {name!r} is an optional input, which may not be there"
+            raise BadConfig(text, hint="declare it in inputs without a question mark, or leave it out here")
         found.append(slot)
     names = [slot.spec.name for slot in found]
     if len(set(names)) != len(names):

@@ -52,6 +52,14 @@ class TensorTable:
         return ", ".join(self.by_name) or "nothing"
 
 
+def used(signature: Signature, given: Mapping[str, str], table: TensorTable) -> Signature:
+    """The signature without the optional inputs that are not named in `given`, nor as any tensor at hand.
+
+    An optional input is never guessed: without a tensor of its name it is always absent.
+    """
+    return signature.taking({*given, *table.by_name})
+
+
 def connect(
     signature: Signature, given: Mapping[str, str], table: TensorTable, *, where: str
 ) -> tuple[WiredTensor, ...]:

@@ -63,7 +63,7 @@ def configuration(line: Line, *, name: str) -> dict[str, Any]:
         "platform": "torchship",
         "backend": "torchship",
         "max_batch_size": (plan.max_batch if len(plan.nodes) == 1 else line.limits.queue_rows) if batched else 0,
-        "input": [tensor(spec) | _format(spec, batched) for spec in plan.signature.inputs],
+        "input": [tensor(spec) | _format(spec, batched) | _optional(spec) for spec in plan.signature.inputs],
         "output": [tensor(spec) for spec in plan.signature.outputs],
         **scheduler,
         "instance_group": [
@@ -71,6 +71,10 @@ def configuration(line: Line, *, name: str) -> dict[str, Any]:
         ],
         "model_transaction_policy": {"decoupled": plan.streams},
     }
+
+
+def _optional(spec: TensorSpec) -> dict[str, bool]:
+    return {"optional": True} if spec.optional else {}
 
 
 def _format(spec: TensorSpec, batched: bool) -> dict[str, str]:

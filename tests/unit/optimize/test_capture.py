@@ -188,6 +188,11 @@ def test_complex_outputs_are_refused_with_a_hint() -> None:
         capture(Spectrum(), torch.randn(2, 8))
 
 
+def test_an_exported_model_has_no_optional_inputs() -> None:
+    with pytest.raises(CaptureFailed, match=r"inputs \['bias'\] are optional"):
+        capture(torch.nn.Bilinear(2, 2, 1), [TensorSpec.parse("x:FP32[-1,2]"), TensorSpec.parse("bias?:FP32[-1,2]")])
+
+
 def test_the_hidden_state_of_a_recurrent_net_gets_its_rows_in_front() -> None:
     net = nn.GRU(8, 16, num_layers=2, batch_first=True)
     model = capture(net, torch.randn(3, 5, 8), free={"input": {1: "time"}})

@@ -125,3 +125,21 @@ def both(left: Array, right: Array) -> Array:
 def undeclared(x: Array) -> Array:
     """No stage."""
     return x
+
+
+@stage("x:FP32[-1,2], bias?:FP32[-1,2] -> y:FP32[-1,2]", batched=True)
+def biased(x: Array, bias: Array | None = None) -> Array:
+    """A row stage with an optional input."""
+    return x if bias is None else x + bias
+
+
+@stage("y:FP32[-1,2], bias:FP32[-1,2] -> z:FP32[-1,2]", batched=True)
+def needs_bias(y: Array, bias: Array) -> Array:
+    """A row stage that needs what `biased` does not."""
+    return y * bias
+
+
+@stage("x?:FP32[1], text?:BYTES[1] -> seen:INT64[1]")
+def either(x: Array | None = None, text: Array | None = None) -> Array:
+    """How many inputs are there."""
+    return np.array([(x is not None) + (text is not None)])

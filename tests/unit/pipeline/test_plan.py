@@ -140,3 +140,47 @@ def test_toml_is_read_with_paths_in_its_faults(tmp_path: Path) -> None:
 def test_wrong_types_name_their_place() -> None:
     with pytest.raises(TorchshipError, match=r"^\$\.model\[2\]\.stages\[0\]\.copies: "):
         convert({"name": "x", "stages": [{"run": "a:b", "copies": "two"}]}, where="$.model[2]")
+
+
+BIASED, NEEDS = {"run": "biased"}, {"run": "needs_bias"}
+
+
+def test_an_input_is_optional_where_all_that_take_it_say_so() -> None:
+    assert str(made(BIASED).signature) == "x:FP32[-1,2], bias?:FP32[-1,2] -> y:FP32[-1,2]"
+    assert str(made(BIASED, NEEDS).signature) == "x:FP32[-1,2], bias:FP32[-1,2] -> z:FP32[-1,2]"
+    again = made(BIASED, {"run": "biased", "inputs": {"x": "y"}, "outputs": {"y": "z"}})
+    assert again.signature.inputs[1].optional
+    assert again.nodes[1].takes == ("biased.y", "request.bias")
+    declared = ("x:FP32[-1,2]", "bias:FP32[-1,2]")
+    assert not made(BIASED, inputs=declared).signature.inputs[1].optional  # who declares it needed means it
+
+
+def test_an_optional_input_is_fed_by_name_or_never() -> None:
+    alone = made(BIASED, inputs=("x:FP32[-1,2]",))
+    assert str(alone.signature) == "x:FP32[-1,2] -> y:FP32[-1,2]"
+    assert str(alone.nodes[0].signature) == "x:FP32[-1,2] -> y:FP32[-1,2]"
+    later = made(DOUBLE, {"run": "biased", "inputs": {"x": "x", "bias": "double.y"}, "outputs": {"y": "z"}})
+    assert later.nodes[1].takes == ("request.x", "double.y")
+    assert str(later.signature) == "x:FP32[-1,2] -> z:FP32[-1,2]"
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "words"),
+    [
+        ((BIASED, NEEDS), {"inputs": ("x:FP32[-1,2]", "bias?:FP32[-1,2]")}, "but stage 'needs_bias' needs it"),
+        ((DOUBLE,), {"inputs": ("x?:FP32[-1,2]",)}, "but stage 'double' needs it"),
+        ((BIASED,), {"outputs": ("y", "bias")}, "'bias' is an optional input, which may not be there"),
+    ],
+)
+def test_what_may_not_be_there_is_refused_where_it_is_needed(
+    stages: tuple[dict[str, Any], ...], more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadConfig, match=words):
+        made(*stages, **more)
+
+
+def test_a_remote_stage_may_declare_optional_inputs() -> None:
+    remote = {"remote": "grpc://127.0.0.1:1/m", "signature": "x?:FP32[1], text?:BYTES[1] -> y:FP32[1]"}
+    assert str(made(remote).signature) == remote["signature"]
+    with pytest.raises(BadConfig, match="every input is optional"):
+        made(remote | {"signature": "x?:FP32[-1] -> y:FP32[-1]"})

@@ -496,3 +496,27 @@ def test_sizes_of_batches_are_few_labels() -> None:
             assert sum(counts.values()) == 4999
 
     run(work)
+
+
+def test_calls_with_other_inputs_share_no_batch() -> None:
+    async def work() -> None:
+        async with Opened({"run": "shifted"}, nan="refuse") as line:
+            word = np.array([[b"w"]], object)
+            kinds: list[dict[str, Any]] = [{}, {"bias": ROW}, {"word": word}, {"bias": ROW, "word": word}]
+            found = await asyncio.gather(*(line.submit({"x": ROW * n, **kinds[n % 4]}) for n in range(16)))
+            for number, answer in enumerate(found):
+                kind = kinds[number % 4]
+                assert answer["rows"].tolist() == [4]  # with its like, all of them, and with nobody else
+                assert np.array_equal(answer["y"], ROW * number + kind.get("bias", 0))
+                assert answer["said"].tolist() == [b"w" if "word" in kind else b"none"]
+            assert line.nodes[0].station.meter.calls == 4
+            many = await line.submit({"x": np.repeat(ROW, 19, 0), "word": np.repeat(word, 19, 0)})  # in three parts
+            assert many["y"].tolist() == np.repeat(ROW, 19, 0).tolist()
+            assert many["said"].tolist() == [b"w"] * 19
+            with pytest.raises(BadInput, match="'bias' holds NaN"):
+                line.submit({"x": ROW, "bias": ROW * np.nan})
+            with pytest.raises(BadInput, match=r"missing \['x'\]"):
+                line.submit({"bias": ROW})
+        assert line.admission.jobs == 0
+
+    run(work)

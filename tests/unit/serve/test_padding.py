@@ -62,3 +62,17 @@ def test_what_fits_is_not_copied() -> None:
     wide, lengths_before = padding.widen(list(given(3).values()))
     assert wide[0].tolist() == [[3, 3, 3, 0, 0, 0, 0, 0]]
     assert wide[1].tolist() == [[b"a"] * 3 + [b""] * 5]
+
+
+def test_an_absent_input_is_not_padded() -> None:
+    signature = Signature.parse("x:FP32[-1,4], w?:INT8[-1,n:1..64] -> y:INT8[-1,n:1..64]")
+    padding = Padding({"n": [8]}, signature=signature, stage="s")
+    x, w = np.zeros((1, 4), np.float32), np.ones((1, 3), np.int8)
+    wide, known = padding.widen([x, None])
+    assert (wide[0] is x, wide[1], known) == (True, None, {})
+    kept: list[Array] = []
+    padding.narrowing(known, lambda call, outputs: kept.extend(outputs))(None, [np.zeros((1, 5), np.int8)])
+    assert kept[0].shape == (1, 5)  # the stage alone knows how long it is
+    wide, known = padding.widen([x, w])
+    assert wide[1].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+    assert known == {"n": 3}

@@ -38,12 +38,14 @@ def _answer(exchange: Exchange, front: Front, routes: list[Route]) -> None:
 
 
 def models(service: Service) -> list[dict[str, Any]]:
-    """The metadata of every model that can be asked now, by name, and whether it `streams`."""
+    """The metadata of every model that can be asked now, by name; whether it `streams`, how many inputs it `needs`."""
     found = []
     for name in sorted({entry["name"] for entry in service.repository_index(ready=True)}):
         try:
-            policy = service.model_config(name).get("model_transaction_policy", {})
-            found.append(service.model_metadata(name) | {"streams": bool(policy.get("decoupled"))})
+            config = service.model_config(name)
+            policy = config.get("model_transaction_policy", {})
+            needs = sum([not item.get("optional", False) for item in config["input"]])
+            found.append(service.model_metadata(name) | {"streams": bool(policy.get("decoupled")), "needs": needs})
         except TorchshipError:
             continue  # it went away between the two questions
     return found
@@ -172,7 +174,7 @@ def _question_schema(model: dict[str, Any]) -> dict[str, Any]:
             "inputs": {
                 "type": "array",
                 "items": {"oneOf": tensors},
-                "minItems": len(tensors),
+                "minItems": model["needs"],
                 "maxItems": len(tensors),
             },
             "outputs": {

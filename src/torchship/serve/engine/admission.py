@@ -27,6 +27,7 @@ class RequestValidator:
         self.signature = signature
         self.order: tuple[str, ...] = ()  # of the names in which bytes that came in can be used as they are
         self._nan: NanPolicy = nan
+        self._optional = len(signature.required) < len(signature.inputs)
         self._parameters = {parameter.name: parameter for parameter in parameters}
         self._plain: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         self._simple = nan == "allow" and self._learn()
@@ -47,7 +48,7 @@ class RequestValidator:
     def admit(self, job: Job) -> None:
         """Check a job's tensors and measure it: its rows (1 where the signature is not batched) and its bytes.
 
-        Raises BadInput naming the fault.
+        An optional input that is not there becomes None in `job.tensors`. Raises BadInput naming the fault.
         """
         tensors = job.tensors
         layout = tensors.layout if type(tensors) is RawInputs else None
@@ -68,6 +69,9 @@ class RequestValidator:
                 _check_bytes(name, array)
         job.rows = self.signature.check(tensors, nan=self._nan)
         job.size = sum([size_of(array) for array in tensors.values()])
+        if self._optional:
+            absent: dict[str, Any] = dict.fromkeys([spec.name for spec in self.signature.inputs])
+            job.tensors = {**absent, **tensors}
 
     def _quick(self, tensors: Tensors) -> int:
         """The number of rows; 0 for anything that needs a second look."""

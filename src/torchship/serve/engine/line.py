@@ -223,7 +223,8 @@ class Line:
             call.arrays, lengths = node.padding.widen(call.arrays)
             call.finish = node.padding.narrowing(lengths, self._on_done)
         if node.loose or call.values:
-            call.key = (*[call.arrays[i].shape[1:] for i in node.loose], *call.values.items())
+            shapes = [None if call.arrays[i] is None else call.arrays[i].shape[1:] for i in node.loose]
+            call.key = (*shapes, *call.values.items())
         if node.sequential:
             call.sequence = _sequence(job)
         if planned.streams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from torchship.tensors import Array
 class StageNode:
     """A node of the plan with its station: the slots it takes, gives and lets go, and the nodes that wait for it.
 
-    `loose` are the inputs whose shape varies; `special`: its calls need more than to be queued.
+    `loose` are the inputs whose shape varies, or that may be absent; `special`: its calls need more than to be queued.
     """
 
     planned: Node
@@ -56,7 +57,9 @@ class StageNode:
             if all(parts):
                 call.finish(call, [np.concatenate(found) for found in zip(*parts, strict=True)])
 
-        chunks = [[array[start : start + self.most] for array in call.arrays] for start in starts]
+        chunks: list[list[Any]] = [
+            [None if array is None else array[start : start + self.most] for array in call.arrays] for start in starts
+        ]
         return [
             StageCall(call.job, arrays, len(arrays[0]), finish, call.values, call.key, index)
             for index, arrays in enumerate(chunks)

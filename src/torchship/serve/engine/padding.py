@@ -38,11 +38,14 @@ class Padding:
             if wrong or not lengths:
                 raise BadConfig(f"stage {stage!r}: buckets {wrong} of axis {name!r} are not within {axis}")
 
-    def widen(self, arrays: Sequence[Array]) -> tuple[list[Array], dict[str, int]]:
+    def widen(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, int]]:
         """The inputs, filled up, and the lengths that were: one longer than all buckets stays as it is."""
         lengths: dict[str, int] = {}
-        found = []
+        found: list[Any] = []
         for array, axes in zip(arrays, self._inputs, strict=True):
+            if array is None:  # an optional input that this call does not bring
+                found.append(None)
+                continue
             wider = list(array.shape)
             for place, name, _ in axes:
                 lengths[name] = length = array.shape[place]
@@ -79,5 +82,5 @@ def _filled(array: Array, shape: Sequence[int]) -> Array:
 def _cut(array: Array, axes: Sequence[tuple[int, str, Free]], lengths: Mapping[str, int]) -> Array:
     cuts = [slice(None)] * array.ndim
     for place, name, _ in axes:
-        cuts[place] = slice(lengths[name])
+        cuts[place] = slice(lengths.get(name))  # nothing is cut where no input of the call has this axis
     return array[tuple(cuts)] if axes else array

@@ -27,8 +27,6 @@ class Job(msgspec.Struct, eq=False):
     there is no answer. `gone` tells whether the caller has left; `waiting` and `left` count the stations ahead.
     `asked` is the time-out that the request itself has given. While a stage streams, `on_taken` lets it make one more
     answer, and `on_dropped` ends it.
-    `asked` is the time-out that the request itself has given. While a stage streams, `on_taken` lets it make one more
-    answer, and `on_dropped` ends it.
     """
 
     tensors: Tensors
@@ -78,7 +76,8 @@ class Span(msgspec.Struct, frozen=True):
 class StageCall(msgspec.Struct, eq=False):
     """A job's call at one station: the tensors that it brings, in the order of the stage's inputs.
 
-    Tensors that came in as bytes and are still bytes are given as a tuple of them.
+    An optional input that the job does not bring is None there. Tensors that came in as bytes and are still bytes are
+    given as a tuple of them.
     `key` is equal for calls that may share a batch. `alone` is set after a crash: a suspect runs by itself.
     `finish` takes the outputs; a stream has its answers taken one by one by `part`, and `finish` ends it.
     A call of a `sequence` goes to the worker that holds the sequence's state.

@@ -244,8 +244,11 @@ class LocalReplica:
             rows = [call.rows for call in group]
             columns = zip(*[call.arrays for call in group], strict=True)
             kinds = {type(call.arrays) for call in group}
-            blocks: list[ArenaBlock] = []
+            blocks: list[ArenaBlock | None] = []
             for index, column in enumerate(columns):
+                if column[0] is None:  # an optional input: calls share a batch only where none of them has it
+                    blocks.append(None)
+                    continue
                 if kinds == _RAW:
                     shape = (sum(rows), *self._raw_inputs[index][1])
                     block = arena.write_raw(column, memory=memory, offset=at, shape=shape)
@@ -266,7 +269,7 @@ class LocalReplica:
     def _measure(self, calls: list[StageCall]) -> int:
         """Bytes that a batch needs, each tensor beginning where it may."""
         padding = arena.ALIGN * len(calls[0].arrays) * (1 if self._batched else len(calls))
-        return padding + sum([arena.size_of(array) for call in calls for array in call.arrays])
+        return padding + sum([arena.size_of(one) for call in calls for one in call.arrays if one is not None])
 
     def _hear(self) -> None:
         """Read one report; the loop calls again while there are more."""

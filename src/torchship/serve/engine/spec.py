@@ -65,9 +65,11 @@ class StageModel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def loose(self) -> tuple[int, ...]:
-        """The inputs of which not every axis after the first is fixed."""
+        """The inputs that differ between calls: optional ones, and those of which an axis after the first is free."""
         inputs = enumerate(self.signature.inputs)
-        return tuple([at for at, spec in inputs if not all(isinstance(axis, int) for axis in spec.shape[1:])])
+        return tuple(
+            [at for at, spec in inputs if spec.optional or not all(isinstance(axis, int) for axis in spec.shape[1:])]
+        )
 
     @property
     def fits(self) -> bool:

@@ -44,7 +44,7 @@ from torchship.serve.engine.ipc.messages import (
 )
 from torchship.serve.engine.spec import WorkerSpec
 from torchship.stage import Stage, Value
-from torchship.tensors import Array, Tensors, numpy_dtype
+from torchship.tensors import Array, Signature, Tensors, numpy_dtype
 
 _PATIENCE = 150_000  # nanoseconds; who has one quick caller looks for the next request so long before it sleeps
 _CORES = hardware.cores()
@@ -80,8 +80,9 @@ def main(argument: Any) -> None:
         _print(fault)
         send(sock, encode(OpenFailed(describe(fault))))
         return
-    send(sock, encode(Opened(str(relax(stage.signature)))))
-    WorkerLoop(StageRunner(stage), arena=memory, sock=sock, private=bool(model.config.run)).work()
+    signature = stage.signature.taking([spec.name for spec in model.signature.inputs])
+    send(sock, encode(Opened(str(relax(signature)))))
+    WorkerLoop(StageRunner(stage, signature), arena=memory, sock=sock, private=bool(model.config.run)).work()
     stage.close()
 
 
@@ -122,8 +123,9 @@ class Answer(NamedTuple):
 class StageRunner:
     """Runs calls of one stage. Whatever it raises, SystemExit too, is the fault of the job that it was called for."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.signature = stage.signature
+    def __init__(self, stage: Stage, signature: Signature | None = None) -> None:
+        """`signature` is the stage's own, or without the optional inputs that no call brings."""
+        self.signature = signature or stage.signature
         self.lost = ""
         self._stage = stage
 
@@ -272,6 +274,8 @@ class WorkerLoop:
     def _tensors(self, call: PackedCall, region: MemoryRegion) -> Tensors:
         tensors = {}
         for (name, dtype), block in zip(self._inputs, call.blocks, strict=True):
+            if block is None:
+                continue
             array = arena.read(block, dtype=dtype, memory=region.memory)
             tensors[name] = array.copy() if self._private and not dtype.hasobject else array
         return tensors

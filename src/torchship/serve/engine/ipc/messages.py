@@ -26,10 +26,13 @@ _ROOM = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
 class PackedCall(msgspec.Struct, array_like=True, frozen=True):
-    """One call of the stage: rows of each job in it, the tensors in the order of the inputs, the request's values."""
+    """One call of the stage: rows of each job in it, the tensors in the order of the inputs, the request's values.
+
+    An optional input that the jobs do not bring has None for its block.
+    """
 
     rows: list[int]
-    blocks: list[ArenaBlock]
+    blocks: list[ArenaBlock | None]
     values: dict[str, Value] = {}
     stream: bool = False
 
