@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 33_880
+ENGINE = 34_010
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
