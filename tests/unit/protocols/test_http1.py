@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import socket
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -460,6 +461,31 @@ def test_a_slow_but_steady_sender_is_not_cut() -> None:
     with running(listen) as found:
         assert status(talk(found, *cuts, pause=0.8)) == 200
         assert status(talk(found, cuts[0], b"", pause=4.0)) == 408
+
+
+def test_a_slow_but_steady_reader_is_not_cut() -> None:
+    """The limit counts from the last byte that moved: whoever reads on gets all, however long it takes."""
+
+    async def listen(front: Front) -> Listener:
+        return await rest.listen(front, port=0, limits=ConnectionLimits(write_seconds=3.0))
+
+    item = {"name": "x", "shape": [20_000, 16], "datatype": "FP32", "data": [0.125] * 320_000}
+    request = post(json.dumps({"inputs": [item]}).encode())
+    count = 6
+    with running(listen) as found, socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        peer.settimeout(20)
+        peer.connect(("127.0.0.1", found.port))
+        sender = threading.Thread(target=peer.sendall, args=(request * count,))
+        sender.start()
+        answer = bytearray()
+        while len(answer) < count * 6 * 320_000:
+            data = peer.recv(131_072)
+            assert data, f"cut after {len(answer)} bytes"
+            answer += data
+            sleep(0.02)
+        sender.join()
+    assert answer.count(b"HTTP/1.1 200 OK") == count
 
 
 def test_long_json_is_read_while_others_are_answered() -> None:

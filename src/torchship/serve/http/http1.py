@@ -544,8 +544,9 @@ class Connection(asyncio.Protocol):
 
     def overdue(self, now: float) -> None:
         """Close the connection when its peer has kept us waiting for too long."""
-        if not self._writable and (unsent := self.transport.get_write_buffer_size()) < self._unsent:
-            self._since, self._unsent = now, unsent  # the peer reads, though slowly
+        if not self._writable:  # what is written meanwhile makes it more again
+            before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
+            self._since = now if self._unsent < before else self._since  # the peer reads, though slowly
         waited, limits = now - self._since, self._site.limits
         if self._half_closed:
             self._probe(now)

@@ -431,8 +431,9 @@ class Connection2(asyncio.Protocol):
     def overdue(self, now: float) -> None:
         """Hang up, or give up a stream, where the peer has kept us waiting for too long."""
         limits = self.site.limits
-        if not self._writable and (unsent := self.transport.get_write_buffer_size()) < self._unsent:
-            self._since, self._unsent = now, unsent  # the peer reads, though slowly
+        if not self._writable:  # what is written meanwhile makes it more again
+            before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
+            self._since = now if self._unsent < before else self._since  # the peer reads, though slowly
         if self._half_closed and is_reset(self.transport):
             self.transport.abort()
         if now > self._end_of_life and not self._retiring:
