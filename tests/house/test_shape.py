@@ -77,11 +77,11 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_010
+ENGINE = 34_020
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_750,
+    "torchship": 1_760,
     "torchship.artifact": 1_500,
     "torchship.backends": 1_450,
     "torchship.cli": 1_850,
