@@ -46,10 +46,11 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `state`: proved (the bound is within what may be lost), plausible (the estimate is, but the rows are too few) or
     refused. `measure`: top-1, neighbours, equality, variation or metric; empty where the rows allow none. `cost` is the
-    estimate and `bound` what it lies under with 95 % certainty, both in the unit of the measure (0.01 is one point), on
-    `rows` rows of real data in `groups` groups. `spread`: standard deviation of a row's cost; `events` rows were
-    flipped, at `event` each. `drift`: relative error of the worst row, `value_drift` the same without class scores and
-    embeddings; `made` of made-up rows. `broken`: what no number forgives, a law or a row or channel that is lost.
+    estimate and `bound` what it lies under with 95 % certainty over the choice of rows, both in the unit of the measure
+    (0.01 is one point), on `rows` rows of real data in `groups` groups. `spread`: standard deviation of a row's cost;
+    `events` rows were flipped, at `event` each. `drift`: relative error of the worst row, `value_drift` the same
+    without class scores and embeddings; `made` of made-up rows. `broken`: what no number forgives, a law or a row or
+    channel that is lost.
     """
 
     state: Literal["", "proved", "plausible", "refused"] = ""

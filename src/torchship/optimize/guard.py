@@ -1,10 +1,10 @@
 """The Guard: holds what a candidate was found to cost to what may be lost, and says so in one sentence.
 
-Three verdicts: *proved* (with 95 % certainty the cost is within `max_drop`), *plausible* (the estimate is, but on too
-few rows of real data to prove it) and *refused*. What is measured is told in `judge`; the laws that no number forgives
-in `laws`. Beside the cost each precision has a limit for the relative error of the worst row, for answers that are no
-class scores and no embeddings (of fp32 for all): fp32 0.002, fp16, bf16 and tf32 0.08, int8 and below 0.3. What is
-beyond it is no rounding of that precision, but another computation. docs/decisions/0015-guard.md has the evidence.
+Three verdicts: *proved* (with 95 % certainty over the choice of rows the cost is within `max_drop`), *plausible* (the
+estimate is, but on too few rows of real data to prove it) and *refused*. What is measured is told in `judge`; the laws
+that no number forgives in `laws`. Beside the cost each precision has a limit for the relative error of the worst row,
+for answers that are no class scores and no embeddings (of fp32 for all): fp32 0.002, fp16, bf16 and tf32 0.08, int8 and
+below 0.3. What is beyond it is no rounding of that precision, but another computation (decision 0015).
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _is_proved(found: Verdict, evidence: Evidence, guard: Guard) -> bool:
 def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Recipe) -> list[str]:
     precision, by_metric = precision_of(recipe), found.metric is not None
     reasons = [evidence.broken] if evidence.broken else []
-    if by_metric:
-        reasons += _metric_reasons(found, guard)
+    if found.metric is not None and found.reference_metric is not None:
+        drop, both = found.reference_metric - found.metric, f"{found.reference_metric:.4g} to {found.metric:.4g}"
+        if drop > guard.max_drop + 1e-12:
+            reasons.append(f"the metric fell by {drop:.4g} ({both}), more than {guard.max_drop:g}")
     elif evidence.cost > guard.max_drop + 1e-12 and evidence.measure:
         reasons.append(f"output {evidence.output!r} {_cost(evidence)}, more than {_amount(evidence, guard.max_drop)}")
     if guard.error is None and not by_metric:
@@ -105,21 +107,10 @@ def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Rec
     return reasons
 
 
-def _metric_reasons(found: Verdict, guard: Guard) -> list[str]:
-    assert found.metric is not None and found.reference_metric is not None  # noqa: S101, PT018  # set together
-    drop = found.reference_metric - found.metric
-    if drop > guard.max_drop + 1e-12:
-        return [
-            f"the metric fell by {drop:.4g} ({found.reference_metric:.4g} to {found.metric:.4g}), "
-            f"more than {guard.max_drop:g}"
-        ]
-    return []
-
-
 def sentence(found: Verdict, evidence: Evidence, *, guard: Guard) -> str:
     """What a candidate costs and how sure that is, in one sentence without its full stop."""
     if found.metric is not None and found.reference_metric is not None:
-        return _of_metric(found, evidence, guard)
+        return _of_metric(found.metric, found.reference_metric, evidence, guard)
     if evidence.state == "proved" and found.error == 0:
         return "answers exactly as the original does"
     rows = f"{evidence.rows} rows" if evidence.rows != 1 else "1 row"
@@ -128,16 +119,16 @@ def sentence(found: Verdict, evidence: Evidence, *, guard: Guard) -> str:
     if evidence.groups < evidence.rows:
         rows += f" in {evidence.groups} groups"
     if evidence.state == "proved":
+        rows += " without labels" if evidence.measure == "top-1" else ""
         return f"costs at most {_amount(evidence, evidence.bound)}, proved on {rows}"
     needed = rows_needed(evidence, most=guard.max_drop)
     more = f"; about {needed} rows like these would prove it" if needed else ""
     return f"{_cost(evidence)} and at most {_amount(evidence, evidence.bound)} on {rows}: plausible{more}"
 
 
-def _of_metric(found: Verdict, evidence: Evidence, guard: Guard) -> str:
-    assert found.metric is not None and found.reference_metric is not None  # noqa: S101, PT018  # the caller looked
-    drop = found.reference_metric - found.metric
-    moved = f"your metric falls by {drop:.4g}" if drop > 0 else f"your metric does not fall ({found.metric:.4g})"
+def _of_metric(metric: float, reference: float, evidence: Evidence, guard: Guard) -> str:
+    drop = reference - metric
+    moved = f"your metric falls by {drop:.4g}" if drop > 0 else f"your metric does not fall ({metric:.4g})"
     if evidence.measure != "metric":
         return f"{moved}: plausible; return one value for each row and it can be proved"
     noise = " (less than the noise of these rows)" if 0 < drop < evidence.bound - evidence.cost else ""

@@ -65,9 +65,11 @@ def test_the_sentence_says_what_it_costs_at_most_and_on_how_many_rows() -> None:
     def told(verdict: Verdict) -> str:
         return judge(verdict, guard=Guard(), recipe=INT8).reason
 
-    assert told(found(cost=0.004, bound=0.008)) == "costs at most 0.8 points of top-1, proved on 512 rows"
+    assert (
+        told(found(cost=0.004, bound=0.008)) == "costs at most 0.8 points of top-1, proved on 512 rows without labels"
+    )
     grouped = found(cost=0.004, bound=0.008, rows=400, groups=25)
-    assert told(grouped) == "costs at most 0.8 points of top-1, proved on 400 rows in 25 groups"
+    assert told(grouped) == "costs at most 0.8 points of top-1, proved on 400 rows in 25 groups without labels"
     few = told(found(cost=0.004, bound=0.02, rows=64, groups=64, spread=0.05))
     assert few.startswith("costs about 0.4 points of top-1 and at most 2 points of top-1 on 64 rows: plausible; about ")
     assert few.endswith(" rows like these would prove it")

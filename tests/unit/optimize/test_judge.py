@@ -180,6 +180,19 @@ def test_the_bound_lies_above_the_true_cost_nineteen_times_in_twenty(share: floa
     assert covered >= (186 if groups is None else 170)
 
 
+def test_the_bound_covers_what_a_reference_with_a_skewed_class_costs() -> None:
+    draw = np.random.default_rng(3)
+    truth = (2 * draw.normal(size=(2000, 5))).astype(np.float32)
+    reference, candidate = truth.copy(), truth.copy()
+    reference[:, 0] += 0.4  # it is too sure of class 0: flips towards it look like near ties
+    candidate[:, 0] += 0.6
+    chances, every = softmax(truth), np.arange(len(truth))
+    true = (chances[every, reference.argmax(1)] - chances[every, candidate.argmax(1)]).mean()
+    found = evidence(candidate, reference)
+    assert found.cost < true / 2, "by the reference's own probabilities the flips are cheap"
+    assert true <= found.bound <= 5 * true
+
+
 def test_an_output_that_is_always_the_same_proves_nothing() -> None:
     same = np.ones((64, 5), np.float32)
     found = evidence(same, same)
