@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import msgspec
@@ -204,6 +205,17 @@ def _resident_of(process: psutil.Process) -> int:
         return int(process.memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def waited_for_processor(pid: int) -> float:
+    """Seconds that the main thread of a process could have run but had no processor; 0 where that is not told.
+
+    Source: Linux, Documentation/scheduler/sched-stats, /proc/PID/schedstat.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def stop(child: Child, *, grace: float = 0.0) -> None:

@@ -77,11 +77,11 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_020
+ENGINE = 34_050
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_760,
+    "torchship": 1_775,
     "torchship.artifact": 1_500,
     "torchship.backends": 1_450,
     "torchship.cli": 1_850,
@@ -93,7 +93,7 @@ ROOMS = {
     "torchship.pipeline": 1_700,
     "torchship.serve": 2_100,
     "torchship.serve.api": 1_700,
-    "torchship.serve.engine": 3_000,
+    "torchship.serve.engine": 3_015,
     "torchship.serve.http": 2_700,
     "torchship.stages": 1_550,
     "torchship.wire": 1_660,

@@ -104,3 +104,9 @@ def test_a_conversation_with_a_child_that_fails_reads_as_closed() -> None:
     finally:
         sock.close()
         process.stop(child)
+
+
+def test_waiting_for_a_processor_is_told_where_the_kernel_counts_it() -> None:
+    waited = process.waited_for_processor(os.getpid())
+    assert waited >= 0.0
+    assert process.waited_for_processor(2**22 + 1) == 0.0  # there is no such process

@@ -14,6 +14,7 @@ import pytest
 import uvloop
 
 from tests.serving import planned
+from torchship import process
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.serve import prometheus
 from torchship.serve.engine.line import Line
@@ -212,6 +213,25 @@ def test_what_does_not_open_says_why_and_leaves_nothing() -> None:
             async with Opened({"run": "Adder", "options": {"start": -1.0}}, {"run": "wrong", "inputs": {"x": "total"}}):
                 pass
         assert {child.pid for child in me.children(recursive=True)} <= before
+
+    run(work)
+
+
+def test_time_without_a_processor_is_given_back_to_a_worker_that_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def crowded(pid: int) -> float:
+        seen.append(len(seen) + 1.0)
+        return len(seen) * 20.0  # as if it had waited all the time
+
+    async def work() -> None:
+        with pytest.raises(Unavailable, match="did not open within"):
+            async with Opened({"run": "Adder"}, open_timeout=0.01):
+                pass
+        monkeypatch.setattr(process, "waited_for_processor", crowded)
+        async with Opened({"run": "Adder"}, open_timeout=0.01) as line:
+            assert line.ready
+        assert seen
 
     run(work)
 
