@@ -12,7 +12,7 @@ from torchship.doctor import runner
 from torchship.doctor.cost import Cost
 from torchship.doctor.diagnose import Diagnosis, diagnose, diagnose_break, suspected
 from torchship.doctor.findings import Finding
-from torchship.doctor.routes import OPENS, ROUTE_NAMES, Outcome
+from torchship.doctor.routes import OPENS, ROUTE_NAMES, RouteOutcome
 from torchship.doctor.runner import Seen
 from torchship.errors import BadConfig, CaptureFailed, NotFound
 from torchship.hardware import here
@@ -123,8 +123,8 @@ def _stop_if_nothing(seen: Seen) -> None:
     raise kind(f"{seen.words}{told}", hint=hint)
 
 
-def _outcome(done: process.Outcome) -> Outcome | None:
-    return None if done.value is None else msgspec.convert(done.value, Outcome)
+def _outcome(done: process.Outcome) -> RouteOutcome | None:
+    return None if done.value is None else msgspec.convert(done.value, RouteOutcome)
 
 
 def _row(name: str, done: process.Outcome) -> RouteRow:

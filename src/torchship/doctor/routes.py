@@ -28,7 +28,7 @@ class Break(msgspec.Struct, frozen=True):
     places: tuple[Place, ...] = ()
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class RouteOutcome(msgspec.Struct, frozen=True):
     """How a route went. `error` is the relative output error, on other data than it was exported with too.
 
     `suspects` are constructs that the user's source holds, for errors that name no line.
@@ -56,15 +56,15 @@ def walk(given: Any, *, subject: Subject | None = None) -> Any:
 
 def refused(name: str, fault: BaseException) -> Any:
     """The outcome of a route whose subject could not be brought up, as plain data."""
-    return msgspec.to_builtins(Outcome(name, failure.of(fault)))
+    return msgspec.to_builtins(RouteOutcome(name, failure.of(fault)))
 
 
-def _walk(subject: Subject, name: str) -> Outcome:
+def _walk(subject: Subject, name: str) -> RouteOutcome:
     try:
         with _quiet():
             shipped = ROUTES[name](subject)
     except Exception as fault:
-        return Outcome(name, failure.of(fault))
+        return RouteOutcome(name, failure.of(fault))
     found = _compared(subject, name, shipped)
     decided = [place for place in getattr(subject.model.module, "decided", ()) if not is_installed(place.file)]
     if name == "trace" and decided and not found.wrong and found.failure is None:
@@ -73,7 +73,7 @@ def _walk(subject: Subject, name: str) -> Outcome:
     return found
 
 
-def _compared(subject: Subject, name: str, shipped: Callable[..., Any]) -> Outcome:
+def _compared(subject: Subject, name: str, shipped: Callable[..., Any]) -> RouteOutcome:
     """The exported program against the module itself, on the example and on data that it has not seen."""
     worst = 0.0
     looks = (
@@ -87,17 +87,17 @@ def _compared(subject: Subject, name: str, shipped: Callable[..., Any]) -> Outco
             torch.manual_seed(0)
             expected = call(subject.model.module, tensors)
         except Exception:
-            return Outcome(name, error=worst)  # the module itself refuses these inputs: its findings say so
+            return RouteOutcome(name, error=worst)  # the module itself refuses these inputs: its findings say so
         torch.manual_seed(0)
         try:
             error = worst_error(expected, call(shipped, tensors))
         except Exception as fault:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-            return Outcome(name, failure.of(fault), wrong=f"exports, but fails {where} (shapes {shapes})")
+            return RouteOutcome(name, failure.of(fault), wrong=f"exports, but fails {where} (shapes {shapes})")
         worst = max(worst, error)
         if error > _TOLERANCE:
-            return Outcome(name, error=worst if worst != float("inf") else None, wrong=_wrong(error, where))
-    return Outcome(name, error=worst)
+            return RouteOutcome(name, error=worst if worst != float("inf") else None, wrong=_wrong(error, where))
+    return RouteOutcome(name, error=worst)
 
 
 def _wrong(error: float, where: str) -> str:
@@ -178,7 +178,7 @@ OPENS = {
 }
 
 
-def _compile(subject: Subject) -> Outcome:
+def _compile(subject: Subject) -> RouteOutcome:
     """torch.compile: the whole module in one graph, and every place where the graph breaks."""
     module, tensors = subject.model.module, subject.tensors()
     try:
@@ -187,14 +187,14 @@ def _compile(subject: Subject) -> Outcome:
             breaks = tuple(Break(_reason(reason), _users(reason.user_stack)) for reason in found.break_reasons)
             graphs = int(found.graph_count)
     except Exception as fault:
-        return Outcome("compile", failure.of(fault))
+        return RouteOutcome("compile", failure.of(fault))
     torch._dynamo.reset()
     try:
         with _quiet():
             whole = torch.compile(module, fullgraph=True, backend="eager")
             call(whole, tensors)
     except Exception as fault:
-        return Outcome("compile", failure.of(fault), breaks=breaks, graphs=graphs)
+        return RouteOutcome("compile", failure.of(fault), breaks=breaks, graphs=graphs)
     compared = _compared(subject, "compile", whole)
     return msgspec.structs.replace(compared, breaks=breaks, graphs=graphs)
 

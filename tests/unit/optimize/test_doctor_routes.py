@@ -116,7 +116,7 @@ def test_an_operator_without_onnx_is_named() -> None:
 def test_graph_breaks_carry_the_users_lines() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = msgspec.convert(routes.walk(_case("SideEffect", "compile")), routes.Outcome)
+        found = msgspec.convert(routes.walk(_case("SideEffect", "compile")), routes.RouteOutcome)
     assert found.graphs == 2
     (broken,) = found.breaks
     assert broken.places[-1].code.startswith("print(")
