@@ -237,6 +237,7 @@ def test_where_the_channels_are() -> None:
                 config = client.get_model_config("photos").config
         finally:
             found.run(found.service.catalog.unload("photos"))
+            del found.service.catalog.entries["photos"]  # other tests of this process share the service
     kinds = type(config.input[0])
     assert [(one.name, list(one.dims), one.format) for one in config.input] == [
         ("first", [3, 8, 8], kinds.FORMAT_NCHW),
