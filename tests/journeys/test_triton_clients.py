@@ -327,7 +327,7 @@ def test_a_deadline_cancels_over_grpc() -> None:
     for doors in _fake():
         assert doors.fake is not None
         service = doors.fake.service
-        service.delay = 5.0
+        service.delay, service.cancelled = 5.0, 0
         with (
             tritonclient.grpc.InferenceServerClient(doors.grpc) as client,
             pytest.raises(InferenceServerException, match="Deadline"),
