@@ -268,6 +268,12 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self if kept == self.inputs else msgspec.structs.replace(self, inputs=kept)
 
     @property
+    def fixed(self) -> bool:
+        """Whether nothing is free but the number of rows."""
+        shapes = [spec.shape[1:] if self.batched else spec.shape for spec in self.inputs]
+        return all(isinstance(axis, int) for shape in shapes for axis in shape)
+
+    @property
     def max_rows(self) -> int:
         """How many rows a call may hold: 1 where not batched; the first axis's length or maximum; else 64."""
         first = [spec.shape[0] for spec in self.inputs if spec.shape]

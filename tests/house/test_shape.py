@@ -77,17 +77,17 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_050
+ENGINE = 34_950
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_775,
+    "torchship": 1_785,
     "torchship.artifact": 1_500,
-    "torchship.backends": 1_450,
+    "torchship.backends": 1_640,
     "torchship.cli": 1_850,
     "torchship.client": 1_650,
     "torchship.doctor": 2_600,
-    "torchship.lowering": 2_400,
+    "torchship.lowering": 2_990,
     "torchship.optimize": 9_200,
     "torchship.optimize.transforms": 450,
     "torchship.pipeline": 1_700,

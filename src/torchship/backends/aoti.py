@@ -8,7 +8,7 @@ from pathlib import Path
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import program, torch_stage
-from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
@@ -74,4 +74,4 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     except Exception as fault:
         raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
     # the library checks nothing: a wrong shape or dtype would be answered with garbage
-    return TorchStage(body, signature=signature, device=device, check=True)
+    return torch_stage.staged(body, signature=signature, device=device, check=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torchship.errors import BuildFailed, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import program, script, torch_stage
-from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
@@ -17,7 +17,7 @@ from torchship.tensors import Signature
 KIND = "data"
 TAKES = ("fuse", "quantize")  # transforms that it gains from
 PACKAGES = ("torch",)
-OPTIONS = torch_stage.OPTIONS
+OPTIONS = (*torch_stage.OPTIONS, "graphs")
 SCRIPT = "script.ts"
 
 
@@ -32,7 +32,8 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     wishes: list[Options] = [{}]
     if hardware.gpus:
         gpu: Options = {"device": "cuda"}
-        wishes += [gpu | {"precision": "fp16"} | layout, gpu | {"precision": "tf32"}, gpu]
+        half = gpu | {"precision": "fp16"} | layout
+        wishes += [half | {"graphs": True}, half, gpu | {"precision": "tf32"}, gpu]
     if hardware.has_bf16:
         wishes.append({"precision": "bf16", **layout})
     elif layout:
@@ -43,10 +44,10 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Save the exported program; a module that `torch.export` cannot take is saved as TorchScript.
 
-    Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`). Raises BuildFailed with both
-    reasons, or BadConfig.
+    Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`); `graphs` folds batch norms and
+    replays CUDA graphs on a card. Raises BuildFailed with both reasons, or BadConfig.
     """
-    shaped = torch_stage.shaped(model, options)
+    shaped = torch_stage.shaped(torch_stage.folded(model) if options.get("graphs") else model, options)
     try:
         program.save(program.export(shaped, device=torch_stage.device_of(options)), out)
     except BuildFailed as refusal:
@@ -62,11 +63,12 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Load the program as plain data. Raises UnsafeArtifact, CorruptArtifact, NotFound or Unavailable."""
     device = torch_stage.device_of(options, device=device)
-    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=signature.fixed)
     if (path / program.PROGRAM).exists():
         module = program.load(path)
     elif (path / SCRIPT).exists():
         module = script.load(path / SCRIPT)
     else:
         raise NotFound(f"{path} holds neither {program.PROGRAM} nor {SCRIPT}")
-    return TorchStage(module.to(device), signature=signature, device=device)
+    graphs = bool(options.get("graphs"))
+    return torch_stage.staged(module.to(device), signature=signature, device=device, graphs=graphs)

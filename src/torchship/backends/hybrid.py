@@ -23,7 +23,7 @@ from torchship.errors import BadInput, BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
 from torchship.lowering import blueprint, program, torch_stage
 from torchship.lowering.blueprint import Blueprint
-from torchship.lowering.torch_stage import TorchStage, no_fast_path, prepare
+from torchship.lowering.torch_stage import no_fast_path, prepare
 from torchship.model import Model, to_numpy, to_torch
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe, choice
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 KIND = "native"
 PACKAGES = ("torch",)
-OPTIONS = ("source", "parts", "precision")
+OPTIONS = ("source", "parts", "precision", "device")
 PLAN = "hybrid.json"
 WEIGHTS = "weights.safetensors"
 SCRIPT = "script.py"
-_PRECISIONS = ("fp32", "bf16")
+_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _VERSIONED = (*sys.stdlib_module_names, "torch", "torchvision", "torchaudio", "torchship")
 
 
@@ -84,8 +84,8 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Write blueprint, weights and parts. Options: parts (the backend of the submodules; none: all stays eager),
-    precision (of the parts; fp32 or bf16, by autocast, where all stays eager), source (module:function that makes the
-    module, for one that cannot be written down). Raises BuildFailed.
+    precision (of the parts; where all stays eager fp32, tf32, or bf16 and fp16 by autocast), device, source
+    (module:function that makes the module, for one that cannot be written down). Raises BuildFailed.
     """
     inner: Any = model.module.inner
     source = str(options.get("source") or "")
@@ -222,7 +222,9 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
 
     Raises NotFound when a class is not installed, CorruptArtifact when its code or the weights do not fit.
     """
-    prepare(device=device, threads=threads)
+    device = torch_stage.device_of(options, device=device)
+    # what is free inside is not known, so no time is spent on tuning for a shape
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=False)
     try:
         plan = msgspec.json.decode((path / PLAN).read_bytes(), type=HybridPlan)
     except msgspec.MsgspecError as fault:
@@ -243,9 +245,9 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         )
         module.set_submodule(cut.path, _as_module(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
-    half = not plan.cuts and options.get("precision") == "bf16"
-    body = _body(module, plan, call, half=torch_stage.device_kind(device) if half else "")
-    return TorchStage(body, signature=signature, device=device)
+    word = "" if plan.cuts else str(options.get("precision", ""))
+    body = _body(module, plan, call, narrow=word if word in ("bf16", "fp16") else "", device=device)
+    return torch_stage.staged(body, signature=signature, device=device)
 
 
 def _raised(plan: HybridPlan, path: Path) -> tuple[torch.nn.Module, Any]:
@@ -331,17 +333,19 @@ def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Modul
     return Compiled()
 
 
-def _body(module: torch.nn.Module, plan: HybridPlan, call: Any, *, half: str) -> Any:
+def _body(module: torch.nn.Module, plan: HybridPlan, call: Any, *, narrow: str, device: str) -> Any:
     import torch
 
     from torchship.lowering import tree
 
     moves = plan.moves or [0] * len(plan.paths)
+    dtype = torch.float16 if narrow == "fp16" else torch.bfloat16
+    kind = torch_stage.device_kind(device)
 
     def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tensors = tuple(tensor.clone() if i in plan.written else tensor for i, tensor in enumerate(tensors))
         args, kwargs = tree.fill(call, tensors)
-        with torch.autocast(half or "cpu", dtype=torch.bfloat16, enabled=bool(half)), no_fast_path():
+        with torch.autocast(kind, dtype=dtype, enabled=bool(narrow)), no_fast_path():
             answer = module(*args, **kwargs)
         found = (tree.follow(answer, tuple(path)) for path in plan.paths)
         return tuple(out.movedim(axis, 0) if axis else out for out, axis in zip(found, moves, strict=True))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchship.hardware import Hardware
 from torchship.lowering import program, torch_stage
-from torchship.lowering.torch_stage import TorchStage, blank, prepare
+from torchship.lowering.torch_stage import blank, prepare
 from torchship.model import Model, to_torch
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe, choice
@@ -84,7 +84,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         return compiled(*inputs)
 
     _warm(body, signature, device, repeats=3 if graphs else 1)
-    return TorchStage(body, signature=signature, device=device)
+    return torch_stage.staged(body, signature=signature, device=device)
 
 
 def _warm(body: Callable[..., Any], signature: Signature, device: str, *, repeats: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from torchship.errors import BuildFailed, Unavailable, WrongMachine
 from torchship.hardware import Hardware
 from torchship.lowering import torch_stage
-from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe, choice
@@ -155,7 +155,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             f"{FILE} was built for another card or another TensorRT than {trt.__version__}", hint="optimize it here"
         )
     body = _Engine(engine, signature, device)
-    return TorchStage(body, signature=signature, device=device, check=True)
+    return torch_stage.staged(body, signature=signature, device=device, check=True)
 
 
 class _Engine:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchship.errors import BuildFailed
 from torchship.hardware import Hardware
 from torchship.lowering import program, script, torch_stage
-from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
 from torchship.plugins import missing
 from torchship.recipe import Options, Recipe
@@ -59,4 +59,4 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     """Load the script. Raises UnsafeArtifact, CorruptArtifact or Unavailable."""
     device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
-    return TorchStage(script.load(path / FILE, device=device), signature=signature, device=device)
+    return torch_stage.staged(script.load(path / FILE, device=device), signature=signature, device=device)

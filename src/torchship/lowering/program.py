@@ -101,10 +101,12 @@ def save(program: ExportedProgram, out: Path) -> None:
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """The module of the program in `folder`, on the device it was exported on.
+    """The module of the program in `folder`, on the device it was exported on; raises as `load_exported` does."""
+    return load_exported(folder).module(check_guards=False)
 
-    Raises CorruptArtifact, UnsafeArtifact or Unavailable.
-    """
+
+def load_exported(folder: Path) -> ExportedProgram:
+    """The program in `folder`. Raises CorruptArtifact, UnsafeArtifact or Unavailable."""
     import torch
 
     refuse_code_in_program(folder / PROGRAM)
@@ -112,7 +114,7 @@ def load(folder: Path) -> torch.nn.Module:
 
     register_operators(folder / PROGRAM)
     try:
-        return torch.export.load(folder / PROGRAM).module(check_guards=False)
+        return torch.export.load(folder / PROGRAM)
     except Exception as fault:
         raise CorruptArtifact(
             f"{PROGRAM} cannot be loaded by torch {torch.__version__}: {one_line(fault)}",

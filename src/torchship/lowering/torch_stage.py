@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from torchship import hardware, home
-from torchship.errors import Unavailable
+from torchship.errors import BuildFailed, Unavailable
 from torchship.model import Model, to_numpy, to_torch
 from torchship.recipe import Options, choice
-from torchship.stage import Parameter, Parameters
+from torchship.stage import Parameter, Parameters, Stage
 from torchship.tensors import Free, Signature, Tensors, numpy_dtype
-
-if TYPE_CHECKING:
-    import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 OPTIONS = ("device", "precision", "mode", "channels_last", "keep", "modules")
-_SMALL = 1 << 20  # bytes; below this a page-locked buffer saves nothing
+_FEEDING = 8  # threads that copy to a card; more wait for one another
 
 
 class TorchStage:
-    """Runs `body(*inputs) -> tuple of tensors`, both in the order of the signature, on one device."""
+    """Runs `body(*inputs) -> tuple of tensors`, both in the order of the signature, on the processor."""
 
-    def __init__(
-        self, body: Callable[..., Any], *, signature: Signature, device: str = "cpu", check: bool = False
-    ) -> None:
+    def __init__(self, body: Callable[..., Any], *, signature: Signature, check: bool = False) -> None:
         self.signature = signature
         self.max_batch = signature.max_rows
         self.parameters: tuple[Parameter, ...] = ()
         self._body: Callable[..., Any] | None = body
-        self._device = device
         self._check = check
-        self._pinned: dict[str, torch.Tensor] = {}
 
     def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
         """Run on the host's arrays; answers are arrays of the host."""
@@ -46,9 +39,6 @@ class TorchStage:
         if self._check:
             self.signature.check(tensors)
         inputs = [to_torch(tensors[spec.name]) for spec in self.signature.inputs]
-        if self._device != "cpu":
-            names = [spec.name for spec in self.signature.inputs]
-            inputs = [self._upload(name, tensor) for name, tensor in zip(names, inputs, strict=True)]
         with torch.inference_mode():
             answers = self._body(*inputs)
         if isinstance(answers, torch.Tensor):
@@ -59,30 +49,20 @@ class TorchStage:
             for spec, answer in zip(specs, answers, strict=True)
         }
 
-    def _upload(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Large inputs go by way of page-locked memory: straight from pageable memory the bus is hardly used
-        (64 pictures to an H100: 5.6 ms, against 0.6 to copy and 0.7 to send). The buffer is free again when the call
-        ends, since the answers have been waited for by then."""
-        import torch
-
-        if tensor.nbytes < _SMALL:
-            return tensor.to(self._device, non_blocking=True)
-        room = self._pinned.get(name)
-        if room is None or room.numel() < tensor.numel():
-            room = self._pinned[name] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
-        staged = room[: tensor.numel()].view(tensor.shape).copy_(tensor)
-        return staged.to(self._device, non_blocking=True)
-
     def close(self) -> None:
-        """Forget the model, and give the device's memory back."""
-        if self._body is None:
-            return
+        """Forget the model."""
         self._body = None
-        self._pinned.clear()
-        if self._device != "cpu":
-            import torch
 
-            torch.cuda.empty_cache()
+
+def staged(
+    body: Callable[..., Any], *, signature: Signature, device: str, check: bool = False, graphs: bool = False
+) -> Stage:
+    """`body` as a Stage on `device`; `graphs`: see `lowering.cuda`."""
+    if device == "cpu":
+        return TorchStage(body, signature=signature, check=check)
+    from torchship.lowering.cuda import CudaStage
+
+    return CudaStage(body, signature=signature, device=device, check=check, graphs=graphs)
 
 
 def no_fast_path() -> contextlib.AbstractContextManager[None]:
@@ -108,23 +88,24 @@ def _fast_path_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def prepare(*, device: str, threads: int, tf32: bool = False) -> None:
+def prepare(*, device: str, threads: int, tf32: bool = False, tune: bool = True) -> None:
     """Set the threads of torch (0: every core that this process may use) and make sure that `device` is there.
 
-    Raises Unavailable.
+    On a card, fp32 is fp32 unless `tf32` says otherwise, in convolutions too; `tune` times cuDNN's algorithms for each
+    new shape, which pays where shapes come again. Raises Unavailable.
     """
     import torch
 
     home.name_user()
-    torch.set_num_threads(threads or hardware.cores())
+    cores = hardware.cores()
+    torch.set_num_threads(threads or (cores if device == "cpu" else min(_FEEDING, cores)))
     if device == "cpu":
         return
     if not torch.cuda.is_available():
         raise Unavailable(f"torch sees no device {device!r}", hint="check nvidia-smi and that torch is a CUDA build")
-    torch.backends.cudnn.benchmark = True
-    if tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = tune
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def blank(signature: Signature, *, rows: int) -> Tensors:
@@ -168,6 +149,18 @@ def shaped(model: Model, options: Options) -> Model:
     mode = str(options.get("mode") or ("autocast" if target == "cpu" else "cast"))
     narrow = "fp32" if precision == "tf32" else precision
     return variants.in_precision(model, narrow, mode=mode, device=target, keep=keep)
+
+
+def folded(model: Model) -> Model:
+    """A copy with batch norms folded into the layers before them; the model itself where that cannot be found out."""
+    from torchship.lowering import surgery
+
+    changed = surgery.copied(model)
+    try:
+        surgery.fold_batch_norms(changed, surgery.Wiring(changed))
+    except BuildFailed:
+        return model
+    return changed
 
 
 def takes_pictures(model: Model) -> bool:

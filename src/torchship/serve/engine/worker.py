@@ -80,6 +80,8 @@ def main(argument: Any) -> None:
         _print(fault)
         send(sock, encode(OpenFailed(describe(fault))))
         return
+    if (register := getattr(stage, "register", None)) is not None:
+        register(np.frombuffer(memory.region.memory, np.uint8).ctypes.data, len(memory.region.memory))
     signature = stage.signature.taking([spec.name for spec in model.signature.inputs])
     send(sock, encode(Opened(str(relax(signature)))))
     WorkerLoop(StageRunner(stage, signature), arena=memory, sock=sock, private=bool(model.config.run)).work()

@@ -1,0 +1,197 @@
+"""A model on a CUDA card with the fastest code for each batch size, shipped in the artifact, replayed as CUDA graphs.
+
+Three kinds of code are timed for each batch size: the exported program by plain torch, inductor's kernels, and
+convolutions fused by cuDNN's graph engines and Triton (`lowering.fused_conv`). `torch.compile` at opening costs half a
+minute and more, again after every restart; here opening reads what was compiled and captures it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from torchship.errors import BuildFailed, CorruptArtifact, Unsupported
+from torchship.hardware import Hardware
+from torchship.lowering import program, torch_stage
+from torchship.lowering.torch_stage import prepare, takes_pictures
+from torchship.model import Model
+from torchship.plugins import missing
+from torchship.recipe import Options, Recipe
+from torchship.stage import Stage
+from torchship.tensors import Signature
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+    from torchship.lowering.cuda import Body
+    from torchship.lowering.fused_conv import FusedConv
+
+KIND = "native"
+TRIED = 1  # in this order among the backends: on a card nothing else wins as often
+COMPILES = True  # takes from half a minute upwards
+PACKAGES = ("torch", "nvidia-cudnn-frontend")
+OPTIONS = torch_stage.OPTIONS
+PLAN = "kernels.json"
+_ANY = 0  # stands for every batch size, and for what has no rows
+_GAIN = 0.99  # of plain torch's time; what is not faster than this is not kept
+_PLAIN, _INDUCTOR, _FUSED = "torch", "inductor", "fused"
+_FUSED_SIZES = (64, 256, 1024)  # a small batch gains nothing from fused convolutions, and tuning takes half a minute
+
+
+class KernelPlan(msgspec.Struct, frozen=True):
+    """The kind of code for each batch size (0: all), and what was fastest for each fused convolution and shape."""
+
+    sizes: dict[int, str]
+    choices: dict[str, str]
+
+
+def probe(*, hardware: Hardware) -> str:
+    """Why it cannot run here, with the mend; empty when it can."""
+    return missing("torch") or ("" if hardware.gpus else "compiled kernels need an NVIDIA card: none is here")
+
+
+def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
+    """Half precision first, then bf16, which overflows later, then tf32 and fp32."""
+    layout: Options = {"channels_last": True} if takes_pictures(model) else {}
+    wishes: list[Options] = [{"device": "cuda", "precision": word} for word in ("fp16", "bf16", "tf32", "fp32")]
+    return [Recipe("kernels", wish | layout) for wish in wishes]
+
+
+def build(model: Model, *, options: Options, out: Path) -> None:
+    """Export, then compile and time for each batch size; where other axes are free, compile once for all sizes.
+
+    Options: device, precision, mode, channels_last, keep (see `lowering.torch_stage`). Raises BuildFailed, BadConfig
+    or Unavailable without a card.
+    """
+    device = torch_stage.device_of(options, device="cuda")
+    _on_first(device)
+    prepare(device=device, threads=0, tf32=options.get("precision") == "tf32", tune=model.signature.fixed)
+    exported = program.export(torch_stage.shaped(torch_stage.folded(model), options), device=device)
+    program.save(exported, out)
+    inputs = model.torch_inputs(model.examples[0], device=device)
+    if model.signature.fixed:
+        plan = _fastest(exported, inputs, model.signature, out)
+    else:
+        _keep(_compiled(exported, inputs, "from_graph"), out, _ANY)
+        plan = KernelPlan({_ANY: _INDUCTOR}, {})
+    (out / PLAN).write_bytes(msgspec.json.encode(plan))
+
+
+def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signature: Signature, out: Path) -> KernelPlan:
+    """What is fastest for each batch size; a size for which the card has no memory is run in pieces."""
+    import torch
+
+    from torchship.lowering import cuda
+
+    bodies: dict[str, Body] = {_PLAIN: exported.module(check_guards=False)}
+    convs, fused = _fused(exported)
+    if convs:
+        bodies[_FUSED] = fused
+    sizes: dict[int, str] = {}
+    for size in cuda.batch_sizes(signature.max_rows) if signature.batched else [_ANY]:
+        rows = torch.arange(size, device=example[0].device)
+        inputs = [tensor[rows % tensor.shape[0]] for tensor in example] if size else list(example)
+        try:
+            compiled = _compiled(exported, inputs, "from_example_inputs")
+            bodies[_INDUCTOR] = _bound(compiled, exported)
+            tried = {name: body for name, body in bodies.items() if name != _FUSED or size in _FUSED_SIZES}
+            times = {name: cuda.seconds(body, inputs) for name, body in tried.items()}
+        except torch.OutOfMemoryError:
+            break
+        best = min(times, key=times.__getitem__)
+        sizes[size] = best if times[best] < times[_PLAIN] * _GAIN else _PLAIN
+        if sizes[size] == _INDUCTOR:
+            _keep(compiled, out, size)
+    used = _FUSED in sizes.values()
+    return KernelPlan(sizes, {key: name for conv in convs for key, name in conv.choices.items()} if used else {})
+
+
+def _compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
+    """One graph by inductor, with the weights as inputs."""
+    import torch
+    from torch._inductor import standalone_compile
+
+    try:
+        with torch.no_grad():
+            graph = copy.deepcopy(exported.graph_module)
+            return standalone_compile(graph, [*_weights(exported), *inputs], dynamic_shapes=shapes)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as fault:
+        raise BuildFailed(f"inductor cannot compile this model: {program.one_line(fault)}") from fault
+
+
+def _keep(compiled: Any, out: Path, size: int) -> None:
+    try:
+        compiled.save(path=str(out / f"{size}.bin"), format="binary")
+    except Exception as fault:
+        raise BuildFailed(f"inductor's code cannot be written: {program.one_line(fault)}") from fault
+
+
+def _weights(exported: ExportedProgram) -> list[torch.Tensor]:
+    """What the graph takes before the user's inputs: parameters, buffers and constants, in its order."""
+    kept: Mapping[str, Any] = {**exported.state_dict, **exported.constants}
+    specs = exported.graph_signature.input_specs
+    return [kept[str(spec.target)] for spec in specs if spec.kind.name != "USER_INPUT"]
+
+
+def _bound(compiled: Callable[..., Any], exported: ExportedProgram) -> Body:
+    weights = _weights(exported)
+    return lambda *inputs: compiled(*weights, *inputs)
+
+
+def _fused(exported: ExportedProgram) -> tuple[list[FusedConv], Body]:
+    """The program with fused convolutions; none without cuDNN's frontend and Triton."""
+    if importlib.util.find_spec("cudnn") is None or importlib.util.find_spec("triton") is None:
+        return [], exported.module
+    from torchship.lowering import fused_conv
+
+    module: Any = exported.module(check_guards=False)
+    return fused_conv.fuse(module), module
+
+
+def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
+    """Read program and kernels, and capture every batch size. The kernels are read by pickle: opens with trust only.
+
+    Raises UnsafeArtifact, CorruptArtifact, Unavailable or Unsupported.
+    """
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    from torchship.lowering.cuda import CudaStage
+
+    device = torch_stage.device_of(options, device=device)
+    _on_first(device)
+    prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=signature.fixed)
+    exported = program.load_exported(path)
+    try:
+        plan = msgspec.json.decode((path / PLAN).read_bytes(), type=KernelPlan)
+        files = {size: str(path / f"{size}.bin") for size, kind in plan.sizes.items() if kind == _INDUCTOR}
+        read = {size: CompiledArtifact.load(path=file, format="binary") for size, file in files.items()}
+    except Exception as fault:
+        raise CorruptArtifact(
+            f"the kernels cannot be loaded: {program.one_line(fault)}",
+            hint="they were compiled by another version of torch: optimize the model again",
+        ) from fault
+    bodies = {size: _bound(compiled, exported) for size, compiled in read.items()}
+    if _FUSED in plan.sizes.values():
+        convs, fused = _fused(exported)
+        for conv in convs:
+            conv.choices.update(plan.choices)
+        bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
+    plain = exported.module(check_guards=False)
+    every = bodies.get(_ANY, plain) if not signature.fixed else plain
+    return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies)
+
+
+def _on_first(device: str) -> None:
+    if device not in ("cuda", "cuda:0"):
+        raise Unsupported(
+            f"compiled kernels run on the first card that a process sees, not on {device!r}",
+            hint="set CUDA_VISIBLE_DEVICES to that card for this process, and use device cuda",
+        )
