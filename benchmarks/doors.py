@@ -157,8 +157,8 @@ def spent(process: psutil.Process) -> float:
 
 async def load(target: Target, callers: int, seconds: float) -> CallOutcome:
     """A closed loop of right answers."""
-    shot = target.shot({"x": np.arange(16, dtype=np.float32).reshape(1, 16)})
-    return await closed_loop(shot, connect=target.connect(), concurrency=callers, seconds=seconds, warm_up=0.0)
+    payload = target.payload({"x": np.arange(16, dtype=np.float32).reshape(1, 16)})
+    return await closed_loop(target, payload, concurrency=callers, seconds=seconds, warm_up=0.0)
 
 
 def main() -> None:

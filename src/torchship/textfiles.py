@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import os
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,22 @@ def read(path: Path | str) -> str:
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML file. Raises NotFound, BadConfig."""
+    """The tables of a TOML file, with whole paths for those that begin with `~`. Raises NotFound, BadConfig."""
     try:
-        return tomllib.loads(read(path))
+        tables: dict[str, Any] = with_texts(tomllib.loads(read(path)), _placed)
     except tomllib.TOMLDecodeError as fault:
         raise BadConfig(f"{path}: not TOML: {fault}") from None
+    return tables
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with every text in it changed, also in lists and tables."""
+    if isinstance(value, Mapping):
+        return {name: with_texts(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _placed(text: str) -> str:
+    return os.path.expanduser(text) if text.startswith("~") and "/" in text else text  # `~` alone may be a label

@@ -24,6 +24,14 @@ def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert textfiles.read("~/x.txt") == "here"
 
 
+def test_paths_of_a_toml_file_may_be_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    file = tmp_path / "x.toml"
+    file.write_text('a = "~/a"\nb = {c = ["~/d", "~", "~5", "e~/f"], n = 1}\n[[t]]\np = "~nobody-here/x"\n')
+    inside = {"c": ["/home/ann/d", "~", "~5", "e~/f"], "n": 1}
+    assert textfiles.read_toml(file) == {"a": "/home/ann/a", "b": inside, "t": [{"p": "~nobody-here/x"}]}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

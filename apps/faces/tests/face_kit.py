@@ -56,8 +56,8 @@ def store() -> Store:
     if not (root / "done").exists():
         # in a process of its own: building needs torch, and torch's warnings are not ours
         code = (
-            "import sys; from torchship.artifact import Store; from torchship_faces.prepare import build; "
-            "build(Store(sys.argv[1]))"
+            "import sys; from torchship.artifact import Store; from torchship_faces.prepare import prepare; "
+            "prepare(Store(sys.argv[1]), quick=True)"
         )
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent) as fresh:

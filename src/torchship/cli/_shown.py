@@ -93,9 +93,9 @@ def show_artifact(out: Console, artifact: Artifact) -> None:
 
 
 def _show_stages(out: Console, artifact: Artifact) -> None:
-    from torchship.pipeline import embedded
+    from torchship.pipeline.config import read_artifact
 
-    stages = embedded.read(artifact, trust=True).stages  # nothing is opened
+    stages = read_artifact(artifact, trust=True).stages  # nothing is opened
     rows = [(i, s.name or "-", s.run or s.artifact or s.remote, s.options or "-") for i, s in enumerate(stages, 1)]
     out.print(table(("", "name", "runs", "options"), rows, title="Stages"), "")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from torchship.client.load import Row, Target
+    from torchship.client.load import CallOutcome, Target
 
 
 @click.command(
@@ -63,10 +63,10 @@ def command(*, target: str, store: str, as_json: bool, html: Path | None, **opti
         from torchship.client.report import render
 
         html.write_text(render(plain, title=f"torchship bench {target}"))
-    return 0 if all(row.outcome.latencies for row in rows) else 1
+    return 0 if all(row.latencies for row in rows) else 1
 
 
-async def _measure(url: str, *, quiet: bool, **options: Any) -> list[Row]:
+async def _measure(url: str, *, quiet: bool, **options: Any) -> list[CallOutcome]:
     from torchship.client import load
     from torchship.client.address import caller_context, parse
     from torchship.errors import BadConfig
@@ -80,40 +80,42 @@ async def _measure(url: str, *, quiet: bool, **options: Any) -> list[Row]:
     target = load.Target(address, address.model, encoding, options["token"], tls)
     file = options["file"].read_bytes() if options["file"] else None
     tensors = await load.example(target, rows=options["rows"], file=file, free=options["free_axis"])
-    rows: list[Row] = []
+    rows: list[CallOutcome] = []
     if not quiet:
         click.echo(f"{'load':>14} {'answers/s':>10} {'p50 ms':>9} {'p90 ms':>9} {'p99 ms':>9} {'p99.9 ms':>9}  faults")
-    async for row in _runs(target, target.shot(tensors), **options):
+    async for row in _runs(target, target.payload(tensors), **options):
         rows.append(row)
         if not quiet:
             click.echo(_line(row))
     if options["sweep"] and not quiet:
         percent, limit = _goal(options["sweep"])
-        good = [row for row in rows if row.kind == "open" and load.meets(row, percent=percent, limit=limit)]
-        most = max((row.outcome.rate for row in good), default=0.0)
+        good = [row.rate for row in rows if row.kind == "open" and row.meets(percent=percent, limit=limit)]
+        most = max(good, default=0.0)
         click.echo(f"within {options['sweep']}: {most:.0f} requests/s")
     return rows
 
 
-def _runs(target: Target, shot: Any, **options: Any) -> Any:
+async def _runs(target: Target, payload: bytes, **options: Any) -> AsyncIterator[CallOutcome]:
     from torchship.client import load
 
-    seconds, warm_up = options["seconds"], options["warm_up"]
+    times = {"seconds": options["seconds"], "warm_up": options["warm_up"]}
     if options["sweep"]:
         percent, limit = _goal(options["sweep"])
-        return load.sweep(target, shot, percent=percent, limit=limit, seconds=seconds, warm_up=warm_up)
-    if options["rate"]:
-        return load.by_rate(target, shot, rates=_numbers(options["rate"]), seconds=seconds, lanes=128)
-    callers = [int(number) for number in _numbers(options["concurrency"])]
-    return load.by_concurrency(target, shot, callers=callers, seconds=seconds, warm_up=warm_up)
+        async for run in load.sweep(target, payload, percent=percent, limit=limit, **times):
+            yield run
+    elif options["rate"]:
+        for rate in _numbers(options["rate"]):
+            yield await load.open_loop(target, payload, rate=rate, seconds=options["seconds"], lanes=128)
+    else:
+        for callers in _numbers(options["concurrency"]):
+            yield await load.closed_loop(target, payload, concurrency=int(callers), **times)
 
 
-def _line(row: Row) -> str:
-    outcome = row.outcome
-    times = " ".join(f"{outcome.percentile(percent) * 1e3:9.3f}" for percent in (50, 90, 99, 99.9))
-    faults = ", ".join(f"{count} {kind}" for kind, count in outcome.faults.items())
-    late = f"{outcome.late} unanswered" if outcome.late else ""
-    return f"{row.load:>14} {outcome.rate:10.1f} {times}  {', '.join(filter(None, (faults, late))) or 'none'}"
+def _line(run: CallOutcome) -> str:
+    times = " ".join(f"{run.percentile(percent) * 1e3:9.3f}" for percent in (50, 90, 99, 99.9))
+    faults = ", ".join(f"{count} {kind}" for kind, count in run.faults.items())
+    late = f"{run.late} unanswered" if run.late else ""
+    return f"{run.load:>14} {run.rate:10.1f} {times}  {', '.join(filter(None, (faults, late))) or 'none'}"
 
 
 def _numbers(text: str) -> list[float]:

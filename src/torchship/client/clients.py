@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import ssl
 import threading
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torchship.client.address import caller_context, parse
 from torchship.client.grpc import GrpcLink
@@ -19,6 +19,7 @@ from torchship.stage import Value
 from torchship.tensors import Array, Tensors, as_array
 from torchship.wire.messages import Request, Response, WantedOutput
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _CONTROL = 600.0  # seconds that loading or unloading a model may take
 _INHERITED: list[Any] = []  # what a forked child was left of its parent's clients: never closed, for it is the parent's
@@ -164,10 +165,20 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _waiting(
+    call: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Client, P], T]:
+    """The same call of a Client."""
+
+    @functools.wraps(call)
+    def wait(self: Client, /, *arguments: P.args, **options: P.kwargs) -> T:
+        return self._wait(call(self._here, *arguments, **options))
+
+    return wait
 
 
 class Client:
@@ -185,15 +196,13 @@ class Client:
         self._start()
 
     def _start(self) -> None:
+        import uvloop
+
+        self._client = AsyncClient(self._url, **self._options)
         self._process = os.getpid()
-        self._loop = _new_loop()
+        self._loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="torchship-client", daemon=True)
         self._thread.start()
-        try:
-            self._client = self._wait(_make(self._url, self._options))
-        except BaseException:
-            self._stop()
-            raise
 
     @property
     def _here(self) -> AsyncClient:
@@ -209,9 +218,12 @@ class Client:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def infer(self, model: str, inputs: Tensors | Array, **options: Any) -> dict[str, Array]:
-        """The outputs of one inference; see AsyncClient.infer."""
-        return self._wait(self._here.infer(model, inputs, **options))
+    infer = _waiting(AsyncClient.infer)
+    metadata = _waiting(AsyncClient.metadata)
+    ready = _waiting(AsyncClient.ready)
+    statistics = _waiting(AsyncClient.statistics)
+    load = _waiting(AsyncClient.load)
+    unload = _waiting(AsyncClient.unload)
 
     def infer_many(self, model: str, inputs: Sequence[Tensors | Array], **options: Any) -> list[dict[str, Array]]:
         """Several inferences at a time, so that the server can batch them; the answers in the order of the inputs."""
@@ -225,41 +237,22 @@ class Client:
     def stream(self, model: str, inputs: Tensors | Array, **options: Any) -> Iterator[dict[str, Array]]:
         """Every answer of a model that streams; see AsyncClient.stream."""
         answers: Any = self._here.stream(model, inputs, **options)
+
+        async def following() -> dict[str, Array] | None:
+            return await anext(answers, None)
+
         try:
-            while (answer := self._wait(_next(answers))) is not None:
+            while (answer := self._wait(following())) is not None:
                 yield answer
         finally:
             if not self._closed and self._process == os.getpid():
                 self._wait(answers.aclose())
-
-    def metadata(self, model: str = "", version: str = "") -> dict[str, Any]:
-        """The server's metadata, or a model's."""
-        return self._wait(self._here.metadata(model, version))
-
-    def ready(self, model: str = "", version: str = "") -> bool:
-        """Whether the server, or a model, answers now."""
-        return self._wait(self._here.ready(model, version))
-
-    def statistics(self, model: str = "", version: str = "") -> dict[str, Any]:
-        """Statistics of a model, or of all."""
-        return self._wait(self._here.statistics(model, version))
-
-    def load(self, model: str, **options: Any) -> None:
-        """Open or reload a model; see AsyncClient.load."""
-        self._wait(self._here.load(model, **options))
-
-    def unload(self, model: str, **options: Any) -> None:
-        """Drain and close a model; see AsyncClient.unload."""
-        self._wait(self._here.unload(model, **options))
 
     def close(self) -> None:
         """Hang up and end the thread. May be called twice."""
         if self._closed or self._process != os.getpid():
             return
         self._wait(self._client.close())
-        self._stop()
-
-    def _stop(self) -> None:
         self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -268,22 +261,5 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    import uvloop
-
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
-
-
-async def _make(url: str, options: Mapping[str, Any]) -> AsyncClient:
-    return AsyncClient(url, **options)
-
-
-async def _next(answers: Any) -> Any:
-    return await anext(answers, None)

@@ -8,47 +8,40 @@ server that stalls cannot hide it (coordinated omission, as described by Gil Ten
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import ssl
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from torchship.client.address import Address, caller_context
 from torchship.client.clients import AsyncClient
-from torchship.client.lanes import Connect, Lane, grpc_lanes, http_lanes, http_request
-from torchship.errors import BadInput
+from torchship.client.lanes import GrpcCalls, HttpCalls, Lane, OnAnswer
+from torchship.errors import BadInput, Unavailable
 from torchship.tensors import Array, Tensors, bytes_array, dtype_name, numpy_dtype
 from torchship.wire import oip_grpc, oip_json
 from torchship.wire.json_arrays import encode_json_data
 from torchship.wire.messages import Request
 
-
-@dataclass(frozen=True, slots=True)
-class Shot:
-    """What is sent, in turn: whole HTTP/1.1 requests, or the messages of gRPC calls.
-
-    `check` looks at the body of an answer with status 200 and returns whether it is right.
-    """
-
-    payloads: Sequence[bytes]
-    check: Callable[[bytes], bool] | None = None
+Check: TypeAlias = Callable[[bytes], bool] | None
+_INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
 @dataclass(slots=True)
 class CallOutcome:
-    """What a run measured; latencies in seconds, of good answers only."""
+    """What a run of `kind` closed or open measured under a load; latencies in seconds, of good answers only."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     late: int = 0  # open loop: requests that were still unanswered at the end
+    load: str = ""
+    kind: str = "closed"
 
     @property
     def rate(self) -> float:
@@ -59,28 +52,33 @@ class CallOutcome:
         """A percentile of the latency in seconds (NaN without answers)."""
         return float(np.percentile(self.latencies, percent)) if self.latencies else float("nan")
 
-    def summary(self) -> dict[str, Any]:
-        """The figures as plain data: rate, latencies in milliseconds, faults by kind."""
+    def meets(self, *, percent: float, limit: float) -> bool:
+        """Whether there was no fault and the percentile is within `limit` seconds."""
+        return bool(self.latencies) and not self.faults and not self.late and self.percentile(percent) <= limit
+
+    def plain(self) -> dict[str, Any]:
+        """The load and the figures as JSON: rate, latencies in milliseconds, faults by kind."""
+        run = {"load": self.load, "kind": self.kind, "rate": self.rate, "answers": len(self.latencies)}
         millis = {f"p{percent}_ms": self.percentile(percent) * 1e3 for percent in (50, 90, 99, 99.9)}
         faults = {"faults": sum(self.faults.values()), "fault_kinds": dict(self.faults), "unanswered": self.late}
-        return {"rate": self.rate, "answers": len(self.latencies), "seconds": self.seconds, **millis, **faults}
+        return {**run, "seconds": self.seconds, **millis, **faults}
 
 
 class _Run:
     """Book-keeping of one run over lanes."""
 
-    def __init__(self, shot: Shot) -> None:
-        self.outcome = CallOutcome()
-        self.payloads = itertools.cycle(shot.payloads)
-        self.check = shot.check
+    def __init__(self, payload: bytes, load: str, kind: str, check: Check = None) -> None:
+        self.outcome = CallOutcome(load=load, kind=kind)
+        self.payload, self.check = payload, check
+        self.lanes: list[Lane] = []
         self.due: dict[Lane, float] = {}
         self.counting = False
         self.stopped = False
 
     def fire(self, lane: Lane, due: float) -> None:
-        """Send the next request, which was due at that moment."""
+        """Send a request, which was due at that moment."""
         self.due[lane] = due
-        lane.fire(next(self.payloads))
+        lane.fire(self.payload)
 
     def count(self, lane: Lane, fault: str, body: bytes, now: float) -> bool:
         """Count an answer; whether its lane can go on."""
@@ -94,51 +92,51 @@ class _Run:
                 self.outcome.latencies.append(now - began)
         return fault != "disconnected" and not self.stopped
 
-    def stop(self, lanes: Sequence[Lane]) -> None:
+    def stop(self) -> None:
         """Hang up."""
         self.stopped = True
-        for lane in lanes:
+        for lane in self.lanes:
             lane.close()
 
 
 async def closed_loop(
-    shot: Shot, *, connect: Connect, concurrency: int, seconds: float, warm_up: float = 0.5
+    target: Target, payload: bytes, *, concurrency: int, seconds: float, warm_up: float = 0.5, check: Check = None
 ) -> CallOutcome:
     """`concurrency` callers, each sending its next request as soon as its last was answered.
 
-    Raises Unavailable where nobody listens.
+    `check` says of the body of a good answer whether it is right. Raises Unavailable where nobody listens.
     """
-    run = _Run(shot)
+    run = _Run(payload, f"{concurrency} callers", "closed", check)
 
     def on_answer(lane: Lane, fault: str, body: bytes) -> None:
         now = perf_counter()
         if run.count(lane, fault, body, now):
             run.fire(lane, now)
 
-    lanes: list[Lane] = [await connect(on_answer) for _ in range(concurrency)]
+    run.lanes = await target.connect(concurrency, on_answer)
     try:
-        for lane in lanes:
+        for lane in run.lanes:
             run.fire(lane, perf_counter())
         await asyncio.sleep(warm_up)
         start, run.counting = perf_counter(), True
         await asyncio.sleep(seconds)
         run.counting, run.outcome.seconds = False, perf_counter() - start
     finally:
-        run.stop(lanes)
+        run.stop()
     return run.outcome
 
 
 async def open_loop(
-    shot: Shot, *, connect: Connect, rate: float, seconds: float, lanes: int = 64, seed: int = 0, patience: float = 5.0
+    target: Target, payload: bytes, *, rate: float, seconds: float, lanes: int = 64, patience: float = 5.0
 ) -> CallOutcome:
     """Requests that are due at Poisson-distributed moments, `rate` a second, whatever the server does.
 
     A request that finds all lanes busy waits, and its latency counts the wait. After the last one, answers are
-    awaited for `patience` seconds; those that are missing then are `late`.
+    awaited for `patience` seconds; those that are missing then are `late`. Raises Unavailable where nobody listens.
     """
-    run = _Run(shot)
+    run = _Run(payload, f"{rate:g}/s", "open")
     run.counting = True
-    gaps = np.random.default_rng(seed).exponential(1 / rate, max(1, round(rate * seconds)))
+    gaps = np.random.default_rng(0).exponential(1 / rate, max(1, round(rate * seconds)))
     waiting: deque[float] = deque()
     idle: list[Lane] = []
 
@@ -150,8 +148,8 @@ async def open_loop(
         else:
             idle.append(lane)
 
-    everyone = [await connect(on_answer) for _ in range(lanes)]
-    idle.extend(everyone)
+    run.lanes = await target.connect(lanes, on_answer)
+    idle += run.lanes
     start = perf_counter()
     try:
         for due in np.cumsum(gaps).tolist():
@@ -167,21 +165,8 @@ async def open_loop(
         run.outcome.seconds = perf_counter() - start
         run.outcome.late = len(run.due) + len(waiting)
     finally:
-        run.stop(everyone)
+        run.stop()
     return run.outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table: the load that was put on, and what came of it."""
-
-    load: str
-    kind: str
-    outcome: CallOutcome
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"load": self.load, "kind": self.kind, **self.outcome.summary()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,32 +179,41 @@ class Target:
     token: str = ""
     tls: ssl.SSLContext | None = None
 
-    def connect(self) -> Connect:
-        """Opens lanes to it."""
-        host, port = self.address.host, self.address.port
-        tls = (self.tls or caller_context()) if self.address.secure else None
-        if self.encoding == "grpc":
-            return grpc_lanes(host, port=port, token=self.token, tls=tls)
-        return http_lanes(host, port=port, tls=tls)
+    async def connect(self, count: int, on_answer: OnAnswer) -> list[Lane]:
+        """`count` lanes to it. Raises Unavailable where nobody listens."""
+        where, grpc = self.address, self.encoding == "grpc"
+        tls = (self.tls or caller_context()) if where.secure else None
+        if tls is not None:
+            tls.set_alpn_protocols(["h2" if grpc else "http/1.1"])
 
-    def shot(self, tensors: Tensors) -> Shot:
-        """The bytes of one request."""
+        def make() -> Lane:
+            scheme = "https" if tls else "http"
+            given = {"path": _INFER, "authority": where.netloc, "scheme": scheme, "token": self.token}
+            return Lane(GrpcCalls(**given) if grpc else HttpCalls(), on_answer)
+
+        connect = asyncio.get_running_loop().create_connection
+        try:
+            return [(await connect(make, where.host, where.port, ssl=tls))[1] for _ in range(count)]
+        except OSError as fault:
+            raise Unavailable(f"cannot connect to {where.netloc}: {fault.strerror}", hint="is it serving?") from None
+
+    def payload(self, tensors: Tensors) -> bytes:
+        """The bytes of one request: all of it over HTTP, the message of a call of gRPC."""
         request = Request(self.model, tensors)
         if self.encoding == "grpc":
-            return Shot([oip_grpc.encode_request(request)])
-        headers = [("Authorization", f"Bearer {self.token}")] if self.token else []
+            return oip_grpc.encode_request(request)
         if self.encoding == "json":
             inputs = [
                 {"name": n, "shape": list(a.shape), "datatype": dtype_name(a.dtype), "data": encode_json_data(a)}
                 for n, a in tensors.items()
             ]
-            body = msgspec.json.encode({"inputs": inputs})
-            headers.append(("Content-Type", "application/json"))
+            body, headers = msgspec.json.encode({"inputs": inputs}), "Content-Type: application/json\r\n"
         else:
             body, length = oip_json.encode_request(request)
-            headers.append(("Inference-Header-Content-Length", str(length)))
-            headers.append(("Content-Type", "application/octet-stream"))
-        return Shot([http_request(f"/v2/models/{self.model}/infer", body, host=self.address.host, headers=headers)])
+            headers = f"Inference-Header-Content-Length: {length}\r\nContent-Type: application/octet-stream\r\n"
+        headers += f"Authorization: Bearer {self.token}\r\n" if self.token else ""
+        first = f"POST /v2/models/{self.model}/infer HTTP/1.1\r\nHost: {self.address.host}\r\n"
+        return f"{first}{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def example(target: Target, *, rows: int = 1, file: bytes | None = None, free: int = 1) -> dict[str, Array]:
@@ -251,53 +245,36 @@ def _fill(name: str, datatype: str, shape: list[int], random: np.random.Generato
     return random.integers(0, 100, shape).astype(numpy_dtype(datatype))
 
 
-async def by_concurrency(
-    target: Target, shot: Shot, *, callers: Sequence[int], seconds: float, warm_up: float
-) -> AsyncIterator[Row]:
-    """One closed-loop run for each number of callers."""
-    for count in callers:
-        outcome = await closed_loop(shot, connect=target.connect(), concurrency=count, seconds=seconds, warm_up=warm_up)
-        yield Row(f"{count} callers", "closed", outcome)
-
-
-async def by_rate(
-    target: Target, shot: Shot, *, rates: Sequence[float], seconds: float, lanes: int
-) -> AsyncIterator[Row]:
-    """One open-loop run for each rate of Poisson arrivals."""
-    for rate in rates:
-        outcome = await open_loop(shot, connect=target.connect(), rate=rate, seconds=seconds, lanes=lanes)
-        yield Row(f"{rate:g}/s", "open", outcome)
-
-
-def meets(row: Row, *, percent: float, limit: float) -> bool:
-    """Whether a run had no fault and its percentile is within `limit` seconds."""
-    outcome = row.outcome
-    return bool(outcome.latencies) and not outcome.faults and not outcome.late and outcome.percentile(percent) <= limit
-
-
 async def sweep(
-    target: Target, shot: Shot, *, percent: float, limit: float, seconds: float, warm_up: float = 0.5, most: int = 512
-) -> AsyncIterator[Row]:
+    target: Target,
+    payload: bytes,
+    *,
+    percent: float,
+    limit: float,
+    seconds: float,
+    warm_up: float = 0.5,
+    most: int = 512,
+) -> AsyncIterator[CallOutcome]:
     """Doubles the callers until the latency target breaks or nothing is gained, then searches the highest open rate.
 
-    The rate is halved in on seven times: the last good row is within one percent of what the target allows.
+    The rate is halved in on seven times: the last good run is within one percent of what the target allows.
     """
     best, callers = 0.0, 1
     while callers <= most:
-        async for row in by_concurrency(target, shot, callers=[callers], seconds=seconds, warm_up=warm_up):
-            yield row
-        gained = row.outcome.rate > best * 1.05
-        best = max(best, row.outcome.rate)
-        if not meets(row, percent=percent, limit=limit) or not gained:
+        run = await closed_loop(target, payload, concurrency=callers, seconds=seconds, warm_up=warm_up)
+        yield run
+        gained = run.rate > best * 1.05
+        best = max(best, run.rate)
+        if not run.meets(percent=percent, limit=limit) or not gained:
             break
         callers *= 2
     low, high = 0.0, best
     for _ in range(7):
         rate = (low + high) / 2 if low else high / 2
-        outcome = await open_loop(shot, connect=target.connect(), rate=max(rate, 1.0), seconds=seconds)
-        row = Row(f"{rate:.0f}/s", "open", outcome)
-        yield row
-        if meets(row, percent=percent, limit=limit):
+        run = await open_loop(target, payload, rate=max(rate, 1.0), seconds=seconds)
+        run.load = f"{rate:.0f}/s"
+        yield run
+        if run.meets(percent=percent, limit=limit):
             low = rate
         else:
             high = rate

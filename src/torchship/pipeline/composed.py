@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 from torchship.artifact import Artifact, Store, open_artifact
@@ -21,23 +22,18 @@ class Composed:
     """Runs every node of a plan, those that do not wait for one another at the same time. The Line gives the same
     answers with processes."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        store: Store | None = None,
-        *,
-        opening: Callable[[StageConfig, Store | None], Stage] = open_stage,
-    ) -> None:
+    def __init__(self, plan: Plan, store: Store | None = None) -> None:
         """Open all stages; when one fails, those already open are closed. Raises what `open_stage` raises."""
         self.plan = plan
         self.signature = plan.signature
         self.max_batch = plan.max_batch
         self.parameters = plan.parameters
         self._stages: list[Stage] = []
-        self._pool = ThreadPoolExecutor(len(plan.nodes)) if _branches(plan) else None
+        branches = any(len(plan.before(node)) < node.index for node in plan.nodes)
+        self._pool = ThreadPoolExecutor(len(plan.nodes)) if branches else None
         try:
             for node in plan.nodes:
-                self._stages.append(opening(node.config, store))
+                self._stages.append(open_stage(node.config, store))
         except BaseException:
             self.close()
             raise
@@ -57,7 +53,7 @@ class Composed:
         last = self.plan.nodes[-1]
         self._run(self.plan.nodes[:-1], slots, parameters)
         for outputs in stream_node(last, self._stages[-1], slots, parameters):
-            yield self._answer(slots | dict(zip(last.gives, _ordered(last, outputs), strict=True)))
+            yield self._answer(slots | dict(zip(last.gives, outputs.values(), strict=True)))
 
     def close(self) -> None:
         """Close all stages, the last first."""
@@ -79,7 +75,7 @@ class Composed:
         if self._pool is None:
             for node in nodes:
                 outputs = run_node(node, self._stages[node.index], slots, parameters)
-                _settle(node, outputs, slots)
+                slots.update(zip(node.gives, outputs.values(), strict=True))
                 for key in slots.keys() - set(node.keeps):
                     del slots[key]
             return
@@ -96,28 +92,12 @@ class Composed:
                 wait(running)  # a stage is not called again before it has returned
             for found in sorted(finished, key=lambda future: running[future].index):
                 node = running.pop(found)
-                _settle(node, found.result(), slots)
+                slots.update(zip(node.gives, found.result().values(), strict=True))
                 done.add(node.index)
 
     def _answer(self, slots: dict[str, Array]) -> Tensors:
         specs = self.plan.signature.outputs
         return {spec.name: slots[key] for key, spec in zip(self.plan.outputs, specs, strict=True)}
-
-
-def _branches(plan: Plan) -> bool:
-    """Whether some node does not wait, directly or not, for the one before it."""
-    before: dict[int, set[int]] = {}
-    for node in plan.nodes:
-        before[node.index] = set(node.after).union(*(before[index] for index in node.after))
-    return any(len(found) < index for index, found in before.items())
-
-
-def _settle(node: Node, outputs: Tensors, slots: dict[str, Array]) -> None:
-    slots.update(zip(node.gives, _ordered(node, outputs), strict=True))
-
-
-def _ordered(node: Node, outputs: Tensors) -> Sequence[Array]:
-    return [outputs[spec.name] for spec in node.signature.outputs]
 
 
 def take(node: Node, slots: dict[str, Array]) -> dict[str, Array]:
@@ -141,32 +121,36 @@ def take(node: Node, slots: dict[str, Array]) -> dict[str, Array]:
     return taken
 
 
-def run_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Parameters) -> Tensors:
-    """Run one node for one job, with the request's parameters that it names. Raises BadInput, StageFailed."""
-    taken = take(node, slots)
-    values = select(node.parameters, parameters, node.defaults)
+@contextmanager
+def _blamed(node: Node) -> Iterator[None]:
+    """Whatever a stage raises, as an error that names it: SystemExit too, for it may fail, but not end the process."""
     try:
-        outputs = rows.run(stage, taken, values, max_batch=node.max_batch, declared=node.signature)
-        return rows.check_outputs(node.signature, outputs)
+        yield
     except KeyboardInterrupt:
         raise
-    except BaseException as fault:  # SystemExit too: a stage may fail, but not end the process
+    except BaseException as fault:
         raise revive(describe(fault), stage=node.name) from fault
+
+
+def run_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Parameters) -> Tensors:
+    """Run one node for one job, with the request's parameters that it names; its outputs in their order.
+
+    Raises BadInput, StageFailed.
+    """
+    taken, values = take(node, slots), select(node.parameters, parameters, node.defaults)
+    with _blamed(node):
+        outputs = rows.run(stage, taken, values, max_batch=node.max_batch, declared=node.signature)
+        return rows.check_outputs(node.signature, outputs)
 
 
 def stream_node(node: Node, stage: Stage, slots: dict[str, Array], parameters: Parameters) -> Iterator[Tensors]:
     """The same for a node that streams."""
-    taken = take(node, slots)
-    values = select(node.parameters, parameters, node.defaults)
+    taken, values = take(node, slots), select(node.parameters, parameters, node.defaults)
     answers = stage.stream(taken, values)  # type: ignore[attr-defined]
     while True:
-        try:
+        with _blamed(node):
             answer = next(answers, None)
             outputs = None if answer is None else rows.check_outputs(node.signature, answer)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as fault:
-            raise revive(describe(fault), stage=node.name) from fault
         if outputs is None:
             return
         yield outputs

@@ -1,15 +1,24 @@
-"""What a pipeline is as plain data: its stages from top to bottom, as TOML and Python both write them."""
+"""What a pipeline is as plain data: its stages from top to bottom, as TOML, Python and an artifact hold them."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from torchship import home, textfiles
-from torchship.errors import BadConfig
+from torchship.artifact import Artifact, signing
+from torchship.artifact import folder as folders
+from torchship.errors import BadConfig, CorruptArtifact, UnsafeArtifact
 from torchship.stage import Value
+
+FILE = "pipeline.json"
+INSIDE = "artifact:"
+_MAX_FILE = 2**20
+_PLAIN_ROOMS = ("torchship.stages.images:", "torchship.stages.labels:", "torchship.stages.boxes:",
+                "torchship.stages.text:", "torchship.stages.audio:")  # fmt: skip
 
 
 class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -86,3 +95,51 @@ def read(path: Path | str) -> PipelineConfig:
     index, model = found[0]
     known = {name: model[name] for name in PipelineConfig.__struct_fields__ if name in model}
     return convert(known, where=f"$.model[{index}]")
+
+
+def read_artifact(artifact: Artifact, *, trust: bool = False) -> PipelineConfig:
+    """The pipeline in an artifact, with its models and files where they lie.
+
+    Without `trust` or a trusted signature its Python stages may only be torchship's own plain ones, and no option may
+    name a file outside. Raises UnsafeArtifact, CorruptArtifact, BadConfig.
+    """
+    data = folders.read(artifact.path, FILE, limit=_MAX_FILE)
+    try:
+        config = msgspec.json.decode(data, type=PipelineConfig)
+    except msgspec.MsgspecError as fault:
+        raise CorruptArtifact(f"{artifact.path / FILE}: {fault}", hint="publish the pipeline again") from None
+    trusted = trust or signing.is_trusted(artifact.path, digest=artifact.digest)
+    if not trusted:
+        for stage in config.stages:
+            _check_plain(stage, artifact)
+    change, root = msgspec.structs.replace, artifact.path.absolute()
+
+    def place(text: str) -> str:
+        return str(root / folders.check_path(text.removeprefix(INSIDE))) if text.startswith(INSIDE) else text
+
+    placed = [
+        change(stage, artifact=place(stage.artifact), options=textfiles.with_texts(stage.options, place), trust=trusted)
+        for stage in config.stages  # its own word for `trust` is no proof
+    ]
+    return change(config, stages=tuple(placed))
+
+
+def _check_plain(stage: StageConfig, artifact: Artifact) -> None:
+    fault = ""
+    if stage.remote:
+        fault = "asks another server"
+    elif stage.run and not stage.run.startswith(_PLAIN_ROOMS):
+        fault = f"runs {stage.run}"
+    elif stage.artifact and not stage.artifact.startswith(INSIDE):
+        fault = f"opens {stage.artifact}, which is not part of it"
+    elif any(map(_names_a_file, stage.options.values())):
+        fault = "names a file outside"
+    if fault:
+        raise UnsafeArtifact(
+            f"the pipeline {artifact.manifest.name!r} {fault}",
+            hint="open it with trust=True (--trust) if you know who made it, or trust its signer's key",
+        )
+
+
+def _names_a_file(value: object) -> bool:
+    return isinstance(value, str) and not value.startswith(INSIDE) and ("/" in value or os.path.exists(value))

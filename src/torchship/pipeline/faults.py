@@ -35,6 +35,11 @@ def words_of(fault: BaseException, *, most: int = _LONGEST) -> str:
     return _line(text.partition("\n")[0] if "CUDA error" in text else text, most)  # CUDA goes on with advice
 
 
+def named(fault: BaseException) -> str:
+    """An exception with its kind, cut short."""
+    return f"{type(fault).__name__}: {words_of(fault, most=300)}"
+
+
 def describe(fault: BaseException, *, job: int = 0) -> Fault:
     """An exception as data: errors of our own keep their kind, all others become StageFailed."""
     text = words_of(fault)

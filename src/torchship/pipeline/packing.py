@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from torchship import __version__
+from torchship import __version__, textfiles
 from torchship.artifact import Artifact, Store, open_artifact
 from torchship.artifact import folder as folders
 from torchship.artifact.manifest import Provenance
@@ -20,8 +20,7 @@ from torchship.artifact.recheck import faults
 from torchship.difference import relative_error
 from torchship.errors import BadConfig, GuardRefused
 from torchship.pipeline.composed import Composed
-from torchship.pipeline.config import StageConfig
-from torchship.pipeline.embedded import FILE, INSIDE, with_texts
+from torchship.pipeline.config import FILE, INSIDE, StageConfig
 from torchship.pipeline.planning import Plan, plan
 from torchship.recipe import Recipe
 from torchship.tensors import FLOATS, Tensors
@@ -93,7 +92,7 @@ def _taken(stage: StageConfig, name: str, place: str, *, root: Path, store: Stor
     options = {  # in lists and tables, which hold names of classes and the like, a file is written with a slash
         name: take(value)
         if isinstance(value, str)
-        else with_texts(value, lambda text: take(text) if "/" in text else text)
+        else textfiles.with_texts(value, lambda text: take(text) if "/" in text else text)
         for name, value in stage.options.items()
     }
     return msgspec.structs.replace(stage, options=options)

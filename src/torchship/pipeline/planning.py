@@ -5,7 +5,7 @@ Every stage gets its place, its name and its tensors, those of published pipelin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,11 @@ import msgspec
 from torchship.artifact import Store
 from torchship.errors import BadConfig, BadInput, TorchshipError
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.pipeline.describe import Description, describe
 from torchship.pipeline.faults import blame
-from torchship.pipeline.wiring import REQUEST, TensorTable, WiredTensor, connect, is_proven, relax, used
-from torchship.stage import Parameter, Value
-from torchship.tensors import Free, Signature, TensorSpec
+from torchship.pipeline.opening import Description, describe
+from torchship.pipeline.wiring import REQUEST, Slots, TensorTable, WiredTensor, connect, is_proven, may_be_empty, relax
+from torchship.stage import Parameter, Parameters, Value
+from torchship.tensors import Signature, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Node:
     signature: Signature
     max_batch: int
     parameters: tuple[Parameter, ...]
-    defaults: Mapping[str, Value]
+    defaults: Parameters
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     after: tuple[int, ...]
@@ -73,6 +73,10 @@ class Plan:
         """Rows that every row stage takes at once; 1 for a pipeline of job stages. More rows run in chunks."""
         return min(node.max_batch for node in self.nodes) if self.signature.batched else 1
 
+    def before(self, node: Node) -> set[int]:
+        """The indices of all nodes that must have run before `node`."""
+        return set(node.after).union(*(self.before(self.nodes[index]) for index in node.after))
+
 
 def plan(
     config: PipelineConfig,
@@ -88,15 +92,9 @@ def plan(
     """
     layout = Layout(store or Store(), describing)
     table, outputs = layout.build(config, where=where)
-    if any(node.streams for node in layout.nodes[:-1]):
-        raise BadConfig(f"{where}.stages: only the last stage may give several answers")
-    return _finish(config, layout, table, outputs, where)
-
-
-def _finish(
-    config: PipelineConfig, layout: Layout, table: TensorTable, outputs: tuple[WiredTensor, ...], where: str
-) -> Plan:
     nodes = layout.nodes
+    if any(node.streams for node in nodes[:-1]):
+        raise BadConfig(f"{where}.stages: only the last stage may give several answers")
     known = {parameter.name for node in nodes for parameter in node.parameters}
     if set(config.parameters) - known:
         raise BadConfig(
@@ -105,17 +103,16 @@ def _finish(
         )
     inputs = _inputs(config, nodes, {slot.key: slot for slot in table.by_key.values() if slot.node < 0}, where)
     keys = tuple(slot.key for slot in outputs)
-    placed = []
+    placed, made = [], {slot.key for slot in inputs}
     for node in nodes:
+        made |= set(node.gives)
         wanted = {key for later in nodes[node.index + 1 :] for key in later.takes} | set(keys)
-        made = {key for earlier in nodes[: node.index + 1] for key in earlier.gives} | {slot.key for slot in inputs}
         placed.append(replace(node, keeps=tuple(sorted(wanted & made))))
     batched = all(node.signature.batched for node in nodes)
-    signature = Signature(tuple(s.spec for s in inputs), tuple(s.spec for s in outputs), batched)
     return Plan(
         name=config.name,
         config=config,
-        signature=signature,
+        signature=Signature(tuple(s.spec for s in inputs), tuple(s.spec for s in outputs), batched),
         inputs=tuple(slot.key for slot in inputs),
         outputs=keys,
         nodes=tuple(placed),
@@ -124,9 +121,7 @@ def _finish(
     )
 
 
-def _inputs(
-    config: PipelineConfig, nodes: list[Node], slots: dict[str, WiredTensor], where: str
-) -> tuple[WiredTensor, ...]:
+def _inputs(config: PipelineConfig, nodes: list[Node], slots: dict[str, WiredTensor], where: str) -> Slots:
     """The pipeline's inputs, the optional ones last: they are optional for every stage that takes them."""
     needed = {
         key: node.name
@@ -159,26 +154,9 @@ def _merge(nodes: list[Node], where: str) -> tuple[Parameter, ...]:
                 )
             lows = [p.low for p in (known, mine) if p.low is not None]
             highs = [p.high for p in (known, mine) if p.high is not None]
-            merged[mine.name] = msgspec.structs.replace(
-                known,
-                low=max(lows, default=None),
-                high=min(highs, default=None),
-                about=known.about or mine.about,
-            )
+            bounds = {"low": max(lows, default=None), "high": min(highs, default=None)}
+            merged[mine.name] = msgspec.structs.replace(known, about=known.about or mine.about, **bounds)
     return tuple(merged.values())
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A stage on its way to its place: what it is, the tensors it takes, and the parameters of what is around it."""
-
-    stage: StageConfig
-    described: Description
-    slots: tuple[WiredTensor, ...]
-    name: str
-    path: str
-    pipeline: Mapping[str, Value]
-    over: Mapping[str, Value]
 
 
 @dataclass
@@ -191,14 +169,8 @@ class Layout:
     labels: tuple[str, ...] = ()
 
     def build(
-        self,
-        config: PipelineConfig,
-        *,
-        where: str,
-        prefix: str = "",
-        given: tuple[WiredTensor, ...] | None = None,
-        over: Mapping[str, Value] = {},
-    ) -> tuple[TensorTable, tuple[WiredTensor, ...]]:
+        self, config: PipelineConfig, *, where: str, prefix: str = "", given: Slots | None = None, over: Parameters = {}
+    ) -> tuple[TensorTable, Slots]:
         """Place all stages; the tensors at hand afterwards, and those that are the pipeline's outputs.
 
         `given` are the inputs of a pipeline inside another, `over` the outer one's parameters, `prefix` its name.
@@ -209,75 +181,60 @@ class Layout:
         table.put(given or ())
         for index, stage in enumerate(config.stages):
             path = f"{where}.stages[{index}]"
-            described = self._describe(stage, path)
+            try:
+                described = self.describing(stage, self.store)
+            except TorchshipError as fault:
+                raise blame(fault, where=path) from None
+            signature = relax(described.signature)
             if not index and given is None:
-                table.put(_request(config, described.signature, where))
-            signature = used(described.signature, stage.inputs, table)
+                table.put(_request(config, signature, where))
+            # an optional input is never guessed: without a tensor of its name it is always absent
+            signature = signature.taking({*stage.inputs, *table.by_name})
             described = msgspec.structs.replace(described, signature=signature)
             name = prefix + _name(stage, [node.name.removeprefix(prefix) for node in self.nodes], path)
             slots = connect(signature, stage.inputs, table, where=path)
-            site = _Site(stage, described, slots, name, path, config.parameters, over)
-            if described.pipeline is not None:
-                alone = len(config.stages) == 1
-                made = self._inside(site, described.pipeline, prefix=prefix if alone else f"{name}.")
+            values = {**config.parameters, **stage.parameters, **over}
+            if described.pipeline is None:
+                made = self._place(stage, described, slots, name=name, path=path, values=values)
             else:
-                made = self._place(site)
+                outer = prefix if len(config.stages) == 1 else f"{name}."
+                fed = tuple(slot.named(spec.name) for slot, spec in zip(slots, signature.inputs, strict=True))
+                made = self._inside(stage, described.pipeline, fed, prefix=outer, path=path, values=values)
             table.put(_renamed(made, stage, path), stage=name)
             self.labels = described.labels or self.labels
         return table, _outputs(config, table, where)
 
-    def _describe(self, stage: StageConfig, path: str) -> Description:
-        try:
-            found = self.describing(stage, self.store)
-        except TorchshipError as fault:
-            raise blame(fault, where=path) from None
-        return msgspec.structs.replace(found, signature=relax(found.signature))
-
-    def _pinned(self, stage: StageConfig) -> StageConfig:
-        """The folder for the name of an artifact: whoever opens it later opens the same version."""
-        if not stage.artifact:
-            return stage
-        return msgspec.structs.replace(stage, artifact=str(self.store.resolve(stage.artifact).absolute()))
-
-    def _inside(self, site: _Site, inner: PipelineConfig, *, prefix: str) -> tuple[WiredTensor, ...]:
+    def _inside(
+        self, stage: StageConfig, inner: PipelineConfig, given: Slots, *, prefix: str, path: str, values: Parameters
+    ) -> Slots:
         """The outputs of a published pipeline, whose stages take the place of this one."""
-        stage = site.stage
-        given = tuple(
-            replace(slot, spec=msgspec.structs.replace(slot.spec, name=spec.name))
-            for slot, spec in zip(site.slots, site.described.signature.inputs, strict=True)
-        )
+        inner = msgspec.structs.replace(inner, stages=tuple(_as_asked(part, stage) for part in inner.stages))
         before = len(self.nodes)
-        _, made = self.build(
-            msgspec.structs.replace(inner, stages=tuple(_as_asked(part, stage) for part in inner.stages)),
-            where=f"{site.path}.pipeline",
-            prefix=prefix,
-            given=given,
-            over={**site.pipeline, **stage.parameters, **site.over},
-        )
+        _, made = self.build(inner, where=f"{path}.pipeline", prefix=prefix, given=given, over=values)
         known = {parameter.name for node in self.nodes[before:] for parameter in node.parameters}
-        _refuse_unknown(stage.parameters, known, site.path)
+        _refuse_unknown(stage.parameters, known, path)
         return made
 
-    def _place(self, site: _Site) -> tuple[WiredTensor, ...]:
+    def _place(
+        self, stage: StageConfig, described: Description, slots: Slots, *, name: str, path: str, values: Parameters
+    ) -> Slots:
         """The outputs of one stage, after its node has been added."""
-        stage, described, slots = site.stage, site.described, site.slots
-        signature = described.signature
+        signature, index = described.signature, len(self.nodes)
+        if described.takes_labels and self.labels and "labels" not in stage.options:
+            stage = msgspec.structs.replace(stage, options={**stage.options, "labels": list(self.labels)})
+        if stage.artifact:  # its folder: whoever opens it later opens the same version
+            stage = msgspec.structs.replace(stage, artifact=str(self.store.resolve(stage.artifact).absolute()))
         empty = signature.batched and any(slot.maybe_empty for slot in slots)
-        index = len(self.nodes)
-        gives = tuple(
-            WiredTensor(
-                f"{site.name}.{spec.name}", spec, index, empty or (not signature.batched and _may_be_empty(spec))
-            )
-            for spec in signature.outputs
-        )
+        made = [(spec, empty or (not signature.batched and may_be_empty(spec))) for spec in signature.outputs]
+        gives = tuple(WiredTensor(f"{name}.{spec.name}", spec, index, none) for spec, none in made)
         node = Node(
             index=index,
-            name=site.name,
-            config=self._pinned(_with_labels(stage, described, self.labels)),
+            name=name,
+            config=stage,
             signature=signature,
             max_batch=described.max_batch,
             parameters=described.parameters,
-            defaults=_defaults(site),
+            defaults=_defaults(described, values, named=stage.parameters, path=path),
             takes=tuple(slot.key for slot in slots),
             gives=tuple(slot.key for slot in gives),
             after=tuple(sorted({slot.node for slot in slots if slot.node >= 0})),
@@ -297,40 +254,25 @@ def _as_asked(part: StageConfig, stage: StageConfig) -> StageConfig:
     return msgspec.structs.replace(part, **asked)
 
 
-def _renamed(made: tuple[WiredTensor, ...], stage: StageConfig, path: str) -> tuple[WiredTensor, ...]:
+def _renamed(made: Slots, stage: StageConfig, path: str) -> Slots:
     unknown = set(stage.outputs) - {slot.spec.name for slot in made}
     if unknown:
         raise BadConfig(f"{path}.outputs: the stage has no output {sorted(unknown)}")
-    return tuple(
-        replace(slot, spec=msgspec.structs.replace(slot.spec, name=stage.outputs.get(slot.spec.name, slot.spec.name)))
-        for slot in made
-    )
+    return tuple(slot.named(stage.outputs.get(slot.spec.name, slot.spec.name)) for slot in made)
 
 
-def _with_labels(stage: StageConfig, described: Description, labels: tuple[str, ...]) -> StageConfig:
-    if not described.takes_labels or not labels or "labels" in stage.options:
-        return stage
-    return msgspec.structs.replace(stage, options={**stage.options, "labels": list(labels)})
-
-
-def _request(config: PipelineConfig, first: Signature, where: str) -> tuple[WiredTensor, ...]:
+def _request(config: PipelineConfig, first: Signature, where: str) -> Slots:
     """The tensors of a request: as the pipeline declares them, else what the first stage takes."""
-    specs = first.inputs
     renamed = config.stages[0].inputs
+    specs = [msgspec.structs.replace(spec, name=renamed.get(spec.name, spec.name)) for spec in first.inputs]
     if config.inputs:
         try:
-            specs = tuple(map(TensorSpec.parse, config.inputs))
+            specs = list(map(TensorSpec.parse, config.inputs))
         except BadConfig as fault:
             raise blame(fault, where=f"{where}.inputs") from None
-    elif renamed:
-        specs = tuple(msgspec.structs.replace(spec, name=renamed.get(spec.name, spec.name)) for spec in specs)
     if len({spec.name for spec in specs}) != len(specs):
         raise BadConfig(f"{where}.inputs: two inputs have one name")
-    return tuple(WiredTensor(f"{REQUEST}.{spec.name}", spec, -1, _may_be_empty(spec)) for spec in specs)
-
-
-def _may_be_empty(spec: TensorSpec) -> bool:
-    return bool(spec.shape) and isinstance(spec.shape[0], Free) and spec.shape[0].min == 0
+    return tuple(WiredTensor(f"{REQUEST}.{spec.name}", spec, -1, may_be_empty(spec)) for spec in specs)
 
 
 def _name(stage: StageConfig, names: list[str], path: str) -> str:
@@ -346,25 +288,24 @@ def _name(stage: StageConfig, names: list[str], path: str) -> str:
     return next(name for name in (plain, *(f"{plain}_{i}" for i in range(2, len(names) + 4))) if name not in taken)
 
 
-def _defaults(site: _Site) -> dict[str, Value]:
-    """The pipeline's values for the parameters of a stage, checked."""
-    known = {parameter.name: parameter for parameter in site.described.parameters}
-    _refuse_unknown(site.stage.parameters, set(known), site.path)
-    given = {**site.pipeline, **site.stage.parameters, **site.over}
+def _defaults(described: Description, values: Parameters, *, named: Parameters, path: str) -> dict[str, Value]:
+    """The pipeline's values for the parameters of a stage, checked; it has all that are `named` for it."""
+    known = {parameter.name: parameter for parameter in described.parameters}
+    _refuse_unknown(named, set(known), path)
     try:
-        return {name: known[name].check(value) for name, value in given.items() if name in known}
+        return {name: known[name].check(value) for name, value in values.items() if name in known}
     except BadInput as fault:
-        raise BadConfig(f"{site.path}.parameters: {fault}", hint=fault.hint) from None
+        raise BadConfig(f"{path}.parameters: {fault}", hint=fault.hint) from None
 
 
-def _refuse_unknown(given: Mapping[str, Value], known: set[str], path: str) -> None:
+def _refuse_unknown(given: Parameters, known: set[str], path: str) -> None:
     unknown = sorted(set(given) - known)
     if unknown:
         hint = f"it has {', '.join(sorted(known)) or 'none'}"
         raise BadConfig(f"{path}.parameters: the stage has no parameter {unknown}", hint=hint)
 
 
-def _outputs(config: PipelineConfig, table: TensorTable, where: str) -> tuple[WiredTensor, ...]:
+def _outputs(config: PipelineConfig, table: TensorTable, where: str) -> Slots:
     """The slots of the pipeline's outputs: as it declares them, else what the last stage gives."""
     if not config.outputs:
         return table.last

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import msgspec
 
@@ -25,6 +26,13 @@ class WiredTensor:
     node: int
     maybe_empty: bool = False
 
+    def named(self, name: str) -> WiredTensor:
+        """The same under another name."""
+        return replace(self, spec=msgspec.structs.replace(self.spec, name=name))
+
+
+Slots: TypeAlias = tuple[WiredTensor, ...]
+
 
 @dataclass
 class TensorTable:
@@ -32,9 +40,9 @@ class TensorTable:
 
     by_name: dict[str, WiredTensor] = field(default_factory=dict)
     by_key: dict[str, WiredTensor] = field(default_factory=dict)
-    last: tuple[WiredTensor, ...] = ()
+    last: Slots = ()
 
-    def put(self, slots: tuple[WiredTensor, ...], *, stage: str = "") -> None:
+    def put(self, slots: Slots, *, stage: str = "") -> None:
         """Take in what a stage gives."""
         for slot in slots:
             self.by_name[slot.spec.name] = slot
@@ -52,17 +60,7 @@ class TensorTable:
         return ", ".join(self.by_name) or "nothing"
 
 
-def used(signature: Signature, given: Mapping[str, str], table: TensorTable) -> Signature:
-    """The signature without the optional inputs that are not named in `given`, nor as any tensor at hand.
-
-    An optional input is never guessed: without a tensor of its name it is always absent.
-    """
-    return signature.taking({*given, *table.by_name})
-
-
-def connect(
-    signature: Signature, given: Mapping[str, str], table: TensorTable, *, where: str
-) -> tuple[WiredTensor, ...]:
+def connect(signature: Signature, given: Mapping[str, str], table: TensorTable, *, where: str) -> Slots:
     """The slot for every input of `signature`.
 
     An input takes the tensor that `given` names for it, else the latest tensor of its own name, datatype and rank;
@@ -89,7 +87,12 @@ def connect(
                 f"{where}.inputs: {spec} cannot take {slot.key} ({slot.spec}): {fault}",
                 hint="put a stage between them, or change one of the two",
             )
-        _check_empty(spec, slot, signature, where)
+        # a job stage must say that it takes no rows where there may be none; row stages are then not called
+        if slot.maybe_empty and not (signature.batched or not spec.shape or may_be_empty(spec)):
+            raise BadConfig(
+                f"{where}.inputs: {slot.key} may have no rows, {spec} needs at least one",
+                hint=f"declare its first axis 0.. as in {spec.name}:{spec.dtype}[0..,...], and mean it",
+            )
     return slots
 
 
@@ -121,16 +124,9 @@ def _is_alike(given: TensorSpec, taken: TensorSpec) -> bool:
     return given.dtype == taken.dtype and len(given.shape) == len(taken.shape)
 
 
-def _check_empty(spec: TensorSpec, slot: WiredTensor, signature: Signature, where: str) -> None:
-    """A job stage must say that it takes no rows where there may be none; row stages are then not called."""
-    if signature.batched or not slot.maybe_empty or not spec.shape:
-        return
-    first = spec.shape[0]
-    if not (isinstance(first, Free) and first.min == 0):
-        raise BadConfig(
-            f"{where}.inputs: {slot.key} may have no rows, {spec} needs at least one",
-            hint=f"declare its first axis 0.. as in {spec.name}:{spec.dtype}[0..,...], and mean it",
-        )
+def may_be_empty(spec: TensorSpec) -> bool:
+    """Whether a tensor of `spec` may have no rows."""
+    return bool(spec.shape) and isinstance(spec.shape[0], Free) and spec.shape[0].min == 0
 
 
 def misfit(given: TensorSpec, taken: TensorSpec) -> str:
@@ -140,8 +136,7 @@ def misfit(given: TensorSpec, taken: TensorSpec) -> str:
     if len(given.shape) != len(taken.shape):
         return f"{len(given.shape)} axes are not {len(taken.shape)}"
     for position, (has, wants) in enumerate(zip(given.shape, taken.shape, strict=True)):
-        low, high = _span(has)
-        least, most = _span(wants)
+        (low, high), (least, most) = _span(has), _span(wants)
         if low > most or high < least:
             return f"axis {position} is {has}, expected {wants}"
     return ""
@@ -149,14 +144,10 @@ def misfit(given: TensorSpec, taken: TensorSpec) -> str:
 
 def is_proven(given: TensorSpec, taken: TensorSpec) -> bool:
     """Whether every tensor of spec `given` fits `taken`, so that it need not be checked again."""
-    if given.dtype != taken.dtype or len(given.shape) != len(taken.shape):
-        return False
-    named = [axis.name for axis in taken.shape if isinstance(axis, Free) and axis.name]
-    inside = all(
-        _span(wants)[0] <= _span(has)[0] and _span(has)[1] <= _span(wants)[1]
+    return _is_alike(given, taken) and all(
+        _span(wants)[0] <= _span(has)[0] and _span(has)[1] <= _span(wants)[1] and not getattr(wants, "name", "")
         for has, wants in zip(given.shape, taken.shape, strict=True)
     )
-    return inside and not named
 
 
 def relax(signature: Signature) -> Signature:

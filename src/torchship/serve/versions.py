@@ -12,7 +12,7 @@ from torchship.artifact import Store, open_artifact
 from torchship.artifact.manifest import BatchPoint
 from torchship.errors import NotFound
 from torchship.pipeline.config import PipelineConfig
-from torchship.pipeline.describe import describe_apart
+from torchship.pipeline.opening import describe_apart
 from torchship.pipeline.planning import Node, Plan, plan
 from torchship.serve.config import ModelConfig
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -15,7 +16,6 @@ from torchship.tensors import Array
 
 Format: TypeAlias = Literal["xyxy", "xywh", "cxcywh"]
 Soft: TypeAlias = Literal["", "linear", "gaussian"]
-_FORMATS = ("xyxy", "xywh", "cxcywh")
 _BLOCK = 256
 _FEW = 500
 _LARGE = 1e18  # above it float32 cannot hold an area
@@ -32,6 +32,7 @@ _GIVES = "boxes:FP32[0..,4], scores:FP32[0..], classes:INT64[0..], labels:BYTES[
 
 
 @stage(f"boxes:FP32[1,-1,4], scores:FP32[1,-1,-1] -> {_GIVES}")
+@dataclass(kw_only=True, eq=False)
 class Nms:
     """The boxes of one picture that are left after suppression, best first, as xyxy in the units they came in.
 
@@ -40,24 +41,21 @@ class Nms:
     dropping boxes (Soft-NMS, Bodla et al. 2017).
     """
 
-    def __init__(
-        self,
-        *,
-        format: Format = "xyxy",
-        labels: str | Sequence[str] = (),
-        soft: Soft = "",
-        sigma: float = 0.5,
-        candidates: int = 3000,
-        together: bool = False,
-    ) -> None:
-        check_format(format)
-        if soft not in ("", "linear", "gaussian"):
-            raise BadConfig(f"soft is {soft!r}", hint="use linear or gaussian, or leave it out")
-        if sigma <= 0 or candidates < 1:
+    format: Format = "xyxy"
+    labels: str | Sequence[str] = ()
+    soft: Soft = ""
+    sigma: float = 0.5
+    candidates: int = 3000
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            raise BadConfig(f"box format {self.format!r} is unknown", hint=f"use one of {', '.join(get_args(Format))}")
+        if self.soft not in get_args(Soft):
+            raise BadConfig(f"soft is {self.soft!r}", hint="use linear or gaussian, or leave it out")
+        if self.sigma <= 0 or self.candidates < 1:
             raise BadConfig("sigma and candidates must be positive")
-        self._format = format
-        self._labels = Labels(labels)
-        self._soft, self._sigma, self._candidates, self._together = soft, sigma, candidates, together
+        self._names = Labels(self.labels)
 
     def __call__(
         self,
@@ -70,20 +68,18 @@ class Nms:
     ) -> dict[str, Array]:
         least = max(score_threshold, 1e-9)
         with np.errstate(all="ignore"):
-            plain, likely = convert(boxes[0], given=self._format), scores[0]
+            plain, likely = convert(boxes[0], given=self.format), scores[0]
             if not np.isfinite(plain.sum()):
                 likely = np.where(np.isfinite(plain).all(axis=1, keepdims=True), likely, 0)
         anchors, classes = np.nonzero(likely >= least)
         found = likely[anchors, classes]
         best = np.argsort(-found, kind="stable")
-        best = best[found[best] < np.inf][: self._candidates]
+        best = best[found[best] < np.inf][: self.candidates]
         anchors, classes, found = anchors[best], classes[best], found[best]
         chosen = plain[anchors]
-        groups = None if self._together else classes
-        if self._soft:
-            keep, found = soft_nms(
-                chosen, found, groups=groups, overlap=iou_threshold, how=self._soft, sigma=self._sigma
-            )
+        groups = None if self.together else classes
+        if self.soft:
+            keep, found = soft_nms(chosen, found, groups=groups, overlap=iou_threshold, how=self.soft, sigma=self.sigma)
             keep, found = keep[found >= least], found[found >= least]
         else:
             keep = nms(chosen, found, groups=groups, overlap=iou_threshold)
@@ -93,33 +89,32 @@ class Nms:
             "boxes": np.ascontiguousarray(chosen[keep], np.float32).reshape(-1, 4),
             "scores": found.astype(np.float32),
             "classes": classes[keep].astype(np.int64),
-            "labels": self._labels(classes[keep]),
+            "labels": self._names(classes[keep]),
         }
 
 
 @stage(f"boxes:FP32[1,-1,4], scores:FP32[1,-1,-1], frame:FP32[1,5] -> {_GIVES}")
+@dataclass(kw_only=True, eq=False)
 class Detections:
     """`Nms` for a detector behind `Letterbox`: boxes are scaled back to pixels of the original picture and cut at
     its edges. `units` is what the model's boxes are in: pixels of its input, or parts of its `size`.
     """
 
-    def __init__(
-        self,
-        *,
-        units: Literal["pixels", "parts"] = "pixels",
-        size: int | Sequence[int] = 640,
-        format: Format = "xyxy",
-        labels: str | Sequence[str] = (),
-        soft: Soft = "",
-        sigma: float = 0.5,
-        candidates: int = 3000,
-        together: bool = False,
-    ) -> None:
-        if units not in ("pixels", "parts"):
-            raise BadConfig(f"units is {units!r}", hint="use pixels or parts")
-        height, width = (size, size) if isinstance(size, int) else size
-        self._scale = np.array([width, height] * 2, np.float32) if units == "parts" else np.float32(1)
-        self._nms = Nms(format=format, labels=labels, soft=soft, sigma=sigma, candidates=candidates, together=together)
+    units: Literal["pixels", "parts"] = "pixels"
+    size: int | Sequence[int] = 640
+    format: Format = "xyxy"
+    labels: str | Sequence[str] = ()
+    soft: Soft = ""
+    sigma: float = 0.5
+    candidates: int = 3000
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        if self.units not in ("pixels", "parts"):
+            raise BadConfig(f"units is {self.units!r}", hint="use pixels or parts")
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        self._scale = np.array([width, height] * 2, np.float32) if self.units == "parts" else np.float32(1)
+        self._nms = Nms(**{option.name: getattr(self, option.name) for option in fields(Nms)})
 
     def __call__(
         self,
@@ -137,6 +132,7 @@ class Detections:
 
 
 @stage("predictions:FP32[1,-1,-1] -> boxes:FP32[1,-1,4], scores:FP32[1,-1,-1]")
+@dataclass(kw_only=True, eq=False)
 class Predictions:
     """Splits what a YOLO-style head gives, [1, anchors, 4 (+1) + classes], into boxes and scores.
 
@@ -146,37 +142,33 @@ class Predictions:
     Raises BadConfig where the numbers can only be of such a head and `end_to_end` is not set.
     """
 
-    def __init__(
-        self,
-        *,
-        columns: bool = False,
-        objectness: bool = False,
-        activation: Literal["none", "sigmoid", "softmax"] = "none",
-        end_to_end: bool = False,
-    ) -> None:
-        if activation not in ("none", "sigmoid", "softmax"):
-            raise BadConfig(f"activation is {activation!r}", hint="use none, sigmoid or softmax")
-        if end_to_end and objectness:
+    columns: bool = False
+    objectness: bool = False
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    end_to_end: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("none", "sigmoid", "softmax"):
+            raise BadConfig(f"activation is {self.activation!r}", hint="use none, sigmoid or softmax")
+        if self.end_to_end and self.objectness:
             raise BadConfig("a head that is end_to_end has no objectness", hint="set one of them")
-        self._columns, self._objectness, self._activation = columns, objectness, activation
-        self._end_to_end = end_to_end
 
     def __call__(self, predictions: Array) -> tuple[Array, Array]:
-        rows = predictions.transpose(0, 2, 1) if self._columns else predictions
+        rows = predictions.transpose(0, 2, 1) if self.columns else predictions
         boxes, rest = rows[..., :4], rows[..., 4:]
-        if rest.shape[-1] == 2 and not self._objectness and self._activation == "none":
+        if rest.shape[-1] == 2 and not self.objectness and self.activation == "none":
             numbers = rest[0, :, 1]
-            if not self._end_to_end and numbers.any() and (numbers == np.rint(numbers)).all():
+            if not self.end_to_end and numbers.any() and (numbers == np.rint(numbers)).all():
                 raise BadConfig(
                     "predictions end with a score and whole numbers, as of classes", hint="set end_to_end = true"
                 )
-        if self._end_to_end:
+        if self.end_to_end:
             scores = spread(rest[0])
-        elif not self._objectness:
-            scores = activate(rest, self._activation)
+        elif not self.objectness:
+            scores = activate(rest, self.activation)
         else:
-            anything = activate(rest[..., :1], "none" if self._activation == "none" else "sigmoid")
-            scores = anything * activate(rest[..., 1:], self._activation)
+            anything = activate(rest[..., :1], "none" if self.activation == "none" else "sigmoid")
+            scores = anything * activate(rest[..., 1:], self.activation)
         return np.ascontiguousarray(boxes), np.ascontiguousarray(scores, np.float32)
 
 
@@ -196,12 +188,6 @@ def spread(ends: Array) -> Array:
     return scores
 
 
-def check_format(name: str) -> None:
-    """Raise BadConfig for an unknown box format."""
-    if name not in _FORMATS:
-        raise BadConfig(f"box format {name!r} is unknown", hint=f"use one of {', '.join(_FORMATS)}")
-
-
 def convert(boxes: Array, *, given: Format, wanted: Format = "xyxy") -> Array:
     """Boxes [..., 4] in another format: corners, corner and size, or centre and size."""
     if given == wanted:
@@ -216,12 +202,6 @@ def convert(boxes: Array, *, given: Format, wanted: Format = "xyxy") -> Array:
     return np.concatenate(sides[wanted], axis=-1)
 
 
-def areas(boxes: Array) -> Array:
-    """Areas of boxes [n, 4] in xyxy; 0 for a box turned inside out."""
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0)
-    return np.asarray(sides[:, 0] * sides[:, 1])
-
-
 def overlaps(first: Array, second: Array) -> Array:
     """Intersection over union of boxes [n, 4] with boxes [m, 4] in xyxy, as [n, m]; 0 where there is none."""
     a, b = np.ascontiguousarray(first.T)[:, :, None], np.ascontiguousarray(second.T)[:, None, :]
@@ -233,7 +213,8 @@ def overlaps(first: Array, second: Array) -> Array:
         shared -= np.maximum(a[1], b[1])
         np.maximum(shared, 0, out=shared)
         shared *= wide
-        union = areas(first)[:, None] + areas(second)[None]
+        areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(axis=1) for boxes in (first, second)]
+        union = areas[0][:, None] + areas[1][None]
         union -= shared
         np.maximum(union, np.finfo(union.dtype).tiny, out=union)
         shared /= union
@@ -259,12 +240,18 @@ def nms(boxes: Array, scores: Array, *, overlap: float, groups: Array | None = N
 
 def _greedy(boxes: Array, overlap: float, groups: Array | None = None) -> Array:
     """The same for boxes that come the best first: a block at a time, so that memory stays small."""
+
+    def hits_of(first: Array, second: Array) -> Array:
+        """Which boxes of `first` suppress which of `second`: those of one group that overlap more."""
+        hits = overlaps(boxes[first], boxes[second]) > overlap
+        return np.asarray(hits if groups is None else hits & (groups[first][:, None] == groups[second]))
+
     kept = np.empty(0, np.int64)
     for start in range(0, len(boxes), _BLOCK):
         block = np.arange(start, min(start + _BLOCK, len(boxes)))
         if len(kept):
-            block = block[~_hits(boxes, groups, kept, block, overlap).any(axis=0)]
-        hits = _hits(boxes, groups, block, block, overlap)
+            block = block[~hits_of(kept, block).any(axis=0)]
+        hits = hits_of(block, block)
         dead = np.zeros(len(block), bool)
         stay = []
         for place in range(len(block)):
@@ -273,12 +260,6 @@ def _greedy(boxes: Array, overlap: float, groups: Array | None = None) -> Array:
                 dead |= hits[place]
         kept = np.concatenate([kept, block[stay]])
     return kept
-
-
-def _hits(boxes: Array, groups: Array | None, first: Array, second: Array, overlap: float) -> Array:
-    """Which boxes of `first` suppress which of `second`: those of one group that overlap more."""
-    hits = overlaps(boxes[first], boxes[second]) > overlap
-    return np.asarray(hits if groups is None else hits & (groups[first][:, None] == groups[second]))
 
 
 def soft_nms(

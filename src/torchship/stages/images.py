@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ _WHOLE = 64  # times the pixels that stay: so large may a picture become before 
 
 
 @stage("image:BYTES[1] -> pixels:UINT8[1,-1,-1,3], size:INT64[1,2]")
+@dataclass(kw_only=True, eq=False)
 class Decode:
     """The bytes of one picture to `pixels` (height, width, RGB) and its `size` (height, width) in pixels.
 
@@ -30,16 +32,17 @@ class Decode:
     Raises BadInput for anything else, or above `max_pixels` or `max_bytes`.
     """
 
-    def __init__(self, *, max_pixels: int = 64_000_000, max_bytes: int = 32 * 2**20) -> None:
-        self._limits = PictureLimits(max_pixels, max_bytes)
+    max_pixels: int = 64_000_000
+    max_bytes: int = 32 * 2**20
 
     def __call__(self, image: Array) -> tuple[Array, Array]:
-        picture = decode(element(image), limits=self._limits).convert("RGB")
+        picture = decode(element(image), limits=PictureLimits(self.max_pixels, self.max_bytes)).convert("RGB")
         pixels = np.asarray(picture)[None]
         return pixels, np.asarray([pixels.shape[1:3]], np.int64)
 
 
 @stage("image:BYTES[-1] -> pixels:FP32[-1,3,-1,-1]", batched=True, max_batch=1)
+@dataclass(kw_only=True, eq=False)
 class Classify:
     """The bytes of pictures to what a classifier takes: the numbers of torchvision's ImageClassification transform.
 
@@ -49,30 +52,26 @@ class Classify:
     faster on large photos, numbers differ by a few levels in 255.
     """
 
-    def __init__(
-        self,
-        *,
-        size: Size = 224,
-        resize: int = 0,
-        crop: Literal["center", "squash"] = "center",
-        interpolation: Filter = "bilinear",
-        colour: Colour = "rgb",
-        scale: float = 1 / 255,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        fast: bool = False,
-        max_pixels: int = 64_000_000,
-        max_bytes: int = 32 * 2**20,
-    ) -> None:
-        self._height, self._width = _pair(size)
-        self._resize = resize or min(self._height, self._width)
-        self._crop = crop
-        self._filter = _filter(interpolation)
-        self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
-        self._fast = fast
-        self._limits = PictureLimits(max_pixels, max_bytes)
-        if crop not in ("center", "squash"):
-            raise BadConfig(f"crop is {crop!r}", hint="use center or squash")
+    size: Size = 224
+    resize: int = 0
+    crop: Literal["center", "squash"] = "center"
+    interpolation: Filter = "bilinear"
+    colour: Colour = "rgb"
+    scale: float = 1 / 255
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    fast: bool = False
+    max_pixels: int = 64_000_000
+    max_bytes: int = 32 * 2**20
+
+    def __post_init__(self) -> None:
+        self._height, self._width = _pair(self.size)
+        self._short = self.resize or min(self._height, self._width)
+        self._filter = _filter(self.interpolation)
+        self._normalize = Normalize(colour=self.colour, scale=self.scale, mean=self.mean, std=self.std)
+        self._limits = PictureLimits(self.max_pixels, self.max_bytes)
+        if self.crop not in ("center", "squash"):
+            raise BadConfig(f"crop is {self.crop!r}", hint="use center or squash")
 
     @classmethod
     def declare(cls, *, size: Size = 224, colour: Colour = "rgb", **_: object) -> str:
@@ -83,18 +82,19 @@ class Classify:
     def __call__(self, image: Array) -> Array:
         pixels = np.empty((len(image), self._normalize.channels, self._height, self._width), np.float32)
         for row in range(len(image)):
-            self._normalize(self._fit(element(image, row)), into=pixels[row])
+            self._normalize.fill(pixels[row], self._fit(element(image, row)))
         return pixels
 
     def _fit(self, data: bytes) -> Image.Image:
-        least = 2 * max(self._resize, self._height, self._width) if self._fast else 0
+        least = 2 * max(self._short, self._height, self._width) if self.fast else 0
         picture = decode(data, limits=self._limits, at_least=least)
-        if self._crop == "squash":
+        if self.crop == "squash":
             return picture.resize((self._width, self._height), self._filter)
-        return resize_and_crop(picture, short=self._resize, height=self._height, width=self._width, how=self._filter)
+        return resize_and_crop(picture, short=self._short, height=self._height, width=self._width, how=self._filter)
 
 
 @stage("pixels:UINT8[1,-1,-1,3] -> image:FP32[1,3,-1,-1], frame:FP32[1,5]")
+@dataclass(kw_only=True, eq=False)
 class Letterbox:
     """One picture, kept in shape, into a square (or `size=[height, width]`) with borders of `fill`, for detectors.
 
@@ -102,25 +102,20 @@ class Letterbox:
     `torchship.stages.boxes` scales boxes back with it. `enlarge=false` never makes a picture larger.
     """
 
-    def __init__(
-        self,
-        *,
-        size: Size = 640,
-        fill: int = 114,
-        corner: bool = False,
-        enlarge: bool = True,
-        interpolation: Filter = "bilinear",
-        colour: Colour = "rgb",
-        scale: float = 1 / 255,
-        mean: Sequence[float] = (0.0,),
-        std: Sequence[float] = (1.0,),
-    ) -> None:
-        self._height, self._width = _pair(size)
-        self._fill = (fill,) * 3
-        self._corner = corner
-        self._enlarge = enlarge
-        self._filter = _filter(interpolation)
-        self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
+    size: Size = 640
+    fill: int = 114
+    corner: bool = False
+    enlarge: bool = True
+    interpolation: Filter = "bilinear"
+    colour: Colour = "rgb"
+    scale: float = 1 / 255
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
+
+    def __post_init__(self) -> None:
+        self._height, self._width = _pair(self.size)
+        self._filter = _filter(self.interpolation)
+        self._normalize = Normalize(colour=self.colour, scale=self.scale, mean=self.mean, std=self.std)
 
     @classmethod
     def declare(cls, *, size: Size = 640, colour: Colour = "rgb", **_: object) -> str:
@@ -132,29 +127,40 @@ class Letterbox:
     def __call__(self, pixels: Array) -> tuple[Array, Array]:
         height, width = pixels.shape[1:3]
         ratio = min(self._height / height, self._width / width)
-        ratio = ratio if self._enlarge else min(ratio, 1.0)
+        ratio = ratio if self.enlarge else min(ratio, 1.0)
         inner = max(round(width * ratio), 1), max(round(height * ratio), 1)
-        left, top = (0, 0) if self._corner else ((self._width - inner[0]) // 2, (self._height - inner[1]) // 2)
-        canvas = Image.new("RGB", (self._width, self._height), self._fill)
+        left, top = (0, 0) if self.corner else ((self._width - inner[0]) // 2, (self._height - inner[1]) // 2)
+        canvas = Image.new("RGB", (self._width, self._height), (self.fill,) * 3)
         canvas.paste(Image.fromarray(pixels[0]).resize(inner, self._filter), (left, top))
         image = np.empty((1, self._normalize.channels, self._height, self._width), np.float32)
-        self._normalize(canvas, into=image[0])
+        self._normalize.fill(image[0], canvas)
         return image, np.asarray([[ratio, left, top, height, width]], np.float32)
 
 
 @stage("pixels:UINT8[-1,-1,-1,3] -> image:FP32[-1,3,-1,-1]")
+@dataclass(kw_only=True, eq=False)
 class Normalize:
     """Pixels of one size (height, width, RGB) to channels first: (pixel * scale - mean) / std."""
 
-    def __init__(
-        self,
-        *,
-        colour: Colour = "rgb",
-        scale: float = 1 / 255,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
-        self._normalize = Normalizer(colour=colour, scale=scale, mean=mean, std=std)
+    colour: Colour = "rgb"
+    scale: float = 1 / 255
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.colour not in ("rgb", "bgr", "grey"):
+            raise BadConfig(f"colour is {self.colour!r}", hint="use rgb, bgr or grey")
+        self.channels = 1 if self.colour == "grey" else 3
+        for values in (self.mean, self.std):
+            if len(values) not in (1, self.channels):
+                text = f"{len(values)} numbers for {self.channels} channels"
+                raise BadConfig(text, hint="give mean and std one number a channel")
+        means, stds = (np.broadcast_to(np.asarray(v, np.float32), self.channels) for v in (self.mean, self.std))
+        levels = np.arange(256, dtype=np.float32) * np.float32(self.scale)
+        if self.scale == 1 / 255:
+            levels = np.arange(256, dtype=np.float32) / np.float32(255)  # as torchvision divides
+        # one table of 256 numbers a channel: exact, and several times faster
+        self._tables = [(levels - m) / s for m, s in zip(means, stds, strict=True)]
 
     @classmethod
     def declare(cls, *, colour: Colour = "rgb", **_: object) -> str:
@@ -162,39 +168,44 @@ class Normalize:
         return f"pixels:UINT8[-1,-1,-1,3] -> image:FP32[-1,{1 if colour == 'grey' else 3},-1,-1]"
 
     def __call__(self, pixels: Array) -> Array:
-        image = np.empty((len(pixels), self._normalize.channels, *pixels.shape[1:3]), np.float32)
+        image = np.empty((len(pixels), self.channels, *pixels.shape[1:3]), np.float32)
         for row in range(len(pixels)):
-            self._normalize(Image.fromarray(pixels[row]), into=image[row])
+            self.fill(image[row], Image.fromarray(pixels[row]))
         return image
+
+    def fill(self, planes: Array, picture: Image.Image) -> None:
+        """Make `picture` the numbers of `planes`, FP32 [channels, height, width]."""
+        plain = picture.convert("L" if self.channels == 1 else "RGB")
+        pixels = np.asarray(plain).reshape(picture.height, picture.width, self.channels)
+        order = (2, 1, 0) if self.colour == "bgr" else range(self.channels)
+        for table, channel, plane in zip(self._tables, order, planes, strict=True):
+            np.take(table, pixels[..., channel], out=plane, mode="clip")
 
 
 @stage("pixels:UINT8[1,-1,-1,3] -> resized:UINT8[1,-1,-1,3]")
+@dataclass(kw_only=True, eq=False)
 class Resize:
     """One picture to `size` (height and width), or with `short` its shorter side to so many pixels.
 
     Raises BadInput for a picture so thin that the result would have more than `max_pixels`.
     """
 
-    def __init__(
-        self,
-        *,
-        size: Size | None = None,
-        short: int = 0,
-        interpolation: Filter = "bilinear",
-        max_pixels: int = 64_000_000,
-    ) -> None:
-        if (size is None) == (not short):
+    size: Size | None = None
+    short: int = 0
+    interpolation: Filter = "bilinear"
+    max_pixels: int = 64_000_000
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (not self.short):
             raise BadConfig("Resize needs either size or short", hint="size = [480, 640], or short = 256")
-        self._size = None if size is None else _pair(size)
-        self._short = short
-        self._filter = _filter(interpolation)
-        self._limits = PictureLimits(max_pixels)
+        self._pair = None if self.size is None else _pair(self.size)
+        self._filter = _filter(self.interpolation)
 
     def __call__(self, pixels: Array) -> Array:
         picture = Image.fromarray(pixels[0])
-        wanted = self._size or _short_side(picture, self._short)
-        check_size(wanted[1], wanted[0], limits=self._limits)
-        return np.asarray(picture.resize((wanted[1], wanted[0]), self._filter))[None]
+        height, width = self._pair or _short_side(picture, self.short)
+        check_size(width, height, limits=PictureLimits(self.max_pixels))
+        return np.asarray(picture.resize((width, height), self._filter))[None]
 
 
 def reader(spec: TensorSpec, *, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Callable[[bytes], Array]:
@@ -223,28 +234,6 @@ def reader(spec: TensorSpec, *, mean: Sequence[float] = (), std: Sequence[float]
         return pixels
 
     return read
-
-
-class Normalizer:
-    """(pixel * scale - mean) / std by one table of 256 numbers a channel: exact, and several times faster."""
-
-    def __init__(self, *, colour: Colour, scale: float, mean: Sequence[float], std: Sequence[float]) -> None:
-        if colour not in ("rgb", "bgr", "grey"):
-            raise BadConfig(f"colour is {colour!r}", hint="use rgb, bgr or grey")
-        self.channels = 1 if colour == "grey" else 3
-        self._mode = "L" if colour == "grey" else "RGB"
-        self._order = (2, 1, 0) if colour == "bgr" else tuple(range(self.channels))
-        means, stds = (_each(values, self.channels) for values in (mean, std))
-        levels = np.arange(256, dtype=np.float32) * np.float32(scale)
-        if scale == 1 / 255:
-            levels = np.arange(256, dtype=np.float32) / np.float32(255)  # as torchvision divides
-        self._tables = [(levels - np.float32(m)) / np.float32(s) for m, s in zip(means, stds, strict=True)]
-
-    def __call__(self, picture: Image.Image, *, into: Array) -> None:
-        """Fill `into`, FP32 [channels, height, width]."""
-        pixels = np.asarray(picture.convert(self._mode)).reshape(picture.height, picture.width, self.channels)
-        for plane, channel in enumerate(self._order):
-            np.take(self._tables[plane], pixels[..., channel], out=into[plane], mode="clip")
 
 
 def resize_and_crop(picture: Image.Image, *, short: int, height: int, width: int, how: Image.Resampling) -> Image.Image:
@@ -290,13 +279,6 @@ def _pair(size: Size) -> tuple[int, int]:
     if len(pair) != 2 or any(not isinstance(side, int) or not 1 <= side <= 16_384 for side in pair):
         raise BadConfig(f"size is {size!r}", hint="write 224, or [height, width]")
     return pair[0], pair[1]
-
-
-def _each(values: Sequence[float], count: int) -> tuple[float, ...]:
-    given = tuple(values)
-    if len(given) not in (1, count):
-        raise BadConfig(f"{len(given)} numbers for {count} channels", hint="give mean and std one number a channel")
-    return given if len(given) == count else given * count
 
 
 def _filter(name: Filter) -> Image.Resampling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ _MOST = 1_000_000
 
 
 @stage("logits:FP32[-1,-1] -> labels:BYTES[-1,-1], scores:FP32[-1,-1], indices:INT64[-1,-1]", batched=True)
+@dataclass(kw_only=True, eq=False)
 class TopK:
     """The `top_k` best classes of each row: `labels` (UTF-8), `scores` and `indices`, best first.
 
@@ -27,16 +29,13 @@ class TopK:
     of the artifact before it in the pipeline, else the indices. `activation` makes scores of what the model gives.
     """
 
-    def __init__(
-        self,
-        *,
-        labels: str | Sequence[str] = (),
-        activation: Literal["softmax", "sigmoid", "none"] = "softmax",
-    ) -> None:
-        if activation not in ("softmax", "sigmoid", "none"):
-            raise BadConfig(f"activation is {activation!r}", hint="use softmax, sigmoid or none")
-        self._activation = activation
-        self._labels = Labels(labels)
+    labels: str | Sequence[str] = ()
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("softmax", "sigmoid", "none"):
+            raise BadConfig(f"activation is {self.activation!r}", hint="use softmax, sigmoid or none")
+        self._names = Labels(self.labels)
 
     def __call__(
         self,
@@ -44,10 +43,10 @@ class TopK:
         *,
         top_k: Annotated[int, msgspec.Meta(ge=1, le=1000, description="how many classes, best first")] = 5,
     ) -> dict[str, Array]:
-        scores = activate(logits, self._activation)
+        scores = activate(logits, self.activation)
         indices = top(scores, top_k)
         return {
-            "labels": self._labels(indices),
+            "labels": self._names(indices),
             "scores": np.take_along_axis(scores, indices, axis=1),
             "indices": indices,
         }

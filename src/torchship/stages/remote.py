@@ -1,22 +1,27 @@
-"""A model on other servers as a stage: any Open Inference Protocol server over gRPC (torchship, Triton, KServe)."""
+"""A model on other servers as a stage: any Open Inference Protocol server over gRPC (torchship, Triton, KServe).
+
+Which of them is asked, and when one is left alone: a circuit breaker for each and a retry budget for all.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import pairwise
+from threading import Lock
 from typing import Any, TypeVar
 
 import msgspec
 
-from torchship.client.address import caller_context
+from torchship.client.address import Address, caller_context, parse
 from torchship.client.grpc import GrpcChannel, ask_metadata
 from torchship.client.retry import Budget
 from torchship.errors import BadConfig, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.stage import Parameter, Parameters, Value, join
-from torchship.stages.endpoints import Endpoint, Endpoints
 from torchship.tensors import Free, Signature, Tensors
 from torchship.wire.messages import Request
 from torchship.wire.oip_grpc import decode_response, encode_request
@@ -61,6 +66,87 @@ def read_options(options: Mapping[str, Any]) -> Options:
     return found
 
 
+@dataclass
+class Endpoint:
+    """One server. After `failures` failures in a row it is not asked for a while; then one request may try it."""
+
+    address: Address
+    failures: int = 0
+    opens_at: float = 0.0
+    pause: float = 0.0
+
+    @classmethod
+    def parse(cls, url: str) -> Endpoint:
+        """Read `grpc://host:port/model` or `grpcs://host:port/model/version`. Raises BadConfig."""
+        hint = "as in grpc://127.0.0.1:8001/classify"
+        try:
+            found = parse(url)
+        except BadConfig as fault:
+            raise BadConfig(f"{url!r} is not an endpoint: {fault}", hint=hint) from None
+        if not found.grpc or not found.model or f"{found.netloc}/" not in url:
+            raise BadConfig(f"{url!r} is not an endpoint: scheme, port or model is missing", hint=hint)
+        return cls(found)
+
+    def __str__(self) -> str:
+        return f"{self.address.netloc}/{self.address.model}"
+
+
+@dataclass
+class Endpoints:
+    """Servers in turn. `failures` in a row open the circuit of one for `pause` seconds, twice as long each time up to
+    half a minute. Retries are taken out of one budget.
+    All methods may be called from any thread.
+    """
+
+    all: Sequence[Endpoint]
+    failures: int = 5
+    pause: float = 1.0
+    budget: Budget = field(default_factory=Budget)
+    clock: Callable[[], float] = time.monotonic
+    turn: int = 0
+    lock: Lock = field(default_factory=Lock)
+
+    def attempts(self, most: int) -> Iterator[Endpoint]:
+        """The endpoints to ask for one request, the first in turn and then, while the budget lasts, others.
+
+        None comes when all circuits are open; a second look at one endpoint only when there is no other.
+        """
+        self.budget.request()
+        with self.lock:
+            self.turn += 1
+            turn = self.turn
+        order = [self.all[(turn + i) % len(self.all)] for i in range(len(self.all))]
+        for attempt in range(most):
+            now = self.clock()
+            able = [one for one in order if one.opens_at <= now]
+            if not able or (attempt and not self.budget.retry()):
+                return
+            chosen = able[0]
+            order.append(order.pop(order.index(chosen)))
+            yield chosen
+
+    def succeeded(self, one: Endpoint) -> None:
+        """It answered: its circuit is closed."""
+        with self.lock:
+            one.failures, one.pause, one.opens_at = 0, 0.0, 0.0
+
+    def failed(self, one: Endpoint) -> None:
+        """It did not answer. A trial after a pause that fails opens the circuit again at once."""
+        with self.lock:
+            one.failures += 1
+            now = self.clock()
+            if now < one.opens_at:  # it was asked before the circuit opened
+                return
+            if one.failures >= self.failures or one.pause:
+                one.pause = min(max(one.pause * 2, self.pause), 30.0)
+                one.opens_at = now + one.pause
+
+    @property
+    def opens_in(self) -> float:
+        """Seconds until some endpoint may be asked again."""
+        return max(min(one.opens_at for one in self.all) - self.clock(), 0.0)
+
+
 class Remote:
     """Asks the endpoints in turn. A request that one did not take or answer in time is retried on another."""
 
@@ -77,24 +163,21 @@ class Remote:
         Raises BadConfig, Unavailable, NotFound.
         """
         self._options = options
-        found = [Endpoint.parse(url) for url in urls]
-        self._endpoints = Endpoints(
-            found,
-            clock=time.monotonic,
-            failures=options.breaker_failures,
-            pause=options.breaker_pause,
-            budget=Budget(ratio=options.retry_ratio),
-        )
-        headers = self._credentials()
-        self._channels = {id(one): self._channel(one, headers) for one in found}
+        found, budget = [Endpoint.parse(url) for url in urls], Budget(ratio=options.retry_ratio)
+        self._endpoints = Endpoints(found, options.breaker_failures, options.breaker_pause, budget)
+        self._channels = {id(one): self._channel(one) for one in found}
         self.parameters: tuple[Parameter, ...] = ()
         try:
-            self.signature = signature or signature_of(self._ask(self._about))
+            self.signature = signature or signature_of(
+                self._ask(lambda channel, to, timeout: ask_metadata(channel, to.model, to.version, timeout=timeout))
+            )
         except BaseException:
             self._hang_up()
             raise
         self.max_batch = max_batch or (64 if self.signature.batched else 1)
-        self._parts = (options.parallel or len(found)) if _splits(self.signature) else 1
+        free = any(isinstance(axis, Free) for spec in self.signature.outputs for axis in spec.shape[1:])
+        splits = self.signature.batched and not free  # its answers can be joined again: all have rows of one shape
+        self._parts = (options.parallel or len(found)) if splits else 1
         self._pool = ThreadPoolExecutor(self._parts, "remote")  # starts no thread before it is needed
 
     def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
@@ -115,19 +198,14 @@ class Remote:
         return join([one.result() for one in asked])
 
     def _infer(self, tensors: Tensors, given: dict[str, Value]) -> Tensors:
-        bodies: dict[tuple[str, str], bytes] = {}
+        @functools.cache
+        def body(model: str, version: str) -> bytes:
+            return encode_request(Request(model, tensors, version, parameters=given))
 
-        def infer(channel: GrpcChannel, one: Endpoint, timeout: float) -> bytes:
-            model, version = one.address.model, one.address.version
-            if (model, version) not in bodies:
-                bodies[model, version] = encode_request(Request(model, tensors, version, parameters=given))
-            return channel.call("ModelInfer", bodies[model, version], timeout=timeout)
+        def infer(channel: GrpcChannel, to: Address, timeout: float) -> bytes:
+            return channel.call("ModelInfer", body(to.model, to.version), timeout=timeout)
 
         return decode_response(self._ask(infer)).outputs
-
-    @staticmethod
-    def _about(channel: GrpcChannel, one: Endpoint, timeout: float) -> dict[str, Any]:
-        return ask_metadata(channel, one.address.model, one.address.version, timeout=timeout)
 
     def close(self) -> None:
         """Close all connections."""
@@ -138,7 +216,8 @@ class Remote:
         for channel in self._channels.values():
             channel.close()
 
-    def _ask(self, call: Callable[[GrpcChannel, Endpoint, float], T]) -> T:
+    def _ask(self, call: Callable[[GrpcChannel, Address, float], T]) -> T:
+        """What `call` gives for some endpoint; it is given the channel, the model there, and how long it may take."""
         ends = time.monotonic() + self._options.patience
         fault: TorchshipError | None = None
         for one in self._endpoints.attempts(self._options.attempts):
@@ -146,7 +225,7 @@ class Remote:
             if left <= 0:
                 break
             try:
-                answer = call(self._channels[id(one)], one, min(self._options.timeout, left))
+                answer = call(self._channels[id(one)], one.address, min(self._options.timeout, left))
             except TorchshipError as refusal:
                 refusal.args = (f"{one}: {refusal}",)
                 fault = refusal
@@ -165,24 +244,16 @@ class Remote:
         names = ", ".join(map(str, self._endpoints.all))
         raise Busy(f"no endpoint of {names} answers", hint="they failed again and again", retry_after=max(pause, 0.1))
 
-    def _channel(self, one: Endpoint, headers: Mapping[str, str]) -> GrpcChannel:
+    def _channel(self, one: Endpoint) -> GrpcChannel:
+        """Raises BadConfig for a token or authorities that are not there."""
+        options, headers = self._options, {}
+        if options.token_env:
+            token = os.environ.get(options.token_env)
+            if not token:
+                raise BadConfig(f"the environment has no {options.token_env}", hint="set it to the server's token")
+            headers = {"authorization": f"Bearer {token}"}
         try:
-            tls = caller_context(authority=self._options.ca) if one.address.secure else None
+            tls = caller_context(authority=options.ca) if one.address.secure else None
         except BadConfig as fault:
             raise BadConfig(f"options.ca: {fault}") from None
-        return GrpcChannel(one.address, tls=tls, headers=headers, max_message=self._options.max_message)
-
-    def _credentials(self) -> dict[str, str]:
-        if not self._options.token_env:
-            return {}
-        token = os.environ.get(self._options.token_env)
-        if not token:
-            raise BadConfig(f"the environment has no {self._options.token_env}", hint="set it to the server's token")
-        return {"authorization": f"Bearer {token}"}
-
-
-def _splits(signature: Signature) -> bool:
-    """Whether a batch may be cut: its answers can be joined again, for all of them have rows of one shape."""
-    return signature.batched and not any(
-        isinstance(axis, Free) for spec in signature.outputs for axis in spec.shape[1:]
-    )
+        return GrpcChannel(one.address, tls=tls, headers=headers, max_message=options.max_message)

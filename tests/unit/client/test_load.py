@@ -15,8 +15,7 @@ from click.testing import CliRunner
 from tests.unit.protocols.running import Running, running
 from torchship.cli.bench import command
 from torchship.client.address import caller_context, parse
-from torchship.client.lanes import grpc_lanes, http_lanes, http_request
-from torchship.client.load import CallOutcome, Row, Shot, Target, closed_loop, example, meets, open_loop
+from torchship.client.load import CallOutcome, Target, closed_loop, example, open_loop
 from torchship.client.report import render
 from torchship.errors import BadConfig, BadInput, NotFound, StageFailed, Unavailable
 from torchship.serve.api import rest
@@ -52,7 +51,7 @@ def test_closed_loop(server: Running, encoding: str) -> None:
     async def main() -> CallOutcome:
         tensors = await example(aim, rows=3)
         assert tensors["x"].shape == (3, 16)
-        return await closed_loop(aim.shot(tensors), connect=aim.connect(), concurrency=4, seconds=0.2, warm_up=0.05)
+        return await closed_loop(aim, aim.payload(tensors), concurrency=4, seconds=0.2, warm_up=0.05)
 
     outcome = asyncio.run(main())
     assert not outcome.faults
@@ -65,8 +64,13 @@ def test_closed_loop(server: Running, encoding: str) -> None:
 def test_large_requests(server: Running, encoding: str) -> None:
     aim = target(server, encoding)
     tensors = {"x": np.ones((20_000, 16), np.float32)}
-    shot = Shot(aim.shot(tensors).payloads, check=lambda body: len(body) > 1_280_000)
-    outcome = asyncio.run(closed_loop(shot, connect=aim.connect(), concurrency=2, seconds=0.3, warm_up=0.0))
+    run: dict[str, Any] = {
+        "concurrency": 2,
+        "seconds": 0.3,
+        "warm_up": 0.0,
+        "check": lambda body: len(body) > 1_280_000,
+    }
+    outcome = asyncio.run(closed_loop(aim, aim.payload(tensors), **run))
     assert not outcome.faults
     assert outcome.latencies
 
@@ -74,13 +78,13 @@ def test_large_requests(server: Running, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ["binary", "grpc"])
 def test_faults_are_told_apart(server: Running, encoding: str) -> None:
     aim = target(server, encoding)
-    shot = aim.shot({"x": np.ones((1, 16), np.float32)})
+    payload = aim.payload({"x": np.ones((1, 16), np.float32)})
     server.service.fault = StageFailed("no")
-    outcome = asyncio.run(closed_loop(shot, connect=aim.connect(), concurrency=2, seconds=0.1, warm_up=0.0))
+    run: dict[str, Any] = {"concurrency": 2, "seconds": 0.1, "warm_up": 0.0}
+    outcome = asyncio.run(closed_loop(aim, payload, **run))
     assert set(outcome.faults) == {"status 500" if encoding == "binary" else "grpc-status 13"}
     server.service.fault = None
-    wrong = Shot(shot.payloads, check=lambda body: False)
-    outcome = asyncio.run(closed_loop(wrong, connect=aim.connect(), concurrency=2, seconds=0.1, warm_up=0.0))
+    outcome = asyncio.run(closed_loop(aim, payload, check=lambda body: False, **run))
     assert set(outcome.faults) == {"wrong answer"}
     assert not outcome.latencies
 
@@ -88,20 +92,20 @@ def test_faults_are_told_apart(server: Running, encoding: str) -> None:
 def test_an_open_loop_counts_the_wait(server: Running) -> None:
     """One lane and 50 ms of work for each of 40 requests a second: the last one is due long before it is sent."""
     aim = target(server)
-    shot = aim.shot({"x": np.ones((1, 16), np.float32)})
+    payload = aim.payload({"x": np.ones((1, 16), np.float32)})
     server.service.delay = 0.05
-    outcome = asyncio.run(open_loop(shot, connect=aim.connect(), rate=40, seconds=0.5, lanes=1, patience=5.0))
+    outcome = asyncio.run(open_loop(aim, payload, rate=40, seconds=0.5, lanes=1, patience=5.0))
     assert len(outcome.latencies) == 20
     assert max(outcome.latencies) > 0.2
-    hasty = asyncio.run(open_loop(shot, connect=aim.connect(), rate=40, seconds=0.5, lanes=1, patience=0.0))
+    hasty = asyncio.run(open_loop(aim, payload, rate=40, seconds=0.5, lanes=1, patience=0.0))
     assert hasty.late > 0
 
 
 def test_a_server_that_is_not_there() -> None:
-    shot = Shot([http_request("/", b"")])
-    for connect in (http_lanes("127.0.0.1", port=1), grpc_lanes("127.0.0.1", port=1)):
+    for encoding in ("binary", "grpc"):
+        nowhere = Target(parse("127.0.0.1:1"), "echo", encoding)
         with pytest.raises(Unavailable, match="cannot connect"):
-            asyncio.run(closed_loop(shot, connect=connect, concurrency=1, seconds=0.1))
+            asyncio.run(closed_loop(nowhere, b"", concurrency=1, seconds=0.1))
 
 
 def test_examples_that_cannot_be(server: Running) -> None:
@@ -116,18 +120,17 @@ def test_examples_that_cannot_be(server: Running) -> None:
 
 def test_what_meets_a_target() -> None:
     good = CallOutcome(1.0, [0.01] * 99 + [0.2])
-    row = Row("1 callers", "closed", good)
-    assert meets(row, percent=50, limit=0.02)
-    assert not meets(row, percent=99.5, limit=0.02)
+    assert good.meets(percent=50, limit=0.02)
+    assert not good.meets(percent=99.5, limit=0.02)
     good.faults["status 503"] += 1
-    assert not meets(row, percent=50, limit=0.02)
-    assert not meets(Row("", "open", CallOutcome()), percent=50, limit=1)
+    assert not good.meets(percent=50, limit=0.02)
+    assert not CallOutcome().meets(percent=50, limit=1)
 
 
 def test_the_page() -> None:
     rows = [
-        Row("1 callers", "closed", CallOutcome(1.0, [0.001, 0.002])).plain(),
-        Row("9/s", "open", CallOutcome()).plain(),
+        CallOutcome(1.0, [0.001, 0.002], load="1 callers").plain(),
+        CallOutcome(load="9/s", kind="open").plain(),
     ]
     page = render(rows, title="<x>")
     assert "&lt;x&gt;" in page

@@ -69,7 +69,7 @@ def test_a_parameter_out_of_bounds_is_bad_input() -> None:
         Composed(made(PARSE, DOUBLE, SCORE))(text("1"), {"weight": 11})
 
 
-def test_what_was_opened_is_closed_when_a_later_stage_fails_to_open() -> None:
+def test_what_was_opened_is_closed_when_a_later_stage_fails_to_open(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
 
     def opening(config: StageConfig, store: object) -> Stage:
@@ -79,8 +79,9 @@ def test_what_was_opened_is_closed_when_a_later_stage_fails_to_open() -> None:
         stage.close = lambda: closed.append(config.run)  # type: ignore[method-assign]
         return stage
 
+    monkeypatch.setattr("torchship.pipeline.composed.open_stage", opening)
     with pytest.raises(StageFailed):
-        Composed(made(PARSE, DOUBLE, SCORE), opening=opening)
+        Composed(made(PARSE, DOUBLE, SCORE))
     assert [run.split(":")[1] for run in closed] == ["double", "parse"]
 
 

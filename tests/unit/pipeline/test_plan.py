@@ -10,7 +10,7 @@ import pytest
 from torchship.errors import BadConfig, NotFound, TorchshipError
 from torchship.pipeline import PipelineConfig, Plan, StageConfig, plan
 from torchship.pipeline.config import convert, read
-from torchship.pipeline.describe import describe_apart
+from torchship.pipeline.opening import describe_apart
 
 BODIES = "tests.unit.pipeline.bodies"
 

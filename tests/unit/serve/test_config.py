@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchship.errors import BadConfig, Denied, NotFound
+from torchship.pipeline import config as pipelines
 from torchship.serve import config as configs
 from torchship.serve.access import check_places, gate, hash_of, is_loopback, new_token
 from torchship.serve.config import Token
@@ -51,6 +52,33 @@ def test_a_file_is_read_and_its_store_found_beside_it(tmp_path: Path) -> None:
     file.write_text("[[model")
     with pytest.raises(BadConfig, match="not TOML"):
         configs.read(file)
+
+
+def test_every_path_may_be_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    stages = (
+        '[{artifact = "~/net"}, {run = "a:b", options = {labels = "~/names.txt", all = ["~/x"]}}, '
+        '{remote = "grpc://h:1/m", options = {ca = "~/ca.pem"}}]'
+    )
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        '[store]\nroot = "~/store"\n[tls]\ncertificate = "~/c.pem"\nkey = "~/k.pem"\n'
+        '[control]\ntrace_folder = "~/traces"\n[[mount]]\nrun = "a:b"\noptions = {folder = "~/f"}\n'
+        '[[model]]\nname = "one"\nartifact = "~/net"\nlabels = "~/names.txt"\n'
+        f'[[model]]\nname = "m"\nstages = {stages}\n'
+    )
+    found = configs.read(file)
+    assert (found.store.root, found.control.trace_folder) == ("/home/ann/store", "/home/ann/traces")
+    assert found.tls is not None
+    assert (found.tls.certificate, found.tls.key) == ("/home/ann/c.pem", "/home/ann/k.pem")
+    assert found.mount[0].options == {"folder": "/home/ann/f"}
+    assert (found.model[0].artifact, found.model[0].labels) == ("/home/ann/net", "/home/ann/names.txt")
+    placed = found.model[1].stages
+    assert placed == pipelines.read(file).stages
+    assert placed[0].artifact == "/home/ann/net"
+    assert placed[1].options == {"labels": "/home/ann/names.txt", "all": ["/home/ann/x"]}
+    assert placed[2].options == {"ca": "/home/ann/ca.pem"}
+    assert pipelines.store_of(file) == Path("/home/ann/store")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])

@@ -13,7 +13,7 @@ import pytest
 from tests.replicas import Steered
 from tests.serving import planned
 from torchship.errors import StageFailed, Unavailable
-from torchship.pipeline import describe
+from torchship.pipeline import opening
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.replica import ReplicaEvents
 from torchship.serve.engine.spec import LineLimits, WorkerSpec
@@ -195,7 +195,7 @@ def test_copies_are_dealt_out_to_devices_and_all_have_to_open(monkeypatch: pytes
         await until(lambda: len(staff.all) == 4)
         assert staff.all[3].spec.placement.device == "cuda:1"
 
-    monkeypatch.setitem(describe._UNUSED, "run", ())  # a Python stage has no device: it is its own affair
+    monkeypatch.setitem(opening._UNUSED, "run", ())  # a Python stage has no device: it is its own affair
     run(work, {"run": "double", "copies": 3, "device": ["cuda:0", "cuda:1"]})
 
 

@@ -16,9 +16,8 @@ from tests.unit.stages.oip_server import Behaviour, serve
 from torchship.client import Budget
 from torchship.errors import BadConfig, BadInput, Busy, Expired, NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.pipeline import Composed, PipelineConfig, StageConfig, plan
-from torchship.pipeline.describe import describe_apart
-from torchship.stages.endpoints import Endpoint, Endpoints
-from torchship.stages.remote import Remote, read_options
+from torchship.pipeline.opening import describe_apart
+from torchship.stages.remote import Endpoint, Endpoints, Remote, read_options
 from torchship.tensors import Signature
 
 X = {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}

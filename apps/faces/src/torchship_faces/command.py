@@ -46,7 +46,7 @@ def command() -> None:
 @click.option("--budget", default=300.0, show_default=True, metavar="SECONDS", help="Search time for each model.")
 @click.option("--goal", type=click.Choice(["latency", "throughput", "size", "memory"]), default="latency")
 @_STORE
-def prepare(*, model: str, store: str, quick: bool, again: bool, **given: Any) -> None:
+def prepare(*, model: str, store: str, **given: Any) -> None:
     """Fetch the face models, search the best way to run them here, and publish them. What is there is kept."""
     from torchship.artifact import Store
     from torchship.errors import Unavailable
@@ -60,12 +60,8 @@ def prepare(*, model: str, store: str, quick: bool, again: bool, **given: Any) -
     def tell(text: str) -> None:
         click.echo(text, err=True)
 
-    place, chosen = Store(store or None), embedder(model)
-    if quick:
-        made = faces.build(place, model=chosen, again=again, tell=tell)
-    else:
-        given["on_trial"] = lambda trial, _done, _total: tell(_told(trial))
-        made = faces.prepare(place, model=chosen, again=again, tell=tell, **given)
+    given["on_trial"] = lambda trial, _done, _total: tell(_told(trial))
+    made = faces.prepare(Store(store or None), model=embedder(model), tell=tell, **given)
     for artifact in made:
         click.echo(f"{artifact.manifest.name}: {artifact.manifest.recipe.label}  ({artifact.path})")
 

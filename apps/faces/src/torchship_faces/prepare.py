@@ -79,6 +79,7 @@ def prepare(
     store: Store,
     *,
     model: embedders.Embedder | None = None,
+    quick: bool = False,
     data: Path | None = None,
     budget: float = 240.0,
     goal: Goal = "latency",
@@ -90,96 +91,55 @@ def prepare(
 
     `data` is a folder of pictures with faces to calibrate and judge on; else a few public ones are fetched. What the
     store holds already is left as it is, unless `again`. Where nothing that runs without torch is found within
-    `budget` seconds, ONNX Runtime fp32 is built. Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
+    `budget` seconds, and without a search where it is to be `quick` (a minute), ONNX Runtime fp32 is built and checked
+    against its module. Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
     """
     model = model or embedders.embedder()
-    missing = _missing(store, model, again=again, tell=tell)
-    if missing:
-        detector, embedding = _modules(model, tell)
-        canvases, chips = material(data or weights.pictures(tell=tell), detector, model=model)
-    for name in missing:
-        tell(f"optimizing {name}")
-        finds = name == recipes.DETECTOR
-        module: nn.Module = detector if finds else embedding
-        samples = canvases if finds else chips
-        key, most = ("canvas", 8) if finds else ("chip", 16)
-        report = _search(
-            store,
-            name,
-            module,
-            (torch.from_numpy(samples[:2]),),
-            calibration=[{key: samples[at : at + 8]} for at in range(0, len(samples), 8)],
-            guard=torchship.Guard(cosine=0.985, error=0.2),
-            backends=_PORTABLE,
-            effort=torchship.Effort(seconds=0.5, max_batch=most),
-            budget=budget,
-            goal=goal,
-            on_trial=on_trial,
-        )
-        if report.winner is not None and report.winner.recipe.backend in _PORTABLE:
-            tell(f"{name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
-        else:
-            tell(f"{name}: nothing that runs without torch was found in time, building ONNX Runtime fp32")
-            _build(store, name, module, samples[:2])
-    return _published(store, model)
-
-
-def build(
-    store: Store,
-    *,
-    model: embedders.Embedder | None = None,
-    again: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
-) -> list[Artifact]:
-    """Publish both models as ONNX Runtime fp32 without a search, each checked against its module. Takes a minute.
-
-    Raises Unavailable, CorruptArtifact, BuildFailed, GuardRefused.
-    """
-    model = model or embedders.embedder()
-    missing = _missing(store, model, again=again, tell=tell)
-    if missing:
-        detector, embedding = _modules(model, tell)
-    for name in missing:
-        tell(f"building {name}")
-        module: nn.Module = detector if name == recipes.DETECTOR else embedding
-        side = SIDE if name == recipes.DETECTOR else model.side
-        noise = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
-        _build(store, name, module, noise)
-    return _published(store, model)
-
-
-def _build(store: Store, name: str, module: nn.Module, samples: Array) -> None:
-    """One artifact on ONNX Runtime fp32, without a search."""
-    recipe = torchship.Recipe("onnxruntime", {"precision": "fp32"})
-    guard = torchship.Guard(error=2e-3)
-    torchship.build(module, (torch.from_numpy(samples),), recipe=recipe, name=name, store=store, guard=guard)
-
-
-def _search(store: Store, name: str, module: nn.Module, inputs: tuple[Tensor, ...], **how: Any) -> Any:
-    """The Report of `torchship.optimize` for one model; what it found is published in `store` if it needs no torch."""
-    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
-        report = torchship.optimize(module, inputs, store=Store(scratch), name=name, **how)
-        if report.artifact is not None and report.winner.recipe.backend in _PORTABLE:
-            store.publish(report.artifact.path, name=name)
-    return report
-
-
-def _missing(store: Store, model: embedders.Embedder, *, again: bool, tell: Callable[[str], None]) -> list[str]:
-    """The models that are to be made."""
-    there = [] if again else [name for name in (recipes.DETECTOR, model.artifact) if store.versions(name)]
+    names = (recipes.DETECTOR, model.artifact)
+    there = [] if again else [name for name in names if store.versions(name)]
     for name in there:
         tell(f"{name} is in the store already; --again makes it anew")
-    return [name for name in (recipes.DETECTOR, model.artifact) if name not in there]
+    missing = [name for name in names if name not in there]
+    if missing:
+        weights.fetch(model.weights, tell=tell)
+        detector, embedding = DetectorNet(weights.fetch("retinaface", tell=tell)).eval(), EmbedderNet(model).eval()
+        random = np.random.default_rng(0)
+        canvases, chips = (random.integers(0, 256, (2, n, n, 3), dtype=np.uint8) for n in (SIDE, model.side))
+        if not quick:
+            canvases, chips = material(data or weights.pictures(tell=tell), detector, model=model)
+    for name in missing:
+        finds = name == recipes.DETECTOR
+        module: nn.Module = detector if finds else embedding
+        samples, key, most = (canvases, "canvas", 8) if finds else (chips, "chip", 16)
+        first = (torch.from_numpy(samples[:2]),)
+        if not quick:
+            tell(f"optimizing {name}")
+            batches = [{key: samples[at : at + 8]} for at in range(0, len(samples), 8)]
+            effort = torchship.Effort(seconds=0.5, max_batch=most)
+            how = {"calibration": batches, "effort": effort, "budget": budget, "goal": goal, "on_trial": on_trial}
+            if _found(store, name, module, first, tell=tell, **how):
+                continue
+        tell(f"building {name}")
+        recipe, guard = torchship.Recipe("onnxruntime", {"precision": "fp32"}), torchship.Guard(error=2e-3)
+        torchship.build(module, first, recipe=recipe, name=name, store=store, guard=guard)
+    return [open_artifact(store.resolve(name), verify=False) for name in names]
 
 
-def _published(store: Store, model: embedders.Embedder) -> list[Artifact]:
-    return [open_artifact(store.resolve(name), verify=False) for name in (recipes.DETECTOR, model.artifact)]
-
-
-def _modules(model: embedders.Embedder, tell: Callable[[str], None]) -> tuple[DetectorNet, EmbedderNet]:
-    """The detector, and the embedder `model`."""
-    weights.fetch(model.weights, tell=tell)
-    return DetectorNet(weights.fetch("retinaface", tell=tell)).eval(), EmbedderNet(model).eval()
+def _found(
+    store: Store, name: str, module: nn.Module, inputs: tuple[Tensor, ...], *, tell: Callable[[str], None], **how: Any
+) -> bool:
+    """Whether a search found a way to run a model that needs no torch; it is published in `store` then."""
+    with TemporaryDirectory(prefix="torchship-faces-") as scratch:
+        guard = torchship.Guard(cosine=0.985, error=0.2)
+        report = torchship.optimize(
+            module, inputs, store=Store(scratch), name=name, guard=guard, backends=_PORTABLE, **how
+        )
+        if report.artifact is None or report.winner.recipe.backend not in _PORTABLE:
+            tell(f"{name}: nothing that runs without torch was found in time, building ONNX Runtime fp32")
+            return False
+        store.publish(report.artifact.path, name=name)
+    tell(f"{name}: {report.winner.recipe.label}, {report.speedup:.1f}x eager")
+    return True
 
 
 def material(folder: Path, detector: nn.Module, *, model: embedders.Embedder) -> tuple[Array, Array]:

@@ -12,44 +12,24 @@ FACE_OUTPUTS = (*DETECT_OUTPUTS, "quality", "embedding")
 MATCH_OUTPUTS = (*FACE_OUTPUTS, "person", "known", "similarity", "nearest", "answer")
 
 
-def detect(*, detector: str = DETECTOR, copies: int = 1, name: str = "face-detect") -> dict[str, Any]:
-    """Picture in, faces out: `box`, `score`, `points`."""
-    return {
-        "name": name,
-        "stages": [
-            {"run": "torchship_faces:Open", "copies": copies},
-            {"artifact": detector, "name": "detect", "threads": 1, "copies": copies},
-            {"run": "torchship_faces:Find"},
-        ],
-        "outputs": list(DETECT_OUTPUTS),
-    }
-
-
-def embed(
-    *, detector: str = DETECTOR, model: Embedder | None = None, copies: int = 1, name: str = "face-embed"
-) -> dict[str, Any]:
+def embed(*, model: Embedder | None = None, copies: int = 1) -> dict[str, Any]:
     """Picture in, faces out with their `quality` and `embedding` by `model`."""
     model = model or embedder()
     stages = [
-        *detect(detector=detector, copies=copies)["stages"],
+        {"run": "torchship_faces:Open", "copies": copies},
+        {"artifact": DETECTOR, "name": "detect", "threads": 1, "copies": copies},
+        {"run": "torchship_faces:Find"},
         {"run": "torchship_faces:Align", "options": {"side": model.side, "template": model.template}},
         {"artifact": model.artifact, "name": "embed", "threads": 1, "copies": copies},
     ]
-    return {"name": name, "stages": stages, "outputs": list(FACE_OUTPUTS)}
+    return {"name": "face-embed", "stages": stages, "outputs": list(FACE_OUTPUTS)}
 
 
-def identify(
-    gallery: str,
-    *,
-    detector: str = DETECTOR,
-    model: Embedder | None = None,
-    copies: int = 1,
-    name: str = "faces",
-) -> dict[str, Any]:
+def identify(gallery: str, *, model: Embedder | None = None, copies: int = 1) -> dict[str, Any]:
     """Picture in, faces out with the `person` that each is, if any; `answer` is the same as JSON."""
     model = model or embedder()
     stages = [
-        *embed(detector=detector, model=model, copies=copies)["stages"],
+        *embed(model=model, copies=copies)["stages"],
         {
             "run": "torchship_faces.gallery:Match",
             "options": {"gallery": gallery, "model": model.space, "width": model.width},
@@ -57,4 +37,4 @@ def identify(
         },
         {"run": "torchship_faces:answer"},
     ]
-    return {"name": name, "stages": stages, "outputs": list(MATCH_OUTPUTS)}
+    return {"name": "faces", "stages": stages, "outputs": list(MATCH_OUTPUTS)}

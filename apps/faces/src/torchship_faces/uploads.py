@@ -32,9 +32,8 @@ class JsonUpload(msgspec.Struct):
 
 
 class Upload(msgspec.Struct):
-    """What came with a request, whichever way."""
+    """What came with a request, whichever way; `images` are all pictures that are neither `first` nor `second`."""
 
-    image: bytes = b""
     images: list[bytes] = []
     first: bytes = b""
     second: bytes = b""
@@ -44,33 +43,21 @@ class Upload(msgspec.Struct):
 
 
 def read_upload(exchange: Exchange) -> Upload:
-    """The body as an Upload; `images` holds every picture that is neither `first` nor `second`. Raises BadInput."""
+    """The body as an Upload. Raises BadInput."""
     kind, body = content_type(exchange), bytes(exchange.body)
     if kind == "multipart/form-data":
-        found = form_upload(read_form(exchange))
-    elif kind == "application/json":
-        found = _json(read_json(exchange, JsonUpload))
-    elif body and (kind.startswith("image/") or kind in ("", "application/octet-stream")):
-        found = Upload(image=body)
-    elif not body:
+        return form_upload(read_form(exchange))
+    if kind == "application/json":
+        given = read_json(exchange, JsonUpload)
+        one = picture_of(given.image, where="$.image")
+        more = [picture_of(text, where=f"$.images[{number}]") for number, text in enumerate(given.images)]
+        first, second = picture_of(given.first, where="$.first"), picture_of(given.second, where="$.second")
+        return Upload([one, *more] if one else more, first, second, given.groups, given.about, given.parameters)
+    if not body:
         raise BadInput("the body is empty", hint=_KINDS)
-    else:
+    if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
         raise BadInput(f"cannot read a body of type {kind[:60]!r}", hint=_KINDS)
-    if found.image:
-        found.images.insert(0, found.image)
-    return found
-
-
-def _json(given: JsonUpload) -> Upload:
-    return Upload(
-        image=picture_of(given.image, where="$.image"),
-        images=[picture_of(text, where=f"$.images[{number}]") for number, text in enumerate(given.images)],
-        first=picture_of(given.first, where="$.first"),
-        second=picture_of(given.second, where="$.second"),
-        groups=given.groups,
-        about=given.about,
-        parameters=given.parameters,
-    )
+    return Upload([body])
 
 
 def picture_of(text: str, *, where: str) -> bytes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from torchship.errors import NotFound, Unavailable
+from torchship_faces.gallery import records
 
 _FOLDER = "faces"
 
@@ -23,10 +23,7 @@ def keep(root: Path, face: bytes) -> bytes:
         temporary = path.with_name(f".{secrets.token_hex(6)}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(face)
-                file.flush()
-                os.fsync(file.fileno())
+            records.write(temporary, face)
             temporary.rename(path)
         except OSError as fault:
             temporary.unlink(missing_ok=True)

@@ -59,13 +59,17 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Record).decode
 
 
-def create(path: Path) -> None:
-    """Make an empty log at `path` and see it onto the disk."""
-    head = _START.pack(_MAGIC, _FORMAT, zlib.crc32(_MAGIC + _FORMAT.to_bytes(4, "little")))
-    with path.open("xb") as file:
-        file.write(head)
+def write(path: Path, data: bytes, *, mode: str = "wb") -> None:
+    """Write a file and see it onto the disk."""
+    with path.open(mode) as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def create(path: Path) -> None:
+    """Make an empty log at `path`."""
+    write(path, _START.pack(_MAGIC, _FORMAT, zlib.crc32(_MAGIC + _FORMAT.to_bytes(4, "little"))), mode="xb")
 
 
 def check(head: bytes, *, path: Path) -> None:

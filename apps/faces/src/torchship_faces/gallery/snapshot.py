@@ -71,10 +71,7 @@ def read_manifest(root: Path) -> GalleryManifest:
 def write_manifest(root: Path, manifest: GalleryManifest) -> None:
     """Swap the manifest in one step, on disk when this returns."""
     temporary = root / f".{MANIFEST}.{secrets.token_hex(4)}"
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest)))
-        file.flush()
-        os.fsync(file.fileno())
+    records.write(temporary, msgspec.json.format(msgspec.json.encode(manifest)))
     temporary.rename(root / MANIFEST)
     sync_folder(root)
 
@@ -194,10 +191,7 @@ class Writer:
         return manifest
 
     def _write(self, name: str, data: bytes) -> None:
-        with (self._folder / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        records.write(self._folder / name, data)
         self._files[name] = FileMark(len(data), zlib.crc32(data))
 
 
