@@ -62,9 +62,9 @@ def share_equal(wanted: Array, found: Array) -> float:
     return float(np.mean(wanted == found)) if wanted.size else 1.0
 
 
-def is_close(wanted: Array, found: Array, *, tolerance: float, absolute: float = 1e-6) -> bool:
-    """Whether two arrays are equal but for rounding: within `tolerance` of the norm of `wanted` (or `absolute`), no
-    place odd; of integers and truths 99 % must be the same.
+def is_close(wanted: Array, found: Array, *, tolerance: float) -> bool:
+    """Whether two arrays are equal but for rounding: within `tolerance` of the norm of `wanted` (or 1e-6), no place
+    odd; of integers and truths 99 % must be the same.
     """
     if wanted.shape != found.shape:
         return False
@@ -73,7 +73,7 @@ def is_close(wanted: Array, found: Array, *, tolerance: float, absolute: float =
     if odd_places(wanted, found).any():
         return False
     a, b = _finite(wanted, found)
-    return bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a) + absolute)
+    return bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a) + 1e-6)
 
 
 def _finite(wanted: Array, found: Array) -> tuple[Array, Array]:

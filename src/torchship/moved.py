@@ -16,31 +16,14 @@ _GROUP = "torchship.moved"
 
 
 class MovedNames:
-    """An import finder that knows the claimed names and the modules below them."""
+    """An import finder for the claimed names and the modules below them.
 
-    def __init__(self, claims: dict[str, str]) -> None:
-        self.claims = claims
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The import system asks for `fullname`; None when nobody claims it."""
-        for old, new in self.claims.items():
-            if fullname == old or fullname.startswith(f"{old}."):
-                alias = _Alias(new + fullname.removeprefix(old))
-                return ModuleSpec(fullname, alias)  # type: ignore[arg-type]  # importlib.abc would be slow to load
-        return None
-
-
-class MissingNames:
-    """An import finder that is asked last: who claims a module of torchship that is not there?
-
-    Nothing is looked up before a name is missing. From then on the claimed names are found before anything else is
-    asked: the path finder would load the modules below them a second time.
+    The one without claims is asked last: once a module of torchship is missing it looks them up, and has them asked for
+    before anything else, for the path finder would load the modules below a claimed one a second time.
     """
 
-    def __init__(self) -> None:
-        self._moved: MovedNames | None = None
+    def __init__(self, claims: dict[str, str] | None = None) -> None:
+        self._claims, self._last = claims, claims is None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -48,16 +31,20 @@ class MissingNames:
         """The import system asks for `fullname`; None when nobody claims it or a module below it."""
         if not fullname.startswith("torchship."):
             return None
-        if self._moved is None:
+        if self._claims is None:
             from importlib.metadata import entry_points
 
             claims = {point.name: point.value for point in entry_points(group=_GROUP)}
-            self._moved = MovedNames(dict(sorted(claims.items(), reverse=True)))  # a module before those above it
-            sys.meta_path.insert(0, self._moved)
-        found = self._moved.find_spec(fullname)
-        if found is None and any(old.startswith(f"{fullname}.") for old in self._moved.claims):
-            found = ModuleSpec(fullname, None, is_package=True)  # a package above a claimed module, gone as well
-            found.submodule_search_locations = []
+            self._claims = dict(sorted(claims.items(), reverse=True))  # a module before those above it
+            sys.meta_path.insert(0, MovedNames(self._claims))
+        for old, new in self._claims.items():
+            if fullname == old or fullname.startswith(f"{old}."):
+                alias = _Alias(new + fullname.removeprefix(old))
+                return ModuleSpec(fullname, alias)  # type: ignore[arg-type]  # importlib.abc would be slow to load
+        if not self._last or not any(old.startswith(f"{fullname}.") for old in self._claims):
+            return None
+        found = ModuleSpec(fullname, None, is_package=True)  # a package above a claimed module, gone as well
+        found.submodule_search_locations = []
         return found
 
 
@@ -83,4 +70,4 @@ class _Alias:
 
 def follow() -> None:
     """Let the import system ask for moved names, after everything else."""
-    sys.meta_path.append(MissingNames())
+    sys.meta_path.append(MovedNames())

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeAlias
 
@@ -100,21 +101,20 @@ def converse(
     target: str,
     *,
     argument: object = None,
-    fds: Sequence[int] = (),
     output: int | None = None,
     threads: int | None = None,
     cpus: Collection[int] = (),
-    env: Mapping[str, str] = {},
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start `module:function(argument, socket)` as `spawn` does; the child, and this side's end of the socket.
 
     It keeps messages apart (SOCK_SEQPACKET), carries descriptors, and reads as closed once the other side is gone.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    settings: dict[str, Any] = {"fds": fds, "output": output, "threads": threads, "cpus": cpus, "env": env}
     with theirs:
         try:
-            return spawn(target, argument=argument, talk=theirs.fileno(), **settings), ours
+            talk = theirs.fileno()
+            child = spawn(target, argument=argument, output=output, talk=talk, threads=threads, cpus=cpus)
+            return child, ours
         except BaseException:
             ours.close()
             raise
@@ -143,7 +143,6 @@ def run(
     memory: int | None = None,
     threads: int | None = None,
     cpus: Collection[int] = (),
-    env: Mapping[str, str] = {},
 ) -> Outcome:
     """Run `module:function(argument)` in a child for at most `timeout` seconds and `memory` bytes.
 
@@ -152,7 +151,7 @@ def run(
     """
 
     def start(log: int, answer: int) -> Child:
-        return spawn(target, argument=argument, output=log, answer=answer, threads=threads, cpus=cpus, env=env)
+        return spawn(target, argument=argument, output=log, answer=answer, threads=threads, cpus=cpus)
 
     return watched(start, timeout=timeout, memory=memory)
 
@@ -161,10 +160,19 @@ def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outco
     """Start a child in the way of `start`, and wait for it as `run` does."""
     answer, log = os.memfd_create("torchship-answer"), os.memfd_create("torchship-log")
     started = time.monotonic()
+    fault, peak, pause = "", 0, 0.005
     try:
         child = start(log, answer)
         try:
-            fault, peak = _watch(child, deadline=started + timeout, timeout=timeout, memory=memory)
+            while not fault and child.poll() is None:
+                peak = max(peak, resident(child.pid))
+                if memory and peak > memory:
+                    fault = f"took {peak / 2**30:.2f} GiB, more than its limit of {memory / 2**30:.2f} GiB"
+                elif time.monotonic() > started + timeout:
+                    fault = f"did not finish within {timeout:.0f} s"
+                else:
+                    time.sleep(pause)
+                    pause = min(pause * 1.5, 0.05)
         finally:
             stop(child)
         size = os.fstat(answer).st_size
@@ -177,34 +185,15 @@ def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outco
         os.close(log)
 
 
-def _watch(child: Child, *, deadline: float, timeout: float, memory: int | None) -> tuple[str, int]:
-    peak = 0
-    pause = 0.005
-    while child.poll() is None:
-        peak = max(peak, resident(child.pid))
-        if memory and peak > memory:
-            return f"took {peak / 2**30:.2f} GiB, more than its limit of {memory / 2**30:.2f} GiB", peak
-        if time.monotonic() > deadline:
-            return f"did not finish within {timeout:.0f} s", peak
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
-    return "", peak
-
-
 def resident(pid: int) -> int:
     """Resident memory of a process and its descendants in bytes; 0 when it is gone."""
-    try:
+    total = 0
+    with suppress(psutil.Error):
         top = psutil.Process(pid)
-        return sum(_resident_of(process) for process in (top, *top.children(recursive=True)))
-    except psutil.Error:
-        return 0
-
-
-def _resident_of(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
+        for process in (top, *top.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+    return total
 
 
 def waited_for_processor(pid: int) -> float:
@@ -222,14 +211,10 @@ def stop(child: Child, *, grace: float = 0.0) -> None:
     """End a child and everything in its session: SIGTERM and `grace` seconds first if asked for, then SIGKILL."""
     if grace and child.poll() is None:
         os.kill(child.pid, signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     child.wait()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -15,7 +14,7 @@ from torchship import hardware, plugins
 from torchship.artifact import folder as folders
 from torchship.artifact import recheck, signing, tensorfile
 from torchship.artifact.folder import MANIFEST, MAX_BYTES, MAX_FILES, SIGNATURE
-from torchship.artifact.manifest import FORMAT, FileEntry, Manifest
+from torchship.artifact.manifest import FORMAT, Manifest
 from torchship.errors import CorruptArtifact, TorchshipError, Unavailable, UnsafeArtifact, Unsupported, WrongMachine
 from torchship.recipe import Recipe
 from torchship.stage import Stage
@@ -136,18 +135,15 @@ def read_manifest(data: bytes, *, where: str) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except msgspec.MsgspecError as fault:
         raise CorruptArtifact(f"{where}: {fault}", hint="pack the artifact again") from None
-    _check_entries(manifest.files)
-    return manifest
-
-
-def _check_entries(entries: tuple[FileEntry, ...]) -> None:
-    paths = [folders.check_path(entry.path) for entry in entries]
+    paths = [folders.check_path(entry.path) for entry in manifest.files]
     if len(set(paths)) != len(paths) or {MANIFEST, SIGNATURE} & set(paths):
         raise CorruptArtifact("the manifest lists a file twice, or lists itself", hint="pack the artifact again")
     if len(paths) > MAX_FILES:
         raise UnsafeArtifact(f"the manifest lists {len(paths)} files", hint=f"at most {MAX_FILES} are allowed")
-    if any(entry.size < 0 for entry in entries) or sum(entry.size for entry in entries) > MAX_BYTES:
+    sizes = [entry.size for entry in manifest.files]
+    if min(sizes, default=0) < 0 or sum(sizes) > MAX_BYTES:
         raise UnsafeArtifact("the manifest lists files of an impossible size", hint="do not open this artifact")
+    return manifest
 
 
 def open_artifact(path: Path | str, *, verify: bool | Literal["known"] = True) -> Artifact:
@@ -162,25 +158,20 @@ def open_artifact(path: Path | str, *, verify: bool | Literal["known"] = True) -
         raise CorruptArtifact(f"{root} has no {MANIFEST}", hint="packing did not finish, or this is no artifact")
     data = folders.read(root, MANIFEST, limit=_MAX_MANIFEST)
     manifest = read_manifest(data, where=str(root / MANIFEST))
-    if verify:
-        _verify(root, manifest, present, strict=verify != "known")
-    return Artifact(root, manifest, hashlib.sha256(data).hexdigest())
-
-
-def _verify(root: Path, manifest: Manifest, present: dict[str, os.stat_result], *, strict: bool) -> None:
-    listed = {entry.path: entry for entry in manifest.files}
+    listed = {entry.path: entry for entry in manifest.files} if verify else {}
     missing = sorted(listed.keys() - present.keys())
     unknown = sorted(present.keys() - listed.keys() - {MANIFEST, SIGNATURE})
     if missing:
         raise CorruptArtifact(f"{root} lacks {missing[0]}", hint="copy or publish the artifact again")
-    if unknown and strict:
+    if unknown and verify is True:
         raise CorruptArtifact(f"{root} holds {unknown[0]}, which its manifest does not list", hint="remove that file")
-    for path, entry in listed.items():
-        if present[path].st_size != entry.size:
+    for name, entry in listed.items():  # all sizes before the first hash, which takes long
+        if present[name].st_size != entry.size:
             raise CorruptArtifact(
-                f"{path} has {present[path].st_size} bytes, the manifest says {entry.size}",
+                f"{name} has {present[name].st_size} bytes, the manifest says {entry.size}",
                 hint="copy or publish the artifact again",
             )
-    for path, entry in listed.items():
-        if folders.sha256(root, path) != entry.sha256:
-            raise CorruptArtifact(f"{path} was changed: its hash is wrong", hint="copy or publish the artifact again")
+    for name, entry in listed.items():
+        if folders.sha256(root, name) != entry.sha256:
+            raise CorruptArtifact(f"{name} was changed: its hash is wrong", hint="copy or publish the artifact again")
+    return Artifact(root, manifest, hashlib.sha256(data).hexdigest())

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from torchship import hardware as machines
-from torchship import plugins
+from torchship import hardware, plugins
 from torchship.artifact import folder as folders
 from torchship.artifact import tensorfile
 from torchship.artifact.folder import MANIFEST, SIGNATURE
-from torchship.artifact.manifest import FORMAT, FileEntry, Manifest, Provenance, Timing, Verdict
+from torchship.artifact.manifest import FORMAT, FileEntry, Manifest, Provenance
 from torchship.artifact.opening import Artifact, open_artifact
 from torchship.errors import BadConfig, BadInput
 from torchship.recipe import Recipe
@@ -33,16 +32,13 @@ def pack(
     max_batch: int = 64,
     inputs: Tensors = {},
     outputs: Tensors = {},
-    hardware: machines.Hardware | None = None,
-    fallback: Recipe | None = None,
-    timing: Timing | None = None,
-    verdict: Verdict | None = None,
     labels: Sequence[str] = (),
     kind: Literal["model", "pipeline"] = "model",
 ) -> Artifact:
     """Turn `folder`, whose `backend/` (and `fallback/`) a backend has filled, into an artifact in place.
 
-    `inputs` are example inputs that fit the signature and `outputs` what the artifact must answer to them.
+    `inputs` are example inputs that fit the signature and `outputs` what the artifact must answer to them; what is
+    found out later, as timing, verdict and fallback, `amend` adds.
     Until the manifest is there, which is written last, the folder is no artifact; a crash leaves none.
     Raises BadInput when the examples do not fit, UnsafeArtifact for links and devices among the files.
     """
@@ -50,8 +46,15 @@ def pack(
     folders.files_below(root)
     (root / MANIFEST).unlink(missing_ok=True)
     (root / SIGNATURE).unlink(missing_ok=True)
-    _write_examples(root, signature, inputs, outputs)
-    machine = hardware or machines.here()
+    if inputs:
+        try:
+            signature.check(inputs)
+        except BadInput as fault:
+            raise BadInput(f"example inputs: {fault}", hint=fault.hint) from None
+        folders.write(root / "examples" / "inputs.safetensors", tensorfile.encode(inputs))
+    if outputs:
+        folders.write(root / "examples" / "outputs.safetensors", tensorfile.encode(outputs))
+    machine = hardware.here()
     manifest = Manifest(
         format=FORMAT,
         name=name,
@@ -64,9 +67,6 @@ def pack(
         family=machine.family,
         max_batch=max_batch,
         kind=kind,
-        fallback=fallback,
-        timing=timing,
-        verdict=verdict,
         labels=tuple(labels),
     )
     return _seal(root, manifest)
@@ -101,17 +101,6 @@ def add_fallback(folder: Path | str, *, other: Path | str) -> Artifact:
     return amend(ours.path, fallback=theirs.manifest.recipe)
 
 
-def _write_examples(root: Path, signature: Signature, inputs: Tensors, outputs: Tensors) -> None:
-    if inputs:
-        try:
-            signature.check(inputs)
-        except BadInput as fault:
-            raise BadInput(f"example inputs: {fault}", hint=fault.hint) from None
-        folders.write(root / "examples" / "inputs.safetensors", tensorfile.encode(inputs))
-    if outputs:
-        folders.write(root / "examples" / "outputs.safetensors", tensorfile.encode(outputs))
-
-
 def _seal(root: Path, manifest: Manifest) -> Artifact:
     """Hash every file and write the manifest, after everything else is on the disk."""
     native = _native_places(root, manifest)
@@ -138,8 +127,4 @@ def _native_places(root: Path, manifest: Manifest) -> tuple[str, ...]:
         files = ((f"models/{found.path.name}/{entry.path}", entry) for found in inner for entry in found.manifest.files)
         return tuple(path for path, entry in files if entry.kind == "native")
     parts = [("backend/", manifest.recipe)] + ([("fallback/", manifest.fallback)] if manifest.fallback else [])
-    return tuple(place for place, recipe in parts if _is_native(recipe))
-
-
-def _is_native(recipe: Recipe) -> bool:
-    return bool(plugins.load("backends", name=recipe.backend).KIND == "native")
+    return tuple(place for place, recipe in parts if plugins.load("backends", name=recipe.backend).KIND == "native")

@@ -6,13 +6,14 @@ import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torchship import hardware, home
 from torchship.artifact.manifest import Manifest
 from torchship.difference import relative_error, share_equal
 from torchship.errors import BadConfig, WrongMachine
 from torchship.stage import Stage
-from torchship.tensors import FLOATS, Array, Signature, Tensors, dtype_name
+from torchship.tensors import FLOATS, Signature, Tensors, dtype_name
 
 TOLERANCE = 0.05
 _SAME_SHARE = 0.95
@@ -33,10 +34,13 @@ def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors
     """
     if not inputs or not outputs:
         return
-    rows = min(stage.max_batch, _rows(inputs)) if manifest.signature.batched else None
-    found = stage(_first(inputs, rows))
+    rows: Any = ...
+    if manifest.signature.batched:
+        rows = slice(min(stage.max_batch, *(len(array) for array in inputs.values())))
+    found = stage({name: array[rows] for name, array in inputs.items()})
+    wanted = {name: array[rows] for name, array in outputs.items()}
     allowed = max(TOLERANCE, 3 * manifest.verdict.error if manifest.verdict else 0.0)
-    for name, fault in faults(manifest.signature, _first(outputs, rows), found, allowed=allowed).items():
+    for name, fault in faults(manifest.signature, wanted, found, allowed=allowed).items():
         raise WrongMachine(
             f"{manifest.name!r} answers its stored examples differently here: {name} {fault}",
             hint="optimize the model again on this machine",
@@ -67,14 +71,6 @@ def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: fl
         elif (same := share_equal(theirs, ours)) < _SAME_SHARE:
             wrong[spec.name] = f"agrees in {same:.0%} of its values"
     return wrong
-
-
-def _rows(tensors: Tensors) -> int:
-    return min(int(array.shape[0]) for array in tensors.values())
-
-
-def _first(tensors: Tensors, rows: int | None) -> dict[str, Array]:
-    return {name: array[:rows] if rows is not None else array for name, array in tensors.items()}
 
 
 def _versions(manifest: Manifest) -> dict[str, str]:

@@ -34,11 +34,6 @@ class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     algorithm: str = "ed25519"
 
 
-def keys_folder() -> Path:
-    """Where trusted public keys lie. Raises BadConfig where neither the environment nor a home says."""
-    return home.folder("TORCHSHIP_KEYS", ".config", "torchship", "keys")
-
-
 def make_key(path: Path) -> str:
     """Write a new private key (PEM, readable by its owner only) and `path` with `.pub`. Returns the public key.
 
@@ -103,10 +98,10 @@ def signer(folder: Path, *, digest: str) -> str:
     return seal.key
 
 
-def trusted_keys(folder: Path | None = None) -> dict[str, str]:
+def trusted_keys() -> dict[str, str]:
     """Names of the trusted public keys by key. Raises BadConfig for a file that holds none."""
     try:
-        files = sorted((folder or keys_folder()).glob("*.pub"))
+        files = sorted(home.folder("TORCHSHIP_KEYS", ".config", "torchship", "keys").glob("*.pub"))
     except (OSError, BadConfig):
         return {}
     return {read_public(file): file.stem for file in files}

@@ -100,7 +100,10 @@ class Store:
         Raises NotFound with near names, BadConfig for a target that is neither.
         """
         if "/" in target or target in (".", ".."):
-            return self._path(target)
+            path = home.expand(target)
+            if not path.is_dir():
+                raise NotFound(f"no artifact at {target}", hint="`torchship store list` shows what is published")
+            return path
         name, _, wanted = target.partition("@")
         check_name(name)
         versions = self.versions(name)
@@ -165,12 +168,6 @@ class Store:
             self._remember(name, _State(current, max([state.latest, *versions])))
             for number in gone:
                 os.rename(home / str(number), trash / str(number))
-
-    def _path(self, target: str) -> Path:
-        path = home.expand(target)
-        if not path.is_dir():
-            raise NotFound(f"no artifact at {target}", hint="`torchship store list` shows what is published")
-        return path
 
     def _version(self, name: str, wanted: str, versions: tuple[int, ...]) -> int:
         if wanted == "latest":

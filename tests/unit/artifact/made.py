@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from torchship.artifact import Artifact
 from torchship.artifact.manifest import Provenance
-from torchship.artifact.package import pack
+from torchship.artifact.package import amend, pack
 from torchship.recipe import Recipe
 from torchship.tensors import Signature
 
@@ -21,11 +21,11 @@ PROVENANCE = Provenance("0.1.0", "2026-01-01T00:00:00+00:00", "tests:linear", "0
 
 
 def linear(folder: Path, *, name: str = "linear", labels: Sequence[str] = (), **more: Any) -> Artifact:
-    """x:FP32[-1,3] @ WEIGHT -> y:FP32[-1,2]."""
+    """x:FP32[-1,3] @ WEIGHT -> y:FP32[-1,2]; `more` fields of its manifest."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     write_onnx(folder / "backend" / "model.onnx", nodes, inputs={"x": ["n", 3]}, outputs={"y": ["n", 2]}, w=WEIGHT)
     given = np.arange(6, dtype=np.float32).reshape(2, 3)
-    return pack(
+    packed = pack(
         folder,
         name=name,
         signature=Signature.parse("x:FP32[-1,3] -> y:FP32[-1,2]"),
@@ -35,8 +35,8 @@ def linear(folder: Path, *, name: str = "linear", labels: Sequence[str] = (), **
         inputs={"x": given},
         outputs={"y": given @ WEIGHT},
         labels=labels,
-        **more,
     )
+    return amend(folder, **more) if more else packed
 
 
 def colour(folder: Path, *, labels: Sequence[str] = ("red", "green", "blue")) -> Artifact:
