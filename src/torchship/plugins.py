@@ -11,6 +11,7 @@ import functools
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from types import ModuleType
@@ -68,6 +69,23 @@ def missing(modules: str, *, pip: str = "") -> str:
         return ""
     verb = "is" if len(absent) == 1 else "are"
     return f"{', '.join(absent)} {verb} not installed: pip install {pip or ' '.join(absent)}"
+
+
+def needs(modules: str, *, pip: str = "", compiler_of: str = "") -> Callable[..., str]:
+    """The `probe` of a plugin that needs these modules, and a C++ compiler for what `compiler_of` names.
+
+    It says why the plugin cannot run here, with the mend; nothing when it can.
+    """
+
+    def probe(**facts: object) -> str:
+        import shutil
+
+        absent = missing(modules, pip=pip)
+        if not absent and compiler_of and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+            return f"{compiler_of} needs a C++ compiler: apt-get install g++"
+        return absent
+
+    return probe
 
 
 def rendered(package: str, template: str, **values: Any) -> Markup:

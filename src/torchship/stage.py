@@ -1,4 +1,4 @@
-"""The Stage: Tensors in, Tensors out; and the two ways to make one from what is at hand (a function, other stages).
+"""The Stage: Tensors in, Tensors out; and how one is made of a function or of an opened engine.
 
 A *row* stage (`signature.batched`) is called with the rows of many jobs joined and its output is split back by rows.
 A *job* stage is called with one job's tensors and may change the number of rows.
@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import msgspec
 import numpy as np
 
-from torchship.errors import BadConfig, BadInput, StageFailed
+from torchship.errors import BadConfig, BadInput, StageFailed, Unavailable
 from torchship.plugins import make_callable
-from torchship.tensors import Signature, Tensors, as_array
+from torchship.tensors import Array, Signature, Tensors, as_array
 
 Value: TypeAlias = str | int | float | bool
 Parameters: TypeAlias = Mapping[str, Value]
@@ -39,17 +39,10 @@ class Parameter(msgspec.Struct, frozen=True):
             value = float(cast(float, value))
         if type(value) is not kind:
             raise BadInput(f"parameter {self.name!r} is {value!r}, expected {kind.__name__}", hint=self.about)
-        if number and not self.inside(float(cast(float, value))):
+        low, high = -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+        if number and not low <= float(cast(float, value)) <= high:  # NaN lies within no bounds
             raise BadInput(f"parameter {self.name!r} is {value}, expected {self.low} to {self.high}", hint=self.about)
         return value
-
-    def inside(self, value: float) -> bool:
-        """Whether a number lies within the bounds (NaN never does)."""
-        return (
-            not math.isnan(value)
-            and (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-        )
 
 
 @runtime_checkable
@@ -157,28 +150,21 @@ def declared_parameters(body: Callable[..., Any]) -> tuple[Parameter, ...]:
             continue
         if not isinstance(parameter.default, str | int | float | bool):
             raise BadConfig(f"stage parameter {name!r} needs a default that is a string, number or boolean")
-        annotation = _evaluated(parameter.annotation, body, name)
+        annotation = parameter.annotation
+        # text because of `from __future__ import annotations`; those of tensors may name what only type checkers import
+        if isinstance(annotation, str):
+            try:
+                annotation = eval(annotation, getattr(inspect.unwrap(body), "__globals__", {}))  # noqa: S307  # own code
+            except Exception as fault:
+                raise BadConfig(
+                    f"stage parameter {name!r}: its annotation {annotation!r} cannot be read: {fault}",
+                    hint="import what it names outside of `if TYPE_CHECKING`",
+                ) from None
         metas = [meta for meta in getattr(annotation, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
         meta = metas[0] if metas else msgspec.Meta()
         low, high = (None if bound is None else float(bound) for bound in (meta.ge, meta.le))
         found.append(Parameter(name, parameter.default, low, high, meta.description or ""))
     return tuple(found)
-
-
-def _evaluated(annotation: Any, body: Callable[..., Any], name: str) -> Any:
-    """The annotation of a parameter that is a string because of `from __future__ import annotations`.
-
-    Only these are evaluated: those of tensors may name what only type checkers import.
-    """
-    if not isinstance(annotation, str):
-        return annotation
-    try:
-        return eval(annotation, getattr(inspect.unwrap(body), "__globals__", {}))  # noqa: S307  # it is the code's own
-    except Exception as fault:
-        raise BadConfig(
-            f"stage parameter {name!r}: its annotation {annotation!r} cannot be read: {fault}",
-            hint="import what it names outside of `if TYPE_CHECKING`",
-        ) from None
 
 
 class FunctionStage:
@@ -226,6 +212,25 @@ class FunctionStage:
         close = getattr(self._body, "close", None)
         if close is not None:
             close()
+
+
+class EngineStage:
+    """A model that an engine has opened: `run` takes the tensors and gives arrays in the order of the outputs."""
+
+    def __init__(self, run: Callable[[Tensors], Sequence[Array]], *, signature: Signature) -> None:
+        self.signature, self.max_batch = signature, signature.max_rows
+        self.parameters: tuple[Parameter, ...] = ()
+        self._run: Callable[[Tensors], Sequence[Array]] | None = run
+
+    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
+        """Run on the host's arrays. Raises Unavailable once it is closed."""
+        if self._run is None:
+            raise Unavailable("the stage is closed")
+        return {spec.name: array for spec, array in zip(self.signature.outputs, self._run(tensors), strict=True)}
+
+    def close(self) -> None:
+        """Forget the engine, which frees its memory."""
+        self._run = None
 
 
 def join(jobs: Sequence[Tensors]) -> Tensors:

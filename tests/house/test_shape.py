@@ -81,13 +81,13 @@ ENGINE = 34_950
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_795,
-    "torchship.artifact": 1_500,
-    "torchship.backends": 1_640,
+    "torchship": 1_787,
+    "torchship.artifact": 1_391,
+    "torchship.backends": 1_414,
     "torchship.cli": 1_850,
     "torchship.client": 1_415,
     "torchship.doctor": 2_600,
-    "torchship.lowering": 2_990,
+    "torchship.lowering": 2_882,
     "torchship.optimize": 9_200,
     "torchship.optimize.transforms": 450,
     "torchship.pipeline": 1_490,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from torchship.errors import BuildFailed, CorruptArtifact
@@ -10,7 +9,7 @@ from torchship.hardware import Hardware
 from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
-from torchship.plugins import missing
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -18,17 +17,9 @@ from torchship.tensors import Signature
 KIND = "native"
 COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("torch",)
+probe = needs("torch", compiler_of="AOTInductor")
 OPTIONS = torch_stage.OPTIONS
 FILE = "model.pt2"
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    if absent := missing("torch"):
-        return absent
-    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return "AOTInductor needs a C++ compiler: apt-get install g++"
-    return ""
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -53,13 +44,10 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 
     exported = program.export(torch_stage.shaped(model, options), device=torch_stage.device_of(options))
     program.straighten(exported.graph_module)
-    try:
-        with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(out / FILE), inductor_configs={"freezing": True}
-            )
-    except Exception as fault:
-        raise BuildFailed(f"AOTInductor cannot compile this model: {program.one_line(fault)}") from fault
+    with program.as_error(BuildFailed, "AOTInductor cannot compile this model"), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(out / FILE), inductor_configs={"freezing": True}
+        )
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
@@ -69,9 +57,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
 
     device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32")
-    try:
+    with program.as_error(CorruptArtifact, f"{FILE} cannot be loaded"):
         body = torch._inductor.aoti_load_package(str(path / FILE))
-    except Exception as fault:
-        raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
     # the library checks nothing: a wrong shape or dtype would be answered with garbage
     return torch_stage.staged(body, signature=signature, device=device, check=True)

@@ -9,7 +9,7 @@ from torchship.hardware import Hardware
 from torchship.lowering import program, script, torch_stage
 from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
-from torchship.plugins import missing
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -17,13 +17,9 @@ from torchship.tensors import Signature
 KIND = "data"
 TAKES = ("fuse", "quantize")  # transforms that it gains from
 PACKAGES = ("torch",)
+probe = needs("torch")
 OPTIONS = (*torch_stage.OPTIONS, "graphs")
 SCRIPT = "script.ts"
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -53,7 +49,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     except BuildFailed as refusal:
         (out / program.PROGRAM).unlink(missing_ok=True)
         try:
-            script.scripted(shaped).save(str(out / SCRIPT))
+            script.scripted(shaped, traced=script.traceable(shaped)).save(str(out / SCRIPT))
         except Exception as fault:
             raise BuildFailed(
                 f"{refusal}; torch.jit.script: {program.one_line(fault, limit=200)}", hint=refusal.hint

@@ -12,7 +12,7 @@ from torchship.hardware import Hardware
 from torchship.lowering import paths, program
 from torchship.lowering.torch_stage import TorchStage, prepare
 from torchship.model import Model
-from torchship.plugins import missing
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -23,14 +23,10 @@ if TYPE_CHECKING:
 KIND = "data"
 COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("executorch", "torch")
+probe = needs("torch executorch")
 OPTIONS = ("precision", "exclude", "modules")
 FILE = "model.pte"
 _CEILING = 128  # memory is planned for the longest call, so unbounded axes get a modest bound
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch") or missing("executorch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -48,12 +44,10 @@ def build(model: Model, *, options: Options, out: Path) -> None:
         paths.refuse_any(options, what="executorch in fp32")
     rules = paths.rules(options, narrow=("int8",), module=model.module)
     exported = program.export(model, ceiling=_CEILING)
-    try:
-        with program.quiet(), _any_rows():
-            ready = _int8(exported, model, rules) if precision == "int8" else exported
-            data = _lowered(ready, reshapes=len(_free_names(model)) < 2)
-    except Exception as fault:
-        raise BuildFailed(f"executorch cannot lower this model: {program.one_line(fault)}") from fault
+    with program.as_error(BuildFailed, "executorch cannot lower this model"), program.quiet(), _any_rows():
+        ready = _int8(exported, model, rules) if precision == "int8" else exported
+        free = {str(dim) for shape in model.dynamic_shapes() for dim in shape.values()}
+        data = _lowered(ready, reshapes=len(free) < 2)
     (out / FILE).write_bytes(data)
 
 
@@ -66,10 +60,6 @@ def _any_rows() -> Iterator[None]:
 
     with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
         yield
-
-
-def _free_names(model: Model) -> set[str]:
-    return {str(dim) for shape in model.dynamic_shapes() for dim in shape.values()}
 
 
 def _lowered(exported: ExportedProgram, *, reshapes: bool) -> bytes:
@@ -111,11 +101,9 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     from executorch.runtime import Runtime
 
     prepare(device="cpu", threads=threads)
-    try:
+    with program.as_error(CorruptArtifact, f"{FILE} cannot be loaded"):
         loaded = Runtime.get().load_program(path / FILE)
         method = loaded.load_method("forward")
-    except Exception as fault:
-        raise CorruptArtifact(f"{FILE} cannot be loaded: {program.one_line(fault)}") from fault
 
     def body(*inputs: Any) -> tuple[Any, ...]:
         # the runtime reuses its output memory, and needs plain contiguous inputs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import shutil
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from torchship import plugins, process
-from torchship.errors import BadInput, BuildFailed, CorruptArtifact, NotFound
+from torchship.errors import BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
-from torchship.lowering import blueprint, program, torch_stage
-from torchship.lowering.blueprint import Blueprint
+from torchship.lowering import blueprint, torch_stage
+from torchship.lowering.blueprint import Blueprint, Cut
 from torchship.lowering.torch_stage import no_fast_path, prepare
-from torchship.model import Model, to_numpy, to_torch
-from torchship.plugins import missing
+from torchship.model import Model
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -35,24 +35,13 @@ if TYPE_CHECKING:
 
 KIND = "native"
 PACKAGES = ("torch",)
+probe = needs("torch")
 OPTIONS = ("source", "parts", "precision", "device")
 PLAN = "hybrid.json"
 WEIGHTS = "weights.safetensors"
 SCRIPT = "script.py"
 _PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _VERSIONED = (*sys.stdlib_module_names, "torch", "torchvision", "torchaudio", "torchship")
-
-
-class Cut(msgspec.Struct, frozen=True):
-    """One submodule that another backend runs; its files lie in `parts/NUMBER`.
-
-    `spec` is torch's description of the containers that its outputs come in.
-    """
-
-    path: str
-    recipe: Recipe
-    signature: Signature
-    spec: str
 
 
 class HybridPlan(msgspec.Struct, frozen=True):
@@ -72,11 +61,6 @@ class HybridPlan(msgspec.Struct, frozen=True):
     cuts: list[Cut]
 
 
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch")
-
-
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     """Nothing by itself: the search asks for it where a model does not export."""
     return []
@@ -87,35 +71,37 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     precision (of the parts; where all stays eager fp32, tf32, or bf16 and fp16 by autocast), device, source
     (module:function that makes the module, for one that cannot be written down). Raises BuildFailed.
     """
-    inner: Any = model.module.inner
+    flat: Any = model.module
     source = str(options.get("source") or "")
     if not options.get("parts"):
         choice(options, "precision", _PRECISIONS, of="hybrid")
-    drawing = None if source else blueprint.draw(inner)
-    tensors = _by_source(source, inner) if drawing is None else drawing.tensors
-    named = {} if drawing is None else dict(drawing.named)
-    frame: Any = model.module.frame
-    call = blueprint.draw((frame.args, frame.kwargs))
-    named |= call.named
-    cuts = _cut(model, options, out) if options.get("parts") else []
+    drawing = None if source else blueprint.draw(flat.inner)
+    tensors = drawing.tensors if drawing else _by_source(source, flat.inner)
+    call = blueprint.draw((flat.frame.args, flat.frame.kwargs))
+    named = {**(drawing.named if drawing else {}), **call.named}
     own = {name: value for name, value in named.items() if name.startswith("__main__:")}
+    plan = HybridPlan(
+        source=source,
+        drawn=drawing and drawing.blueprint,
+        digests=_digests({name: value for name, value in named.items() if name not in own}),
+        call=call.blueprint,
+        paths=[list(path) for path in flat.paths],
+        moves=list(flat.moves),
+        written=list(flat.written),
+        cuts=_cut(model, options, out) if options.get("parts") else [],
+    )
     if own:
         (out / SCRIPT).write_text(_script(own))
-    flat: Any = model.module
-    paths = [list(path) for path in flat.paths]
-    digests = _digests({name: value for name, value in named.items() if name not in own})
-    plan = HybridPlan(
-        source,
-        drawing and drawing.blueprint,
-        digests,
-        call.blueprint,
-        paths,
-        list(flat.moves),
-        list(flat.written),
-        cuts,
-    )
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
     _save(tensors, out / WEIGHTS)
+
+
+def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
+    from torchship.lowering import cutting
+
+    backend = str(options["parts"])
+    recipe = Recipe(backend, {"precision": options["precision"]} if options.get("precision") else {})
+    return cutting.cut(model, recipe, build=plugins.load("backends", name=backend).build, out=out / "parts")
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -133,7 +119,9 @@ def _script(named: dict[str, Any]) -> str:
     fault = BuildFailed(
         f"hybrid: {names[0]} is defined in no file", hint="move the classes from the notebook to a module"
     )
-    for file in dict.fromkeys(file for value in named.values() for file in _files_of(value)):
+    members = (vars(value).values() if isinstance(value, type) else [value] for value in named.values())
+    functions = [one for one in itertools.chain(*members) if isinstance(one, types.FunctionType)]
+    for file in dict.fromkeys(function.__code__.co_filename for function in functions):
         try:
             return blueprint.excerpt(Path(file).read_text(), names=names, file=file)
         except OSError:
@@ -141,12 +129,6 @@ def _script(named: dict[str, Any]) -> str:
         except BuildFailed as found:  # decorators bring functions from elsewhere
             fault = found
     raise fault
-
-
-def _files_of(value: Any) -> list[str]:
-    """The files that the functions of a class were read from."""
-    members = vars(value).values() if isinstance(value, type) else [value]
-    return [member.__code__.co_filename for member in members if isinstance(member, types.FunctionType)]
 
 
 def _digests(named: dict[str, Any]) -> dict[str, str]:
@@ -190,38 +172,13 @@ def _make(source: str) -> torch.nn.Module:
     return found
 
 
-def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
-    from torchship.lowering import cutting
-
-    backend = plugins.load("backends", name=str(options["parts"]))
-    wanted: Options = {"precision": options["precision"]} if options.get("precision") else {}
-    cuts: list[Cut] = []
-    faults: list[str] = []
-
-    def builds(path: str, part: Model, spec: str) -> bool:
-        folder = out / "parts" / str(len(cuts))
-        folder.mkdir(parents=True)
-        try:
-            backend.build(part, options=wanted, out=folder)
-        except Exception as fault:  # whatever stops it, its own submodules are tried next
-            faults.append(f"{path}: {program.one_line(fault, limit=200)}")
-            shutil.rmtree(folder)
-            return False
-        cuts.append(Cut(path, Recipe(str(options["parts"]), wanted), part.signature, spec))
-        return True
-
-    cutting.parts(model, builds=builds)
-    if not cuts:
-        words = "; ".join(faults[:2]) or "none has layers in it, takes tensors by position and gives one"
-        raise BuildFailed(f"hybrid: no submodule can be built by {options['parts']} ({words})")
-    return cuts
-
-
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Import the classes, put the module together, put the parts in their places. Runs the user's code.
 
     Raises NotFound when a class is not installed, CorruptArtifact when its code or the weights do not fit.
     """
+    from torchship.lowering import cutting
+
     device = torch_stage.device_of(options, device=device)
     # what is free inside is not known, so no time is spent on tuning for a shape
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=False)
@@ -243,7 +200,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             device=device,
             threads=threads,
         )
-        module.set_submodule(cut.path, _as_module(stage, cut, module.get_submodule(cut.path)))
+        module.set_submodule(cut.path, cutting.CutModule(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
     word = "" if plan.cuts else str(options.get("precision", ""))
     body = _body(module, plan, call, narrow=word if word in ("bf16", "fp16") else "", device=device)
@@ -298,41 +255,6 @@ def _run_script(path: Path) -> types.ModuleType:
     return module
 
 
-def _as_module(stage: Stage, cut: Cut, eager: torch.nn.Module) -> torch.nn.Module:
-    import torch
-    from torch.utils import _pytree as pytree
-
-    spec = pytree.treespec_loads(cut.spec)
-
-    class Compiled(torch.nn.Module):
-        """A stage in the place of a submodule, which still answers where the stage was not made for the shapes."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.eager = eager
-
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("eager"), name)
-
-        def forward(self, *given: Any, **named: Any) -> Any:
-            """Cross over to the stage and back."""
-            if named or not all(isinstance(tensor, torch.Tensor) for tensor in given):
-                return self.eager(*given, **named)
-            feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(given)}
-            try:
-                cut.signature.check(feed)
-            except BadInput:
-                return self.eager(*given)
-            answers = stage(feed)
-            tensors = [to_torch(answers[out.name]).to(given[0].device) for out in cut.signature.outputs]
-            return pytree.tree_unflatten(tensors, spec)
-
-    return Compiled()
-
-
 def _body(module: torch.nn.Module, plan: HybridPlan, call: Any, *, narrow: str, device: str) -> Any:
     import torch
 
@@ -340,7 +262,7 @@ def _body(module: torch.nn.Module, plan: HybridPlan, call: Any, *, narrow: str, 
 
     moves = plan.moves or [0] * len(plan.paths)
     dtype = torch.float16 if narrow == "fp16" else torch.bfloat16
-    kind = torch_stage.device_kind(device)
+    kind = torch.device(device).type
 
     def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tensors = tuple(tensor.clone() if i in plan.written else tensor for i, tensor in enumerate(tensors))

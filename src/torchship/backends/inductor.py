@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from torchship.hardware import Hardware
 from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import blank, prepare
 from torchship.model import Model, to_torch
-from torchship.plugins import missing
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
@@ -25,17 +24,9 @@ TRACES = True  # its static int8 needs each module called once
 TAKES = ("quantize",)
 COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("torch",)
+probe = needs("torch", compiler_of="torch.compile")
 OPTIONS = (*torch_stage.OPTIONS, "compile_mode")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    if absent := missing("torch"):
-        return absent
-    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return "torch.compile needs a C++ compiler: apt-get install g++"
-    return ""
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:

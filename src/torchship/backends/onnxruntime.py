@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import numpy as np
 from torchship.errors import BadConfig, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware, cores
 from torchship.model import Model
-from torchship.plugins import missing
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe, choice
-from torchship.stage import Parameter, Parameters, Stage
-from torchship.tensors import Signature, Tensors
+from torchship.stage import EngineStage, Stage
+from torchship.tensors import Array, Signature, Tensors
 
 KIND = "data"
 TRIED = 0  # in this order among the backends: how often it wins
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+probe = needs("onnxruntime")
 OPTIONS = ("precision", "keep", "modules", "exclude", "range", "percentile", "bias_correction", "ops", "per_channel",
            "provider", "provider_options", "optimization", "spin")  # fmt: skip
 FILE = "model.onnx"
@@ -36,14 +38,11 @@ _PIP = {
     "MIGraphXExecutionProvider": "the onnxruntime of AMD's ROCm",
     "CoreMLExecutionProvider": "onnxruntime on a Mac",
 }
+_LEVELS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC",
+           "none": "ORT_DISABLE_ALL"}  # fmt: skip
 _START = "check its driver and its libraries, as nvidia-smi, CUDA and cuDNN for NVIDIA's"
 _DYNAMIC = ("Linear", "LSTM", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    return missing("onnxruntime")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -74,8 +73,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 
     precision = choice(options, "precision", _PRECISIONS, of="onnxruntime")
     if precision == "fp16":
-        keep = paths.rules(options, narrow=("fp16",), key="keep", module=model.module)
-        model = variants.in_precision(model, "fp16", mode="cast", keep=keep)
+        model = variants.in_precision(model, "fp16", options=options)
     elif precision == "fp32":
         paths.refuse_any(options, what="onnxruntime in fp32")
     onnx_graph.write(model, out / FILE)
@@ -97,7 +95,8 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     settings.log_severity_level = 4 if options.get("provider") else 3  # a provider's failure is told below
     settings.intra_op_num_threads = threads or cores()
     settings.inter_op_num_threads = 1
-    settings.graph_optimization_level = _level(options)
+    level = choice(options, "optimization", tuple(_LEVELS), of="onnxruntime")
+    settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
     if options.get("spin") is False:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider, own = _provider(options, device)
@@ -111,7 +110,15 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         raise CorruptArtifact(f"{FILE} cannot be opened: {words}") from fault
     if provider not in session.get_providers():  # onnxruntime only logs that it takes the processor instead
         raise Unavailable(f"{provider} does not start on this machine", hint=_START)
-    return _OrtStage(session, signature=signature)
+    outputs = [output.name for output in session.get_outputs()]  # by position: optimizers may have renamed them
+    inputs = {node.name for node in session.get_inputs()}
+    by_value = any(spec.dtype == "BF16" for spec in (*signature.inputs, *signature.outputs))
+
+    def run(tensors: Tensors) -> Sequence[Array]:
+        feed = {name: array for name, array in tensors.items() if name in inputs}
+        return _run_values(session, outputs, feed) if by_value else session.run(outputs, feed)
+
+    return EngineStage(run, signature=signature)
 
 
 def _provider(options: Options, device: str) -> tuple[str, dict[str, str]]:
@@ -136,56 +143,17 @@ def _provider(options: Options, device: str) -> tuple[str, dict[str, str]]:
     return provider, {**place, **{key: str(value) for key, value in own.items()}}
 
 
-def _level(options: Options) -> Any:
+def _run_values(session: Any, outputs: list[str], feed: Tensors) -> list[Array]:
+    """As `session.run`, with bfloat16, which numpy has not of its own."""
+    import ml_dtypes
     import onnxruntime as ort
 
-    levels = ort.GraphOptimizationLevel
-    known = {
-        "all": levels.ORT_ENABLE_ALL,
-        "extended": levels.ORT_ENABLE_EXTENDED,
-        "basic": levels.ORT_ENABLE_BASIC,
-        "none": levels.ORT_DISABLE_ALL,
-    }
-    return known[choice(options, "optimization", tuple(known), of="onnxruntime")]
+    def value(array: Array) -> Any:
+        if array.dtype.name == "bfloat16":
+            bits = np.asarray(array, order="C").view(np.uint16)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
 
-
-class _OrtStage:
-    """One session; inputs by name, outputs by position (their names may have been rewritten by optimizers)."""
-
-    def __init__(self, session: Any, *, signature: Signature) -> None:
-        self.signature = signature
-        self.max_batch = signature.max_rows
-        self.parameters: tuple[Parameter, ...] = ()
-        self._session: Any = session
-        self._outputs = [output.name for output in session.get_outputs()]
-        self._inputs = {node.name for node in session.get_inputs()}
-        specs = (*signature.inputs, *signature.outputs)
-        self._by_value = any(spec.dtype == "BF16" for spec in specs)  # numpy has no bfloat16 of its own
-
-    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
-        """Run on the host's arrays."""
-        if self._session is None:
-            raise Unavailable("the stage is closed")
-        feed = {name: array for name, array in tensors.items() if name in self._inputs}
-        answers = self._run_values(feed) if self._by_value else self._session.run(self._outputs, feed)
-        return {spec.name: answer for spec, answer in zip(self.signature.outputs, answers, strict=True)}
-
-    def _run_values(self, feed: Tensors) -> list[Any]:
-        import ml_dtypes
-        import onnxruntime as ort
-
-        def value(array: Any) -> Any:
-            if array.dtype.name == "bfloat16":
-                bits = np.asarray(array, order="C").view(np.uint16)
-                return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
-            return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
-
-        found = self._session.run_with_ort_values(self._outputs, {name: value(array) for name, array in feed.items()})
-        return [
-            answer.numpy().view(ml_dtypes.bfloat16) if spec.dtype == "BF16" else answer.numpy()
-            for spec, answer in zip(self.signature.outputs, found, strict=True)
-        ]
-
-    def close(self) -> None:
-        """Free the session's memory."""
-        self._session = None
+    found = session.run_with_ort_values(outputs, {name: value(array) for name, array in feed.items()})
+    bits = "tensor(bfloat16)"
+    return [one.numpy().view(ml_dtypes.bfloat16) if one.data_type() == bits else one.numpy() for one in found]

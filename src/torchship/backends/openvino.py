@@ -11,26 +11,22 @@ import numpy as np
 
 from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware, cores
-from torchship.lowering.program import quiet
+from torchship.lowering.program import as_error, quiet
 from torchship.model import Model
-from torchship.plugins import missing
+from torchship.plugins import missing, needs
 from torchship.recipe import Options, Recipe, choice
-from torchship.stage import Parameter, Parameters, Stage
-from torchship.tensors import Free, Signature, Tensors, numpy_dtype
+from torchship.stage import EngineStage, Stage
+from torchship.tensors import Array, Free, Signature, Tensors, numpy_dtype
 
 KIND = "data"
 TRIED = 1  # in this order among the backends: how often it wins
 PACKAGES = ("openvino", "nncf", "onnx", "onnxscript")
+probe = needs("openvino", pip="openvino nncf")
 OPTIONS = ("precision", "rest", "range", "bias_correction", "preset", "transformer", "exclude", "modules", "device")
 FILE = "model.xml"
 RANGES = ("mean_minmax", "minmax", "percentile", "mse")
 _VIRTUAL = ("AUTO", "MULTI", "HETERO", "BATCH")
 _PRECISIONS = ("f32", "bf16", "f16", "int8", "int8_weights")
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    return missing("openvino", pip="openvino nncf")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -72,17 +68,15 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="torchship-openvino-") as folder, quiet():
         onnx = Path(folder) / "model.onnx"
         onnx_graph.write(model, onnx)
-        try:
+        with as_error(BuildFailed, "openvino cannot convert this graph"):
             graph = ov.Core().read_model(str(onnx))
             if precision.startswith("int8"):
+                if absent := missing("nncf"):
+                    raise BuildFailed(f"openvino int8: {absent}")
                 quantize = _int8 if precision == "int8" else _int8_weights
                 graph = quantize(graph, onnx, model, options)
                 _keep_axes(graph)
             ov.save_model(graph, str(out / FILE), compress_to_fp16=precision == "f16")
-        except (BuildFailed, BadConfig):
-            raise
-        except Exception as fault:
-            raise BuildFailed(f"openvino cannot convert this graph: {' '.join(str(fault).split())[:400]}") from fault
 
 
 def _keep_axes(graph: Any) -> None:
@@ -110,7 +104,8 @@ def _precision(options: Options) -> str:
 
 
 def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
-    nncf = _nncf()
+    import nncf
+
     batches = [_feed(batch, model.signature) for batch in model.calibration or model.examples]
     advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=_ranges(model, options))
     return nncf.quantize(
@@ -126,21 +121,13 @@ def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
 
 
 def _int8_weights(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
-    nncf = _nncf()
+    import nncf
+
     return nncf.compress_weights(
         graph,
         mode=nncf.CompressWeightsMode.INT8_ASYM,
         ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
     )
-
-
-def _nncf() -> Any:
-    absent = missing("nncf")
-    if absent:
-        raise BuildFailed(f"openvino int8: {absent}")
-    import nncf
-
-    return nncf
 
 
 def _attends(graph: Any) -> bool:
@@ -192,11 +179,18 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if target == "CPU":
         settings |= {"INFERENCE_NUM_THREADS": threads or cores()}
-    try:
+    with as_error(CorruptArtifact, f"{FILE} cannot be opened"):
         compiled = core.compile_model(core.read_model(str(path / FILE)), target, settings)
-    except Exception as fault:
-        raise CorruptArtifact(f"{FILE} cannot be opened: {' '.join(str(fault).split())[:300]}") from fault
-    return _OpenvinoStage(compiled, signature=signature)
+    request = compiled.create_infer_request()
+    dtypes = [numpy_dtype(spec.dtype) for spec in signature.outputs]
+
+    def run(tensors: Tensors) -> list[Array]:
+        """Inputs and outputs by position; the answers are copies, for the engine reuses its own buffers."""
+        feed = dict(enumerate(_feed(tensors, signature)))
+        answers = request.infer(feed, share_inputs=True, share_outputs=False)
+        return [np.asarray(answers[i]).astype(dtype, copy=False) for i, dtype in enumerate(dtypes)]
+
+    return EngineStage(run, signature=signature)
 
 
 def _target(wish: str, there: Sequence[str]) -> str:
@@ -209,28 +203,3 @@ def _target(wish: str, there: Sequence[str]) -> str:
     if absent or (colon and virtual not in _VIRTUAL):
         raise Unavailable(f"openvino sees no device {(absent or [virtual])[0]}", hint=f"it sees {', '.join(there)}")
     return target
-
-
-class _OpenvinoStage:
-    """One infer request; inputs and outputs by position."""
-
-    def __init__(self, compiled: Any, *, signature: Signature) -> None:
-        self.signature = signature
-        self.max_batch = signature.max_rows
-        self.parameters: tuple[Parameter, ...] = ()
-        self._request: Any = compiled.create_infer_request()
-
-    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
-        """Run on the host's arrays; the answers are copies, for the engine reuses its own buffers."""
-        if self._request is None:
-            raise Unavailable("the stage is closed")
-        feed = dict(enumerate(_feed(tensors, self.signature)))
-        answers = self._request.infer(feed, share_inputs=True, share_outputs=False)
-        return {
-            spec.name: np.asarray(answers[position]).astype(numpy_dtype(spec.dtype), copy=False)
-            for position, spec in enumerate(self.signature.outputs)
-        }
-
-    def close(self) -> None:
-        """Free the compiled model."""
-        self._request = None

@@ -61,29 +61,23 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     Options: precision fp32 | fp16 | bf16 | int8, keep and modules for fp16 and bf16, those of `lowering.onnx_int8` for
     int8, and workspace (bytes it may use while it tries kernels). Raises BuildFailed or BadConfig.
     """
+    from torchship.lowering import onnx_graph, onnx_int8, paths, variants
+
     precision = choice(options, "precision", _PRECISIONS, of="tensorrt")
     if not _module():
         raise BuildFailed("neither tensorrt nor TensorRT-RTX is installed", hint=f"pip install {_PIP}")
     with tempfile.TemporaryDirectory(prefix="torchship-tensorrt-") as folder:
         graph = Path(folder) / "model.onnx"
-        _write_graph(model, graph, precision, options)
+        if precision == "fp32":
+            paths.refuse_any(options, what="tensorrt in fp32")
+        elif precision != "int8":
+            model = variants.in_precision(model, precision, options=options)
+        onnx_graph.write(model, graph)
+        if precision == "int8":
+            onnx_int8.quantize(model, graph, options={"ops": "heavy", **options}, signed=True)
         plan, layers = _compiled(graph, model.signature, options)
     (out / FILE).write_bytes(plan)
     (out / LAYERS).write_text(json.dumps(layers, indent=1))
-
-
-def _write_graph(model: Model, path: Path, precision: str, options: Options) -> None:
-    from torchship.lowering import onnx_graph, onnx_int8, paths, variants
-
-    half = precision if precision in ("fp16", "bf16") else "fp32"
-    if precision == "fp32":
-        paths.refuse_any(options, what="tensorrt in fp32")
-    elif precision != "int8":
-        keep = paths.rules(options, narrow=(half,), key="keep", module=model.module)
-        model = variants.in_precision(model, half, mode="cast", keep=keep)
-    onnx_graph.write(model, path)
-    if precision == "int8":
-        onnx_int8.quantize(model, path, options={"ops": "heavy", **options}, signed=True)
 
 
 def _module() -> str:
@@ -118,17 +112,17 @@ def _compiled(graph: Path, signature: Signature, options: Options) -> tuple[byte
     config.add_optimization_profile(profile)
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     listed = [
-        {"name": layer.name, "type": str(layer.type).rpartition(".")[2], "dtype": _output_type(layer)}
+        {
+            "name": layer.name,
+            "type": str(layer.type).rpartition(".")[2],
+            "dtype": str(layer.get_output(0).dtype).rpartition(".")[2] if layer.num_outputs else "",
+        }
         for layer in layers
     ]
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildFailed("TensorRT found no engine for this graph", hint="try precision fp32, or fewer free axes")
     return bytes(plan), listed
-
-
-def _output_type(layer: Any) -> str:
-    return str(layer.get_output(0).dtype).rpartition(".")[2] if layer.num_outputs else ""
 
 
 def _extent(spec: TensorSpec, signature: Signature, which: str) -> tuple[int, ...]:

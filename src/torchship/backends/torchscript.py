@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 
@@ -11,20 +10,16 @@ from torchship.hardware import Hardware
 from torchship.lowering import program, script, torch_stage
 from torchship.lowering.torch_stage import prepare
 from torchship.model import Model
-from torchship.plugins import missing
+from torchship.plugins import needs
 from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
 KIND = "native"  # a program of its own: TorchScript can read and write files
 PACKAGES = ("torch",)
+probe = needs("torch")
 OPTIONS = torch_stage.OPTIONS
 FILE = "script.ts"
-
-
-def probe(*, hardware: Hardware) -> str:
-    """Why it cannot run here, with the mend; empty when it can."""
-    return missing("torch")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -40,19 +35,17 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     """
     import torch
 
-    device = torch_stage.device_of(options)
     shaped = torch_stage.shaped(model, options)
-    # optimize_for_inference would be faster still, but what it saves cannot be loaded again
-    with warnings.catch_warnings(), torch.no_grad():
+    with (
+        program.as_error(BuildFailed, "TorchScript cannot take this model"),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
-        try:
-            # a trace follows the path of its example, so it is only taken where there is just one
-            flat = copy.deepcopy(shaped.module) if script.has_one_path(shaped) else script.holding_script(shaped)
-            inputs = model.torch_inputs(model.examples[0], device=device)
-            traced = torch.jit.trace(flat.eval().to(device), inputs, check_trace=False)  # type: ignore[no-untyped-call]
-            torch.jit.freeze(traced.eval()).save(str(out / FILE))
-        except Exception as fault:
-            raise BuildFailed(f"TorchScript cannot take this model: {program.one_line(fault)}") from fault
+        one_path = script.exports(shaped) or script.traceable(shaped)
+        made = script.scripted(shaped, traced=one_path, device=torch_stage.device_of(options))
+        # optimize_for_inference would be faster still, but what it saves cannot be loaded again
+        torch.jit.freeze(made.eval()).save(str(out / FILE))
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:

@@ -14,7 +14,7 @@ import importlib
 import math
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -22,6 +22,8 @@ import numpy as np
 
 from torchship import process
 from torchship.errors import BuildFailed, NotFound
+from torchship.recipe import Recipe
+from torchship.tensors import Signature
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,15 @@ class Blueprint(msgspec.Struct, frozen=True):
     parts: list[Part]
 
 
+class Cut(msgspec.Struct, frozen=True):
+    """One submodule that another backend runs. `spec`: torch's description of the containers its outputs come in."""
+
+    path: str
+    recipe: Recipe
+    signature: Signature
+    spec: str
+
+
 class Drawing(NamedTuple):
     """A Blueprint, its tensors by name, and the classes and functions that it names."""
 
@@ -64,8 +75,23 @@ def draw(value: Any) -> Drawing:
 
 def raise_up(drawn: Blueprint, tensors: dict[str, torch.Tensor], *, resolve: Resolve = process.resolve) -> Any:
     """The value again. `resolve` finds a class by its name. Raises NotFound where a class is not to be had."""
-    blanks = [_blank(_resolved(part.kind, resolve)) for part in drawn.parts]
-    hand = _Hand(blanks, tensors, resolve)
+    import torch
+
+    def find(name: str) -> Any:
+        try:
+            return resolve(name)
+        except (ImportError, AttributeError) as fault:
+            hint = "install the model's package, or put its folder on PYTHONPATH"
+            raise NotFound(f"{name!r} cannot be imported: {fault}", hint=hint) from fault
+
+    blanks: list[Any] = []
+    for part in drawn.parts:
+        kind = find(part.kind)
+        blanks.append(kind.__new__(kind))
+        if isinstance(blanks[-1], torch.nn.Module):
+            torch.nn.Module.__init__(blanks[-1])
+    weights = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    hand = _Hand(blanks, tensors, weights, find)
     for part, blank in zip(drawn.parts, blanks, strict=True):
         state = {name: hand.read(value) for name, value in part.state.items()}
         if hasattr(blank, "__setstate__"):  # a module's own way to fill in what it did not write down
@@ -73,24 +99,6 @@ def raise_up(drawn: Blueprint, tensors: dict[str, torch.Tensor], *, resolve: Res
         else:
             blank.__dict__.update(state)
     return hand.read(drawn.root)
-
-
-def _blank(kind: type) -> Any:
-    import torch
-
-    made: Any = kind.__new__(kind)  # type: ignore[call-overload]
-    if isinstance(made, torch.nn.Module):
-        torch.nn.Module.__init__(made)
-    return made
-
-
-def _resolved(name: str, resolve: Resolve) -> Any:
-    try:
-        return resolve(name)
-    except (ImportError, AttributeError) as fault:
-        raise NotFound(
-            f"{name!r} cannot be imported: {fault}", hint="install the model's package, or put its folder on PYTHONPATH"
-        ) from fault
 
 
 class _Pen:
@@ -108,11 +116,8 @@ class _Pen:
             return {"is": value} if type(value) is not float or math.isfinite(value) else {"odd": str(value)}
         if id(value) in self._seen:
             return self._seen[id(value)][1]
-        for writer in (_written_container, _written_name, _written_torch):
-            found = writer(value, path, self)
-            if found is not None:
-                return found
-        return self._object(value, path)
+        found = _written_container(value, path, self) or _written_name(value, path, self)
+        return found or _written_torch(value, path, self) or self._object(value, path)
 
     def remember(self, value: Any, found: Any) -> Any:
         """The same value is written the same way again."""
@@ -141,7 +146,8 @@ class _Pen:
         module = isinstance(value, torch.nn.Module)
         if isinstance(value, torch.jit.ScriptModule):
             raise _refusal(path, "TorchScript")
-        if not hasattr(value, "__dict__") or (not module and any(_is_own(kind, way) for way in _OWN_WAYS)):
+        own = any(getattr(kind, way, None) is not getattr(object, way, None) for way in _OWN_WAYS)
+        if not hasattr(value, "__dict__") or (own and not module):
             raise _refusal(path, f"a {kind.__module__}.{kind.__qualname__}")
         number = len(self.parts)
         self.parts.append(None)
@@ -150,10 +156,6 @@ class _Pen:
         written = {str(name): self.write(item, f"{path}.{name}") for name, item in state.items()}
         self.parts[number] = Part(self.name(kind, path), written)
         return found
-
-
-def _is_own(kind: type, way: str) -> bool:
-    return getattr(kind, way, None) is not getattr(object, way, None)
 
 
 def _state_of(module: torch.nn.Module, path: str) -> Iterator[tuple[str, Any]]:
@@ -175,7 +177,7 @@ def _state_of(module: torch.nn.Module, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _written_container(value: Any, path: str, pen: _Pen) -> Any:
-    def each(items: Any) -> list[Any]:
+    def each(items: Iterable[Any]) -> list[Any]:
         return [pen.write(item, f"{path}.{i}") for i, item in enumerate(items)]
 
     if type(value) in (list, tuple, set, frozenset):
@@ -246,72 +248,46 @@ def _plain(path: str) -> str:
     return ".".join(word for word in path.split(".") if word and word not in _PLACES)
 
 
-class _Hand:
+class _Hand(NamedTuple):
     """Reads values back."""
 
-    def __init__(self, parts: list[Any], tensors: dict[str, torch.Tensor], resolve: Resolve) -> None:
-        self.parts, self.tensors, self.resolve = parts, tensors, resolve
-        self._weights: dict[str, Any] = {}
+    parts: list[Any]
+    tensors: dict[str, torch.Tensor]
+    weights: dict[str, torch.nn.Parameter]
+    find: Resolve
 
-    def read(self, value: dict[str, Any]) -> Any:
-        """One value from the mapping of its kind to its content."""
+    def read(self, value: Any) -> Any:
+        """One value from the mapping of its kind to its content, or a list of these."""
+        if isinstance(value, list):
+            return [self.read(item) for item in value]
         ((kind, content),) = value.items()
-        if kind in _READERS:
-            return _READERS[kind](content, self)
-        return _CONTAINERS[kind](self.read(item) for item in content)
-
-    def named(self, name: str) -> Any:
-        """A class or function."""
-        return _resolved(name, self.resolve)
-
-    def weight(self, name: str) -> Any:
-        """A parameter, the same one for the same name."""
-        import torch
-
-        if name not in self._weights:
-            self._weights[name] = torch.nn.Parameter(self.tensors[name], requires_grad=False)
-        return self._weights[name]
-
-    def mapping(self, pairs: list[Any]) -> dict[Any, Any]:
-        """A dict from pairs."""
-        return {self.read(key): self.read(value) for key, value in pairs}
+        return _CONTAINERS[kind](self.read(content)) if kind in _CONTAINERS else _READERS[kind](content, self)
 
 
-def _array(name: str, hand: _Hand) -> Any:
-    found = hand.tensors[name].numpy()
-    return found if found.ndim else found[()]
-
-
-def _of_torch(name: str, content: Any) -> Any:
-    import torch
-
-    return getattr(torch, name)(content)
-
-
-_CONTAINERS: dict[str, Callable[[Iterator[Any]], Any]] = {
+_CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "list": list,
     "tuple": tuple,
     "set": set,
     "frozenset": frozenset,
+    "dict": dict,
+    "ordered": OrderedDict,
     "slice": lambda items: slice(*items),
     "range": lambda items: range(*items),
-    "partial": lambda items: functools.partial(next(items), *next(items), **next(items)),
+    "partial": lambda items: functools.partial(items[0], *items[1], **items[2]),
 }
 _READERS: dict[str, Callable[[Any, _Hand], Any]] = {
     "is": lambda content, hand: content,
     "odd": lambda content, hand: float(content),
     "part": lambda content, hand: hand.parts[content],
-    "dict": lambda content, hand: hand.mapping(content),
-    "ordered": lambda content, hand: OrderedDict(hand.mapping(content)),
-    "named": lambda content, hand: hand.named(content[0])(*map(hand.read, content[1])),
-    "member": lambda content, hand: hand.named(content[0])[content[1]],
-    "name": lambda content, hand: hand.named(content),
+    "named": lambda content, hand: hand.find(content[0])(*hand.read(content[1])),
+    "member": lambda content, hand: hand.find(content[0])[content[1]],
+    "name": lambda content, hand: hand.find(content),
     "package": lambda content, hand: importlib.import_module(content),
-    "device": lambda content, hand: _of_torch("device", content),
-    "size": lambda content, hand: _of_torch("Size", content),
-    "array": _array,
+    "device": lambda content, hand: process.resolve("torch:device")(content),
+    "size": lambda content, hand: process.resolve("torch:Size")(content),
+    "array": lambda content, hand: hand.tensors[content].numpy()[()],  # a number where it has no axes
     "tensor": lambda content, hand: hand.tensors[content],
-    "weight": lambda content, hand: hand.weight(content),
+    "weight": lambda content, hand: hand.weights[content],
 }
 
 

@@ -1,20 +1,27 @@
-"""Cuts a module that cannot be exported: finds the submodules that can stand alone, by watching calls go through."""
+"""Cuts a module that cannot be exported: submodules that can stand alone are built, and later put into their places."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
-from torchship.errors import BadInput
+from torchship.errors import BadInput, BuildFailed
+from torchship.lowering.blueprint import Cut
+from torchship.lowering.program import one_line
 from torchship.lowering.variants import Wrapped
-from torchship.model import Model, to_numpy
+from torchship.model import Model, to_numpy, to_torch
+from torchship.recipe import Recipe
+from torchship.stage import Stage
 from torchship.tensors import Array, Axis, Free, Signature, Tensors, TensorSpec, dtype_name
 
 _MOST_CALLS = 8
@@ -32,48 +39,73 @@ class Calls:
     plain: bool = True
 
 
-class SubmoduleCall(Wrapped):
-    """A submodule as a Model wants it: a tuple comes out."""
+def cut(model: Model, recipe: Recipe, *, build: Callable[..., None], out: Path) -> list[Cut]:
+    """Build the largest submodules of the user's module that `build` takes, none inside another, into `out/NUMBER`.
 
-    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Call it."""
-        return tuple(pytree.tree_leaves(self.flat(*tensors)))
-
-
-def parts(model: Model, *, builds: Callable[[str, Model, str], bool]) -> list[str]:
-    """Paths of the largest submodules of the user's module that `builds(path, model, spec)` accepts, none inside
-    another; `spec` says in what containers its outputs come.
-
-    Single layers are left alone: crossing over to another engine costs more than it brings.
+    Single layers are left alone: crossing over to another engine costs more than it brings. Raises BuildFailed where
+    none is left.
     """
     top: Any = model.module.inner
     calls = watch(model, top)
-    found: list[str] = []
+    cuts: list[Cut] = []
+    faults: list[str] = []
 
-    def descend(module: nn.Module, path: str) -> None:
+    def descend(module: nn.Module, above: str) -> None:
         for name, child in module.named_children():
-            below = f"{path}.{name}" if path else name
+            path = f"{above}{name}"
             if not any(True for _ in child.children()) or not any(True for _ in child.parameters()):
                 continue
-            seen = calls.get(below)
-            candidate = None if seen is None else as_model(child, seen, name=below, batched=model.signature.batched)
-            if candidate is not None and seen and builds(below, candidate, seen.spec):
-                found.append(below)
-            else:
-                descend(child, below)
+            seen = calls.get(path, Calls())
+            part = _as_model(child, seen, name=path, batched=model.signature.batched)
+            folder = out / str(len(cuts))
+            try:
+                if part is not None:
+                    folder.mkdir(parents=True)
+                    build(part, options=recipe.options, out=folder)
+                    cuts.append(Cut(path, recipe, part.signature, seen.spec))
+                    continue
+            except Exception as fault:  # whatever stops it, its own submodules are tried next
+                faults.append(f"{path}: {one_line(fault, limit=200)}")
+                shutil.rmtree(folder)
+            descend(child, f"{path}.")
 
     descend(top, "")
-    return found
+    if not cuts:
+        words = "; ".join(faults[:2]) or "none has layers in it, takes tensors by position and gives one"
+        raise BuildFailed(f"hybrid: no submodule can be built by {recipe.backend} ({words})")
+    return cuts
 
 
 def watch(model: Model, top: nn.Module) -> dict[str, Calls]:
     """The calls of every submodule while the model runs its examples, and one with longer free axes."""
     calls: dict[str, Calls] = {}
-    with torch.inference_mode(), _hooked(top, calls):
-        for example in model.examples[:3]:
-            model.module(*model.torch_inputs(example))
-        with contextlib.suppress(Exception):  # strides and windows allow only some lengths
-            model.module(*model.torch_inputs(_longer(model)))
+    paths = {module: path for path, module in top.named_modules() if path}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module not in paths:
+            return
+        seen = calls.setdefault(paths[module], Calls())
+        leaves, tree = pytree.tree_flatten(output)
+        try:
+            spec = pytree.treespec_dumps(tree)
+        except NotImplementedError:  # containers that cannot be described as text
+            leaves, spec = [], ""
+        tensors = bool(args) and all(isinstance(value, torch.Tensor) for value in (*args, *leaves))
+        seen.plain = seen.plain and tensors and bool(leaves) and seen.spec in ("", spec) and not kwargs
+        if seen.plain and len(seen.inputs) < _MOST_CALLS:
+            seen.spec = spec
+            seen.inputs.append(tuple(value.clone() for value in args))
+            seen.outputs.append(tuple(value.clone() for value in leaves))
+
+    handle = register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            for example in model.examples[:3]:
+                model.module(*model.torch_inputs(example))
+            with contextlib.suppress(Exception):  # strides and windows allow only some lengths
+                model.module(*model.torch_inputs(_longer(model)))
+    finally:
+        handle.remove()
     return calls
 
 
@@ -89,70 +121,57 @@ def _longer(model: Model) -> Tensors:
     return found
 
 
-@contextlib.contextmanager
-def _hooked(top: nn.Module, calls: dict[str, Calls]) -> Iterator[None]:
-    def hook_for(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen = calls.setdefault(path, Calls())
-            leaves, spec = _taken_apart(output)
-            tensors = bool(args) and all(isinstance(value, torch.Tensor) for value in (*args, *leaves))
-            seen.plain = seen.plain and tensors and bool(leaves) and seen.spec in ("", spec) and not kwargs
-            if seen.plain and len(seen.inputs) < _MOST_CALLS:
-                seen.spec = spec
-                seen.inputs.append(tuple(value.clone() for value in args))
-                seen.outputs.append(tuple(value.clone() for value in leaves))
-
-        return hook
-
-    hooks = [m.register_forward_hook(hook_for(path), with_kwargs=True) for path, m in top.named_modules() if path]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _taken_apart(output: Any) -> tuple[list[Any], str]:
-    """The leaves of nested containers and their description; none for containers that cannot be described as text."""
-    leaves, spec = pytree.tree_flatten(output)
-    try:
-        return leaves, pytree.treespec_dumps(spec)
-    except NotImplementedError:
-        return [], ""
-
-
-def as_model(module: nn.Module, seen: Calls, *, name: str, batched: bool) -> Model | None:
+def _as_model(module: nn.Module, seen: Calls, *, name: str, batched: bool) -> Model | None:
     """The submodule as a Model with the axes free whose length varied; None when its calls were not plain tensors."""
     if not seen.plain or not seen.inputs or len({len(call) for call in seen.inputs}) > 1:
         return None
     try:
-        inputs = [_spec(f"x{i}", [call[i] for call in seen.inputs]) for i in range(len(seen.inputs[0]))]
-        outputs = [_spec(f"y{i}", [call[i] for call in seen.outputs]) for i in range(len(seen.outputs[0]))]
-    except (BadInput, TypeError):
+        inputs = tuple(_spec(f"x{i}", tensors) for i, tensors in enumerate(zip(*seen.inputs, strict=True)))
+        outputs = tuple(_spec(f"y{i}", tensors) for i, tensors in enumerate(zip(*seen.outputs, strict=True)))
+    except (BadInput, TypeError, ValueError):
         return None
-    whole = [spec for spec in (*inputs, *outputs) if spec is not None]
-    if len(whole) < len(inputs) + len(outputs):
-        return None
-    specs = tuple(whole[: len(inputs)])
-    rows = batched and all(spec.shape and isinstance(spec.shape[0], Free) for spec in whole)
-    signature = Signature(specs, tuple(whole[len(inputs) :]), rows)
+    rows = batched and all(spec.shape and isinstance(spec.shape[0], Free) for spec in (*inputs, *outputs))
     examples: list[Tensors] = [
-        {spec.name: np.asarray(to_numpy(tensor)) for spec, tensor in zip(specs, call, strict=True)}
-        for call in seen.inputs
+        {spec.name: to_numpy(tensor) for spec, tensor in zip(inputs, call, strict=True)} for call in seen.inputs
     ]
-    return Model(
-        module=SubmoduleCall(module, inputs=len(specs)).eval(),
-        signature=signature,
-        examples=examples,
-        calibration=examples,
-        name=name,
-    )
+    whole = Wrapped(
+        module, inputs=len(inputs), run=lambda flat, tensors: tuple(pytree.tree_leaves(flat(*tensors)))
+    ).eval()
+    signature = Signature(inputs, outputs, rows)
+    return Model(module=whole, signature=signature, examples=examples, calibration=examples, name=name)
 
 
-def _spec(name: str, tensors: Sequence[torch.Tensor]) -> TensorSpec | None:
-    if len({tensor.dim() for tensor in tensors}) > 1:
-        return None
+def _spec(name: str, tensors: Sequence[torch.Tensor]) -> TensorSpec:
+    """A tensor's spec from its calls. Raises ValueError where these differ in their axes, TypeError or BadInput."""
     axes: list[Axis] = []
     for lengths in zip(*(tensor.shape for tensor in tensors), strict=True):
         axes.append(lengths[0] if len(set(lengths)) == 1 else Free())
-    return TensorSpec(name, dtype_name(np.asarray(to_numpy(tensors[0])).dtype), tuple(axes))
+    return TensorSpec(name, dtype_name(to_numpy(tensors[0]).dtype), tuple(axes))
+
+
+class CutModule(nn.Module):
+    """A stage in the place of a submodule, which still answers where the stage was not made for the shapes."""
+
+    def __init__(self, stage: Stage, cut: Cut, eager: nn.Module) -> None:
+        super().__init__()
+        self.eager, self._stage, self._signature = eager, stage, cut.signature
+        self._spec = pytree.treespec_loads(cut.spec)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("eager"), name)
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """Cross over to the stage and back."""
+        if named or not all(isinstance(tensor, torch.Tensor) for tensor in given):
+            return self.eager(*given, **named)
+        feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(given)}
+        try:
+            self._signature.check(feed)
+        except BadInput:
+            return self.eager(*given)
+        answers = self._stage(feed)
+        tensors = [to_torch(answers[out.name]).to(given[0].device) for out in self._signature.outputs]
+        return pytree.tree_unflatten(tensors, self._spec)

@@ -53,7 +53,17 @@ def write(model: Model, path: Path) -> None:
 
 
 def _write_exported(model: Model, path: Path) -> None:
+    """By `torch.export`, under names that no operator's output has; then inputs and outputs get the signature's names.
+
+    The exporter does not see that a value in the middle may have such a name already (`embedding`, `add`): that one
+    gets another.
+    """
+    import onnx
     import torch
+
+    specs = (*model.signature.inputs, *model.signature.outputs)
+    names = {f"torchship_{number}": spec.name for number, spec in enumerate(specs)}
+    plain, inputs = list(names), len(model.signature.inputs)
 
     def exporting(shapes: Any) -> None:
         torch.onnx.export(
@@ -62,8 +72,8 @@ def _write_exported(model: Model, path: Path) -> None:
             str(path),
             dynamo=True,
             dynamic_shapes=shapes,
-            input_names=list(_plain_names(model)[: len(model.signature.inputs)]),
-            output_names=list(_plain_names(model)[len(model.signature.inputs) :]),
+            input_names=plain[:inputs],
+            output_names=plain[inputs:],
             external_data=_size(model) > _PROTOBUF_LIMIT,
             opset_version=OPSET,
             verbose=False,
@@ -71,30 +81,12 @@ def _write_exported(model: Model, path: Path) -> None:
 
     with quiet(), torch.no_grad():
         within_bounds(model, exporting)
-    _give_names(path, model)
-
-
-def _plain_names(model: Model) -> tuple[str, ...]:
-    """Names that no operator's output has, for inputs and then outputs."""
-    return tuple(f"torchship_{i}" for i in range(len(model.signature.inputs) + len(model.signature.outputs)))
-
-
-def _give_names(path: Path, model: Model) -> None:
-    """Name inputs and outputs as the signature does.
-
-    The exporter does not see that a value in the middle may have such a name already (`embedding`, `add`): that one
-    gets another.
-    """
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False)
-    specs = (*model.signature.inputs, *model.signature.outputs)
-    names = dict(zip(_plain_names(model), (spec.name for spec in specs), strict=True))
-    taken = {name for node in graph.graph.node for name in node.output} | {v.name for v in graph.graph.initializer}
+    made = onnx.load(str(path), load_external_data=False)
+    taken = {name for node in made.graph.node for name in node.output} | {v.name for v in made.graph.initializer}
     clashes = taken.intersection(names.values()).difference(names)
-    _rename(graph.graph, {**names, **{name: f"{name}_torchship_inner" for name in clashes}})
-    _refuse_fixed(graph.graph, model)
-    onnx.save(graph, str(path))
+    _rename(made.graph, {**names, **{name: f"{name}_torchship_inner" for name in clashes}})
+    _refuse_fixed(made.graph, model)
+    onnx.save(made, str(path))
 
 
 def _refuse_fixed(graph: Any, model: Model) -> None:
@@ -126,7 +118,9 @@ def _write_traced(model: Model, path: Path) -> None:
 
     specs = (*model.signature.inputs, *model.signature.outputs)
     with quiet(), torch.no_grad():
-        module: Any = model.module if script.exports(model) else script.scripted(model)
+        module: Any = model.module
+        if not script.exports(model):
+            module = script.scripted(model, traced=script.traceable(model))
         torch.onnx.export(
             module.eval(),
             model.torch_inputs(model.examples[0]),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchship import hardware
-from torchship.errors import BadConfig, BuildFailed, TorchshipError
+from torchship.errors import BadConfig, BuildFailed
 from torchship.lowering import onnx_graph, paths, ranges
-from torchship.lowering.program import one_line, quiet
-from torchship.lowering.ranges import ObservedRange, kept_per_batch
+from torchship.lowering.program import as_error, quiet
+from torchship.lowering.ranges import ObservedRange
 from torchship.model import Model
 from torchship.recipe import Options, choice
 from torchship.tensors import Signature, Tensors
@@ -53,29 +54,30 @@ def quantize(model: Model, path: Path, *, options: Options, signed: bool = False
     method, percentile = str(options.get("range", "minmax")), options.get("percentile", 99.99)
     if not isinstance(percentile, int | float) or not 50 < percentile <= 100:
         raise BadConfig(f"percentile is {percentile!r}", hint="a number above 50, 100 at most")
-    kinds = _kinds(options)
-    # the quantizer leaves files beside what it reads, so it works in a folder of its own
-    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, quiet():
-        try:
-            graph = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
-            _name_nodes(graph)
-            pieces = chunks(model.calibration or model.examples, signature=model.signature)
-            per_channel = options.get("per_channel") is not False
-            skip = excluded(graph, options, module=model.module)
-            wanted = inputs_of_layers(graph, skip=skip) if options.get("bias_correction") else {}
-            seen, means = observe(graph, pieces, folder=Path(folder), means=wanted)
-            correct(graph, means, skip=skip, per_channel=per_channel)
-            infinite, users = unbounded(graph, seen)
-            found = {
-                name: ranges.search(held, method=method, percentile=percentile)
-                for name, held in seen.items()
-                if name not in infinite
-            }
-            _write_static(graph, found, path, kinds=kinds, skip=[*skip, *users], signed=signed, per_channel=per_channel)
-        except TorchshipError:
-            raise
-        except Exception as fault:
-            raise BuildFailed(f"onnxruntime cannot quantize this graph: {one_line(fault)}") from fault
+    choice(options, "ops", tuple(_OPS), of="int8")
+    with _quantizing() as folder:
+        graph = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+        _name_nodes(graph)
+        pieces = chunks(model.calibration or model.examples, signature=model.signature)
+        skip = excluded(graph, options, module=model.module)
+        wanted = inputs_of_layers(graph, skip=skip) if options.get("bias_correction") else {}
+        seen, means = observe(graph, pieces, folder=folder, means=wanted)
+        correct(graph, means, skip=skip, per_channel=options.get("per_channel") is not False)
+        infinite, users = unbounded(graph, seen)
+        found = {
+            name: ranges.search(held, method=method, percentile=percentile)
+            for name, held in seen.items()
+            if name not in infinite
+        }
+        _write_static(graph, found, path, options=options, skip=[*skip, *users], signed=signed)
+
+
+@contextmanager
+def _quantizing() -> Iterator[Path]:
+    """A folder for the files that the quantizer leaves beside what it reads; what it raises becomes BuildFailed."""
+    failed = as_error(BuildFailed, "onnxruntime cannot quantize this graph")
+    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, quiet(), failed:
+        yield Path(folder)
 
 
 def quantize_dynamic(model: Model, path: Path, *, options: Options) -> None:
@@ -87,32 +89,23 @@ def quantize_dynamic(model: Model, path: Path, *, options: Options) -> None:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as write
 
-    with tempfile.TemporaryDirectory(prefix="torchship-int8-") as folder, quiet():
-        done = Path(folder) / "int8.onnx"
-        try:
-            graph = onnx.load(str(path))
-            _name_nodes(graph)
-            onnx.save(graph, str(path))
-            skip = excluded(graph, options, module=model.module)
-            write(
-                str(path),
-                str(done),
-                op_types_to_quantize=["MatMul", "Gemm", "LSTM"],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                # a Gemm becomes a MatMul of a longer name before the names are compared
-                nodes_to_exclude=[full for name in skip for full in (name, f"{name}_MatMul")],
-                extra_options={"MatMulConstBOnly": True},
-            )
-            path.write_bytes(done.read_bytes())
-        except TorchshipError:
-            raise
-        except Exception as fault:
-            raise BuildFailed(f"onnxruntime cannot quantize this graph: {one_line(fault)}") from fault
-
-
-def _kinds(options: Options) -> list[str]:
-    return list(_OPS[choice(options, "ops", tuple(_OPS), of="int8")])
+    with _quantizing() as folder:
+        done = folder / "int8.onnx"
+        graph = onnx.load(str(path))
+        _name_nodes(graph)
+        onnx.save(graph, str(path))
+        skip = excluded(graph, options, module=model.module)
+        write(
+            str(path),
+            str(done),
+            op_types_to_quantize=["MatMul", "Gemm", "LSTM"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # a Gemm becomes a MatMul of a longer name before the names are compared
+            nodes_to_exclude=[full for name in skip for full in (name, f"{name}_MatMul")],
+            extra_options={"MatMulConstBOnly": True},
+        )
+        path.write_bytes(done.read_bytes())
 
 
 def excluded(graph: Any, options: Options, *, module: torch.nn.Module) -> list[str]:
@@ -139,14 +132,7 @@ def _name_nodes(graph: Any) -> None:
 
 
 def _write_static(
-    graph: Any,
-    found: dict[str, tuple[float, float]],
-    path: Path,
-    *,
-    kinds: list[str],
-    skip: list[str],
-    signed: bool,
-    per_channel: bool = True,
+    graph: Any, found: dict[str, tuple[float, float]], path: Path, *, options: Options, skip: list[str], signed: bool
 ) -> None:
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
@@ -156,14 +142,14 @@ def _write_static(
     limits = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in found.items()}
     quantizer = QDQQuantizer(
         graph,
-        per_channel,
+        options.get("per_channel") is not False,
         False,  # all eight bits of the weights: VNNI does not overflow
         QuantType.QInt8,
         QuantType.QInt8 if signed else QuantType.QUInt8,
         TensorsData(CalibrationMethod.MinMax, limits),
         [],
         skip,
-        kinds or list(QDQRegistry),
+        list(_OPS[str(options.get("ops", "all"))] or QDQRegistry),
         {
             # what no further int8 node reads stays exact; a convolution's kernel wants its output in int8
             "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
@@ -186,13 +172,6 @@ def chunks(batches: Sequence[Tensors], *, signature: Signature) -> list[Tensors]
             for start in range(0, rows, _ROWS_AT_ONCE)
         ]
     return pieces
-
-
-def float_tensors(graph: Any) -> list[str]:
-    """Names of all float32 tensors that nodes of `graph` make, outputs included; shapes must have been inferred."""
-    made = {name for node in graph.graph.node for name in node.output if name}
-    typed = (*graph.graph.value_info, *graph.graph.output)
-    return [info.name for info in typed if info.name in made and info.type.tensor_type.elem_type == _FLOAT]
 
 
 def unbounded(graph: Any, seen: Mapping[str, ObservedRange]) -> tuple[set[str], list[str]]:
@@ -232,11 +211,16 @@ def _run(graph: Any, names: Sequence[str], pieces: Sequence[Tensors], *, folder:
 def observe(
     graph: Any, pieces: Sequence[Tensors], *, folder: Path, means: Mapping[str, int] = {}
 ) -> tuple[dict[str, ObservedRange], dict[str, Any]]:
-    """What every float tensor and float input held; and for `means` (tensor: axis) the mean along all other axes."""
-    names = float_tensors(graph)
+    """What every float tensor and float input held; and for `means` (tensor: axis) the mean along all other axes.
+
+    The shapes in `graph` must have been inferred.
+    """
+    made = {name for node in graph.graph.node for name in node.output if name}
+    typed = (*graph.graph.value_info, *graph.graph.output)
+    names = [info.name for info in typed if info.name in made and info.type.tensor_type.elem_type == _FLOAT]
     inputs = [info.name for info in graph.graph.input if info.type.tensor_type.elem_type == _FLOAT]
     seen = {name: ObservedRange() for name in (*inputs, *names)}
-    keep = kept_per_batch(len(pieces))
+    keep = max(64, ranges.KEPT // max(len(pieces), 1))
     sums: dict[str, Any] = {}
     counts: Counter[str] = Counter()
     for piece, values in zip(pieces, _run(graph, names, pieces, folder=folder), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torchship.errors import BadConfig
 from torchship.recipe import Options
@@ -53,9 +53,7 @@ def rules(options: Options, *, narrow: Sequence[str], key: str = "exclude", modu
     the settings that the caller can give. Raises BadConfig, also for a pattern that fits nothing inside `module`.
     """
     patterns = addressed(options)
-    listed, table = options.get(key) or [], options.get("modules") or {}
-    assert isinstance(listed, list)  # noqa: S101  # addressed looked
-    assert isinstance(table, dict)  # noqa: S101
+    listed, table = cast("list[str]", options.get(key) or []), cast("dict[str, str]", options.get("modules") or {})
     for pattern, setting in table.items():
         if setting not in (*FLOAT, *narrow):
             raise BadConfig(f"modules: {pattern!r} is {setting!r}", hint=f"use {' or '.join((*narrow, FLOAT[0]))}")

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torchship.errors import BuildFailed, CorruptArtifact, Unavailable
+from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, TorchshipError, Unavailable
 from torchship.lowering.safety import refuse_code_in_program
 from torchship.model import Model
 
@@ -40,6 +40,17 @@ def one_line(fault: BaseException, *, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+@contextlib.contextmanager
+def as_error(kind: type[TorchshipError], words: str, *, hint: str = "") -> Iterator[None]:
+    """Turns whatever is raised inside into a `kind` that begins with `words`; wrong options stay BadConfig."""
+    try:
+        yield
+    except (kind, BadConfig):
+        raise
+    except Exception as fault:
+        raise kind(f"{words}: {one_line(fault)}", hint=hint) from fault
+
+
 def export(model: Model, *, device: str = "cpu", ceiling: int | None = None) -> ExportedProgram:
     """`torch.export` on `device` with a Dim for every free axis (at most `ceiling` where unbounded).
 
@@ -51,15 +62,11 @@ def export(model: Model, *, device: str = "cpu", ceiling: int | None = None) -> 
         raise BuildFailed(f"torch sees no device {device!r}", hint="check nvidia-smi and that torch is a CUDA build")
     module = model.module.eval() if device == "cpu" else copy.deepcopy(model.module).eval().to(device)
     inputs = model.torch_inputs(model.examples[0], device=device)
-    try:
-        with torch.no_grad():
-            return within_bounds(
-                model, lambda shapes: torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False), ceiling
-            )
-    except Exception as fault:
-        raise BuildFailed(
-            f"torch.export cannot capture this model: {one_line(fault)}", hint="torchship doctor says where and why"
-        ) from fault
+    hint = "torchship doctor says where and why"
+    with as_error(BuildFailed, "torch.export cannot capture this model", hint=hint), torch.no_grad():
+        return within_bounds(
+            model, lambda shapes: torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False), ceiling
+        )
 
 
 def within_bounds(model: Model, exporting: Callable[[Any], Made], ceiling: int | None = None) -> Made:
@@ -93,11 +100,9 @@ def save(program: ExportedProgram, out: Path) -> None:
     """Write `program` into the folder `out`. Raises BuildFailed when torch cannot write it as plain data."""
     import torch
 
-    try:
+    with as_error(BuildFailed, "the exported program cannot be saved as plain data"):
         torch.export.save(program, out / PROGRAM)
         refuse_code_in_program(out / PROGRAM)
-    except Exception as fault:
-        raise BuildFailed(f"the exported program cannot be saved as plain data: {one_line(fault)}") from fault
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -113,13 +118,9 @@ def load_exported(folder: Path) -> ExportedProgram:
     import torch.ao.quantization.fx._decomposed  # registers the operators of quantized programs
 
     register_operators(folder / PROGRAM)
-    try:
+    hint = "open it with the torch version that the manifest names"
+    with as_error(CorruptArtifact, f"{PROGRAM} cannot be loaded by torch {torch.__version__}", hint=hint):
         return torch.export.load(folder / PROGRAM)
-    except Exception as fault:
-        raise CorruptArtifact(
-            f"{PROGRAM} cannot be loaded by torch {torch.__version__}: {one_line(fault)}",
-            hint="open it with the torch version that the manifest names",
-        ) from fault
 
 
 def register_operators(path: Path) -> None:

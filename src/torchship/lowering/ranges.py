@@ -17,7 +17,7 @@ from torchship.errors import BadConfig
 METHODS = ("minmax", "percentile", "mse", "entropy")
 _LEVELS = 256
 _BINS = 2048
-_KEPT = 200_000
+KEPT = 200_000  # values of one tensor, over all batches
 _SHRINK = tuple(np.linspace(1.0, 0.3, 29))
 
 Floats = NDArray[np.float32]
@@ -42,37 +42,26 @@ class ObservedRange:
     def sample(self) -> Floats:
         """The values that were kept, at most a few hundred thousand."""
         values = np.concatenate(self.values) if self.values else np.zeros(0, np.float32)
-        return values[:: max(1, values.size // _KEPT)]
-
-
-def kept_per_batch(batches: int) -> int:
-    """How many values of a tensor to keep from each batch."""
-    return max(64, _KEPT // max(batches, 1))
+        return values[:: max(1, values.size // KEPT)]
 
 
 def search(seen: ObservedRange, *, method: str, percentile: float = 99.99) -> tuple[float, float]:
     """The interval for `seen`; always holds zero, which padding and ReLU need exactly. Raises BadConfig."""
     if method not in METHODS:
         raise BadConfig(f"range {method!r} is unknown", hint=f"use one of {', '.join(METHODS)}")
-    if seen.low > seen.high:
-        return 0.0, 1.0
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
-    if low == high:
+    if seen.low > seen.high or low == high:  # nothing was seen, or only zeros
         return 0.0, 1.0
     if method == "minmax":
         return low, high
     values = seen.sample()
     if method == "percentile":
-        below, above = np.percentile(values, [100 - percentile, percentile])
-        return _sane(float(below), float(above), low, high)
+        below, above = (float(end) for end in np.percentile(values, [100 - percentile, percentile]))
+        below, above = min(max(below, low), 0.0), max(min(above, high), 0.0)
+        return (below, above) if above > below else (low, high)
     if method == "mse":
         return _by_error(values, low, high)
     return _by_entropy(values, low, high)
-
-
-def _sane(below: float, above: float, low: float, high: float) -> tuple[float, float]:
-    below, above = min(max(below, low), 0.0), max(min(above, high), 0.0)
-    return (below, above) if above > below else (low, high)
 
 
 def _by_error(values: Floats, low: float, high: float) -> tuple[float, float]:

@@ -25,9 +25,9 @@ _PLAIN = re.compile(
 _OPERATOR = re.compile(
     r"^(torch\.ops\.(?!(?:aten\.(?:from_file|save)|inductor|profiler)\b)[a-z]\w*\."
     r"(?:(?!_*__)\w+|__i?(?:and|or|xor|lshift|rshift)__)(\.(?!__)\w+)?"
-    r"|torch\.(sym_\w+|_sym_\w+)|_operator\.(?!attrgetter|methodcaller|call\b)\w+|math\.\w+)$"
+    r"|torch\.ops\.higher_order\.\w+|torch\.(sym_\w+|_sym_\w+)"
+    r"|_operator\.(?!attrgetter|methodcaller|call\b)\w+|math\.\w+)$"
 )
-_HIGHER_ORDER = re.compile(r"^torch\.ops\.higher_order\.\w+$")
 _NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Load, ast.Constant,
           ast.keyword, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Tuple)  # fmt: skip
 _GUARD_NODES = (*_NODES, ast.Attribute, ast.Subscript)
@@ -90,12 +90,8 @@ def _check_json(content: Any, path: Path) -> None:
         if key == "guards_code":
             for guard in value:
                 _check_expression(guard, path, guard=True)
-        if key == "target" and isinstance(value, str) and not _known_target(value):
+        if key == "target" and isinstance(value, str) and "." in value and not _OPERATOR.match(value):
             raise UnsafeArtifact(f"{path.name} calls {value!r}, which is no operator of torch")
-
-
-def _known_target(target: str) -> bool:
-    return bool(_OPERATOR.match(target) or _HIGHER_ORDER.match(target)) or "." not in target
 
 
 def _check_expression(text: Any, path: Path, *, guard: bool = False) -> None:
@@ -114,15 +110,10 @@ def _harmless(node: ast.AST, guard: bool) -> bool:
         return not isinstance(node.value, str) or bool(_WORD.match(node.value))
     if isinstance(node, ast.Call):
         called = node.func
-        return (isinstance(called, ast.Name) and _FUNCTIONS.match(called.id) is not None) or (
-            guard and _is_size(called)
-        )
+        size = guard and isinstance(called, ast.Attribute) and called.attr in ("size", "stride", "storage_offset")
+        return size or (isinstance(called, ast.Name) and _FUNCTIONS.match(called.id) is not None)
     name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
     return not name.startswith("__")
-
-
-def _is_size(called: ast.expr) -> bool:
-    return isinstance(called, ast.Attribute) and called.attr in ("size", "stride", "storage_offset")
 
 
 def _walk(content: Any) -> Iterator[tuple[str, Any]]:

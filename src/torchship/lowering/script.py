@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 _OWN_CHECKS = str(Path("torch", "nn", "modules", "rnn.py"))
 
 
-def has_one_path(model: Model) -> bool:
-    """Whether no branch depends on data or lengths, as only then a trace is the model."""
-    return exports(model) or traceable(model)
-
-
 def exports(model: Model) -> bool:
     """Whether `torch.export` takes it."""
     try:
@@ -84,33 +79,26 @@ def _step(node: Any) -> str:
     return f"{value.shape} {value.dtype}" if hasattr(value, "shape") else repr(value)
 
 
-def scripted(model: Model) -> torch.jit.ScriptModule:
-    """The user's module scripted with its control flow, inside the traced flat module of the model.
+def scripted(model: Model, *, traced: bool, device: str = "cpu") -> torch.jit.ScriptModule:
+    """The model as a script on `device`: traced as a whole where it has one path, as only then a trace is the model;
+    else the user's module is scripted with its control flow, and what is around it traced.
 
-    Where there is no control flow all of it is traced. Raises whatever `torch.jit.script` raises.
+    Raises whatever torch raises.
     """
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; it is what is left for such modules
-        shell = model.module.eval() if traceable(model) else holding_script(model)
-        if isinstance(shell, torch.jit.ScriptModule):
-            return shell
-        inputs = model.torch_inputs(model.examples[0])
-        return torch.jit.trace(shell, inputs, check_trace=False)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def holding_script(model: Model) -> Any:
-    """A copy of the flat module that holds the user's module as a script; the script itself where they are one."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        flat = model.module.eval()
+        flat: Any = model.module.eval()
         inner = getattr(flat, "inner", None)
-        if not isinstance(inner, torch.nn.Module):
-            return torch.jit.script(flat)
-        return copy.deepcopy(flat, {id(inner): torch.jit.script(inner)}).eval()
+        if traced:
+            shell = flat if device == "cpu" else copy.deepcopy(flat)
+        elif isinstance(inner, torch.nn.Module):
+            shell = copy.deepcopy(flat, {id(inner): torch.jit.script(inner)}).eval()
+        else:
+            return torch.jit.script(flat)  # type: ignore[no-any-return]
+        inputs = model.torch_inputs(model.examples[0], device=device)
+        return torch.jit.trace(shell.to(device), inputs, check_trace=False)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def load(path: Path, *, device: str = "cpu") -> torch.nn.Module:
@@ -119,9 +107,6 @@ def load(path: Path, *, device: str = "cpu") -> torch.nn.Module:
 
     refuse_code_in_script(path)
     program.register_operators(path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), program.as_error(CorruptArtifact, f"{path.name} cannot be loaded"):
         warnings.simplefilter("ignore")
-        try:
-            return torch.jit.load(str(path), map_location=device)  # type: ignore[no-any-return,no-untyped-call]
-        except RuntimeError as fault:
-            raise CorruptArtifact(f"{path.name} cannot be loaded: {program.one_line(fault)}") from fault
+        return torch.jit.load(str(path), map_location=device)  # type: ignore[no-any-return,no-untyped-call]

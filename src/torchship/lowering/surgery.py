@@ -89,16 +89,6 @@ def with_inner(model: Model, inner: torch.nn.Module) -> Model:
     return replace(model, module=copy.deepcopy(model.module, {id(own): inner}))
 
 
-def put(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    """Set the submodule at `path`."""
-    parent, _, name = path.rpartition(".")
-    owner = root.get_submodule(parent)
-    if isinstance(owner, torch.nn.Sequential | torch.nn.ModuleList):
-        owner[int(name)] = module
-    else:
-        setattr(owner, name, module)
-
-
 def fold_batch_norms(model: Model, wiring: Wiring) -> None:
     """Fold every batch norm into the convolution or linear layer that feeds it alone; the model's module is changed."""
     for norm in wiring.nodes:
@@ -115,8 +105,8 @@ def fold_batch_norms(model: Model, wiring: Wiring) -> None:
             continue
         fused = _folded(layer, batch_norm)
         if fused is not None:
-            put(model.module, layer_path, fused)
-            put(model.module, norm_path, torch.nn.Identity())
+            model.module.set_submodule(layer_path, fused)
+            model.module.set_submodule(norm_path, torch.nn.Identity())
 
 
 def _folded(layer: Any, batch_norm: Any) -> Any:

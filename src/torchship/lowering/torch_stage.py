@@ -65,21 +65,17 @@ def staged(
     return CudaStage(body, signature=signature, device=device, check=check, graphs=graphs)
 
 
-def no_fast_path() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
     """Without the short cut of torch's own transformer layers, which answers 0 where a mask leaves a place out.
 
     What is exported computes these places; they are nobody's, and the reference is not to differ there.
     """
     import torch
 
-    # dynamo never takes it, and cannot trace the switch
-    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _fast_path_off()
-
-
-@contextlib.contextmanager
-def _fast_path_off() -> Iterator[None]:
-    import torch
-
+    if torch.compiler.is_dynamo_compiling():  # it never takes the short cut, and cannot trace the switch
+        yield
+        return
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -128,27 +124,20 @@ def device_of(options: Options, *, device: str = "cpu") -> str:
     return device if device != "cpu" else str(options.get("device", "cpu"))
 
 
-def device_kind(device: str) -> str:
-    """`cuda` for `cuda:1`."""
-    return device.partition(":")[0]
-
-
 def shaped(model: Model, options: Options) -> Model:
     """The model as the options want it.
 
     `precision` fp32 | tf32 | bf16 | fp16; `mode` autocast (the default on the processor) or cast (the default
     elsewhere); `channels_last`; `keep` and `modules` (what stays in fp32, see `paths.rules`). Raises BadConfig.
     """
-    from torchship.lowering import paths, variants
+    from torchship.lowering import variants
 
     precision = choice(options, "precision", PRECISIONS, of="torch")
     if options.get("channels_last"):
         model = variants.channels_last(model)
-    keep = paths.rules(options, narrow=(precision,), key="keep", module=model.module)
-    target = device_kind(device_of(options))
-    mode = str(options.get("mode") or ("autocast" if target == "cpu" else "cast"))
-    narrow = "fp32" if precision == "tf32" else precision
-    return variants.in_precision(model, narrow, mode=mode, device=target, keep=keep)
+    device = device_of(options).partition(":")[0]
+    mode = str(options.get("mode") or ("autocast" if device == "cpu" else "cast"))
+    return variants.in_precision(model, precision, mode=mode, device=device, options=options)
 
 
 def folded(model: Model) -> Model:

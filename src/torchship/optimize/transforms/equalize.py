@@ -60,7 +60,7 @@ def apply(model: Model, *, options: Options) -> Model:
         raise BuildFailed("equalize: no two layers feed one another through a ReLU alone")
     for pair in pairs:
         if pair.clip:
-            surgery.put(changed.module, pair.clip, surgery.Clipped(find(pair.first)))
+            changed.module.set_submodule(pair.clip, surgery.Clipped(find(pair.first)))
     with torch.no_grad():
         for _ in range(rounds):
             if max(_equalize(find(pair.first), find(pair.second), find(pair.clip)) for pair in pairs) < 1e-4:
