@@ -11,7 +11,7 @@ import pytest
 
 from torchship import hardware
 from torchship.lowering.torch_stage import prepare
-from torchship.serve import machine as metrics
+from torchship.serve import prometheus as metrics
 
 Tree: TypeAlias = Callable[..., Path]
 GIB = 2**30

@@ -35,16 +35,7 @@ def gate(tokens: Sequence[Token]) -> Admit | None:
     """
     if not tokens:
         return None
-    seen: dict[str, frozenset[str]] = {}
-
-    def scopes_of(given: str) -> frozenset[str]:
-        """The scopes of a bearer: every stored hash is compared, each in constant time."""
-        found: frozenset[str] = frozenset()
-        digest = hash_of(given)
-        for token in tokens:
-            if hmac.compare_digest(token.hash, digest):
-                found |= frozenset(token.scopes)
-        return found
+    seen: dict[str, set[str]] = {}
 
     def admit(scope: str, headers: Mapping[str, str]) -> None:
         if not scope:
@@ -53,7 +44,9 @@ def gate(tokens: Sequence[Token]) -> Admit | None:
         scopes = seen.get(header)
         if scopes is None:
             kind, _, given = header.partition(" ")
-            scopes = scopes_of(given.strip()) if kind.lower() == "bearer" else frozenset()
+            digest = hash_of(given.strip())  # every stored hash is compared, each in constant time
+            good = [token for token in tokens if hmac.compare_digest(token.hash, digest)]
+            scopes = {scope for token in good for scope in token.scopes} if kind.lower() == "bearer" else set()
             if scopes:
                 if len(seen) >= _REMEMBERED:
                     seen.clear()

@@ -1,26 +1,45 @@
-"""The catalog: every model that is served, its versions with their lines, and why one is not there."""
+"""The catalog: every model that is served, its versions with their lines, and why one is not there.
+
+Which versions a model should have, and out of which files, is found in the store, without opening anything.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
-from bisect import bisect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from torchship import hardware
-from torchship.artifact import Store
+from torchship.artifact import Store, open_artifact
+from torchship.artifact.manifest import BatchPoint
 from torchship.errors import NotFound, StageFailed, TorchshipError, Unavailable
+from torchship.pipeline.config import PipelineConfig
+from torchship.pipeline.opening import describe_apart
+from torchship.pipeline.planning import Node, Plan, plan
 from torchship.serve.config import ModelConfig
 from torchship.serve.engine.line import Line
-from torchship.serve.versions import Wanted, lay_out, wanted
 from torchship.stages.labels import read_labels
 
 _log = logging.getLogger("torchship.serve")
 _WAIT = 5.0  # seconds that a load waits for the old version, which may take as long as its requests
 _KEPT = 8  # versions that are gone and still listed in the index
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One version: its number where the store has one (else empty), its pipeline, and the folder of each artifact.
+
+    Two of them with equal `files` would serve the same.
+    """
+
+    number: str
+    pipeline: PipelineConfig
+    files: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -33,22 +52,15 @@ class Version:
     state: str = "LOADING"
     reason: str = ""
 
-
-@dataclass(slots=True)
-class Split:
-    """How requests that name no version are shared out."""
-
-    names: list[str]
-    bounds: list[float]
-
-    def choose(self) -> str:
-        """A version, by its share."""
-        return self.names[bisect(self.bounds, random.random() * self.bounds[-1])]  # noqa: S311  # no secret
+    def serves(self, wish: Wanted) -> bool:
+        """Whether it is open, and out of the same files."""
+        return self.line is not None and self.files == wish.files and wish.number in ("", self.name)
 
 
 @dataclass(slots=True)
 class CatalogEntry:
-    """One model: its configuration and its versions; `current` is what a request without a version gets.
+    """One model: its configuration and its versions; `current` is what a request without a version gets, unless
+    `shares` say how such requests are shared out.
 
     `given` is the configuration of the server's file, which a caller who loads the model may have changed since.
     """
@@ -58,7 +70,7 @@ class CatalogEntry:
     versions: dict[str, Version] = field(default_factory=dict)
     current: Line | None = None
     current_version: str = ""
-    split: Split | None = None
+    shares: dict[str, float] = field(default_factory=dict)
     shadow: Line | None = None
     reason: str = "loading"
     tried: tuple[tuple[str, ...], ...] = ()
@@ -95,18 +107,10 @@ class Catalog:
             entry.tried = tuple(version.files for version in plans)
             opened: dict[str, Version] = {}
             for version in plans:
-                known = self._known(entry, version)
-                opened_now = known if known and not fresh else await self._open(entry, config, version)
-                opened[opened_now.name] = opened_now
+                same = [] if fresh else [known for known in entry.versions.values() if known.serves(version)]
+                now = same[0] if same else await self._open(entry, config, version)
+                opened[now.name] = now
             await self._switch(entry, config, opened)
-
-    @staticmethod
-    def _known(entry: CatalogEntry, version: Wanted) -> Version | None:
-        """The same files, already open."""
-        for found in entry.versions.values():
-            if found.line is not None and found.files == version.files and version.number in ("", found.name):
-                return found
-        return None
 
     async def _open(self, entry: CatalogEntry, config: ModelConfig, version: Wanted) -> Version:
         name = version.number or "1"  # what is not in a store has no versions
@@ -139,8 +143,8 @@ class Catalog:
         entry.versions |= opened
         name, last = list(opened.items())[-1]
         entry.current, entry.current_version, entry.config, entry.reason = last.line, name, config, ""
-        shares = {known: share for known, share in config.versions.weights.items() if known in opened and share > 0}
-        entry.split = Split(list(shares), list(accumulate(shares.values()))) if shares else None
+        weights = config.versions.weights.items()
+        entry.shares = {known: share for known, share in weights if known in opened and share > 0}
         shadow = entry.versions.get(config.versions.shadow)
         entry.shadow = shadow.line if shadow else None
         _log.info("model %s serves version %s", config.name, ", ".join(opened))
@@ -171,7 +175,7 @@ class Catalog:
         entry = self.entry(name)
         async with entry.busy:
             entry.current, entry.current_version, entry.reason = None, "", "unloaded"
-            entry.split = entry.shadow = None
+            entry.shares, entry.shadow = {}, None
             await self._retire([known for known in entry.versions.values() if known.line])
 
     async def watch(self, seconds: float) -> None:
@@ -201,12 +205,14 @@ class Catalog:
     def line(self, name: str, version: str = "") -> tuple[Line, str]:
         """The line for a request, and the version that it is. Raises NotFound, Unavailable."""
         entry = self.entries.get(name) or self.entry(name)
-        if not version and entry.current is not None and entry.split is None:
+        if not version and entry.current is not None and not entry.shares:
             return entry.current, entry.current_version
         if not version:
             if entry.current is None:
                 raise Unavailable(f"model {name!r} is not ready: {entry.reason}", hint="try again later")
-            version = entry.split.choose() if entry.split else entry.current_version
+            version = entry.current_version
+            if entry.shares:
+                (version,) = random.choices([*entry.shares], [*entry.shares.values()])  # noqa: S311  # no secret
         found = entry.versions.get(version)
         if found is None:
             raise NotFound(
@@ -237,3 +243,73 @@ class Catalog:
         for task in list(self._retiring):
             task.cancel()
         await asyncio.gather(*(line.close(grace=grace) for line in lines))
+
+
+def wanted(config: ModelConfig, store: Store) -> list[Wanted]:
+    """The versions that a model should have, the current one last. Raises NotFound, BadConfig."""
+    if not config.artifact or os.sep in config.artifact or config.artifact.startswith("."):
+        pipeline = config.pipeline()
+        return [Wanted("", pipeline, _files(pipeline, store))]
+    name = config.artifact.partition("@")[0]
+    numbers = _numbers(config, store, name)
+    found = []
+    for number in numbers:
+        pipeline = msgspec.structs.replace(config, artifact=f"{name}@{number}").pipeline()
+        found.append(Wanted(str(number), pipeline, _files(pipeline, store)))
+    return found
+
+
+def _numbers(config: ModelConfig, store: Store, name: str) -> list[int]:
+    policy = config.versions
+    there = list(store.versions(name))
+    if policy.all:
+        numbers = there
+    elif policy.listed:
+        numbers = sorted(policy.listed)
+    elif policy.latest:
+        numbers = there[-policy.latest :]
+    else:
+        return [int(store.resolve(config.artifact).name)]
+    missing = [number for number in numbers if number not in there]
+    if missing or not numbers:
+        raise NotFound(f"{name} has no version {missing or ''}", hint=f"it has {', '.join(map(str, there)) or 'none'}")
+    return numbers
+
+
+def _files(pipeline: PipelineConfig, store: Store) -> tuple[str, ...]:
+    return tuple(str(store.resolve(stage.artifact).resolve()) for stage in pipeline.stages if stage.artifact)
+
+
+def lay_out(version: Wanted, store: Store, *, target: float = 0.0, labels: Sequence[str] = ()) -> Plan:
+    """The plan of a version. It pins artifacts to folders, those of a published pipeline's own stages too, so that a
+    worker that is replaced opens the same files again.
+
+    Where nothing else is said, a model's largest batch comes from its measured curve; `target` is a latency in seconds.
+    `labels` name its classes, instead of those of the artifact.
+    """
+    made = plan(version.pipeline, store, describing=describe_apart)
+    nodes = tuple(_batched(node, target) if node.config.artifact else node for node in made.nodes)
+    return replace(made, nodes=nodes, labels=tuple(labels) or made.labels)
+
+
+def _batched(node: Node, target: float) -> Node:
+    timing = open_artifact(node.config.artifact, verify=False).manifest.timing
+    if timing is None or node.config.max_batch or not node.signature.batched:
+        return node
+    return replace(node, max_batch=best_batch(timing.curve, most=node.max_batch, target=target))
+
+
+def best_batch(curve: Sequence[BatchPoint], *, most: int, target: float = 0.0) -> int:
+    """The smallest batch with 95 % of the best throughput, among those that keep to half of `target` seconds.
+
+    Half, because a request waits for the batch before its own. `most` where nothing was measured.
+    """
+    points = [point for point in curve if point.batch <= most]
+    if target:
+        points = [point for point in points if point.p90_ms <= target * 500] or points[:1]
+    if not points:
+        return most
+    best = max(point.rows_per_s for point in points)
+    chosen = min(point.batch for point in points if point.rows_per_s >= 0.95 * best)
+    largest = max(point.batch for point in points)
+    return most if chosen == largest and not target else chosen

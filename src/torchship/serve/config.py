@@ -187,12 +187,6 @@ def convert(data: object) -> ServerConfig:
     except msgspec.ValidationError as fault:
         message, _, path = str(fault).partition(" - at `")
         raise BadConfig(f"{path.rstrip('`') or '$'}: {message}", hint="see docs/serve.md") from None
-    check(config)
-    return config
-
-
-def check(config: ServerConfig) -> None:
-    """Raise BadConfig for what types cannot say."""
     names: set[str] = set()
     for index, model in enumerate(config.model):
         path = f"$.model[{index}]"
@@ -209,6 +203,7 @@ def check(config: ServerConfig) -> None:
         if model.stages and (model.options or model.max_batch or model.threads):
             raise BadConfig(f"{path}: options, max_batch and threads belong to a stage", hint="write them into it")
         names.add(model.name)
+    return config
 
 
 def read(path: Path | str) -> ServerConfig:

@@ -84,13 +84,23 @@ class Server:
             raise
 
     async def _listen(self) -> None:
-        config, http, front = self.config, self.config.http, self._front()
+        config, control, http = self.config, self.config.control, self.config.http
+        front = Front(
+            self.service,
+            regions=SharedMemory() if control.shared_memory else None,
+            tracing=Tracing(folder=Path(control.trace_folder) if control.trace_folder else None),
+            scheme="https" if config.tls else "http",
+            guarded=bool(config.token),
+            drain=self.drain,
+            forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
+        )
+        workers = sum(stage.copies for model in config.model for stage in model.pipeline().stages)
         given: dict[str, Any] = {
             "admit": gate(config.token),
             "tls": self._certificates.context if self._certificates else None,
             "limits": ConnectionLimits(
                 body=http.max_body,
-                connections=room_for_connections(_workers(config)),
+                connections=room_for_connections(workers),
                 head_seconds=http.head_timeout,
                 body_seconds=http.body_timeout,
                 idle_seconds=http.idle,
@@ -98,31 +108,14 @@ class Server:
                 age_seconds=http.max_connection_age,
             ),
         }
-        cors = http.cors_origins
         routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
-        self.http = await rest.listen(
-            front, host=http.host, port=http.port, routes=routes, shared=http.shared, cors_origins=cors, **given
-        )
+        rest_only = {"host": http.host, "routes": routes, "cors_origins": http.cors_origins, **given}
+        self.http = await rest.listen(front, port=http.port, shared=http.shared, **rest_only)
         if http.own_port is not None:
-            self.own = await rest.listen(
-                front, host=http.host, port=http.own_port, routes=routes, cors_origins=cors, **given
-            )
+            self.own = await rest.listen(front, port=http.own_port, **rest_only)
         if config.grpc:
             host = config.grpc.host or http.host
             self.grpc = await grpc.listen(front, host=host, port=config.grpc.port, shared=http.shared, **given)
-
-    def _front(self) -> Front:
-        """What all listeners share."""
-        config, control = self.config, self.config.control
-        return Front(
-            self.service,
-            regions=SharedMemory() if control.shared_memory else None,
-            tracing=Tracing(folder=Path(control.trace_folder) if control.trace_folder else None),
-            scheme="https" if config.tls else "http",
-            guarded=bool(config.token),
-            drain=self.drain,
-            forward="|".join(filter(None, (config.http.forward_headers, HEADERS if self._traces else ""))),
-        )
 
     @property
     def url(self) -> str:
@@ -156,11 +149,6 @@ class Server:
         await self.catalog.close(grace=grace)
         if self._traces:
             await asyncio.to_thread(self._traces.close)
-
-
-def _workers(config: ServerConfig) -> int:
-    """How many processes the models of a file need, as far as the file says."""
-    return sum(stage.copies for model in config.model for stage in model.pipeline().stages)
 
 
 def _mounted(mount: Mount, service: Service) -> list[Route]:
@@ -205,8 +193,13 @@ def configure(*targets: str, **options: Unpack[ServeOptions]) -> ServerConfig:
         raise BadConfig("trust is said in the file, for each model", hint="write trust = true into its [[model]]")
     if files:
         config = configs.read(files[0])
-    else:
-        models = [{"name": _name(target), "artifact": target, "trust": trust} for target in targets]
+    else:  # `classify@3` is served as classify, a folder under the name in its manifest
+        names = [
+            open_artifact(target, verify=False).manifest.name if os.sep in target else target.partition("@")[0]
+            for target in targets
+        ]
+        given = zip(names, targets, strict=True)
+        models = [{"name": name, "artifact": target, "trust": trust} for name, target in given]
         config = configs.convert({"model": models})
     change, http, rpc, log = msgspec.structs.replace, config.http, config.grpc, config.log
     if (port := options.get("grpc_port")) is not None:
@@ -221,13 +214,6 @@ def configure(*targets: str, **options: Unpack[ServeOptions]) -> ServerConfig:
     )
 
 
-def _name(target: str) -> str:
-    """`classify@3` is served as classify, a folder under the name in its manifest."""
-    if os.sep in target:
-        return open_artifact(target, verify=False).manifest.name
-    return target.partition("@")[0]
-
-
 def serve(*targets: str | Mapping[str, Any], **options: Unpack[ServeOptions]) -> int:
     """Serve a TOML configuration or artifacts until a signal says stop; the exit code.
 
@@ -236,14 +222,11 @@ def serve(*targets: str | Mapping[str, Any], **options: Unpack[ServeOptions]) ->
     """
     files = [target for target in targets if isinstance(target, str)]
     if len(files) == len(targets):
-        return run(configure(*files, **options))
-    if len(targets) > 1 or options:
+        config = configure(*files, **options)
+    elif len(targets) > 1 or options:
         raise BadConfig("a configuration as data stands alone", hint="write the options into it")
-    return run(configs.convert(targets[0]))
-
-
-def run(config: ServerConfig) -> int:
-    """The same for a configuration at hand."""
+    else:
+        config = configs.convert(targets[0])
     become_init()
     check_system_calls()
     logs.begin(config.log)
@@ -279,7 +262,9 @@ async def _run(config: ServerConfig) -> int:
             await asyncio.gather(opening, return_exceptions=True)
             return 130 if interrupts else 0
         opening.result()
-        _settle_memory()
+        gc.collect()  # what is there now stays: it need not be looked at again, nor after every 700 new objects
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
         _announce(server)
         await waiting
         await server.close()
@@ -289,13 +274,6 @@ async def _run(config: ServerConfig) -> int:
         return 130
     finally:
         waiting.cancel()
-
-
-def _settle_memory() -> None:
-    """What is there now stays: the collector need not look at it again, nor after every 700 new objects."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def _announce(server: Server) -> None:

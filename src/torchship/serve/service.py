@@ -15,10 +15,9 @@ from torchship.serve import describe, prometheus
 from torchship.serve.catalog import Catalog
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.queue import Job
-from torchship.serve.overrides import check_parameters, overridden
 from torchship.serve.tracing import Traces
 from torchship.stage import Value
-from torchship.tensors import Tensors
+from torchship.tensors import Tensors, TensorSpec
 from torchship.wire.messages import Request, Response, WantedOutput
 
 _log = logging.getLogger("torchship.serve")
@@ -56,11 +55,6 @@ class Service:
         self._loop = asyncio.get_running_loop()
 
     @property
-    def live(self) -> bool:
-        """Whether the process can do anything at all."""
-        return True
-
-    @property
     def ready(self) -> bool:
         """Whether every model that should be served answers."""
         entries = self.catalog.entries.values()
@@ -76,7 +70,7 @@ class Service:
         """The same without a future: `answer(whom, request, response or error)` is called once, perhaps at once."""
         line, version = self.catalog.line(request.model, request.version)
         if line.streams:
-            line.refuse_stream()
+            raise Unsupported(f"model {request.model!r} streams its answers", hint="call it by a streaming protocol")
         if request.outputs:
             _check_outputs(line, request)
         values = line.validator.values(request.parameters) if request.parameters else {}
@@ -86,7 +80,11 @@ class Service:
             job.spans = []
         line.start(job, request.deadline)
         if not request.version and (shadow := self.catalog.entries[request.model].shadow) is not None:
-            _follow(shadow, request, values)
+            try:  # nobody waits for its answer, and its faults are only counted
+                copy = Job(request.inputs, lambda job: None, dict(values), time.monotonic(), _LAST)
+                shadow.start(copy, request.deadline)
+            except TorchshipError:
+                pass
         return job
 
     async def stream(self, request: Request) -> AsyncGenerator[Response, None]:
@@ -101,7 +99,8 @@ class Service:
         )
         async with aclosing(answers):
             async for tensors in answers:
-                yield Response(request.model, version, _wanted(tensors, request), request.id)
+                outputs = _wanted(tensors, request) if request.outputs else tensors
+                yield Response(request.model, version, outputs, request.id)
 
     async def infer(
         self, model: str, inputs: Tensors, *, parameters: Mapping[str, Value] = {}, outputs: Sequence[str] = ()
@@ -109,6 +108,14 @@ class Service:
         """One inference for code in this process: the `outputs` that are named, else all. Raises what submit raises."""
         request = Request(model, inputs, parameters=dict(parameters), outputs=tuple(map(WantedOutput, outputs)))
         return (await self.submit(request)).outputs
+
+    def inputs(self, name: str, version: str = "") -> tuple[TensorSpec, ...]:
+        """What a model takes. Raises NotFound, Unavailable."""
+        return self.catalog.line(name, version)[0].plan.signature.inputs
+
+    def streams(self, name: str, version: str = "") -> bool:
+        """Whether a model gives any number of answers to a request. Raises NotFound, Unavailable."""
+        return self.catalog.line(name, version)[0].streams
 
     def server_metadata(self) -> dict[str, Any]:
         """`name`, `version`, `extensions`."""
@@ -158,54 +165,46 @@ class Service:
             if not ready or version.state == "READY"
         ]
 
-    async def repository_load(self, name: str, parameters: Mapping[str, Any]) -> None:
+    async def repository_load(self, name: str, parameters: Any) -> None:
         """Open (or reload) a model and wait for it; the parameter `config` changes how it runs until the next load.
 
-        Raises Unsupported where model control is off, and what the model raises that does not open.
+        Raises Unsupported where model control is off, BadInput, and what the model raises that does not open.
         """
-        self._check_control()
+        self._check_control(parameters)
         try:
             config = self.catalog.entry(name).given
-            check_parameters(parameters)
+            describe.check_parameters(parameters)
             if "config" in parameters:
-                config = overridden(config, parameters["config"], told=self._told(name))
+                current = self.catalog.entry(name).current
+                told = describe.configuration(current, name=name) if current else {}  # what callers see now
+                config = describe.overridden(config, parameters["config"], told=told)
             await self.catalog.load(config)
         except TorchshipError as fault:
             fault.args = (f"failed to load '{name}': {fault}",)  # the words that Triton's clients look for
             raise
 
-    def _told(self, name: str) -> dict[str, Any]:
-        """A model's configuration as callers see it; nothing for a model that is not there."""
-        current = self.catalog.entry(name).current
-        return describe.configuration(current, name=name) if current else {}
-
-    async def repository_unload(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Drain and close a model. Raises Unsupported where model control is off."""
-        self._check_control()
+    async def repository_unload(self, name: str, parameters: Any) -> None:
+        """Drain and close a model. Raises Unsupported where model control is off, BadInput."""
+        self._check_control(parameters)
         await self.catalog.unload(name)
 
-    def _check_control(self) -> None:
+    def _check_control(self, parameters: Any) -> None:
+        if not isinstance(parameters, Mapping):
+            raise BadInput("parameters is not an object")
         if not self._control:
             raise Unsupported("model control is off", hint="set repository = true in [control]")
-
-
-def _follow(shadow: Line, request: Request, values: dict[str, Value]) -> None:
-    """Let a shadow version answer the same request; nobody waits for it, and its faults are only counted."""
-    try:
-        shadow.start(Job(request.inputs, _ignore, dict(values), time.monotonic(), _LAST), request.deadline)
-    except TorchshipError:
-        pass
-
-
-def _ignore(job: Job) -> None:
-    """The answer of a shadow."""
 
 
 def _reply(job: Job) -> None:
     """Tell the caller how a job has ended."""
     answer, whom, request, version, traces = job.context
     job.context = None  # it knows the caller, who may know the job
-    trace = "" if job.spans is None else _trace(traces, job, request, version)
+    trace = ""
+    if job.spans is not None:
+        try:
+            trace = traces.record(job, request, version)
+        except Exception:  # whatever is wrong with that, its caller gets the answer
+            _log.exception("request %s cannot be traced", request.id or "-")
     if job.fault is not None:
         if isinstance(job.fault, StageFailed):
             facts = {"model": request.model, "version": version, "request": request.id}
@@ -214,15 +213,6 @@ def _reply(job: Job) -> None:
         return
     outputs = _wanted(job.tensors, request) if request.outputs else job.tensors
     answer(whom, request, Response(request.model, version, outputs, request.id, {}, trace))
-
-
-def _trace(traces: Traces, job: Job, request: Request, version: str) -> str:
-    """Record a request; whatever is wrong with that, its caller gets the answer."""
-    try:
-        return traces.record(job, request, version)
-    except Exception:
-        _log.exception("request %s cannot be traced", request.id or "-")
-        return ""
 
 
 def _settle(future: asyncio.Future[Response], request: Request, end: Response | Exception) -> None:
@@ -248,6 +238,4 @@ def _check_outputs(line: Line, request: Request) -> None:
 
 
 def _wanted(tensors: Mapping[str, Any], request: Request) -> Mapping[str, Any]:
-    if not request.outputs:
-        return tensors
     return {wanted.name: tensors[wanted.name] for wanted in request.outputs}

@@ -145,12 +145,10 @@ def quote_constants(text: Buffer) -> bytes | None:
     None where it holds none outside of its strings.
     """
     given = bytes(text)
-    quoted = _CONSTANTS.sub(_quote, given) if b"NaN" in given or b"Infinity" in given else given
+    if b"NaN" not in given and b"Infinity" not in given:
+        return None
+    quoted = _CONSTANTS.sub(lambda found: found[0] if found[0][:1] == b'"' else b'"%b"' % found[0], given)
     return quoted if len(quoted) > len(given) else None
-
-
-def _quote(found: re.Match[bytes]) -> bytes:
-    return found[0] if found[0][:1] == b'"' else b'"%b"' % found[0]
 
 
 def _depth(text: memoryview) -> int:

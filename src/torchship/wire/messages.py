@@ -76,6 +76,13 @@ class RawLayout(msgspec.Struct, eq=False):
     usable: bool = False
 
 
+def layout_of(inputs: Tensors) -> RawLayout:
+    """The layout of a request with these inputs."""
+    arrays = list(inputs.values())
+    dtypes, shapes = tuple([array.dtype for array in arrays]), tuple([array.shape for array in arrays])
+    return RawLayout(tuple(inputs), dtypes, shapes, [array.nbytes for array in arrays])
+
+
 class RawInputs(Mapping[str, Array]):
     """The inputs of a request as their bytes, in the order of the layout's names."""
 
@@ -104,17 +111,13 @@ class Outline(msgspec.Struct, eq=False):
     """What the answers of a line have in common: the names of the outputs, and what encoders remember about them."""
 
     names: tuple[str, ...]
-    _told: dict[Any, Any] = {}
-
-    def recall(self, key: Any) -> Any:
-        """What was kept under a key, or None."""
-        return self._told.get(key)
+    told: dict[Any, Any] = {}
 
     def keep(self, key: Any, value: Any) -> None:
-        """Keep something to be recalled; all is forgotten when it is too much."""
-        if len(self._told) >= _KEPT:
-            self._told.clear()
-        self._told[key] = value
+        """Keep something in `told`; all is forgotten when it is too much."""
+        if len(self.told) >= _KEPT:
+            self.told.clear()
+        self.told[key] = value
 
 
 class Batch:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
-from torchship.tensors import Array, bytes_array, dtype_name, numpy_dtype
-from torchship.wire.messages import BatchSlice, RawInputs, RawLayout, Request, Response
+from torchship.tensors import Array, Tensors, bytes_array, dtype_name, numpy_dtype
+from torchship.wire.messages import BatchSlice, RawInputs, RawLayout, Request, Response, layout_of
 from torchship.wire.oip_json import (
     Regions,
     apply_parameters,
@@ -50,22 +51,13 @@ _RAW_TAG = 0x3A  # raw_input_contents = 7
 _TAGS = frozenset((0x0A, 0x12, 0x1A, 0x22, 0x2A, 0x32))
 
 
-class _Shape(NamedTuple):
-    """A request without its tensors' bytes."""
+class _Known(NamedTuple):
+    """A request without its tensors' bytes; `plain`: they need no look (no BYTES, no BOOL, nothing empty)."""
 
     request: Request
-    inputs: tuple[_Tensor, ...]
-    layout: RawLayout | None  # where all of it is small and needs no look
-
-
-class _Tensor(NamedTuple):
-    """An input without its bytes; `dtype` is None where the bytes need more than a look (BYTES, BOOL)."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any] | None
-    size: int
+    datatypes: list[str]
+    layout: RawLayout
+    plain: bool
 
 
 class InferCodec:
@@ -73,7 +65,7 @@ class InferCodec:
 
     def __init__(self, *, regions: Regions | None = None) -> None:
         self._regions = regions
-        self._asked: dict[bytes, _Shape] = {}
+        self._asked: dict[bytes, _Known] = {}
         self._told: dict[object, bytes] = {}
         self._request = message("inference.ModelInferRequest")
 
@@ -98,20 +90,22 @@ class InferCodec:
             return self._decode_slowly(data[start:])
         key = bytes(data[start:head_end])
         known = self._asked.get(key)
-        if known is None or len(known.inputs) != len(raws):
+        if known is None or len(known.datatypes) != len(raws):
             return self._decode_slowly(data[start:], key)
-        layout, old = known.layout, known.request
+        old, layout = known.request, known.layout
+        inputs: Tensors
+        if not known.plain or [last - first for first, last in raws] != layout.sizes:
+            given = zip(layout.names, known.datatypes, layout.shapes, raws, strict=True)
+            inputs = {
+                name: decode_raw(memoryview(data)[first:last], name=name, datatype=datatype, shape=shape)
+                for name, datatype, shape, (first, last) in given
+            }
+        elif size <= _SMALL:
+            inputs = RawInputs(layout, tuple([bytes(data[first:last]) for first, last in raws]))
+        else:
+            wide = zip(layout.names, layout.dtypes, layout.shapes, raws, strict=True)
+            inputs = {name: np.ndarray(shape, dtype, data, first) for name, dtype, shape, (first, _) in wide}
         parameters = dict(old.parameters) if old.parameters else {}
-        if layout is not None and size <= _SMALL and [last - first for first, last in raws] == layout.sizes:
-            packed = RawInputs(layout, tuple([bytes(data[first:last]) for first, last in raws]))
-            return Request(old.model, packed, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
-        inputs: dict[str, Array] = {}
-        for (name, datatype, shape, dtype, bytes_wanted), (first, last) in zip(known.inputs, raws, strict=True):
-            if dtype is not None and last - first == bytes_wanted:
-                inputs[name] = np.ndarray(shape, dtype, data, first)
-            else:
-                part = memoryview(data)[first:last]
-                inputs[name] = decode_raw(part, name=name, datatype=datatype, shape=shape)
         return Request(old.model, inputs, old.version, old.id, parameters, old.outputs, old.deadline, old.priority)
 
     @staticmethod
@@ -137,7 +131,6 @@ class InferCodec:
         request = Request(asked.model_name, {}, asked.model_version, asked.id)
         if asked.parameters:
             apply_parameters(request, plain_parameters(asked.parameters))
-        request.binary = True
         request.outputs = tuple(
             wanted_output(item.name, plain_parameters(item.parameters), binary=True) for item in asked.outputs
         )
@@ -148,65 +141,45 @@ class InferCodec:
             if item.name in inputs:
                 raise BadInput(f"input {item.name!r} is given twice")
             plain = plain and not item.parameters
-            inputs[item.name] = self._input(item, raws)
+            inputs[item.name] = _tensor(item, raws, self._regions)
         if raws:
             raise BadInput(f"{len(raws)} raw contents are left after the last input")
         if plain and 0 < len(key) <= 1024:
-            shapes = tuple(_tensor(item, inputs[item.name]) for item in asked.inputs)
             if len(self._asked) >= 512:
                 self._asked.clear()
-            self._asked[key] = _Shape(request, shapes, _layout(shapes))
-            request = Request(
-                request.model, inputs, request.version, request.id, dict(request.parameters), request.outputs,
-                request.deadline, request.priority,
-            )  # fmt: skip
+            kept = msgspec.structs.replace(request, parameters=dict(request.parameters))
+            datatypes = [item.datatype for item in asked.inputs]
+            simple = not {"BYTES", "BOOL"} & {*datatypes} and all(array.size for array in inputs.values())
+            self._asked[key] = _Known(kept, datatypes, layout_of(inputs), simple)
         request.inputs = inputs
         return request
 
-    def _input(self, item: Any, raws: list[bytes]) -> Array:
-        name, datatype, shape = item.name, item.datatype, list(item.shape)
-        parameters = plain_parameters(item.parameters) if item.parameters else {}
-        if "shared_memory_region" in parameters:
-            data = read_region(self._regions, parameters, name=name)
-            return decode_raw(data, name=name, datatype=datatype, shape=shape)
-        if item.HasField("contents"):
-            return typed_contents(item.contents, name=name, datatype=datatype, shape=shape)
-        if not raws:
-            if element_count(shape, name=name) == 0:
-                return np.empty(shape, numpy_dtype(datatype))
-            raise BadInput(f"input {name!r} has no data", hint="fill contents, or raw_input_contents for every input")
-        return decode_raw(raws.pop(0), name=name, datatype=datatype, shape=shape)
-
     def encode(self, response: Response, request: Request) -> bytes:
         """The bytes of a ModelInferResponse. Raises BadInput for an output that the model does not have."""
-        if request.outputs:
-            return self._encode_chosen(response, request)
-        part = response.outputs
-        if type(part) is BatchSlice and part.batch.plain and not response.parameters:
-            return self._encode_slice(part, response)
         arrays = response.outputs
-        key = (
-            response.model,
-            response.version,
-            *((name, array.dtype, array.shape) for name, array in arrays.items()),
-        )
-        top = self._told.get(key)
-        if top is None:
-            top = _answer(response, [(name, array, {}) for name, array in arrays.items()])
-            if len(self._told) >= 512:
-                self._told.clear()
-            self._told[key] = top
+        if request.outputs:
+            top, raws = self._chosen(response, request)
+        elif type(arrays) is BatchSlice and arrays.batch.plain and not response.parameters:
+            return self._encode_slice(arrays, response)
+        else:
+            facts = [(name, array.dtype, array.shape) for name, array in arrays.items()]
+            key = (response.model, response.version, *facts)
+            known = self._told.get(key)
+            if known is None:
+                known = _answer(response, [(name, array, {}) for name, array in arrays.items()])
+                if len(self._told) >= 512:
+                    self._told.clear()
+                self._told[key] = known
+            top, raws = known, [encode_raw(array) for array in arrays.values()]
         parts = [top]
         if response.id:
-            text = response.id.encode()
-            parts += (b"\x1a", varint(len(text)), text)
+            parts += _field(b"\x1a", response.id.encode())
         if response.parameters:
             extra = message("inference.ModelInferResponse")()
             set_parameters(extra.parameters, response.parameters)
             parts.append(extra.SerializeToString())
-        for array in arrays.values():
-            raw = encode_raw(array)
-            parts += (b"\x32", varint(len(raw)), raw)
+        for raw in raws:
+            parts += _field(b"\x32", raw)
         return b"".join(parts)
 
     @staticmethod
@@ -214,7 +187,7 @@ class InferCodec:
         """The same for a part of a batch: all but the data is remembered, and the data are cut out of the batch's."""
         batch, start, end = part.batch, part.start, part.end
         key = response.model, response.version, end - start
-        tops = batch.outline.recall(key)
+        tops = batch.outline.told.get(key)
         if tops is None:
             top = _answer(response, [(name, array, {}) for name, array in part.items()])
             tops = [b"\x32" + varint(array.nbytes) for array in part.values()]
@@ -224,40 +197,41 @@ class InferCodec:
         for top, (raw, step) in zip(tops, batch.raws, strict=True):
             parts += (top, raw[start * step : end * step])
         if response.id:
-            text = response.id.encode()
-            parts += (b"\x1a", varint(len(text)), text)
+            parts += _field(b"\x1a", response.id.encode())
         return b"".join(parts)
 
-    def _encode_chosen(self, response: Response, request: Request) -> bytes:
+    def _chosen(self, response: Response, request: Request) -> tuple[bytes, list[bytes]]:
+        """The outputs that are asked for, and the contents of each, as Triton has it: empty in shared memory."""
         outputs: list[tuple[str, Array, Mapping[str, Any]]] = []
         raws: list[bytes] = []
         for wish in request.outputs:
             array = chosen_output(wish, response)
             raw = encode_raw(array)
-            if "shared_memory_region" in wish.parameters:
-                outputs.append((wish.name, array, write_region(self._regions, wish, raw)))
-                raw = b""
-            else:
-                outputs.append((wish.name, array, {}))
-            raws.append(raw)
-        rest = message("inference.ModelInferResponse")(id=response.id)
-        rest.raw_output_contents.extend(raws)  # one for each output, as Triton has it: empty for one in shared memory
-        set_parameters(rest.parameters, response.parameters)
-        return _answer(response, outputs) + bytes(rest.SerializeToString())
+            shared = "shared_memory_region" in wish.parameters
+            outputs.append((wish.name, array, write_region(self._regions, wish, raw) if shared else {}))
+            raws.append(b"" if shared else raw)
+        return _answer(response, outputs), raws
 
 
-def _layout(inputs: tuple[_Tensor, ...]) -> RawLayout | None:
-    """The layout of a request whose bytes need no look."""
-    dtypes = [tensor.dtype for tensor in inputs if tensor.dtype is not None and tensor.size]
-    if len(dtypes) < len(inputs):
-        return None
-    names, shapes = zip(*[(tensor.name, tensor.shape) for tensor in inputs], strict=True)
-    return RawLayout(names, tuple(dtypes), shapes, [tensor.size for tensor in inputs])
+def _field(tag: bytes, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """A field of protobuf that holds bytes."""
+    return tag, varint(len(data)), data
 
 
-def _tensor(item: Any, array: Array) -> _Tensor:
-    dtype = None if item.datatype in ("BYTES", "BOOL") else array.dtype
-    return _Tensor(item.name, item.datatype, tuple(item.shape), dtype, array.nbytes)
+def _tensor(item: Any, raws: list[bytes], regions: Regions | None = None) -> Array:
+    """A tensor from shared memory, from its typed fields, or from the next of the raw contents."""
+    name, datatype, shape = item.name, item.datatype, list(item.shape)
+    parameters = plain_parameters(item.parameters) if item.parameters else {}
+    if "shared_memory_region" in parameters:
+        data = read_region(regions, parameters, name=name)
+        return decode_raw(data, name=name, datatype=datatype, shape=shape)
+    if item.HasField("contents"):
+        return typed_contents(item.contents, name=name, datatype=datatype, shape=shape)
+    if not raws:
+        if element_count(shape, name=name) == 0:
+            return np.empty(shape, numpy_dtype(datatype))
+        raise BadInput(f"input {name!r} has no data", hint="fill contents, or raw_input_contents for every input")
+    return decode_raw(raws.pop(0), name=name, datatype=datatype, shape=shape)
 
 
 def _answer(response: Response, outputs: Iterable[tuple[str, Array, Mapping[str, Any]]]) -> bytes:
@@ -340,15 +314,9 @@ def decode_response(data: Buffer, *, streamed: bool = False) -> Response:
             if answer.error_message:
                 raise StageFailed(answer.error_message)
             answer = answer.infer_response
-        outputs: dict[str, Array] = {}
         raws = list(answer.raw_output_contents)
-        for item in answer.outputs:
-            about = {"name": item.name, "datatype": item.datatype, "shape": list(item.shape)}
-            if item.HasField("contents"):
-                outputs[item.name] = typed_contents(item.contents, **about)
-            else:
-                outputs[item.name] = decode_raw(raws.pop(0), **about)
+        outputs = {item.name: _tensor(item, raws) for item in answer.outputs}
         parameters = plain_parameters(answer.parameters)
-    except (DecodeError, BadInput, IndexError) as fault:
+    except (DecodeError, BadInput) as fault:
         raise StageFailed(f"the server's answer cannot be read: {fault}") from None
     return Response(answer.model_name, answer.model_version, outputs, answer.id, parameters)

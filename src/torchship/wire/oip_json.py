@@ -5,6 +5,7 @@ The server's side first, then the caller's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
-from torchship.tensors import Array, Free, Signature, TensorSpec, bytes_array, dtype_name
+from torchship.tensors import Array, Free, Signature, TensorSpec, bytes_array, dtype_name, numpy_dtype
 from torchship.wire.json_arrays import decode_json_data, encode_output, quote_constants
 from torchship.wire.messages import BatchSlice, Request, Response, WantedOutput
 from torchship.wire.raw import LONG, Buffer, decode_raw, encode_raw
@@ -25,11 +26,9 @@ class Regions(Protocol):
 
     def read(self, region: str, *, offset: int, size: int) -> memoryview:
         """The bytes of an input. Raises BadInput for a region or a range that is not registered."""
-        ...
 
     def write(self, region: str, data: bytes, *, offset: int, size: int) -> None:
         """Put the bytes of an output there. Raises BadInput when they do not fit."""
-        ...
 
 
 class Body(NamedTuple):
@@ -105,7 +104,10 @@ def decode_request(
             raise BadInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
         view = memoryview(body)
         text, rest = view[:header_length], view[header_length:]
-    question = _question(text)
+    try:
+        question: _RequestHead = _read(_QUESTION, text)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
+        raise BadInput(f"request body: {fault}", hint="see the Open Inference Protocol, or GET /docs") from None
     inputs: dict[str, Array] = {}
     for item in question.inputs:
         if item.name in inputs:
@@ -120,19 +122,22 @@ def decode_request(
     if question.parameters:
         apply_parameters(request, question.parameters)
     if question.outputs:
-        request.outputs = tuple(_wanted(item, request.binary) for item in question.outputs)
+        request.outputs = tuple(
+            wanted_output(item.name, item.parameters or {}, binary=request.binary) for item in question.outputs
+        )
     return request
 
 
-def _question(text: Buffer) -> _RequestHead:
+def _read(decoder: msgspec.json.Decoder[Any], text: Buffer) -> Any:
+    """A body, though its numbers may be bare constants as Python and RapidJSON write them. Raises what msgspec does."""
     try:
-        return _QUESTION.decode(text)
-    except (msgspec.MsgspecError, RecursionError, ValueError) as fault:
-        quoted = quote_constants(text) if isinstance(fault, msgspec.DecodeError) else None
+        return decoder.decode(text)
+    except msgspec.DecodeError:
+        quoted = quote_constants(text)
         if quoted is not None:
             with suppress(msgspec.MsgspecError, RecursionError, ValueError):
-                return _QUESTION.decode(quoted)
-        raise BadInput(f"request body: {fault}", hint="see the Open Inference Protocol, or GET /docs") from None
+                return decoder.decode(quoted)
+        raise
 
 
 def reread(body: bytes) -> bytes | None:
@@ -221,10 +226,6 @@ def wanted_output(name: str, parameters: Mapping[str, Value], *, binary: bool) -
     return WantedOutput(name, binary_data, classification, given)
 
 
-def _wanted(item: _Wanted, binary: bool) -> WantedOutput:
-    return wanted_output(item.name, item.parameters or {}, binary=binary)
-
-
 def decode_plain(body: Buffer, *, model: str, version: str, inputs: Sequence[TensorSpec]) -> Request:
     """A request whose body is nothing but the bytes of the model's only input, one row (a picture, a raw tensor).
 
@@ -233,21 +234,17 @@ def decode_plain(body: Buffer, *, model: str, version: str, inputs: Sequence[Ten
     if len(inputs) != 1:
         raise BadInput(f"a body without JSON needs a model with one input, {model!r} has {len(inputs)}")
     (spec,) = inputs
-    shape = [axis if isinstance(axis, int) else max(axis.min, 1) for axis in spec.shape]
+    shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
     if spec.dtype == "BYTES":
         if any(length != 1 for length in shape):
             raise BadInput(f"a body without JSON is one element, input {spec.name!r} is {spec}")
         return Request(model, {spec.name: bytes_array([bytes(body)]).reshape(shape)}, version)
     free = [place for place, axis in enumerate(spec.shape) if isinstance(axis, Free) and place > 0]
     if len(free) == 1:  # its length follows from the number of bytes
-        shape[free[0]] = 1
-        one = decode_raw(bytes(0), name=spec.name, datatype=spec.dtype, shape=[0]).itemsize
-        for length in shape:
-            one *= length
+        one = math.prod(shape) * numpy_dtype(spec.dtype).itemsize
         shape[free[0]] = len(body) // one if one else 0
-    return Request(
-        model, {spec.name: decode_raw(body, name=spec.name, datatype=spec.dtype, shape=shape)}, version, binary=True
-    )
+    array = decode_raw(body, name=spec.name, datatype=spec.dtype, shape=shape)
+    return Request(model, {spec.name: array}, version, binary=True)
 
 
 def encode_response(response: Response, request: Request, *, regions: Regions | None = None) -> Body:
@@ -301,7 +298,7 @@ def _encode_slice(part: BatchSlice, response: Response, *, binary: bool) -> Body
     if end - start == 1 and not (binary or response.id) and len(batch.arrays) == 1:
         return Body(_bodies(part, response)[start], None)
     key = response.model, response.version, end - start, binary
-    befores, last = batch.outline.recall(key) or _keep(key, part, response)
+    befores, last = batch.outline.told.get(key) or _keep(key, part, response)
     if response.id:
         last = b'%b,"id":%b}' % (last[:-1], _ANSWER.encode(response.id))
     if binary:
@@ -319,7 +316,7 @@ def _bodies(part: BatchSlice, response: Response) -> list[bytes]:
     made = batch.bodies
     if made is None or made[0] != response.model or made[1] != response.version:
         key = response.model, response.version, 1, False
-        (before,), last = batch.outline.recall(key) or _keep(key, part, response)
+        (before,), last = batch.outline.told.get(key) or _keep(key, part, response)
         cut = b"\0"  # which JSON does not hold
         text = cut.join(batch.texts[0]).replace(cut, last + cut + before)
         made = batch.bodies = response.model, response.version, (before + text + last).split(cut)
@@ -438,23 +435,13 @@ def decode_response(body: Buffer, *, header_length: int | None) -> Response:
     view = memoryview(body)
     text, rest = (view, view[:0]) if header_length is None else (view[:header_length], view[header_length:])
     try:
-        answer = _told(text)
+        answer: _Told = _read(_TOLD, text)
         outputs: dict[str, Array] = {}
         for item in answer.outputs:
             outputs[item.name], rest = _input(item, rest, None)
     except (msgspec.MsgspecError, BadInput, ValueError, TypeError) as fault:
         raise StageFailed(f"the server's answer cannot be read: {fault}") from None
     return Response(answer.model_name, answer.model_version, outputs, answer.id, answer.parameters or {})
-
-
-def _told(text: memoryview) -> _Told:
-    try:
-        return _TOLD.decode(text)
-    except msgspec.DecodeError:
-        quoted = quote_constants(text)  # Triton writes bare constants
-        if quoted is None:
-            raise
-        return _TOLD.decode(quoted)
 
 
 def signature_of(metadata: Mapping[str, Any]) -> Signature:

@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from torchship.tensors import Array
-from torchship.wire.messages import RawInputs, RawLayout, Request
+from torchship.wire.messages import RawInputs, RawLayout, Request, layout_of
 from torchship.wire.oip_json import reread
 
 _MARK = b'"data":'
@@ -72,12 +71,9 @@ class TemplateCache:
         """Remember a body that was read in the general way, where only its data can differ the next time."""
         if request.id or len(body) > 64 * _LONGEST or any(wish.classification for wish in request.outputs):
             return
-        arrays: dict[str, Array] = dict(request.inputs)
-        if any(array.dtype.char not in _CODES or not array.size for array in arrays.values()):
+        if any(array.dtype.char not in _CODES or not array.size for array in request.inputs.values()):
             return
-        given = list(arrays.values())
-        dtypes, shapes = tuple([array.dtype for array in given]), tuple([array.shape for array in given])
-        layout = RawLayout(tuple(arrays), dtypes, shapes, [array.nbytes for array in given])
+        layout = layout_of(request.inputs)
         kept = msgspec.structs.replace(request, inputs={})
         found = self._binary(body, kept, layout) if self._length is not None else _text(body, kept, layout)
         if found is not None and len(found[0]) + len(found[1].tail) <= _LONGEST:

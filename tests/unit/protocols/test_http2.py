@@ -17,7 +17,7 @@ from tests.unit.protocols.peer import LIVE, Peer
 from tests.unit.protocols.running import STREAMS, Running, WatchedService, run, running
 from torchship.serve.api import grpc, rest
 from torchship.serve.api.front import Front
-from torchship.serve.http.http2.fields import changes_table
+from torchship.serve.http.http2.framing import changes_table
 from torchship.serve.http.site import ConnectionLimits
 from torchship.wire import frames as h2
 from torchship.wire.schema import message

@@ -16,8 +16,8 @@ from torchship.errors import BadInput, Denied, NotFound, Unauthenticated
 from torchship.serve.access import gate, new_token
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import ModelConfig, Token
+from torchship.serve.describe import check_parameters, overridden
 from torchship.serve.metrics import LineMeter
-from torchship.serve.overrides import check_parameters, overridden
 from torchship.serve.service import Service
 from torchship.wire.messages import Request, WantedOutput
 from torchship.wire.oip_json import encode_response

@@ -18,6 +18,7 @@ async def asked(port: int) -> bytes:
     writer.write(b"GET /v2/health/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     line = await reader.readline()
     writer.close()
+    await writer.wait_closed()
     return line
 
 

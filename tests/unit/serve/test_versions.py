@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchship.artifact.manifest import BatchPoint
-from torchship.serve.versions import best_batch
+from torchship.serve.catalog import best_batch
 
 
 def curve(*points: tuple[int, float]) -> list[BatchPoint]:

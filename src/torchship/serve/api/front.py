@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchship.errors import BadConfig
+from torchship.errors import BadConfig, BadInput, Denied, Unsupported
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.serve.engine.queue import Job
@@ -18,7 +19,7 @@ from torchship.wire.messages import Request, Response
 
 @dataclass(slots=True)
 class Front:
-    """One for a server; every listener gets the same.
+    """One for a server; every listener gets the same. Its methods take and give plain data for REST and gRPC alike.
 
     `forward` is a regular expression: headers whose whole name matches, in capitals or not, travel with a request.
     `drain` ends the server's service. `scheme` and `guarded` (a token is asked for) are told in the examples of /docs.
@@ -32,9 +33,11 @@ class Front:
     scheme: str = "http"
     guarded: bool = False
     drain: Callable[[], Awaitable[None]] | None = None
+    memory: SharedMemory = field(init=False)  # what clients see: nothing is ever registered where `regions` is None
 
     def __post_init__(self) -> None:
         """Raises BadConfig for what is no regular expression."""
+        self.memory = self.regions or SharedMemory()
         try:
             re.compile(self.forward)
         except re.error as fault:
@@ -72,3 +75,32 @@ class Front:
             **{name.replace("-", "_"): value for name, value in headers.items()},
             **request.parameters,
         }
+
+    # What follows looks after the server: a token with the scope manage may do it.
+
+    def register(self, name: str, *, key: str, offset: int, size: int) -> None:
+        """Register system shared memory. Raises Unsupported where it is off, BadInput for what cannot be had."""
+        if self.regions is None:
+            raise Unsupported("shared memory is off", hint="set shared_memory = true in [control]")
+        self.regions.register(name, key=key, offset=offset, size=size)
+
+    def index(self, *, ready: object = False) -> list[dict[str, Any]]:
+        """Every known model version. Raises BadInput where `ready` is no boolean."""
+        if type(ready) is not bool:
+            raise BadInput(f"ready is {ready!r:.60}, expected true or false")
+        return self.service.repository_index(ready=ready)
+
+    def trace(self, changes: Mapping[str, Any], model: str = "") -> dict[str, Any]:
+        """Change trace settings, of one model or of all; as they are then. Raises NotFound for an unknown model."""
+        if model:
+            self.service.model_metadata(model)
+        return self.tracing.change(changes, model)
+
+    async def finish(self) -> None:
+        """Answer what was begun and take nothing more; done when that is so, even if the caller has left.
+
+        Raises Denied where no token is asked for: then every page in a browser of this machine could do it.
+        """
+        if self.drain is None or not self.guarded:
+            raise Denied("only a token with the scope manage may do this", hint="add a [[token]] to the configuration")
+        await asyncio.shield(asyncio.ensure_future(self.drain()))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from functools import lru_cache
 from typing import NamedTuple
 
 from torchship.errors import BadInput
 from torchship.serve.api.front import Front
 from torchship.serve.http.content import query_parameters
-from torchship.serve.http.exchange import JSON, Exchange, Head, Headers
-from torchship.serve.service import Service
+from torchship.serve.http.exchange import Exchange, Head, Headers, spawn
 from torchship.stage import Value
-from torchship.tensors import Axis, Free, TensorSpec
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response, is_long
 from torchship.wire.raw import LONG, Buffer
@@ -46,7 +43,6 @@ class Inference:
     """The infer endpoint of all models of a service."""
 
     def __init__(self, front: Front) -> None:
-        self._service = front.service
         self._regions = front.regions
         self._front = front
         # by what a head says, but for the size of its body
@@ -55,52 +51,44 @@ class Inference:
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when it is there. Long JSON is read in a thread, in pieces."""
         if len(exchange.body) > LONG and not self._about(exchange.head).plain:
-            exchange.job = asyncio.ensure_future(self._read_apart(exchange))
+            spawn(exchange, self._read_apart, exchange)
             return
         request = self.decode(exchange)
         exchange.job = self._front.start(request, self._answer, exchange)
 
     async def _read_apart(self, exchange: Exchange) -> None:
-        try:
-            request = await asyncio.to_thread(self.decode, exchange)
-            if not exchange.gone:
-                exchange.job = self._front.start(request, self._answer, exchange)
-        except Exception as fault:
-            exchange.fail(fault)
-
-    def _about(self, head: Head) -> _About:
-        about: _About | None = head.memo
-        if about is None:
-            about = head.memo = self._read(head)
-        return about
+        request = await asyncio.to_thread(self.decode, exchange)
+        if not exchange.gone:
+            exchange.job = self._front.start(request, self._answer, exchange)
 
     def decode(self, exchange: Exchange) -> Request:
         """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
         about = self._about(exchange.head)
         if about.plain and not (about.vague and _speaks_json(exchange.body)):
-            inputs = input_specs(self._service, about.model, about.version)
+            inputs = self._front.service.inputs(about.model, about.version)
             request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
             request.parameters = dict(about.parameters)
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
             body = exchange.body
             known = about.templates.read(body) if type(body) is bytes and len(body) <= LONG else None
-            request = known if known is not None else self._general(body, about)
+            if known is not None:
+                request = known
+            else:
+                request = decode_request(
+                    body, model=about.model, version=about.version, header_length=about.length, regions=self._regions
+                )
+                if type(body) is bytes:
+                    about.templates.learn(body, request)
         if about.headers:
             self._front.attach(request, about.headers)
         return request
 
-    def _general(self, body: Buffer, about: _About) -> Request:
-        """Any body; what can be recognized the next time is remembered."""
-        request = decode_request(
-            body, model=about.model, version=about.version, header_length=about.length, regions=self._regions
-        )
-        if type(body) is bytes:
-            about.templates.learn(body, request)
-        return request
-
-    def _read(self, head: Head) -> _About:
-        """What the head of a request says about its body."""
+    def _about(self, head: Head) -> _About:
+        """What the head of a request says about its body: read once, and remembered."""
+        if head.memo is not None:
+            about: _About = head.memo
+            return about
         headers = head.headers
         length = headers.get(_LENGTH)
         if length is not None and not _DIGITS.fullmatch(length):
@@ -114,7 +102,8 @@ class Inference:
             self._templates.clear()
         templates = self._templates.setdefault(key, TemplateCache(number))
         given = query_parameters(head) if plain and head.query else {}
-        return _About(model, version, number, plain, self._front.forwarded(head), templates, vague, given)
+        about = head.memo = _About(model, version, number, plain, self._front.forwarded(head), templates, vague, given)
+        return about
 
     def _answer(self, exchange: Exchange, request: Request, end: Response | Exception) -> None:
         """The callback of one inference."""
@@ -126,24 +115,15 @@ class Inference:
             if not end.id:
                 end.id = request.id
             if is_long(end, request):
-                exchange.job = asyncio.ensure_future(self._write_apart(exchange, request, end))
-                return
-            body = encode_response(end, request, regions=self._regions)
-            if end.trace:
-                send_body(exchange, body, trace=end.trace)
-            elif body.header_length is None:
-                exchange.answer(body.data)
+                spawn(exchange, self._write_apart, exchange, request, end)
             else:
-                exchange.answer(body.data, content_type=_OCTETS, headers=_told(body.header_length))
+                _send(exchange, encode_response(end, request, regions=self._regions), end.trace)
         except Exception as fault:
             exchange.fail(fault)
 
     async def _write_apart(self, exchange: Exchange, request: Request, end: Response) -> None:
-        try:
-            body = await asyncio.to_thread(encode_response, end, request, regions=self._regions)
-            send_body(exchange, body, trace=end.trace)
-        except Exception as fault:
-            exchange.fail(fault)
+        body = await asyncio.to_thread(encode_response, end, request, regions=self._regions)
+        _send(exchange, body, end.trace)
 
 
 def _speaks_json(body: Buffer) -> bool:
@@ -152,26 +132,11 @@ def _speaks_json(body: Buffer) -> bool:
     return start.lstrip()[:1] == b"{" and b'"inputs"' in start
 
 
-def send_body(exchange: Exchange, body: Body, *, trace: str = "") -> None:
+def _send(exchange: Exchange, body: Body, trace: str) -> None:
     """Send an encoded answer with the headers of its kind."""
     headers: Headers = (("traceparent", trace),) if trace else ()
     if body.header_length is None:
-        exchange.answer(body.data, content_type=JSON, headers=headers)
+        exchange.answer(body.data, headers=headers)
     else:
-        exchange.answer(body.data, content_type=_OCTETS, headers=(*_told(body.header_length), *headers))
-
-
-@lru_cache(maxsize=256)
-def _told(length: int) -> Headers:
-    """The header of an answer with binary data."""
-    return (("inference-header-content-length", str(length)),)
-
-
-def input_specs(service: Service, model: str, version: str) -> list[TensorSpec]:
-    """The inputs of a model as its metadata tells them."""
-    inputs = service.model_metadata(model, version)["inputs"]
-    return [TensorSpec(item["name"], item["datatype"], tuple(map(_axis, item["shape"]))) for item in inputs]
-
-
-def _axis(length: int) -> Axis:
-    return length if length >= 0 else Free()
+        headers = ((_LENGTH, str(body.header_length)), *headers)
+        exchange.answer(body.data, content_type=_OCTETS, headers=headers)

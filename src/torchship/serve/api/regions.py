@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchship.errors import BadInput, NotFound
+from torchship.errors import BadInput, NotFound, Unsupported
 from torchship.wire.messages import Request
 
 _KEY = re.compile(r"/?([A-Za-z0-9_.\-]{1,200})")
@@ -38,10 +38,10 @@ class SharedRegion:
 class SharedMemory:
     """The regions of all clients of a server, by name."""
 
-    def __init__(self, *, folder: Path = Path("/dev/shm"), prefix: str = "") -> None:  # noqa: S108
-        """Only files of `folder` whose name begins with `prefix` can be registered."""
+    def __init__(self, *, folder: Path = Path("/dev/shm"), kind: str = "system") -> None:  # noqa: S108
+        """Only files of `folder` can be registered; `kind` is what callers are told."""
         self._folder = folder
-        self._prefix = prefix
+        self._kind = kind
         self._regions: dict[str, SharedRegion] = {}
         self._leaving: dict[str, SharedRegion] = {}
 
@@ -57,10 +57,8 @@ class SharedMemory:
             raise BadInput(f"shared memory region '{name}' already in manager", hint="unregister it first")
         if len(self._regions) >= _MOST:
             raise BadInput(f"there are {_MOST} shared memory regions already", hint="unregister some")
-        if not found[1].startswith(self._prefix):
-            raise BadInput("this server does not share that key", hint=f"keys begin with {self._prefix}")
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(self._folder / found[1], flags)
         except OSError:
             raise BadInput(f"unable to open shared memory region: '{name}'", hint="does the key exist?") from None
@@ -101,7 +99,7 @@ class SharedMemory:
     def status(self, name: str = "") -> list[dict[str, Any]]:
         """`name`, `key`, `offset` and `byte_size` of one region or of all. Raises NotFound."""
         if name and name not in self._regions:
-            raise NotFound(f"Unable to find system shared memory region: '{name}'")
+            raise NotFound(f"Unable to find {self._kind} shared memory region: '{name}'")
         return [
             {"name": one.name, "key": one.key, "offset": one.offset, "byte_size": one.size}
             for one in self._regions.values()
@@ -132,3 +130,12 @@ class SharedMemory:
         if os.fstat(found.descriptor).st_size < found.offset + offset + len(data):
             raise BadInput(f"shared memory region '{region}' has become shorter")
         os.pwrite(found.descriptor, data, found.offset + offset)
+
+
+NO_CUDA = SharedMemory(kind="cuda")  # in which nothing is ever registered
+
+
+def refuse_cuda(name: str) -> None:
+    """Raises Unsupported for a region of a GPU's memory."""
+    text = f"failed to register CUDA shared memory region '{name}': this server does not take CUDA memory"
+    raise Unsupported(text, hint="use system shared memory or binary tensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import ssl
 from collections.abc import Callable, Sequence
@@ -10,21 +9,18 @@ from typing import Any
 
 import msgspec
 
-from torchship.serve.api.admin import Admin
 from torchship.serve.api.docs import docs_routes
 from torchship.serve.api.front import Front
 from torchship.serve.api.generate import generate_routes
 from torchship.serve.api.grpc import all_rpcs
 from torchship.serve.api.infer import Inference
-from torchship.serve.api.openapi import openapi_route
+from torchship.serve.api.regions import NO_CUDA, refuse_cuda
 from torchship.serve.http.content import json_object, read_json
-from torchship.serve.http.exchange import Admit, Endpoint, Exchange
+from torchship.serve.http.exchange import Admit, Endpoint, Exchange, spawn
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Route, Router
 from torchship.serve.http.site import ConnectionLimits, Cors, Site
-
-_MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
 
 async def listen(
@@ -51,25 +47,24 @@ async def listen(
 def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:
     """Everything that the port answers, and its description."""
     known = [*_protocol_routes(front), *_admin_routes(front), *generate_routes(front), *extra]
-    return [*known, openapi_route(front, known), *docs_routes(front, known)]
+    return [*known, *docs_routes(front, known)]
 
 
 def _answering(work: Callable[[Exchange], Any]) -> Endpoint:
     """An endpoint that answers with what `work` gives, at once or by a coroutine, as JSON; nothing is `{}`."""
 
+    async def later(exchange: Exchange, found: Any) -> None:
+        answer(exchange, await found)
+
+    def answer(exchange: Exchange, found: Any) -> None:
+        exchange.answer_json({} if found is None else found)
+
     def endpoint(exchange: Exchange) -> None:
         found = work(exchange)
         if inspect.isawaitable(found):
-            exchange.job = asyncio.ensure_future(later(exchange, found))
+            spawn(exchange, later, exchange, found)
         else:
-            exchange.answer_json({} if found is None else found)
-
-    async def later(exchange: Exchange, found: Any) -> None:
-        try:
-            answer = await found
-            exchange.answer_json({} if answer is None else answer)
-        except Exception as fault:
-            exchange.fail(fault)
+            answer(exchange, found)
 
     return endpoint
 
@@ -80,9 +75,6 @@ def _protocol_routes(front: Front) -> list[Route]:
 
     def metrics(exchange: Exchange) -> None:
         exchange.answer(service.metrics().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def live(exchange: Exchange) -> None:
-        exchange.answer_json({"live": service.live}, status=200 if service.live else 503)
 
     def ready(exchange: Exchange) -> None:
         good = service.ready
@@ -101,13 +93,13 @@ def _protocol_routes(front: Front) -> list[Route]:
 
     routes = [
         get("/v2", lambda _: service.server_metadata(), about="Name, version and extensions."),
-        Route("GET", "/v2/health/live", live, about="Whether the server lives."),
+        get("/v2/health/live", lambda _: {"live": True}, about="Whether the server lives."),
         Route("GET", "/v2/health/ready", ready, about="Whether every model answers."),
         Route("GET", "/metrics", metrics, "metrics", "Prometheus metrics."),
         get("/v2/models/stats", lambda _: service.statistics(), "metrics", "Statistics of all models."),
         get("/v2/models", models, about="Names of all models."),
     ]
-    for base in _MODEL:
+    for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
             Route("POST", f"{base}/infer", inference, "infer", "One inference: JSON, binary tensors, or a picture."),
             get(base, lambda exchange: service.model_metadata(*_which(exchange))),
@@ -133,7 +125,7 @@ class _SharedFile(msgspec.Struct):
 
 def _admin_routes(front: Front) -> list[Route]:
     """Triton's extensions to look after a server, which a token with the scope manage may use."""
-    admin = Admin(front)
+    service, memory = front.service, front.memory
 
     def place(exchange: Exchange, name: str = "region") -> str:
         return exchange.head.places.get(name, "")
@@ -143,36 +135,35 @@ def _admin_routes(front: Front) -> list[Route]:
 
     def register(exchange: Exchange) -> None:
         file = read_json(exchange, _SharedFile)
-        admin.register(place(exchange), key=file.key, offset=file.offset, size=file.byte_size)
+        front.register(place(exchange), key=file.key, offset=file.offset, size=file.byte_size)
 
     def model(exchange: Exchange) -> tuple[str, Any]:
         return place(exchange, "model"), json_object(exchange).get("parameters", {})
 
-    repository, shared, cuda = "/v2/repository", "/v2/systemsharedmemory", "/v2/cudasharedmemory"
+    repository = "/v2/repository"
     table: list[tuple[str, str, Callable[[Exchange], Any]]] = [
-        ("POST", f"{repository}/index", lambda exchange: admin.index(ready=json_object(exchange).get("ready", False))),
-        ("POST", f"{repository}/models/{{model}}/load", lambda exchange: admin.load(*model(exchange))),
-        ("POST", f"{repository}/models/{{model}}/unload", lambda exchange: admin.unload(*model(exchange))),
-        ("POST", "/v2/drain", lambda _: admin.drain()),
-        ("GET", f"{shared}/status", lambda _: admin.regions()),
-        ("GET", f"{shared}/region/{{region}}/status", lambda exchange: admin.regions(place(exchange))),
-        ("POST", f"{shared}/region/{{region}}/register", register),
-        ("POST", f"{shared}/region/{{region}}/unregister", lambda exchange: admin.unregister(place(exchange))),
-        ("POST", f"{shared}/unregister", lambda _: admin.unregister()),
-        ("GET", f"{cuda}/status", lambda _: admin.cuda_regions()),
-        ("GET", f"{cuda}/region/{{region}}/status", lambda exchange: admin.cuda_regions(place(exchange))),
-        ("POST", f"{cuda}/region/{{region}}/register", lambda exchange: admin.register_cuda(place(exchange))),
-        ("POST", f"{cuda}/region/{{region}}/unregister", lambda _: None),
-        ("POST", f"{cuda}/unregister", lambda _: None),
+        ("POST", f"{repository}/index", lambda exchange: front.index(ready=json_object(exchange).get("ready", False))),
+        ("POST", f"{repository}/models/{{model}}/load", lambda exchange: service.repository_load(*model(exchange))),
+        ("POST", f"{repository}/models/{{model}}/unload", lambda exchange: service.repository_unload(*model(exchange))),
+        ("POST", "/v2/drain", lambda _: front.finish()),
+        ("POST", "/v2/systemsharedmemory/region/{region}/register", register),
+        ("POST", "/v2/cudasharedmemory/region/{region}/register", lambda exchange: refuse_cuda(place(exchange))),
     ]
+    for end in ("", "/region/{region}"):
+        table += [
+            ("GET", f"/v2/systemsharedmemory{end}/status", lambda exchange: memory.status(place(exchange))),
+            ("POST", f"/v2/systemsharedmemory{end}/unregister", lambda exchange: memory.unregister(place(exchange))),
+            ("GET", f"/v2/cudasharedmemory{end}/status", lambda exchange: NO_CUDA.status(place(exchange))),
+            ("POST", f"/v2/cudasharedmemory{end}/unregister", lambda _: None),
+        ]
     for method in ("GET", "POST"):
         table += [
-            (method, "/v2/logging", lambda exchange: admin.logging(changes(exchange))),
-            (method, "/v2/trace/setting", lambda exchange: admin.trace(changes(exchange))),
+            (method, "/v2/logging", lambda exchange: front.logs.change(changes(exchange))),
+            (method, "/v2/trace/setting", lambda exchange: front.trace(changes(exchange))),
             (
                 method,
                 "/v2/models/{model}/trace/setting",
-                lambda exchange: admin.trace(changes(exchange), place(exchange, "model")),
+                lambda exchange: front.trace(changes(exchange), place(exchange, "model")),
             ),
         ]
     return [Route(method, path, _answering(work), "manage") for method, path, work in table]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from time import time_ns
 from typing import Any
+
+import msgspec
 
 from torchship.errors import BadInput, Unsupported
 from torchship.serve.service import Answer
@@ -23,6 +24,13 @@ _TRACE = {
     "trace_count": ["-1"],
     "log_frequency": ["0"],
 }
+_LEVELS = (  # the first one that is on; at last none is
+    ("log_verbose_level", logging.DEBUG),
+    ("log_info", logging.INFO),
+    ("log_warning", logging.WARNING),
+    ("log_error", logging.ERROR),
+    ("", logging.CRITICAL),
+)
 Settings = dict[str, list[str]]
 _KNOWN = 1024
 
@@ -33,34 +41,27 @@ class Tracing:
     def __init__(self, *, folder: Path | None = None) -> None:
         """Without a folder nothing can be traced: then the level can only be OFF."""
         self._folder = folder
-        self._all: Settings = {name: list(value) for name, value in _TRACE.items()}
-        self._models: dict[str, Settings] = {}
+        self._set: dict[str, Settings] = {}  # what was changed, by model; "" holds for all of them
         self._seen: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self.active = False
 
-    def settings(self, model: str = "") -> dict[str, Any]:
-        """The settings of a model, or of all: level is a list, the others are strings."""
-        found = {**self._all, **self._models.get(model, {})}
-        return {name: value if name == "trace_level" else value[0] for name, value in found.items()}
-
     def change(self, changes: Mapping[str, Any], model: str = "") -> dict[str, Any]:
-        """Set some; a null clears one of a model, or resets it for all. Raises BadInput, Unsupported."""
+        """Set some, of a model or of all; a null resets one. All of them as they are then: the level is a list, the
+        others are strings. Raises BadInput, Unsupported."""
         accepted = {name: self._checked(name, value) for name, value in changes.items()}
+        mine = self._set.setdefault(model, {})
         for name, value in accepted.items():
-            if model:
-                mine = self._models.setdefault(model, {})
-                if value is None:
-                    mine.pop(name, None)
-                else:
-                    mine[name] = value
-            else:
-                self._all[name] = list(_TRACE[name]) if value is None else value
-        levels = [self._all["trace_level"], *(mine.get("trace_level", ["OFF"]) for mine in self._models.values())]
-        self.active = any(level != ["OFF"] for level in levels)
+            mine.pop(name, None)
+            if value is not None:
+                mine[name] = value
+        self.active = any(one.get("trace_level", ["OFF"]) != ["OFF"] for one in self._set.values())
         if "trace_count" in accepted:
             self._written.clear()
-        return self.settings(model)
+        return {name: value if name == "trace_level" else value[0] for name, value in self._of(model).items()}
+
+    def _of(self, model: str) -> Settings:
+        return {**_TRACE, **self._set.get("", {}), **self._set.get(model, {})}
 
     def _checked(self, name: str, value: Any) -> list[str] | None:
         if name not in _TRACE:
@@ -83,44 +84,29 @@ class Tracing:
         return items
 
     def around(self, answer: Answer, request: Request) -> Answer:
-        """The way an answer goes, by the trace if this request gets one."""
-        start = self.sample(request)
-        if not start:
+        """The way an answer goes: by the trace, with two timestamps, if this request gets one."""
+        found = self._of(request.model)
+        if found["trace_level"] == ["OFF"] or self._folder is None:
             return answer
-
-        def traced(whom: Any, request: Request, end: Response | Exception) -> None:
-            self.record(request, start=start)
-            answer(whom, request, end)
-
-        return traced
-
-    def sample(self, request: Request) -> int:
-        """The start in nanoseconds when this request is to be traced, else 0."""
-        found = {**self._all, **self._models.get(request.model, {})}
-        if found["trace_level"] == ["OFF"]:
-            return 0
         if len(self._seen) > _KNOWN:  # by names that nobody has checked yet
             self._seen.clear()
         seen = self._seen[request.model] = self._seen.get(request.model, 0) + 1
         count = int(found["trace_count"][0])
         if seen % max(1, int(found["trace_rate"][0])) or 0 <= count <= self._written.get(request.model, 0):
-            return 0
-        return time_ns()
+            return answer
+        start, file = time_ns(), self._folder / (found["trace_file"][0] or "trace.jsonl")
 
-    def record(self, request: Request, *, start: int, error: str = "") -> None:
-        """Write one trace: two timestamps, and names and shapes of the tensors at level TENSORS."""
-        if self._folder is None:
-            return
-        found = {**self._all, **self._models.get(request.model, {})}
-        stamps = [{"name": "REQUEST_START", "ns": start}, {"name": "REQUEST_END", "ns": time_ns()}]
-        line: dict[str, Any] = {"model_name": request.model, "request_id": request.id, "timestamps": stamps}
-        if "TENSORS" in found["trace_level"]:
-            line["inputs"] = {name: list(array.shape) for name, array in request.inputs.items()}
-        if error:
-            line["error"] = error
-        self._written[request.model] = self._written.get(request.model, 0) + 1
-        with (self._folder / (found["trace_file"][0] or "trace.jsonl")).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        def traced(whom: Any, request: Request, end: Response | Exception) -> None:
+            stamps = [{"name": "REQUEST_START", "ns": start}, {"name": "REQUEST_END", "ns": time_ns()}]
+            line: dict[str, Any] = {"model_name": request.model, "request_id": request.id, "timestamps": stamps}
+            if "TENSORS" in found["trace_level"]:
+                line["inputs"] = {name: list(array.shape) for name, array in request.inputs.items()}
+            self._written[request.model] = self._written.get(request.model, 0) + 1
+            with file.open("ab") as out:
+                out.write(msgspec.json.encode(line) + b"\n")
+            answer(whom, request, end)
+
+        return traced
 
 
 class LogSettings:
@@ -137,10 +123,6 @@ class LogSettings:
             "log_format": "default",
         }
 
-    def settings(self) -> dict[str, Any]:
-        """All settings."""
-        return dict(self._values)
-
     def change(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Set some. Raises BadInput for an unknown one or a wrong value, Unsupported for what cannot be changed."""
         for name, value in changes.items():
@@ -152,13 +134,5 @@ class LogSettings:
                 raise Unsupported(f"{name} cannot be changed from outside", hint="set it in the configuration")
         self._values.update(changes)
         if changes:
-            self._logger.setLevel(self._level())
-        return self.settings()
-
-    def _level(self) -> int:
-        if self._values["log_verbose_level"]:
-            return logging.DEBUG
-        for name, level in (("log_info", logging.INFO), ("log_warning", logging.WARNING), ("log_error", logging.ERROR)):
-            if self._values[name]:
-                return level
-        return logging.CRITICAL
+            self._logger.setLevel(next(level for name, level in _LEVELS if self._values.get(name, True)))
+        return dict(self._values)

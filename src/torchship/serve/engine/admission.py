@@ -12,7 +12,7 @@ from torchship.errors import BadInput, Busy
 from torchship.serve.engine.ipc.arena import size_of
 from torchship.serve.engine.queue import Job
 from torchship.stage import Parameter, Value
-from torchship.tensors import Array, Free, NanPolicy, Signature, Tensors, numpy_dtype
+from torchship.tensors import Free, NanPolicy, Signature, Tensors, numpy_dtype
 from torchship.wire.messages import RawInputs
 
 _ENDS = {"sequence_start", "sequence_end"}
@@ -65,8 +65,8 @@ class RequestValidator:
                     layout.usable = layout.names == self.order
                 return
         for name, array in tensors.items():
-            if array.dtype.hasobject:
-                _check_bytes(name, array)
+            if array.dtype.hasobject and (odd := [item for item in array.flat if not isinstance(item, bytes)]):
+                raise BadInput(f"tensor {name!r} holds {type(odd[0]).__name__}, expected bytes")
         job.rows = self.signature.check(tensors, nan=self._nan)
         job.size = sum([size_of(array) for array in tensors.values()])
         if self._optional:
@@ -105,12 +105,6 @@ class RequestValidator:
             if type(value) is int and not -(2**63) <= value < 2**63:
                 raise BadInput(f"parameter {name!r} is {value:.3g}", hint="a whole number has at most 64 bits")
         return found
-
-
-def _check_bytes(name: str, array: Array) -> None:
-    for item in array.flat:
-        if not isinstance(item, bytes):
-            raise BadInput(f"tensor {name!r} holds {type(item).__name__}, expected bytes")
 
 
 class AdmissionLimit:

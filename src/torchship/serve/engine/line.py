@@ -9,28 +9,72 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from torchship import hardware
 from torchship.artifact import Store
-from torchship.errors import BadInput, Busy, Cancelled, Expired, StageFailed, TorchshipError, Unavailable, Unsupported
+from torchship.errors import BadInput, Busy, Cancelled, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.pipeline import rows as pipeline_rows
 from torchship.pipeline.composed import take
-from torchship.pipeline.planning import Plan
+from torchship.pipeline.planning import Node, Plan
 from torchship.serve.engine.admission import AdmissionLimit, RequestValidator
-from torchship.serve.engine.nodes import StageNode, build, shorten
+from torchship.serve.engine.padding import Padding
 from torchship.serve.engine.queue import Job, StageCall
 from torchship.serve.engine.replica import LocalReplica, StartReplica
 from torchship.serve.engine.sequences import Sequences
-from torchship.serve.engine.spec import LineLimits
+from torchship.serve.engine.spec import LineLimits, StageModel, WorkerSpec, placements
+from torchship.serve.engine.station import Station, all_of
 from torchship.serve.metrics import LineMeter
-from torchship.stage import Parameters, select
+from torchship.stage import Parameters, Value, select
 from torchship.tensors import Array, Tensors
 from torchship.wire.messages import Batch, BatchSlice, Outline, RawInputs
 
 _LONGEST = 3600.0  # seconds; the most that a request can ask for, unless its model's own time-out is longer
 _LATE = 2.5  # seconds without a turn of our own, which comes at least once a second
 _SWEEP = 0.01  # seconds between two looks at deadlines and hangs
+
+
+@dataclass(slots=True, eq=False)
+class StageNode:
+    """A node of the plan with its station: the slots it takes, gives and lets go, and the nodes that wait for it.
+
+    `loose` are the inputs whose shape varies, or that may be absent; `special`: its calls need more than to be queued.
+    """
+
+    planned: Node
+    station: Station
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    defaults: dict[str, Value]
+    loose: tuple[int, ...]
+    batched: bool
+    most: int
+    special: bool
+    sequential: bool = False
+    padding: Padding | None = None
+    drops: tuple[str, ...] = ()
+    followers: list[int] = field(default_factory=list)
+
+    def cut(self, call: StageCall) -> list[StageCall]:
+        """More rows than a batch: several calls, whose `node` is their number and whose answers are joined again."""
+        starts = range(0, call.rows, self.most)
+        parts: list[list[Array]] = [[]] * len(starts)
+
+        def finish(part: StageCall, outputs: list[Array]) -> None:
+            parts[part.node] = outputs
+            if all(parts):
+                call.finish(call, [np.concatenate(found) for found in zip(*parts, strict=True)])
+
+        chunks: list[list[Any]] = [
+            [None if array is None else array[start : start + self.most] for array in call.arrays] for start in starts
+        ]
+        return [
+            StageCall(call.job, arrays, len(arrays[0]), finish, call.values, call.key, index)
+            for index, arrays in enumerate(chunks)
+        ]
 
 
 class Line:
@@ -56,17 +100,23 @@ class Line:
         self.meter = LineMeter()
         self.streams = plan.streams
         self.state = "opening"
-        self.nodes: list[StageNode] = []
-        self._only: StageNode | None = None
+        store, turns = store or Store(), turns or asyncio.Semaphore(hardware.cores())
+        self.nodes = [self._build(planned, store, start, turns) for planned in plan.nodes]
+        self.stations = [node.station for node in self.nodes]
+        for node in self.nodes:
+            for index in node.planned.after:
+                self.nodes[index].followers.append(node.planned.index)
+                self.stations[index].after.append(node.station)
+                node.station.before.append(self.stations[index])
+        self._only = only = _shorten(plan, self.nodes)
         self._outline = Outline(())
-        self._sequences: Sequences | None = None
-        self._building: dict[str, Any] = {
-            "store": store or Store(),
-            "limits": self.limits,
-            "start": start,
-            "turns": turns or asyncio.Semaphore(hardware.cores()),
-            "fail": lambda call, fault: self._fail(call.job, fault),
-        }
+        self._sequences = self._sequential()
+        if only is not None and only.station.fits and not only.special:
+            self.validator.order = only.takes
+        plain = self._sequences is None and not plan.streams  # no answer needs a second look
+        if plain and only is not None and only.batched and only.padding is None:
+            self._outline = Outline(only.gives)  # a batch goes home as one
+            only.station.on_done = self._on_batch_done
         self._inputs = [(spec.name, key) for spec, key in zip(plan.signature.inputs, plan.inputs, strict=True)]
         self._outputs = [(spec.name, key) for spec, key in zip(plan.signature.outputs, plan.outputs, strict=True)]
         self._loop = asyncio.get_running_loop()
@@ -76,29 +126,33 @@ class Line:
         self._beat = time.monotonic()
         self._empty: asyncio.Event = asyncio.Event()
 
+    def _build(self, node: Node, store: Store, start: StartReplica, turns: asyncio.Semaphore) -> StageNode:
+        """The node of the line for one of the plan, its station not yet open."""
+        config, signature, limits = node.config, node.signature, self.limits
+        model = StageModel(
+            name=node.name, config=config, store=store.named, signature=signature, max_batch=node.max_batch
+        )
+        specs = [WorkerSpec(model=model, placement=place, limits=limits) for place in placements(config, limits)]
+        defaults = select(node.parameters, {}, node.defaults)
+        return StageNode(
+            node,
+            Station(specs, start=start, turns=turns, fail=lambda call, fault: self._fail(call.job, fault)),
+            takes=node.takes,
+            gives=node.gives,
+            defaults=defaults,
+            loose=model.loose if signature.batched else (),
+            batched=signature.batched,
+            most=node.max_batch,
+            padding=Padding(config.buckets, signature=signature, stage=node.name) if config.buckets else None,
+            sequential=any(parameter.name == "sequence_id" for parameter in node.parameters),
+            special=bool(model.loose or defaults or node.streams or (node.after and not node.checked)),
+        )
+
     async def open(self) -> Line:
         """Start all workers and wait until they are ready. Raises what a stage raised when it was opened."""
-        for planned in self.plan.nodes:
-            self.nodes.append(build(planned, **self._building))
-        for node in self.nodes:
-            for index in node.planned.after:
-                self.nodes[index].followers.append(node.planned.index)
-                self.nodes[index].station.after.append(node.station)
-                node.station.before.append(self.nodes[index].station)
-        self._only = shorten(self.plan, self.nodes)
-        self._sequences = self._sequential()
-        if self._only is not None and self._only.station.fits and not self._only.special:
-            self.validator.order = self._only.takes
-        if self._only is not None and self._only.joined and self._sequences is None:
-            self._outline = Outline(self._only.gives)
-            self._only.station.on_done = self._on_batch_done
-        opening = [asyncio.ensure_future(node.station.open()) for node in self.nodes]
         try:
-            await asyncio.gather(*opening)
+            await all_of(station.open() for station in self.stations)
         except BaseException:
-            for task in opening:
-                task.cancel()
-            await asyncio.gather(*opening, return_exceptions=True)
             await self.close(grace=0.5)
             raise
         self.state = "open"
@@ -129,16 +183,7 @@ class Line:
     @property
     def ready(self) -> bool:
         """Whether every station has a worker that can take a batch."""
-        return self.state == "open" and all(node.station.ready for node in self.nodes)
-
-    @property
-    def reason(self) -> str:
-        """Why the line is not ready; empty when it is."""
-        if self.state != "open":
-            return self.state
-        broken = [str(node.station.broken) for node in self.nodes if node.station.broken]
-        waiting = [f"stage {node.station.name!r} has no worker" for node in self.nodes if not node.station.ready]
-        return "; ".join(broken or waiting)
+        return self.state == "open" and all(station.ready for station in self.stations)
 
     def submit(
         self, tensors: Tensors, *, parameters: Parameters = {}, deadline: float = 0.0, priority: int = 0
@@ -262,7 +307,7 @@ class Line:
     @property
     def executions(self) -> int:
         """Calls of the stage that joins the most: rows answered, divided by these, are the size of a batch."""
-        return min(node.station.meter.calls for node in self.nodes)
+        return min(station.meter.calls for station in self.stations)
 
     def _on_batch_done(self, calls: list[StageCall], rows: list[int], arrays: list[Array]) -> None:
         """A batch is back on a line of one station: each job goes home with its share."""
@@ -296,41 +341,35 @@ class Line:
         job.part({name: tensors[key] for name, key in self._outputs})
 
     def _finish(self, job: Job) -> None:
-        job.done = True
-        self.admission.leave(1, job.rows, job.size)
+        """Home with the answer."""
         now = time.monotonic()
         self.meter.succeeded([job.rows], [now - job.arrived], now)
-        if not self.admission.jobs:
-            self._empty.set()
-        job.reply(job)
-        if self._sequences is not None:
-            self._follow(job, self._sequences, now)
-
-    def _follow(self, job: Job, sequences: Sequences, now: float) -> None:
-        """The next of its sequence may go."""
-        name = _sequence(job)
-        following = sequences.left(job, name, now) if name else None
-        if following is not None:
-            self._loop.call_soon(self._launch, following)
+        self._go_home(job, now)
 
     def _fail(self, job: Job, fault: TorchshipError) -> None:
         """Straight home with a fault."""
         if job.done:
             return
-        job.done = True
         if job.on_dropped is not None:
             job.on_dropped()
-        self.admission.leave(1, job.rows, job.size)
-        if not self.admission.jobs:
-            self._empty.set()
         reason = {Cancelled: "CANCELED", Expired: "REJECTED"}.get(type(fault), "BACKEND")
         now = time.monotonic()
         self.meter.lost(reason, now - job.arrived)
         job.fault = fault
         job.tensors = {}
+        self._go_home(job, now)
+
+    def _go_home(self, job: Job, now: float) -> None:
+        """A job leaves the line; the next of its sequence may go."""
+        job.done = True
+        self.admission.leave(1, job.rows, job.size)
+        if not self.admission.jobs:
+            self._empty.set()
         job.reply(job)
-        if self._sequences is not None:
-            self._follow(job, self._sequences, now)
+        if self._sequences is not None and (name := _sequence(job)):
+            following = self._sequences.left(job, name, now)
+            if following is not None:
+                self._loop.call_soon(self._launch, following)
 
     def cancel(self, job: Job) -> None:
         """The caller went away: the job is dropped where it stands, and `reply` is called with Cancelled."""
@@ -339,21 +378,21 @@ class Line:
     def _sweep(self) -> None:
         """Answer what is too late, drop what nobody waits for, kill what hangs. Runs only while jobs are there."""
         now = self._now()
-        jobs = [call.job for node in self.nodes for call in node.station.sweep(now)]
+        jobs = [call.job for station in self.stations for call in station.sweep(now)]
         jobs += self._sequences.waiting if self._sequences is not None else []
         for job in jobs:
             if job.deadline <= now and not job.done:
                 self._fail(job, job.expired())
             elif job.cancelled or (job.gone is not None and job.gone()):
                 self.cancel(job)
-        busy = self.admission.jobs or any(not node.station.idle for node in self.nodes)
+        busy = self.admission.jobs or any(not station.idle for station in self.stations)
         self._sweeper = self._loop.call_later(_SWEEP, self._sweep) if busy else None
 
     def _now(self) -> float:
         """The time. When we were held up ourselves, workers are not blamed for what we did not hear meanwhile."""
         before, self._beat = self._beat, time.monotonic()
         if (late := self._beat - before) > _LATE:
-            for replica in [replica for node in self.nodes for replica in node.station.replicas]:
+            for replica in [replica for station in self.stations for replica in station.replicas]:
                 replica.heard += late
         return self._beat
 
@@ -363,8 +402,8 @@ class Line:
         self.meter.mark(now)
         if self._sequences is not None:
             self._sequences.sweep(now)
-        for node in self.nodes:
-            node.station.ping(now, self._pings)
+        for station in self.stations:
+            station.ping(now, self._pings)
         self._pinger = self._loop.call_later(1.0, self._ping)
 
     async def stream(
@@ -388,11 +427,6 @@ class Line:
         finally:
             self.cancel(job)
 
-    def refuse_stream(self) -> None:
-        """Raises Unsupported for a model that gives several answers, when only one can be taken."""
-        if self.plan.streams:
-            raise Unsupported(f"model {self.plan.name!r} streams its answers", hint="call it by a streaming protocol")
-
     async def drain(self, *, patience: float | None = None) -> None:
         """Take nothing more, and wait until what is on the line has been answered, which its time-outs bound; or for at
         most `patience` seconds."""
@@ -405,11 +439,9 @@ class Line:
                 pass
 
     async def close(self, *, grace: float = 5.0) -> None:
-        """Stop all workers and give everything back; may be called twice."""
-        if self.state == "closed":
-            return
+        """Stop all workers and give everything back; may be called again, and is done when they are gone."""
         self.state = "closed"
-        await asyncio.gather(*(node.station.close(grace=grace) for node in self.nodes))
+        await asyncio.gather(*(station.close(grace=grace) for station in self.stations))
         for handle in (self._sweeper, self._pinger):
             if handle:
                 handle.cancel()
@@ -429,3 +461,20 @@ def _settle(job: Job) -> None:
 def _sequence(job: Job) -> str:
     """The name of the sequence that a job belongs to; empty when to none (0 is none, as Triton has it)."""
     return str(job.parameters.get("sequence_id", "") or "")
+
+
+def _shorten(plan: Plan, nodes: list[StageNode]) -> StageNode | None:
+    """A line of one station goes by the request's own names: its node. A row of stations lets go what is used up."""
+    if len(nodes) == 1 and nodes[0].gives == plan.outputs:
+        only = nodes[0]
+        inputs = {key: spec.name for key, spec in zip(plan.inputs, plan.signature.inputs, strict=True)}
+        only.takes = tuple([inputs[key] for key in only.takes])
+        only.gives = tuple([spec.name for spec in plan.signature.outputs])
+        return only
+    if all(node.planned.index - 1 in node.planned.after for node in nodes[1:]):
+        held = set(plan.inputs)
+        for node in nodes:
+            held |= set(node.gives)
+            node.drops = tuple(held - set(node.planned.keeps))
+            held -= set(node.drops)
+    return None

@@ -27,9 +27,8 @@ class Padding:
         for name, lengths in self._buckets.items():
             axis = known.get(name)
             if axis is None:
-                there = (
-                    ", ".join(sorted({axis.name for spec in signature.inputs for axis in _free(spec)} - {""})) or "none"
-                )
+                axes = [axis for spec in signature.inputs for axis in spec.shape[1:] if isinstance(axis, Free)]
+                there = ", ".join(sorted({axis.name for axis in axes} - {""})) or "none"
                 raise BadConfig(
                     f"stage {stage!r}: buckets for axis {name!r}, but its inputs' named axes are {there}",
                     hint="name an axis in the signature, as in ids:INT64[-1,seq:1..512]",
@@ -61,10 +60,6 @@ class Padding:
             finish(call, [_cut(array, axes, lengths) for array, axes in zip(outputs, self._outputs, strict=True)])
 
         return narrow
-
-
-def _free(spec: TensorSpec) -> list[Free]:
-    return [axis for axis in spec.shape[1:] if isinstance(axis, Free)]
 
 
 def _named(spec: TensorSpec, buckets: Mapping[str, Any]) -> list[tuple[int, str, Free]]:

@@ -148,20 +148,18 @@ class Dispatch:
         """
         limit = min(limit, self.max_batch) if limit else self.max_batch
         while self._lanes:
-            name = self._first()
-            lane = self._lanes[name]
+            lanes = self._lanes
+            if len(lanes) == 1:
+                name = next(iter(lanes))
+            else:
+                name = min(lanes, key=lambda name: (name[0], lanes[name][0].order))
+            lane = lanes[name]
             batch = self._fill(lane, now, limit)
             if not lane:
                 del self._lanes[name]
             if batch:
                 return batch
         return []
-
-    def _first(self) -> tuple[int, Hashable]:
-        lanes = self._lanes
-        if len(lanes) == 1:
-            return next(iter(lanes))
-        return min(lanes, key=lambda name: (name[0], lanes[name][0].order))
 
     def _fill(self, lane: deque[StageCall], now: float, limit: int) -> list[StageCall]:
         batch: list[StageCall] = []

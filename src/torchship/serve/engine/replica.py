@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import msgspec
@@ -79,10 +80,15 @@ class Replica(Protocol):
     """One copy of a stage, wherever it runs. `state` goes from opening to ready to stopping to ended, never back.
 
     Batches come back in the order in which they were given. `heard` is when it last gave a sign of life, `served` how
-    many batches it has answered, `fault` why its stage could not be opened; `ended` is done when it is gone.
+    many batches it has answered, `fault` why its stage could not be opened; `ended` is done when it is gone. It takes
+    `slots` batches altogether, and has reserved `shared` bytes of memory to hand them over; `pid` is its process id,
+    for logs, or 0 where it has none.
     """
 
     spec: WorkerSpec
+    pid: int
+    slots: int
+    shared: int
     state: str
     in_flight: deque[InFlightBatch]
     heard: float
@@ -91,24 +97,12 @@ class Replica(Protocol):
     ended: asyncio.Future[None]
 
     @property
-    def pid(self) -> int:
-        """Its process id, for logs; 0 where it has none."""
-
-    @property
     def room(self) -> int:
         """How many more batches it takes now."""
 
     @property
-    def slots(self) -> int:
-        """How many batches it takes altogether."""
-
-    @property
     def size(self) -> int:
         """Its resident memory in bytes; 0 where that is not known."""
-
-    @property
-    def shared(self) -> int:
-        """Bytes of memory that are reserved to hand batches over."""
 
     def give(self, calls: list[StageCall], *, now: float) -> None:
         """Take a batch on. Ask `room` first. Raises TorchshipError where it cannot be handed over."""
@@ -137,7 +131,7 @@ class LocalReplica:
 
     def __init__(self, spec: WorkerSpec, events: ReplicaEvents) -> None:
         """Starts the process. Raises Unavailable when memory, processes or descriptors have run out."""
-        self.spec = spec
+        self.spec, self.slots = spec, spec.depth
         self.state = "opening"
         self.in_flight: deque[InFlightBatch] = deque()
         self.heard = time.monotonic()
@@ -164,37 +158,31 @@ class LocalReplica:
             input_size, output_size = model.slot_sizes
             self._arena = Arena.make(depth=spec.depth, input_size=input_size, output_size=output_size)
             undo.append(self._arena.close)
-            self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo += [self._sock.close, theirs.close]
-            self._output = WorkerOutput(loop=self._loop, on_line=self._on_line)
+            self._output = WorkerOutput(loop=self._loop, on_line=partial(self._events.on_log, self))
             undo += [self._output.close, lambda: os.close(self._output.inlet)]
-            self._child = process.spawn(
+            self._child, self._sock = process.converse(
                 "torchship.serve.engine.worker:main",
-                argument=WorkerStart(theirs.fileno(), self._arena.region.fd, spec),
-                fds=(theirs.fileno(), self._arena.region.fd),
+                argument=WorkerStart(self._arena.region.fd, spec),
+                fds=(self._arena.region.fd,),
                 output=self._output.inlet,
                 threads=spec.placement.threads or None,
                 cpus=spec.placement.cpus,
                 env={"PYTHONUNBUFFERED": "1"},
             )
-            undo.append(lambda: process.stop(self._child))
-            self._pid = os.pidfd_open(self._child.pid)
+            undo += [self._sock.close, lambda: process.stop(self._child)]
+            self._pidfd = os.pidfd_open(self._child.pid)
         except OSError as fault:
             for step in reversed(undo):
                 step()
             raise Unavailable(f"cannot start a worker for {model.name!r}: {fault}") from None
-        theirs.close()
+        self.pid, self.shared = self._child.pid, self._arena.region.size
         os.close(self._output.inlet)
         self._arena.region.drop_descriptor()
         self._inbox = Inbox(self._sock)
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * INLINE)
         self._loop.add_reader(self._sock.fileno(), self._hear)
-        self._loop.add_reader(self._pid, self._end)
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
+        self._loop.add_reader(self._pidfd, self._end)
 
     @property
     def size(self) -> int:
@@ -207,14 +195,6 @@ class LocalReplica:
     @property
     def room(self) -> int:
         return self._arena.free if self.state == "ready" else 0
-
-    @property
-    def slots(self) -> int:
-        return self._arena.depth
-
-    @property
-    def shared(self) -> int:
-        return self._arena.region.size
 
     def give(self, calls: list[StageCall], *, now: float) -> None:
         slot = self._arena.acquire()
@@ -237,7 +217,10 @@ class LocalReplica:
 
     def _pack(self, calls: list[StageCall], slot: int) -> tuple[list[PackedCall], MemoryRegion | None]:
         start, end = self._arena.input_span(slot)
-        need = 0 if self._fits else self._measure(calls)
+        need = 0
+        if not self._fits:  # each tensor begins where it may
+            need = arena.ALIGN * len(calls[0].arrays) * (1 if self._batched else len(calls))
+            need += sum([arena.size_of(one) for call in calls for one in call.arrays if one is not None])
         region = None if need <= end - start else MemoryRegion.make(need)
         memory, at = (region.memory, 0) if region else (self._arena.region.memory, start)
         groups = [calls] if self._batched else [[call] for call in calls]
@@ -267,11 +250,6 @@ class LocalReplica:
         """Rows of which some are bytes, as arrays."""
         dtype, axes = self._raw_inputs[index]
         return [np.frombuffer(one, dtype).reshape(-1, *axes) if type(one) is bytes else one for one in column]
-
-    def _measure(self, calls: list[StageCall]) -> int:
-        """Bytes that a batch needs, each tensor beginning where it may."""
-        padding = arena.ALIGN * len(calls[0].arrays) * (1 if self._batched else len(calls))
-        return padding + sum([arena.size_of(one) for call in calls for one in call.arrays if one is not None])
 
     def _hear(self) -> None:
         """Read one report; the loop calls again while there are more."""
@@ -378,12 +356,9 @@ class LocalReplica:
         else:
             self.kill(f"did not open within {self.spec.limits.open_timeout:g} s")
 
-    def _on_line(self, line: str) -> None:
-        self._events.on_log(self, line)
-
     def _end(self) -> None:
         """The process is gone: read what it had still to say, give everything back, tell the station."""
-        self._loop.remove_reader(self._pid)
+        self._loop.remove_reader(self._pidfd)
         for _ in range(self.spec.depth + 64):  # what it said before it died counts
             if self._deaf:
                 break
@@ -394,7 +369,7 @@ class LocalReplica:
         self.state = "ended"
         self._timer.cancel()
         process.stop(self._child)
-        os.close(self._pid)
+        os.close(self._pidfd)
         self._sock.close()
         self._arena.close()
         batches, self.in_flight = list(self.in_flight), deque()

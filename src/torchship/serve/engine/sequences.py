@@ -48,7 +48,17 @@ class Sequences:
         sequence = self._open.get(name)
         start, end = bool(job.parameters.get("sequence_start")), bool(job.parameters.get("sequence_end"))
         if sequence is None or (start and sequence.ended):
-            self._check(name, start)
+            if len(name) > _LONGEST:
+                raise BadInput(f"sequence_id has {len(name)} characters", hint=f"it may have {_LONGEST}")
+            if not start:
+                raise BadInput(
+                    f"sequence {name!r} was not started, or was idle for more than {self._idle:g} s",
+                    hint="set sequence_start on its first request",
+                )
+            if len(self._open) >= self._most:
+                raise BadInput(
+                    f"there are {self._most} sequences already", hint="end some, or wait until they are idle"
+                )
             if sequence is not None and (sequence.running or sequence.waiting):
                 raise BadInput(f"sequence {name!r} is ending", hint="wait for its last answer, or use another id")
             sequence = self._open[name] = _Sequence(None, job.arrived)
@@ -61,17 +71,6 @@ class Sequences:
             return False
         sequence.running = job
         return True
-
-    def _check(self, name: str, start: bool) -> None:
-        if len(name) > _LONGEST:
-            raise BadInput(f"sequence_id has {len(name)} characters", hint=f"it may have {_LONGEST}")
-        if not start:
-            raise BadInput(
-                f"sequence {name!r} was not started, or was idle for more than {self._idle:g} s",
-                hint="set sequence_start on its first request",
-            )
-        if len(self._open) >= self._most:
-            raise BadInput(f"there are {self._most} sequences already", hint="end some, or wait until they are idle")
 
     def left(self, job: Job, name: str, now: float) -> Job | None:
         """A job has been answered: the next of its sequence that is still wanted, if any."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,13 +79,9 @@ class Station:
 
     async def open(self) -> None:
         """Start all replicas and wait until they are ready. Raises what the stage raised when it was opened."""
-        opening = [asyncio.ensure_future(self._open_one(spec)) for spec in self._specs]
         try:
-            await asyncio.gather(*opening)
+            await all_of(self._open_one(spec) for spec in self._specs)
         except BaseException:
-            for task in opening:
-                task.cancel()
-            await asyncio.gather(*opening, return_exceptions=True)
             await self.close()
             raise
 
@@ -108,7 +104,7 @@ class Station:
         return not len(self.queue) and not self.pins and not any(replica.in_flight for replica in self.replicas)
 
     def put(self, call: StageCall, now: float) -> None:
-        """RunBatch a call in; it leaves with the next batch that has room for it."""
+        """Queue a call; it leaves with the next batch that has room for it."""
         if self.broken:
             self._fail(call, self.broken)
             return
@@ -135,7 +131,8 @@ class Station:
             for pinned, call in self.pins.take():
                 self._send(pinned, [call], now)
         while queue.rows:
-            if self.after and self._blocked():
+            # It does not run ahead of the next station: what it makes would only fill the memory.
+            if self.after and any(s.queue.rows >= _BACKLOG * s.max_batch + s.copies for s in self.after):
                 break
             replica, at = self._choose(now)
             at = max(at, queue.ready_at())
@@ -147,7 +144,9 @@ class Station:
                 break
             self._send(replica, batch, now)
         if queue.dropped:
-            self._drop()
+            dropped, queue.dropped = queue.dropped, []
+            for call in dropped:
+                self._fail(call, call.job.expired())
         if queue.rows < before:  # also where all that was taken had been answered meanwhile
             self._make_room()
 
@@ -155,10 +154,6 @@ class Station:
         """Stations that did not run ahead of this one may go on."""
         for station in self.before:
             station.pump_soon()
-
-    def _blocked(self) -> bool:
-        """A station does not run ahead of the next: what it makes would only fill the memory."""
-        return any(s.queue.rows >= _BACKLOG * s.max_batch + s.copies for s in self.after)
 
     def _choose(self, now: float) -> tuple[Replica | None, float]:
         """The replica for the next batch, and when it should get it: a busy one shortly before it is done."""
@@ -211,11 +206,6 @@ class Station:
     def _awake(self) -> None:
         self._timer, self._timer_at = None, FOREVER
         self._pump()
-
-    def _drop(self) -> None:
-        dropped, self.queue.dropped = self.queue.dropped, []
-        for call in dropped:
-            self._fail(call, call.job.expired())
 
     def on_result(self, replica: Replica, batch: InFlightBatch, done: BatchDone, outputs: list[list[Array]]) -> None:
         """Hand the answers to the calls of a batch, and look for the next one."""
@@ -440,3 +430,15 @@ class Station:
             await asyncio.wait([replica.ended for replica in replicas])
         for call in self.queue.clear():
             self._fail(call, Unavailable(f"stage {self.name!r} was closed"))
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all of them; when one raises, the others are cancelled and waited for. Raises what it raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
@@ -54,22 +55,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class WorkerStart(msgspec.Struct, frozen=True):
-    """What a worker is given when it starts: its socket, the descriptor of its arena, and what it is."""
+    """What a worker is given when it starts: the descriptor of its arena, and what it is."""
 
-    sock: int
     memory: int
     spec: WorkerSpec
 
 
-def main(argument: Any) -> None:
-    """The child's entry point: returns when the host says stop or goes away."""
+def main(argument: Any, sock: socket.socket) -> None:
+    """The child's entry point: returns when the host, at the other end of `sock`, says stop or goes away."""
     start = msgspec.convert(argument, WorkerStart)
     spec, model = start.spec, start.spec.model
     for number in _SIGNALS:  # they go to whole groups, by Ctrl-C or a service manager: the host alone decides
         signal.signal(number, lambda *_: None)  # a function, since what is ignored stays so in the stage's children
     os.nice(spec.placement.nice)
-    sock = socket.socket(fileno=start.sock)
-    sock.setblocking(True)
     sizes = dict(zip(("input_size", "output_size"), model.slot_sizes, strict=True))
     memory = Arena(MemoryRegion.take(start.memory), depth=spec.depth, **sizes)
     try:
@@ -131,46 +129,38 @@ class StageRunner:
         self.lost = ""
         self._stage = stage
 
-    def run(self, calls: Sequence[tuple[Tensors, Mapping[str, Value], list[int]]]) -> tuple[list[Answer], list[Fault]]:
+    def run(
+        self, calls: Sequence[tuple[Tensors, Mapping[str, Value], list[int]]], *, first: int = 0, company: bool = False
+    ) -> tuple[list[Answer], list[Fault]]:
         """The answers and the faults of calls, each given as its tensors, its values and the rows of its jobs.
 
         Jobs that share a call that fails run once more, one by one, so that a bad input does not fail its neighbours.
-        Raises SystemExit when the device is lost with more than one job on it.
+        `first` is the number of the first job; `company`: there are other jobs. Raises SystemExit when the device is
+        lost with more than one job on it.
         """
-        company = sum(len(rows) for _, _, rows in calls) > 1
+        company = company or sum(len(rows) for _, _, rows in calls) > 1
         answers: list[Answer] = []
         faults: list[Fault] = []
-        first = 0
         for tensors, values, rows in calls:
             try:
-                answers.append(Answer(first, rows, self._call(tensors, values, sum(rows))))
+                answer = self._stage(tensors, values) if values else self._stage(tensors)
+                if self.signature.batched:
+                    check_rows(answer, sum(rows))
+                answers.append(Answer(first, rows, list(check_outputs(self.signature, answer).values())))
             except BaseException as fault:
                 self._check_device(fault, company=company)
                 if len(rows) == 1:
                     _print(fault)
                     faults.append(describe(fault, job=first))
                 else:
-                    more = self._run_singly(tensors, values, rows, first)
+                    single = [
+                        ({name: array[end - count : end] for name, array in tensors.items()}, values, [count])
+                        for count, end in zip(rows, accumulate(rows), strict=True)
+                    ]
+                    more = self.run(single, first=first, company=True)
                     answers += more[0]
                     faults += more[1]
             first += len(rows)
-        return answers, faults
-
-    def _run_singly(
-        self, tensors: Tensors, values: Mapping[str, Value], rows: list[int], first: int
-    ) -> tuple[list[Answer], list[Fault]]:
-        answers: list[Answer] = []
-        faults: list[Fault] = []
-        at = 0
-        for job, count in enumerate(rows, first):
-            own = {name: array[at : at + count] for name, array in tensors.items()}
-            at += count
-            try:
-                answers.append(Answer(job, [count], self._call(own, values, count)))
-            except BaseException as fault:
-                self._check_device(fault, company=True)
-                _print(fault)
-                faults.append(describe(fault, job=job))
         return answers, faults
 
     def _check_device(self, fault: BaseException, *, company: bool) -> None:
@@ -184,16 +174,6 @@ class StageRunner:
             _print(fault)
             raise SystemExit(self.lost)
 
-    def _call(self, tensors: Tensors, values: Mapping[str, Value], rows: int) -> list[Array]:
-        answer = self._stage(tensors, values) if values else self._stage(tensors)
-        if self.signature.batched:
-            check_rows(answer, rows)
-        return self._checked(answer)
-
-    def _checked(self, answer: Tensors) -> list[Array]:
-        """The outputs in their order, of the declared datatype."""
-        return list(check_outputs(self.signature, answer).values())
-
     def stream(self, tensors: Tensors, values: Mapping[str, Value]) -> Generator[Tensors]:
         """All answers of a generator, or the one answer of a function; to be run by `step` and `end`."""
         stream = getattr(self._stage, "stream", None)
@@ -206,7 +186,7 @@ class StageRunner:
         """The outputs of the next answer; None after the last, and a Fault for whatever the stage raises."""
         try:
             answer = next(answers, None)
-            return None if answer is None else self._checked(answer)
+            return None if answer is None else list(check_outputs(self.signature, answer).values())
         except BaseException as fault:
             self._check_device(fault, company=False)
             _print(fault)

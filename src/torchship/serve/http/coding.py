@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
-from torchship.serve.http.exchange import Exchange, Headers, HttpFault
+from torchship.serve.http.exchange import Exchange, Headers, HttpFault, spawn
+from torchship.serve.http.site import Cors
 from torchship.wire.raw import Buffer
 
 CODINGS = ("gzip", "deflate")
@@ -63,70 +65,43 @@ def acceptable(header: str) -> str:
     return max(named)[2] if named else ""
 
 
-def offer(headers: Mapping[str, str]) -> tuple[str, Headers]:
-    """The coding for an answer to a request with these headers ("" for none), and the headers that tell it."""
-    coding = acceptable(headers.get("accept-encoding", ""))
-    return coding, (("content-encoding", coding), ("vary", "accept-encoding")) if coding else ()
-
-
-def pack(body: bytes, *, coding: str, then: Callable[[bytes], None]) -> None:
-    """Call `then` with the compressed body: at once, or for a large one when a thread has done it."""
-    if len(body) < OFF_LOOP_FROM:
-        then(compress(body, coding=coding))
-        return
-    work = asyncio.get_running_loop().run_in_executor(None, lambda: compress(body, coding=coding))
-    work.add_done_callback(lambda done: then(done.result()))
-
-
-def packs(exchange: Exchange, body: bytes, *, then: Callable[[bytes, Headers], None]) -> bool:
-    """Whether the caller takes this body compressed: then `then` gets it so, sooner or later, and the headers that
-    tell it, unless the caller has left meanwhile."""
-    coding, told = ("", ()) if exchange.plain else offer(exchange.head.headers)
+def dress(
+    exchange: Exchange, body: bytes, headers: Headers, *, cors: Cors | None, then: Callable[[bytes, Headers], None]
+) -> None:
+    """Call `then` with the body and the headers as the caller takes them: compressed where it is large and that is
+    asked for (a very large one sooner or later, by a thread, unless the caller has left meanwhile), and with CORS."""
+    if cors is not None:
+        headers = (*headers, *cors.headers(exchange.head))
+    coding = ""
+    if len(body) >= COMPRESS_FROM and not exchange.plain:
+        coding = acceptable(exchange.head.headers.get("accept-encoding", ""))
     if not coding:
-        return False
+        then(body, headers)
+        return
+    headers = (*headers, ("content-encoding", coding), ("vary", "accept-encoding"))
+    if len(body) < OFF_LOOP_FROM:
+        then(compress(body, coding=coding), headers)
+        return
 
-    def packed(data: bytes) -> None:
+    def packed(done: asyncio.Future[bytes]) -> None:
         if not exchange.gone:
-            then(data, told)
+            then(done.result(), headers)
 
-    pack(body, coding=coding, then=packed)
-    return True
-
-
-def unpack(
-    data: Buffer, *, coding: str, limit: int, then: Callable[[bytes], object], fail: Callable[[Exception], object]
-) -> asyncio.Future[bytes] | None:
-    """Call `then` with the plain body, or `fail`: at once, or for a large one when a thread has done it.
-
-    What waits for the thread is returned and may be cancelled: then neither is called.
-    """
-    if len(data) < INFLATE_OFF_LOOP_FROM:
-        try:
-            then(decompress(data, coding=coding, limit=limit))
-        except Exception as fault:
-            fail(fault)
-        return None
-
-    def unpacked(done: asyncio.Future[bytes]) -> None:
-        try:
-            if not done.cancelled():
-                then(done.result())
-        except Exception as fault:
-            fail(fault)
-
-    work = asyncio.get_running_loop().run_in_executor(None, lambda: decompress(data, coding=coding, limit=limit))
-    work.add_done_callback(unpacked)
-    return work
+    work = asyncio.get_running_loop().run_in_executor(None, lambda: compress(body, coding=coding))
+    work.add_done_callback(packed)
 
 
 def enter(exchange: Exchange, *, limit: int) -> None:
-    """Decompress the body of a request, then hand it to its endpoint."""
+    """Hand a request to its endpoint, its body decompressed: a large one by a thread. Raises HttpFault."""
+    if len(exchange.body) < INFLATE_OFF_LOOP_FROM:
+        exchange.body = decompress(exchange.body, coding=exchange.head.encoding, limit=limit)
+        exchange.head.endpoint(exchange)
+    else:
+        spawn(exchange, _enter_later, exchange, limit)
 
-    def then(data: bytes) -> None:
-        exchange.body, exchange.job = data, None
-        if not exchange.gone:
-            exchange.head.endpoint(exchange)
 
-    work = unpack(exchange.body, coding=exchange.head.encoding, limit=limit, then=then, fail=exchange.fail)
-    if work is not None:
-        exchange.job = work
+async def _enter_later(exchange: Exchange, limit: int) -> None:
+    work = partial(decompress, exchange.body, coding=exchange.head.encoding, limit=limit)
+    exchange.body, exchange.job = await asyncio.to_thread(work), None
+    if not exchange.gone:
+        exchange.head.endpoint(exchange)

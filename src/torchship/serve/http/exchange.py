@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
@@ -27,30 +28,29 @@ class HttpFault(TorchshipError):
         self.headers = headers
 
 
-class Head:
+class Head(msgspec.Struct, eq=False):
     """Request line and headers, parsed once and shared by byte-identical requests: never changed after that.
 
-    `headers` have lower-case names; repeated ones are joined by a comma. `length` is -1 for a chunked body.
+    `headers` have lower-case names; repeated ones are joined by a comma. `length` is -1 for a chunked body, `old` is
+    HTTP/1.0. `places` are what the path's {names} stand for, `memo` is what the endpoint made of this head the first
+    time; `rpc` is the gRPC method, where it is one, and `timeout` its time-out in seconds.
     """
 
-    __slots__ = (
-        "encoding", "endpoint", "expects", "headers", "keep_alive", "length", "memo", "method", "old", "path", "places",
-        "query", "rpc", "scope", "timeout",
-    )  # fmt: skip
-
-    def __init__(self, method: str, path: str, query: str, headers: Mapping[str, str]) -> None:
-        self.method, self.path, self.query, self.headers = method, path, query, headers
-        self.length = 0
-        self.keep_alive = True
-        self.old = False  # HTTP/1.0
-        self.expects = False
-        self.encoding = ""
-        self.endpoint: Endpoint = _unrouted
-        self.scope = ""
-        self.places: Mapping[str, str] = {}  # what the path's {names} stand for
-        self.memo: Any = None  # what the endpoint made of this head the first time
-        self.timeout = 0.0  # grpc-timeout, in seconds
-        self.rpc: Any = None  # the gRPC method, where it is one
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    length: int = 0
+    keep_alive: bool = True
+    old: bool = False
+    expects: bool = False
+    encoding: str = ""
+    endpoint: Any = None
+    scope: str = ""
+    places: Mapping[str, str] = {}
+    memo: Any = None
+    timeout: float = 0.0
+    rpc: Any = None
 
 
 class Sink(Protocol):
@@ -58,23 +58,18 @@ class Sink(Protocol):
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """The whole answer."""
-        ...
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
         """The head of an answer that is streamed."""
-        ...
 
     def write(self, exchange: Exchange, data: bytes) -> None:
         """Some of a streamed answer."""
-        ...
 
     def end(self, exchange: Exchange) -> None:
         """The end of a streamed answer."""
-        ...
 
     async def drained(self, exchange: Exchange) -> None:
         """Wait until the peer has taken what was written."""
-        ...
 
 
 class Exchange(msgspec.Struct, eq=False):
@@ -154,8 +149,16 @@ Endpoint: TypeAlias = Callable[[Exchange], object]
 Admit: TypeAlias = Callable[[str, Mapping[str, str]], None]
 
 
-def _unrouted(exchange: Exchange) -> None:
-    raise HttpFault(404, "Not Found")
+def spawn(partner: Any, work: Callable[..., Any], *given: Any) -> None:
+    """Run `work(*given)` as the task of an Exchange or a Call; what it raises is answered by its status."""
+
+    async def run() -> None:
+        try:
+            await work(*given)
+        except Exception as fault:
+            partner.fail(fault)
+
+    partner.job = asyncio.ensure_future(run())
 
 
 def status_line(status: int) -> bytes:

@@ -10,19 +10,19 @@ import asyncio
 import math
 import re
 from collections import deque
+from functools import partial
 from typing import cast
 
 import httptools
 
 from torchship.errors import TorchshipError
-from torchship.serve.http.coding import COMPRESS_FROM, enter, packs
+from torchship.serve.http.coding import COMPRESS_FROM, dress, enter
 from torchship.serve.http.exchange import Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.site import Site, is_reset
 from torchship.wire.raw import Buffer
 
 _DIGITS = re.compile(r"[0-9]{1,15}")
-_LINGER = 0.5  # seconds in which who is turned away may read why
 
 
 class _Found:
@@ -84,20 +84,9 @@ def parse_head(data: bytes) -> Head:
     head = Head(method, path, query, headers)
     head.old = version == "1.0"
     _frame(head, lengths)
-    head.keep_alive = _asks_to_stay(head)
-    return head
-
-
-def _head_of(site: Site, data: bytes) -> Head:
-    """The parsed and routed head, remembered by its bytes."""
-    head = site.heads.get(data)
-    if head is None:
-        head = parse_head(data)
-        site.resolve(head)
-        if len(site.heads) >= 1024:
-            site.heads.clear()
-        if len(data) <= 2048:
-            site.heads[data] = head
+    # RFC 9112 section 9.3. llhttp says it only after the body; the Connection header and the version say it now.
+    wish = headers.get("connection", "").lower()
+    head.keep_alive = "keep-alive" in wish if head.old else "close" not in wish
     return head
 
 
@@ -122,12 +111,6 @@ def _frame(head: Head, lengths: set[str]) -> None:
         raise HttpFault(417, "only the expectation 100-continue is understood")
     head.expects = bool(expect) and not head.old
     head.encoding = headers.get("content-encoding", "").strip().lower()
-
-
-def _asks_to_stay(head: Head) -> bool:
-    """RFC 9112 section 9.3. llhttp says it only after the body; the Connection header and the version say it now."""
-    wish = head.headers.get("connection", "").lower()
-    return "keep-alive" in wish if head.old else "close" not in wish
 
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t\x20-\x7e\x80-\xff]*)?")
@@ -351,7 +334,7 @@ class Connection(asyncio.Protocol):
                 raise HttpFault(431, f"the request head is larger than {limits.head} bytes")
             return place
         end += 4
-        head = _head_of(self._site, buffer[place:end])
+        head = self._head_of(buffer[place:end])
         length = head.length
         if 0 <= length <= len(buffer) - end:
             view = memoryview(buffer)[end : end + length]
@@ -366,22 +349,31 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return end
 
+    def _head_of(self, data: bytes) -> Head:
+        """The parsed and routed head, remembered by its bytes."""
+        head = self._site.heads.get(data)
+        if head is None:
+            head = parse_head(data)
+            self._site.resolve(head)
+            if len(self._site.heads) >= 1024:
+                self._site.heads.clear()
+            if len(data) <= 2048:
+                self._site.heads[data] = head
+        return head
+
     def _read_body(self, place: int) -> int:
         head = cast(Head, self._head)
         if self._chunks is not None:
             place, done = self._chunks.feed(self._buffer, place, self._body)
-            self._since = self._site.now
-            self._held = self._site.hold(self._held, len(self._body))
-            if not done:
-                return place
         else:
             take = min(self._need - len(self._body), len(self._buffer) - place)
             self._body += memoryview(self._buffer)[place : place + take]
             place += take
-            self._since = self._site.now
-            self._held = self._site.hold(self._held, len(self._body))
-            if len(self._body) < self._need:
-                return place
+            done = len(self._body) >= self._need
+        self._since = self._site.now
+        self._held = self._site.hold(self._held, len(self._body))
+        if not done:
+            return place
         self._held = self._site.hold(self._held, 0)
         body, self._body, self._head, self._chunks = self._body, bytearray(), None, None
         self._begin(head, body)
@@ -421,18 +413,13 @@ class Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """Write a whole answer, or keep it until those before it are written."""
-        if self._site.cors is not None:
-            headers = (*headers, *self._site.cors.headers(exchange.head))
-        if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
+        if self._site.cors is None and len(body) < COMPRESS_FROM:
+            self._send(exchange, status, content_type, body, headers)
+        else:
+            then = partial(self._send, exchange, status, content_type)
+            dress(exchange, body, headers, cors=self._site.cors, then=then)
 
-            def then(data: bytes, told: Headers) -> None:
-                self._send(exchange, status, data, content_type, (*headers, *told))
-
-            if packs(exchange, body, then=then):
-                return
-        self._send(exchange, status, body, content_type, headers)
-
-    def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+    def _send(self, exchange: Exchange, status: int, content_type: str, body: bytes, headers: Headers) -> None:
         head, site, pending = exchange.head, self._site, self._pending
         if head.keep_alive and not head.old and not self._closing:
             top = site.tops.get((status, content_type, headers)) or site.top(status, content_type, headers)
@@ -469,19 +456,14 @@ class Connection(asyncio.Protocol):
             self.transport.write(cast(bytes, exchange.ready))
         if pending and pending[0].started:
             return
-        if self._closing and not pending:
-            self._hang_up()
-        elif not pending:
+        if not pending:
             self._since = self._site.now
+            # A peer that was refused may still be sending, and would lose our answer if we closed at once.
+            if self._refused and self.transport.can_write_eof():
+                self.transport.write_eof()
+            elif self._closing:
+                self.transport.close()
         self._release()
-
-    def _hang_up(self) -> None:
-        """Close. A peer that was refused may still be sending, and would lose our answer if we closed at once."""
-        if self._refused and self.transport.can_write_eof():
-            self.transport.write_eof()
-            self._since = self._site.now
-        else:
-            self.transport.close()
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
         """The head of a streamed answer, chunked (or until the connection closes, for HTTP/1.0)."""

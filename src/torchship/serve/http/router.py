@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from unicodedata import category
 from urllib.parse import unquote
 
 from torchship.errors import BadConfig, BadInput
-from torchship.serve.http.exchange import Endpoint, Exchange, Head, HttpFault
+from torchship.serve.http.exchange import Endpoint, Head, HttpFault, spawn
 
 # A name from a URL ends up in look-ups, logs and metrics: nothing but this may pass.
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"
@@ -63,7 +62,9 @@ class Router:
                     node = node.children.setdefault(part, _Node())
             if route.method in node.routes:
                 raise BadConfig(f"{route.method} {route.path} is served already", hint="mount it at another path")
-            node.routes[route.method] = route._replace(endpoint=_spawning(route.endpoint))
+            node.routes[route.method] = route
+            if inspect.iscoroutinefunction(route.endpoint):
+                node.routes[route.method] = route._replace(endpoint=_spawning(route.endpoint))
 
     def resolve(self, head: Head) -> None:
         """Give `head` its endpoint, scope and places; a wrong path or verb becomes an endpoint that says so."""
@@ -71,11 +72,7 @@ class Router:
             self._find(head)
         except (HttpFault, BadInput) as fault:
             error = fault
-
-            def refuse(exchange: Exchange) -> None:
-                exchange.fail(error)
-
-            head.endpoint = refuse
+            head.endpoint = lambda exchange: exchange.fail(error)
 
     def _find(self, head: Head) -> None:
         node: _Node = self._root
@@ -108,23 +105,10 @@ def _checked(name: str, place: str) -> str:
     return name
 
 
+def _spawning(endpoint: Endpoint) -> Endpoint:
+    return lambda exchange: spawn(exchange, endpoint, exchange)
+
+
 def _is_text(character: str) -> bool:
     """Printable, a space of any script, or one of the two joiners that are part of words."""
     return character.isprintable() or category(character) == "Zs" or character in "\u200c\u200d"
-
-
-def _spawning(endpoint: Endpoint) -> Endpoint:
-    """A coroutine function as a plain endpoint that runs it as a Task."""
-    if not inspect.iscoroutinefunction(endpoint):
-        return endpoint
-
-    async def run(exchange: Exchange) -> None:
-        try:
-            await endpoint(exchange)
-        except Exception as fault:
-            exchange.fail(fault)
-
-    def spawn(exchange: Exchange) -> None:
-        exchange.job = asyncio.ensure_future(run(exchange))
-
-    return spawn

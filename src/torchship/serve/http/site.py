@@ -25,11 +25,6 @@ class Rpc(NamedTuple):
     stream: Callable[[Any], Coroutine[Any, Any, None]] | None = None
     scope: str = ""
 
-    @property
-    def client_streams(self) -> bool:
-        """Whether the client sends several messages."""
-        return self.stream is not None
-
 
 _NO_RPC = Rpc()
 _NAMES = re.compile(r"[A-Za-z0-9\-_, ]{0,1024}")
@@ -42,15 +37,12 @@ class Peer(Protocol):
 
     def overdue(self, now: float) -> None:
         """Hang up when the other side has kept us waiting for too long."""
-        ...
 
     def expire(self) -> None:
         """Go on, but let the peer open a new connection for what comes next."""
-        ...
 
     def retire(self) -> None:
         """Hang up as soon as the answers that are due have been sent."""
-        ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,11 +77,6 @@ class Cors:
         if not origin or "*" in self._origins:
             return "*"
         return origin if origin.lower() in self._origins else ""
-
-    @staticmethod
-    def asks(head: Head) -> bool:
-        """Whether a browser asks if it may ask."""
-        return head.method == "OPTIONS" and "access-control-request-method" in head.headers
 
     def headers(self, head: Head) -> Headers:
         """What an answer to this request says beside its own headers."""
@@ -148,8 +135,9 @@ class Site:
             self.resolve(head)
 
     def resolve(self, head: Head) -> None:
-        """Give the head of a request its endpoint."""
-        if self.cors is not None and self.cors.asks(head):
+        """Give the head of a request its endpoint; where a browser asks if it may ask, that is the answer to that."""
+        asks = head.method == "OPTIONS" and "access-control-request-method" in head.headers
+        if self.cors is not None and asks:
             head.endpoint = self.cors.preflight
         else:
             self.router.resolve(head)

@@ -13,20 +13,20 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import struct
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
-from torchship.errors import StageFailed, Unavailable
+from torchship.errors import BadInput, StageFailed, Unavailable
 from torchship.hardware import free_memory
 from torchship.tensors import Array
+from torchship.wire.raw import decode_raw, encode_raw
 
 ALIGN = 64
 _PAGE = mmap.PAGESIZE
 _HEADROOM = 64 * 2**20
-_LENGTH = struct.Struct("<I")
+_LENGTH = 4  # bytes before each element of BYTES
 
 
 class ArenaBlock(msgspec.Struct, array_like=True, frozen=True):
@@ -147,7 +147,7 @@ def aligned(size: int) -> int:
 def size_of(array: Array) -> int:
     """Bytes that `write` needs for an array: BYTES are packed as lengths and contents."""
     if array.dtype == object:
-        return int(sum(map(len, array.flat))) + _LENGTH.size * array.size
+        return int(sum(map(len, array.flat))) + _LENGTH * array.size
     return array.nbytes
 
 
@@ -159,7 +159,7 @@ def write(arrays: Sequence[Array], *, memory: memoryview, offset: int) -> ArenaB
     first = arrays[0]
     shape = first.shape if len(arrays) == 1 else (sum([len(array) for array in arrays]), *first.shape[1:])
     if first.dtype == object:
-        packed = b"".join([_pack(array) for array in arrays])
+        packed = b"".join([encode_raw(array) for array in arrays])
         memory[offset : offset + len(packed)] = packed
         return ArenaBlock(shape, offset, len(packed))
     native = first.dtype if first.dtype.isnative else first.dtype.newbyteorder("=")
@@ -182,34 +182,10 @@ def read(block: ArenaBlock, *, dtype: np.dtype[np.generic], memory: memoryview) 
     """The tensor of a block: a view of the memory, or an array of `bytes` objects. Raises StageFailed when cut off."""
     if block.offset < 0 or block.offset + block.size > len(memory):
         raise StageFailed(f"a block of {block.size} bytes at {block.offset} lies outside of its memory")
-    if dtype.hasobject:
-        return _unpack(memory[block.offset : block.offset + block.size], block.shape)
     try:
+        if dtype.hasobject:
+            data = memory[block.offset : block.offset + block.size]
+            return decode_raw(data, name="of a block", datatype="BYTES", shape=block.shape)
         return np.ndarray(block.shape, dtype, memory, block.offset)
-    except (TypeError, ValueError) as fault:
+    except (BadInput, TypeError, ValueError) as fault:
         raise StageFailed(f"a block does not hold its shape {list(block.shape)}: {fault}") from None
-
-
-def _pack(array: Array) -> bytes:
-    pieces: list[bytes] = []
-    for item in array.flat:
-        data = item.encode() if isinstance(item, str) else bytes(item)
-        pieces.append(_LENGTH.pack(len(data)))
-        pieces.append(data)
-    return b"".join(pieces)
-
-
-def _unpack(memory: memoryview, shape: tuple[int, ...]) -> Array:
-    found = np.empty(shape, object)
-    flat = found.reshape(-1)  # a view: `empty` is contiguous
-    at = 0
-    try:
-        for index in range(flat.size):
-            (length,) = _LENGTH.unpack_from(memory, at)
-            at += _LENGTH.size + length
-            if at > len(memory):
-                raise struct.error("cut off")
-            flat[index] = bytes(memory[at - length : at])
-    except struct.error as fault:
-        raise StageFailed(f"a block of BYTES is damaged: {fault}") from None
-    return found

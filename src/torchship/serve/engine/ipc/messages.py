@@ -153,32 +153,23 @@ class Inbox:
         core meanwhile. An empty message: the other side is gone. Raises OSError.
         """
         if patience:
-            self._look(time.monotonic_ns() + patience)
+            poll, until = self._poll, time.monotonic_ns() + patience
+            while not poll(0) and time.monotonic_ns() < until:
+                os.sched_yield()
         size, extra, flags, _ = self._receive(self._into, _ROOM, socket.MSG_CMSG_CLOEXEC)
         message = self._view[:size]
         if not extra:
             return message, -1
         fds = _descriptors(extra, flags)
         if message == _LARGE:
-            message = _whole(fds.pop(0))
+            with os.fdopen(fds.pop(0), "rb") as file:
+                file.seek(0)
+                message = memoryview(file.read())
         if len(fds) > 1:
             for fd in fds:
                 os.close(fd)
             raise OSError("a message came with more than one descriptor")
         return message, fds[0] if fds else -1
-
-    def _look(self, until: int) -> None:
-        """Return as soon as there is something to read."""
-        poll = self._poll
-        while not poll(0) and time.monotonic_ns() < until:
-            os.sched_yield()
-
-
-def _whole(fd: int) -> memoryview:
-    """A message that lies in memory of its own."""
-    with os.fdopen(fd, "rb") as file:
-        file.seek(0)
-        return memoryview(file.read())
 
 
 def _descriptors(extra: list[tuple[int, int, bytes]], flags: int) -> list[int]:

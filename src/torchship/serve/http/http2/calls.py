@@ -6,32 +6,19 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any
 
-from torchship.serve.http.coding import decompress, unpack
-from torchship.serve.http.exchange import HttpFault
+from torchship.serve.http.coding import INFLATE_OFF_LOOP_FROM, decompress
+from torchship.serve.http.exchange import HttpFault, spawn
 from torchship.serve.http.http2.outflow import Stream
-from torchship.serve.http.site import Site
 from torchship.wire import frames as h2
 from torchship.wire.raw import Buffer
 from torchship.wire.status import status_of, text_of
 
-_OK, _UNKNOWN, _INVALID, _EXHAUSTED, _UNIMPLEMENTED = 0, 2, 3, 8, 12
+_OK, _INVALID, _EXHAUSTED, _UNIMPLEMENTED = 0, 3, 8, 12
 _TOP = h2.status_field(200) + b"\x0f\x10\x10application/grpc"  # content-type is number 31 of the static table
 _GOOD = h2.literal(b"grpc-status", b"0")
 _QUEUE = 16  # messages of a stream that are read ahead of their use
-
-
-class _Link(Protocol):
-    """The connection, as a call sees it."""
-
-    site: Site
-
-    def put(self, stream: Any, head: bytes, data: bytes, tail: bytes) -> None: ...
-
-    def give(self, stream: Any) -> None: ...
-
-    async def drained(self, partner: Any) -> None: ...
 
 
 class Call:
@@ -39,7 +26,8 @@ class Call:
 
     __slots__ = ("_begun", "_link", "_over", "_queue", "_waiter", "gone", "head", "job", "stream")
 
-    def __init__(self, link: _Link, stream: Stream) -> None:
+    def __init__(self, link: Any, stream: Stream) -> None:
+        """`link` is the Connection2 that the stream belongs to."""
         self._link = link
         self.stream = stream
         self.head = stream.head
@@ -56,14 +44,11 @@ class Call:
         """A call with several messages begins: run it as a Task."""
         self._queue = deque()
         if self._admitted():
-            self.job = asyncio.ensure_future(self._run())
+            spawn(self, self._run)
 
     async def _run(self) -> None:
-        try:
-            await self.head.rpc.stream(self)
-            self.finish()
-        except Exception as fault:
-            self.fail(fault)
+        await self.head.rpc.stream(self)
+        self.finish()
 
     def feed(self) -> None:
         """Take the complete messages out of the stream's body."""
@@ -75,15 +60,14 @@ class Call:
             while len(body) - place >= 5:
                 size = int.from_bytes(body[place + 1 : place + 5], "big")
                 if size > self._link.site.limits.body:
-                    self._refuse(HttpFault(413, f"the message has {size} bytes"))
-                    return
+                    raise HttpFault(413, f"the message has {size} bytes")
                 if len(body) - place - 5 < size:
                     break
                 message: Buffer = bytes(memoryview(body)[place : place + 5 + size])
                 queue.append(self._plain(message))
                 place += 5 + size
         except HttpFault as fault:
-            self.finish(_INVALID, str(fault))
+            self.fail(fault)
             return
         rest = bytearray(memoryview(body)[place:])
         self.stream.body, self.stream.size = rest, len(rest)
@@ -103,37 +87,20 @@ class Call:
         if not self._admitted():
             return
         try:
-            if body[0]:
-                self._unpack(body)
-            else:
+            if not body[0]:
                 self.head.rpc.unary(self, body, 5)
+            elif len(body) < INFLATE_OFF_LOOP_FROM:
+                self.head.rpc.unary(self, self._plain(body), 5)
+            else:
+                spawn(self, self._unpack, body)
         except Exception as fault:
-            self._refuse(fault)
-
-    def _unpack(self, body: Buffer) -> None:
-        """Decompress the one message, then run the call. Raises HttpFault."""
-
-        def then(data: bytes) -> None:
-            self.job = None
-            if not self.gone:
-                self.head.rpc.unary(self, bytes(5) + data, 5)
-
-        coding, limit = self._coding(body), self._link.site.limits.body
-        work = unpack(memoryview(body)[5:], coding=coding, limit=limit, then=then, fail=self._refuse)
-        if work is not None:
-            self.job = work
-
-    def _refuse(self, fault: Exception) -> None:
-        if isinstance(fault, HttpFault) and fault.status == 413:
-            self.too_large(str(fault))
-        elif isinstance(fault, HttpFault):
-            self.finish(_INVALID, str(fault))
-        else:
             self.fail(fault)
 
-    def too_large(self, message: str) -> None:
-        """End the call because its request is too large; a negative pushback says that trying again will not help."""
-        self.finish(_EXHAUSTED, message, extra=h2.literal(b"grpc-retry-pushback-ms", b"-1"))
+    async def _unpack(self, body: Buffer) -> None:
+        """Decompress the one message, then run the call. Raises HttpFault."""
+        message, self.job = await asyncio.to_thread(self._plain, body), None
+        if not self.gone:
+            self.head.rpc.unary(self, message, 5)
 
     def _admitted(self) -> bool:
         try:
@@ -151,15 +118,10 @@ class Call:
         """A message with its prefix, unpacked where it was compressed. Raises HttpFault."""
         if not message[0]:
             return message
-        limit = self._link.site.limits.body
-        return bytes(5) + decompress(memoryview(message)[5:], coding=self._coding(message), limit=limit)
-
-    def _coding(self, message: Buffer) -> str:
-        """How a compressed message was packed. Raises HttpFault."""
         coding = self.head.headers.get("grpc-encoding", "identity")
         if message[0] != 1 or coding == "identity":
             raise HttpFault(400, "the message says it is compressed, the call does not")
-        return coding
+        return bytes(5) + decompress(memoryview(message)[5:], coding=coding, limit=self._link.site.limits.body)
 
     async def messages(self) -> AsyncIterator[Buffer]:
         """The messages of the client, each behind a prefix of five bytes, until it has said all."""
@@ -231,7 +193,12 @@ class Call:
         self._wake()
 
     def fail(self, error: BaseException) -> None:
-        """End the call with the status of an error."""
+        """End the call with the status of an error; a negative pushback says that trying again will not help."""
+        if isinstance(error, HttpFault):
+            large = error.status == 413
+            pushback = h2.literal(b"grpc-retry-pushback-ms", b"-1") if large else b""
+            self.finish(_EXHAUSTED if large else _INVALID, str(error), extra=pushback)
+            return
         wait = getattr(error, "retry_after", 0.0)
         pushback = h2.literal(b"grpc-retry-pushback-ms", b"%d" % math.ceil(wait * 1e3)) if wait else b""
         self.finish(status_of(error).grpc, text_of(error), extra=pushback)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import cast
 
-from torchship.serve.http.coding import COMPRESS_FROM, enter, packs
+from torchship.serve.http.coding import COMPRESS_FROM, dress, enter
 from torchship.serve.http.exchange import Exchange, Headers, HttpFault
 from torchship.serve.http.http2.calls import Call
-from torchship.serve.http.http2.fields import Fields, WrongHead, check_trailers, head_of
-from torchship.serve.http.http2.framing import FRAME, Late, Pace, Reader, Unfinished, check, header_block, unpad
+from torchship.serve.http.http2.framing import (
+    FRAME,
+    Fields,
+    Late,
+    Pace,
+    Reader,
+    Unfinished,
+    WrongHead,
+    are_trailers,
+    check,
+    head_of,
+    header_block,
+    unpad,
+)
 from torchship.serve.http.http2.outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.http.site import Site, is_reset
 from torchship.wire import frames as h2
@@ -144,13 +157,13 @@ class Connection2(asyncio.Protocol):
         if number <= self._last:  # RFC 9113 section 5.1.1: new streams have growing numbers
             self._trailers(number, ended, block)
             return
-        head = self._fields.lookup(block)
+        head = self._fields.known.get(block)
         if head is None:
             fields = self._fields.decode(block)
             try:
                 head = head_of(fields)
             except WrongHead:
-                self._fields.forget(block)
+                self._fields.remember(block)
                 self._last = number
                 raise StreamFault(number, h2.PROTOCOL_ERROR) from None
             self.site.route(head)
@@ -164,7 +177,7 @@ class Connection2(asyncio.Protocol):
         stream.since = self._since = self.site.now
         if head.rpc is not None:
             stream.partner = Call(self, stream)
-            if head.rpc.client_streams:
+            if head.rpc.stream is not None:
                 stream.partner.open()
         elif head.length > self.site.limits.body:
             self._begin_exchange(stream, HttpFault(413, f"the body has {head.length} bytes"))
@@ -174,7 +187,7 @@ class Connection2(asyncio.Protocol):
 
     def _trailers(self, number: int, ended: bool, block: bytes) -> None:
         fields = self._fields.decode(block)
-        self._fields.forget(block)
+        self._fields.remember(block)
         stream = self._streams.get(number)
         if stream is None:
             self._late.check(number)
@@ -182,11 +195,7 @@ class Connection2(asyncio.Protocol):
             return
         if stream.ended:
             raise StreamFault(number, h2.STREAM_CLOSED)
-        try:
-            check_trailers(fields)
-        except WrongHead:
-            ended = False
-        if not ended:
+        if not ended or not are_trailers(fields):
             raise StreamFault(number, h2.PROTOCOL_ERROR)
         self._ended(stream)
 
@@ -212,12 +221,19 @@ class Connection2(asyncio.Protocol):
         if stream.size > self.site.limits.body + 5:
             self._too_large(stream)
             return
-        if stream.partner is not None and stream.head.rpc is not None and stream.head.rpc.client_streams:
+        if stream.partner is not None and stream.head.rpc is not None and stream.head.rpc.stream is not None:
             stream.partner.feed()
         elif not ended:
             self.give(stream)
         if ended:
             self._ended(stream)
+
+    def _too_large(self, stream: Stream) -> None:
+        fault = HttpFault(413, f"there are more than {self.site.limits.body} bytes")
+        if stream.head.rpc is not None:
+            stream.partner.fail(fault)
+        else:
+            self._begin_exchange(stream, fault)
 
     def _flow(self, number: int, size: int) -> Stream | None:
         """Count data against both windows; its stream, or None where we have closed that already."""
@@ -251,13 +267,6 @@ class Connection2(asyncio.Protocol):
             self.transport.write(h2.window_update(stream.number, stream.taken))
             stream.left += stream.taken
             stream.taken = 0
-
-    def _too_large(self, stream: Stream) -> None:
-        text = f"there are more than {self.site.limits.body} bytes"
-        if stream.head.rpc is not None:
-            stream.partner.too_large(text)
-        else:
-            self._begin_exchange(stream, HttpFault(413, text))
 
     def _ended(self, stream: Stream) -> None:
         """The peer has said all."""
@@ -327,18 +336,13 @@ class Connection2(asyncio.Protocol):
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         """A whole answer of REST."""
-        if self.site.cors is not None:
-            headers = (*headers, *self.site.cors.headers(exchange.head))
-        if len(body) >= COMPRESS_FROM and "accept-encoding" in exchange.head.headers:
+        if self.site.cors is None and len(body) < COMPRESS_FROM:
+            self._send(exchange, status, content_type, body, headers)
+        else:
+            then = partial(self._send, exchange, status, content_type)
+            dress(exchange, body, headers, cors=self.site.cors, then=then)
 
-            def then(data: bytes, told: Headers) -> None:
-                self._send(exchange, status, data, content_type, (*headers, *told))
-
-            if packs(exchange, body, then=then):
-                return
-        self._send(exchange, status, body, content_type, headers)
-
-    def _send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
+    def _send(self, exchange: Exchange, status: int, content_type: str, body: bytes, headers: Headers) -> None:
         stream: Stream = exchange.stream
         top = self._top(status, content_type, (*headers, ("content-length", str(len(body)))))
         if exchange.head.method == "HEAD" or not body:

@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 from typing import Any
 
+import msgspec
+
 from torchship.serve.http.exchange import Head, HttpFault
 from torchship.serve.http.site import ConnectionLimits, Site
 from torchship.wire import frames as h2
@@ -15,26 +17,26 @@ from torchship.wire.raw import Buffer
 STREAM_WINDOW = 1 << 20  # what a peer may send on one stream before we let it send more
 
 
-class Stream:
-    """One request on a connection: what came, what may still be sent, what waits to be sent."""
+class Stream(msgspec.Struct, eq=False):
+    """One request on a connection: what came, what may still be sent, what waits to be sent.
 
-    __slots__ = (
-        "body", "ended", "head", "held", "left", "number", "partner", "since", "size", "taken", "waiting", "window",
-    )  # fmt: skip
+    `window` is what we may send, `left` what the peer may send, and `taken` what of that we have not given back. Of the
+    `size` of its body the site counts `held` as arriving, until the peer has `ended`. Of what is `waiting` there are
+    data, place, and what ends the stream after it. `partner` is the Exchange or the Call.
+    """
 
-    def __init__(self, number: int, head: Head, window: int) -> None:
-        self.number = number
-        self.head = head
-        self.window = window  # what we may send
-        self.left = STREAM_WINDOW  # what the peer may send
-        self.taken = 0  # of that, what we have not given back
-        self.size = 0
-        self.held = 0  # of that, what the site counts as arriving
-        self.body: Buffer = b""
-        self.ended = False  # by the peer
-        self.waiting: deque[tuple[bytes, int, bytes]] | None = None  # data, place, and what ends the stream after it
-        self.partner: Any = None  # the Exchange or the Call
-        self.since = 0.0
+    number: int
+    head: Head
+    window: int
+    left: int = STREAM_WINDOW
+    taken: int = 0
+    size: int = 0
+    held: int = 0
+    body: Buffer = b""
+    ended: bool = False
+    waiting: deque[tuple[bytes, int, bytes]] | None = None
+    partner: Any = None
+    since: float = 0.0
 
     def hold(self, site: Site, size: int) -> None:
         """`size` bytes of its body are here and not all is. Raises StreamFault when all bodies are too much."""
@@ -55,14 +57,14 @@ class Stream:
 class Outflow:
     """The sending half of a connection: frames are written at once where they fit, else in turn as windows open."""
 
-    __slots__ = ("_blocked", "_frame", "_transport", "_window", "initial")
+    __slots__ = ("_frame", "_transport", "_window", "blocked", "initial")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._window = 65535
         self._frame = 16384
         self.initial = 65535
-        self._blocked: deque[Stream] = deque()
+        self.blocked: deque[Stream] = deque()  # those that wait for a window
 
     def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> bool:
         """Send ready frames `head`, then `data` in DATA frames, then ready frames `tail`; whether all of it is sent."""
@@ -80,7 +82,7 @@ class Outflow:
             self._transport.write(head)
         if stream.waiting is None:
             stream.waiting = deque()
-            self._blocked.append(stream)
+            self.blocked.append(stream)
         stream.waiting.append((data, 0, tail))
         return False
 
@@ -88,12 +90,12 @@ class Outflow:
         """Send what the windows allow, the streams in turn; those whose last frame is sent."""
         out: list[bytes] = []
         finished = []
-        if len(self._blocked) > 1:
-            self._blocked.rotate(-1)
-        for stream in self._blocked:
+        if len(self.blocked) > 1:
+            self.blocked.rotate(-1)
+        for stream in self.blocked:
             if self._advance(stream, out, now):
                 finished.append(stream)
-        self._blocked = deque(stream for stream in self._blocked if stream.waiting is not None)
+        self.blocked = deque(stream for stream in self.blocked if stream.waiting is not None)
         if out:
             self._transport.write(b"".join(out))
         return finished
@@ -127,12 +129,7 @@ class Outflow:
         """Nobody waits for this stream any more."""
         if stream.waiting is not None:
             stream.waiting = None
-            self._blocked = deque(one for one in self._blocked if one is not stream)
-
-    @property
-    def blocked(self) -> bool:
-        """Whether anything waits for a window."""
-        return bool(self._blocked)
+            self.blocked = deque(one for one in self.blocked if one is not stream)
 
     def grow(self, step: int) -> None:
         """The peer opens the connection's window. Raises ConnectionFault."""
