@@ -101,9 +101,11 @@ def converse(
     target: str,
     *,
     argument: object = None,
+    fds: Sequence[int] = (),
     output: int | None = None,
     threads: int | None = None,
     cpus: Collection[int] = (),
+    env: Mapping[str, str] = {},
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start `module:function(argument, socket)` as `spawn` does; the child, and this side's end of the socket.
 
@@ -113,7 +115,9 @@ def converse(
     with theirs:
         try:
             talk = theirs.fileno()
-            child = spawn(target, argument=argument, output=output, talk=talk, threads=threads, cpus=cpus)
+            child = spawn(
+                target, argument=argument, fds=fds, output=output, talk=talk, threads=threads, cpus=cpus, env=env
+            )
             return child, ours
         except BaseException:
             ours.close()

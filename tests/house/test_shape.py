@@ -81,7 +81,7 @@ ENGINE = 34_950
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_787,
+    "torchship": 1_793,
     "torchship.artifact": 1_391,
     "torchship.backends": 1_414,
     "torchship.cli": 1_850,
@@ -91,12 +91,12 @@ ROOMS = {
     "torchship.optimize": 9_200,
     "torchship.optimize.transforms": 450,
     "torchship.pipeline": 1_490,
-    "torchship.serve": 2_100,
-    "torchship.serve.api": 1_700,
-    "torchship.serve.engine": 3_015,
-    "torchship.serve.http": 2_700,
+    "torchship.serve": 1_925,
+    "torchship.serve.api": 1_370,
+    "torchship.serve.engine": 2_805,
+    "torchship.serve.http": 2_520,
     "torchship.stages": 1_405,
-    "torchship.wire": 1_660,
+    "torchship.wire": 1_610,
     "torchship_faces": 2_245,
     "torchship_faces.gallery": 1_960,
 }
