@@ -201,18 +201,17 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     def points(value: float) -> float:
         return max(100 * value, 0.01)
 
-    dots = [
-        plots.Dot(
-            points(row.true),
-            points(row.bound),
+    marks = [
+        plots.Mark(
             row.name,
+            [(points(row.true), points(row.bound))],
             1 + _NETS.index(row.name.split()[0]),
             hollow=row.state == "refused",
         )
         for row in rows
     ]
     style = (Path(plots.__file__).parent / "templates" / "report.css").read_text()
-    svg = str(plots.scatter(dots, x_title="true drop, points", y_title="bound without labels, points"))
+    svg = str(plots.plot(marks, x_title="true drop, points", y_title="bound without labels, points"))
     head, _, body = svg.partition(">")
     path.write_text(f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{body}')
 

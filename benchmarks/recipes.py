@@ -187,7 +187,7 @@ def _refused(contestant: Contestant) -> str:
     from torchship.recipe import Recipe
 
     found = msgspec.convert(contestant.agreement, Verdict)
-    verdict = judge(found, guard=Guard(), recipe=Recipe(contestant.name))
+    verdict = judge(found, guard=Guard(), recipe=Recipe("", {"precision": contestant.name}))
     return "" if verdict.passed else verdict.reason
 
 

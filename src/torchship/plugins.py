@@ -48,6 +48,15 @@ def load(kind: str, *, name: str) -> ModuleType:
     return importlib.import_module(f"{_FOLDERS[kind]}.{name}")
 
 
+@functools.cache
+def fact(kind: str, name: str, what: str, default: Any = None) -> Any:
+    """What a plugin's module says about itself; the default for one that says nothing, or is not there."""
+    try:
+        return getattr(load(kind, name=name), what, default)
+    except Exception:  # a plugin may fail in any way when it is imported
+        return default
+
+
 def reason_against(kind: str, *, name: str, **facts: object) -> str:
     """Why a plugin cannot run here, in one line with the mend; empty when it can. Never raises, whatever it does."""
     try:

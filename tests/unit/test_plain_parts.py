@@ -52,8 +52,8 @@ def test_the_face_is_complete() -> None:
 
 
 def test_a_template_writes_values_as_text() -> None:
-    bars = [{"name": "<b>", "short": "a&b", "width": 2.0, "value": "1 dB", "marked": False}]
-    svg = plugins.rendered("torchship.optimize", "bars.svg.j2", width=100, bars=bars)
+    bars = [("<b> a&b", 2.0, False)]
+    svg = plugins.rendered("torchship.optimize", "bars.svg.j2", width=100, bars=bars, top=2.0, number=str, unit="dB")
     assert "&lt;b&gt;" in svg
     assert "a&amp;b" in svg
     assert "<b>" not in svg

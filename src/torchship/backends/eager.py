@@ -14,6 +14,8 @@ from torchship.recipe import Options, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
+BASELINE = True  # what all else is measured against
+PLAIN: tuple[str, ...] = ()  # with no more options than these it is the module as it is
 KIND = "data"
 TAKES = ("fuse", "quantize")  # transforms that it gains from
 PACKAGES = ("torch",)

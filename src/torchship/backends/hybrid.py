@@ -13,6 +13,7 @@ import inspect
 import itertools
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 KIND = "native"
+PLAIN = ("source",)  # with no more options than these it is the module as it is
 PACKAGES = ("torch",)
 probe = needs("torch")
 OPTIONS = ("source", "parts", "precision", "device")
@@ -64,6 +66,26 @@ class HybridPlan(msgspec.Struct, frozen=True):
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     """Nothing by itself: the search asks for it where a model does not export."""
     return []
+
+
+def stand_in(model: Model, *, source: str, hardware: Hardware, among: Sequence[str]) -> list[Recipe]:
+    """For a model that no other engine takes: kept as Python, whole or with its parts run by some `among` the backends.
+
+    `source` names the function that makes the module, for one that cannot be written down.
+    """
+    own: Options = {}
+    try:
+        blueprint.draw(model.module.inner)
+    except BuildFailed:
+        own = {"source": source} if ":" in source else {}
+    engines = [name for name in among if plugins.fact("backends", name, "PARTS", False)]
+    found = [own]
+    for name in sorted(engines, key=lambda name: int(plugins.fact("backends", name, "TRIED", 9))):
+        if not plugins.reason_against("backends", name=name, hardware=hardware):
+            found.append({**own, "parts": name})
+    if hardware.has_bf16:
+        found.append({**own, "precision": "bf16"})
+    return [Recipe("hybrid", options) for options in found]
 
 
 def build(model: Model, *, options: Options, out: Path) -> None:

@@ -11,7 +11,7 @@ from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import blank, prepare
 from torchship.model import Model, to_torch
 from torchship.plugins import needs
-from torchship.recipe import Options, Recipe, choice
+from torchship.recipe import Options, Recipe, Step, choice
 from torchship.stage import Stage
 from torchship.tensors import Signature
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 KIND = "data"
+PARTS = True  # runs parts of a model that stays Python
 TRIED = 3  # in this order among the backends: how often it wins
-TRACES = True  # its static int8 needs each module called once
 TAKES = ("quantize",)
+# where there is data; a module called twice, as torchvision's ReLUs are, stops the quantizer
+CALIBRATED = (Step("unshare"), Step("quantize", {"scheme": "static"}))
 COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("torch",)
 probe = needs("torch", compiler_of="torch.compile")

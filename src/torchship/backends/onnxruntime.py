@@ -17,6 +17,7 @@ from torchship.stage import EngineStage, Stage
 from torchship.tensors import Array, Signature, Tensors
 
 KIND = "data"
+PARTS = True  # runs parts of a model that stays Python
 TRIED = 0  # in this order among the backends: how often it wins
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 probe = needs("onnxruntime")

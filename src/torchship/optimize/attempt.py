@@ -11,20 +11,19 @@ from pathlib import Path
 
 import msgspec
 
-from torchship import __version__, plugins
-from torchship.artifact.manifest import Provenance
+from torchship import __version__, hardware, plugins, process
+from torchship.artifact.manifest import Provenance, Timing, Verdict
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import trial as trials
 from torchship.optimize.cache import Cache, digest
 from torchship.optimize.choose import is_valid
 from torchship.optimize.config import SearchConfig
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import judge
 from torchship.optimize.judge import HOPELESS
-from torchship.optimize.trial import BuildTask, Proof, ProofTask, Trial, TrialLimits
-from torchship.recipe import Options, Recipe
+from torchship.optimize.trial import BuildTask, ProofTask, Trial
+from torchship.recipe import Recipe
 
 _PASSING = ("did not finish", "took ", "killed by", "exited with")
 
@@ -49,14 +48,9 @@ class SearchContext:
     reference_metric: float | None = None
 
     @property
-    def capsule(self) -> Path:
+    def model_file(self) -> Path:
         """Where the model lies for the children."""
         return self.work / ("tuned.pkl" if self.tuned else "model.pkl")
-
-    @property
-    def metric(self) -> str:
-        """Where the user's metric lies for the children; empty without one."""
-        return str(self.work / "metric.pkl") if self.metric_hash else ""
 
     @property
     def reference(self) -> Path:
@@ -70,60 +64,58 @@ def attempt(recipe: Recipe, *, context: SearchContext, left: float, done: Sequen
         return before
     built_key, proof_key = _keys(recipe, context)
     started = time.monotonic()
-    folder, fault, log = _built(recipe, built_key, context, left)
+    found = Trial(recipe, "failed", proof_key)
+    folder = context.cache.built(built_key) or _built(recipe, built_key, context, left)
     build_s = time.monotonic() - started
-    if folder is None:
-        found = Trial(recipe, "failed", proof_key, failure=fault, log=log, build_s=build_s, seconds=build_s)
+    if isinstance(folder, process.Outcome):
+        why = folder.fault if folder.fault.startswith(_PASSING) else f"build: {folder.fault}"
+        found = msgspec.structs.replace(found, failure=why, log=folder.log)
     else:
-        found = _proven(recipe, proof_key, folder, context, left=left - build_s, done=done)
-        found = msgspec.structs.replace(found, build_s=build_s, seconds=time.monotonic() - started)
+        found = msgspec.structs.replace(found, artifact=str(folder))
+        found = _proven(found, context, left=left - build_s, done=done)
+    found = msgspec.structs.replace(found, build_s=build_s, seconds=time.monotonic() - started)
     if found.failure.startswith("did not finish") and left < context.config.limits.timeout:
         found = msgspec.structs.replace(found, status="skipped", failure="the budget ended while it ran")
     elif not found.failure.startswith(_PASSING):
-        context.cache.keep_trial(proof_key, found)
+        context.cache.keep("trials", proof_key, found)
     return found
 
 
 def known(recipe: Recipe, context: SearchContext) -> Trial | None:
-    """What an earlier search found out about this very recipe, under today's limits."""
-    before = context.cache.trial(_keys(recipe, context)[1])
-    return None if before is None else _judged_again(msgspec.structs.replace(before, cached=True), context)
+    """What an earlier search found out about this recipe, under today's limits: numbers hold, the verdict may not."""
+    trial = context.cache.trial(_keys(recipe, context)[1])
+    if trial is None:
+        return None
+    trial = msgspec.structs.replace(trial, cached=True)
+    if trial.verdict is None or trial.status == "failed" or trial.verdict.error >= HOPELESS:
+        return trial
+    raw = msgspec.structs.replace(trial.verdict, passed=True, reason="")
+    verdict = judge(raw, guard=context.config.guard, recipe=recipe)
+    return _ended(msgspec.structs.replace(trial, verdict=verdict))
 
 
 def _keys(recipe: Recipe, context: SearchContext) -> tuple[str, str]:
-    packages = caching.versions([*_packages(recipe), "torch", "numpy"])
+    """What a build, and a trial, of this recipe are kept under."""
+    packages = caching.versions([*_packages(recipe), "numpy"])
     # a backend may hand parts of the model to another that its options name
-    code = caching.own_code((recipe.backend, *_words(recipe.options), *(step.transform for step in recipe.transforms)))
+    words = sorted(word for word in recipe.options.values() if isinstance(word, str) and word.isidentifier())
+    code = caching.own_code((recipe.backend, *words, *(step.transform for step in recipe.transforms)))
     built = digest(context.model_hash, recipe.key, packages, code, context.hardware.fingerprint)
-    proof = digest(
-        built,
-        context.judged_hash,
-        context.metric_hash,
-        context.config.effort,
-        context.config.threads,
-        context.config.device,
-    )
-    return built, proof
+    config = context.config
+    how = (config.effort, config.threads, config.device)
+    return built, digest(built, context.judged_hash, context.metric_hash, *how)
 
 
-def _words(options: Options) -> list[str]:
-    return sorted(value for value in options.values() if isinstance(value, str) and value.isidentifier())
+def _packages(recipe: Recipe) -> list[str]:
+    return [*plugins.fact("backends", recipe.backend, "PACKAGES", ()), "torch"]
 
 
-def _packages(recipe: Recipe) -> Sequence[str]:
-    found: Sequence[str] = getattr(plugins.load("backends", name=recipe.backend), "PACKAGES", ())
-    return found
+def _timeout(context: SearchContext, left: float) -> float:
+    return max(5.0, min(context.config.limits.timeout, left))
 
 
-def _limits(context: SearchContext, left: float) -> TrialLimits:
-    limits = context.config.limits
-    return msgspec.structs.replace(limits, timeout=max(5.0, min(limits.timeout, left)))
-
-
-def _built(recipe: Recipe, key: str, context: SearchContext, left: float) -> tuple[Path | None, str, str]:
-    folder = context.cache.built(key)
-    if folder is not None:
-        return folder, "", ""
+def _built(recipe: Recipe, key: str, context: SearchContext, left: float) -> Path | process.Outcome:
+    """The packed artifact, built in a forked child and kept in the cache; or why there is none."""
     out = context.work / f"build-{key}"
     shutil.rmtree(out, ignore_errors=True)
     provenance = Provenance(
@@ -131,52 +123,54 @@ def _built(recipe: Recipe, key: str, context: SearchContext, left: float) -> tup
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=context.config.source,
         model_hash=context.model_hash,
-        packages=caching.versions([*_packages(recipe), "torch"]),
+        packages=caching.versions(_packages(recipe)),
     )
-    task = BuildTask(str(context.capsule), recipe, str(out), context.model.name, provenance)
-    outcome = trials.build(task, limits=_limits(context, left), forks=context.forks)
-    if outcome.fault:
-        shutil.rmtree(out, ignore_errors=True)
-        return None, f"build: {outcome.fault}" if not outcome.fault.startswith(_PASSING) else outcome.fault, outcome.log
-    return context.cache.keep_build(key, out), "", ""
+    outcome = context.forks.run(
+        "torchship.optimize.trial:build_here",
+        argument=BuildTask(str(context.model_file), recipe, str(out), context.model.name, provenance),
+        timeout=_timeout(context, left),
+        memory=context.config.limits.memory,
+    )
+    if not outcome.fault:
+        return context.cache.keep_build(key, out)
+    shutil.rmtree(out, ignore_errors=True)
+    return outcome
 
 
-def _proven(
-    recipe: Recipe, key: str, folder: Path, context: SearchContext, *, left: float, done: Sequence[Trial]
-) -> Trial:
-    timings = [trial.timing for trial in done if trial.timing and is_valid(trial)]
+def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence[Trial]) -> Trial:
+    """The trial with what a fresh child, pinned, finds out about its artifact."""
+    timings = [other.timing for other in done if other.timing and is_valid(other)]
+    config = context.config
     task = ProofTask(
-        artifact=str(folder),
+        artifact=trial.artifact,
         reference=str(context.reference),
-        recipe=recipe,
-        guard=context.config.guard,
-        effort=context.config.effort,
-        answers=str(context.cache.root / "builds" / f"{folder.name}.answers"),
-        device=context.config.device,
-        threads=context.config.threads,
+        recipe=trial.recipe,
+        guard=config.guard,
+        effort=config.effort,
+        answers=f"{trial.artifact}.answers",
+        device=config.device,
+        threads=config.threads,
         best_ms=min((timing.curve[0].p50_ms for timing in timings), default=0.0),
         best_rate=max((point.rows_per_s for timing in timings for point in timing.curve), default=0.0),
-        evaluate=context.metric,
+        evaluate=str(context.work / "metric.pkl") if context.metric_hash else "",
         reference_metric=context.reference_metric,
     )
-    outcome = trials.prove(task, limits=_limits(context, left), threads=context.config.threads)
+    outcome = process.run(
+        "torchship.optimize.trial:prove_here",
+        argument=task,
+        timeout=_timeout(context, left),
+        memory=config.limits.memory,
+        threads=config.threads,
+        cpus=hardware.cpus(config.threads),
+    )
     if outcome.fault:
-        return Trial(recipe, "failed", key, artifact=str(folder), failure=outcome.fault, log=outcome.log)
-    proof = msgspec.convert(outcome.value, Proof)
-    found = Trial(recipe, "ok", key, artifact=str(folder), verdict=proof.verdict, timing=proof.timing)
-    return _status(found)
+        return msgspec.structs.replace(trial, failure=outcome.fault, log=outcome.log)
+    verdict, timing = msgspec.convert(outcome.value, tuple[Verdict, Timing])
+    return _ended(msgspec.structs.replace(trial, verdict=verdict, timing=timing))
 
 
-def _judged_again(trial: Trial, context: SearchContext) -> Trial:
-    """A cached trial under today's limits: the numbers hold, the verdict may not."""
-    if trial.verdict is None or trial.status == "failed" or trial.verdict.error >= HOPELESS:
-        return trial
-    raw = msgspec.structs.replace(trial.verdict, passed=True, reason="")
-    verdict = judge(raw, guard=context.config.guard, recipe=trial.recipe)
-    return _status(msgspec.structs.replace(trial, verdict=verdict))
-
-
-def _status(trial: Trial) -> Trial:
+def _ended(trial: Trial) -> Trial:
+    """A proven trial with the status that its verdict gives it."""
     assert trial.verdict is not None  # noqa: S101  # only proven trials come here
     if trial.verdict.passed:
         return msgspec.structs.replace(trial, status="ok", failure="")

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import hashlib
 import inspect
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache as once
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -26,6 +26,7 @@ from torchship.model import Model, to_numpy
 from torchship.optimize.trial import Trial
 from torchship.tensors import Tensors
 
+T = TypeVar("T")
 _KEPT_BYTES = 20 * 2**30
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size)
 
@@ -58,18 +59,21 @@ class Cache:
                     raise
         return path
 
-    def trial(self, key: str) -> Trial | None:
-        """The result of an earlier trial whose artifact, if it had one, is still there."""
-        path = self.root / "trials" / f"{key}.json"
+    def kept(self, kind: str, key: str, type: type[T]) -> T | None:
+        """What was kept as `kind` under a key; None where that is nothing, or nothing that can be read."""
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=Trial)
+            return msgspec.json.decode((self.root / kind / f"{key}.json").read_bytes(), type=type)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
-        return None if found.artifact and not Path(found.artifact, folders.MANIFEST).is_file() else found
 
-    def keep_trial(self, key: str, trial: Trial) -> None:
+    def keep(self, kind: str, key: str, value: object) -> None:
         """Remember a result."""
-        folders.write(self.root / "trials" / f"{key}.json", msgspec.json.encode(trial))
+        folders.write(self.root / kind / f"{key}.json", msgspec.json.encode(value))
+
+    def trial(self, key: str) -> Trial | None:
+        """The result of an earlier trial whose artifact, if it had one, is still there."""
+        found = self.kept("trials", key, Trial)
+        return None if found and found.artifact and not Path(found.artifact, folders.MANIFEST).is_file() else found
 
     def trim(self, *, limit: int = _KEPT_BYTES) -> None:
         """Remove the builds that were not used for longest until the rest fits into `limit` bytes."""
@@ -107,21 +111,19 @@ def hash_model(model: Model) -> str:
     found = hashlib.sha256()
     for name, tensor in [*model.module.named_parameters(), *model.module.named_buffers()]:
         found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(memoryview(_bytes(tensor)))
+        found.update(to_numpy(tensor).tobytes())
     sources = dict[str, str]()
     for name, part in model.module.named_modules():
-        kind = type(part)
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
         plain = {key: repr(value) for key, value in vars(part).items() if _is_plain(value)}
-        found.update(f"{name}:{kind.__module__}.{kind.__qualname__}:{sorted(plain.items())}".encode())
-        sources.setdefault(f"{kind.__module__}.{kind.__qualname__}", _source(kind))
+        found.update(f"{name}:{kind}:{sorted(plain.items())}".encode())
+        if kind not in sources:
+            sources[kind] = ""
+            with contextlib.suppress(OSError, TypeError):  # it was not written in Python, or its file is gone
+                sources[kind] = inspect.getsource(type(part))
     found.update(repr(sorted(sources.items())).encode())
     found.update(str(model.signature).encode())
     return found.hexdigest()[:16]
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    host: Any = to_numpy(tensor)
-    return host.tobytes()
 
 
 def _is_plain(value: Any) -> bool:
@@ -130,11 +132,15 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _source(kind: type) -> str:
+def hash_function(function: Callable[..., Any]) -> str:
+    """A hash of a function's source and defaults, or of its pickle where it has no source."""
     try:
-        return inspect.getsource(kind)
+        return digest(inspect.getsource(function), repr(getattr(function, "__defaults__", None)))
     except (OSError, TypeError):
-        return ""
+        import cloudpickle
+
+        data: bytes = cloudpickle.dumps(function)
+        return digest(data)
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
@@ -153,20 +159,7 @@ def own_code(plugin_names: tuple[str, ...]) -> str:
     top = Path(torchship.__file__).parent
     measuring = [top / "optimize" / f"{name}.py" for name in ("trial", "measure", "capture", "flatten")]
     rooms = (top / "backends", top / "optimize" / "transforms")
-    plugins = [room / f"{name}.py" for room in rooms for name in plugin_names]
-    found = set[Path]()
-    for path in (*measuring, *plugins):
-        _follow(path, found, top)
-    return digest(*(path.read_bytes() for path in sorted(found)))
-
-
-def _follow(path: Path, found: set[Path], top: Path) -> None:
-    """Add `path`, and what it imports of `lowering`."""
-    if path in found or not path.is_file():
-        return
-    found.add(path)
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchship.lowering"):
-            inside = [*(node.module or "").split(".")[2:3], *(alias.name for alias in node.names)]
-            for name in inside:
-                _follow(top / "lowering" / f"{name}.py", found, top)
+    plugged = [path for room in rooms for name in plugin_names if (path := room / f"{name}.py").is_file()]
+    return digest(
+        *(path.read_bytes() for path in (*measuring, *sorted(plugged), *sorted(top.glob("lowering/**/*.py"))))
+    )

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchship.errors import BadInput, CaptureFailed
@@ -14,11 +13,11 @@ from torchship.lowering.torch_stage import no_fast_path
 from torchship.lowering.tree import Parts
 from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import axes, decisions, freeze
-from torchship.optimize.flatten import Flat, Frame, kind_of, outline, take_apart
+from torchship.optimize.flatten import Flat, Frame, kind_of, outline, parameters_of, take_apart
 from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
 from torchship.optimize.samples import as_call, flatten_samples, masked, random_inputs, vocabularies
-from torchship.tensors import Axis, Free, Signature, Tensors, TensorSpec, dtype_name
+from torchship.tensors import Free, Signature, Tensors, TensorSpec, dtype_name
 
 CALIBRATION_ROWS = 512
 
@@ -51,7 +50,9 @@ def capture(
     restore = freeze.remember(inner)
     flat = _flat(inner, frame, names, calls[0])
     changed = restore()
-    decided = decisions.decisions(flat.run, calls[0], outside=_outside(inner))
+    # what stands for the lines of a module that has none of Python
+    outside = Place("TorchScript", 0, code="its code") if isinstance(inner, torch.jit.ScriptModule) else None
+    decided = decisions.decisions(flat.run, calls[0], outside=outside)
     with torch.inference_mode():
         shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
         if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
@@ -63,7 +64,10 @@ def capture(
     # other lengths and values are examples too: the guard is to see them
     examples = _longer(flat, _arrays(names, [*calls, *study.tried]), signature)
     edges = _arrays(names, study.edges)
-    flat.notes = [*study.notes, *flat.dropped, *_on_buffers(changed)]
+    flat.notes = [*study.notes, *flat.dropped]
+    if changed:
+        words = ", ".join(changed[:4])
+        flat.notes.append(f"forward changes buffers ({words}): what they gather while serving is not kept")
     flat.moves, flat.steady = study.moves, study.steady
     flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
@@ -71,13 +75,8 @@ def capture(
     return Model(module=flat, signature=signature, examples=examples, edges=edges, calibration=fit, name=name)
 
 
-def _outside(module: torch.nn.Module) -> Place | None:
-    """What stands for the lines of a module that has none of Python."""
-    return Place("TorchScript", 0, code="its code") if isinstance(module, torch.jit.ScriptModule) else None
-
-
 def _arrays(names: Sequence[str], calls: Iterable[Call]) -> list[Tensors]:
-    return [{n: np.asarray(to_numpy(t)) for n, t in zip(names, call, strict=True)} for call in calls]
+    return [{n: to_numpy(t) for n, t in zip(names, call, strict=True)} for call in calls]
 
 
 def _specs(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> tuple[TensorSpec, ...]:
@@ -96,32 +95,22 @@ def _calls(module: torch.nn.Module, examples: Sequence[Any], frame: Frame) -> li
     return [[tensor.detach().cpu().clone() for _, tensor in call] for call in taken]
 
 
-def _on_buffers(changed: Sequence[str]) -> list[str]:
-    if not changed:
-        return []
-    return [f"forward changes buffers ({', '.join(changed[:4])}): what they gather while serving is not kept"]
-
-
 def _examples(module: torch.nn.Module, given: Any) -> tuple[list[TensorSpec], list[Any]]:
-    several = given if isinstance(given, list) else [given]
-    if isinstance(given, TensorSpec) or (
-        isinstance(given, Sequence) and given and all(isinstance(item, TensorSpec) for item in given)
-    ):
-        specs = [given] if isinstance(given, TensorSpec) else list(given)
+    """The specs where there are such, and the examples, each as arguments and keyword arguments."""
+    several = given if isinstance(given, list | tuple) and given else [given]
+    if all(isinstance(item, TensorSpec) for item in several):
+        specs = list(several)
         if left_out := [spec.name for spec in specs if spec.optional]:
-            hint = "an artifact has one set of inputs: optimize once for each"
             raise CaptureFailed(
-                f"inputs {left_out} are optional, which those of an exported model cannot be", hint=hint
+                f"inputs {left_out} are optional, which those of an exported model cannot be",
+                hint="an artifact has one set of inputs: optimize once for each",
             )
-        calls = [
-            _by_name(module, specs, call)
-            for size in vocabularies(module)
-            for call in masked(specs, random_inputs(specs, vocabulary=size))
-        ]
+        made = [t for size in vocabularies(module) for t in masked(specs, random_inputs(specs, vocabulary=size))]
+        calls = [_by_name(module, specs, tensors) for tensors in made]
         return specs, [next((call for call in calls if _has_numbers(module, call)), calls[0])]
-    if not several:
+    if isinstance(given, list) and not given:
         raise CaptureFailed("there are no example inputs", hint="give a tensor, a tuple, a dict, or TensorSpecs")
-    calls = [as_call(example) for example in several]
+    calls = [as_call(example) for example in (given if isinstance(given, list) else [given])]
     order = calls[0][1]
     return [], [(args, {**{name: kw[name] for name in order if name in kw}, **kw}) for args, kw in calls]
 
@@ -138,12 +127,7 @@ def _has_numbers(module: torch.nn.Module, call: Any) -> bool:
 
 def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Any:
     """Keyword arguments where every name is a parameter of forward, else arguments in order."""
-    import inspect
-
-    try:
-        known = set(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):
-        known = set()
+    known = {parameter.name for parameter in parameters_of(module)}
     if all(spec.name in known for spec in specs):
         return (), {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
     return tuple(tensors), {}
@@ -222,7 +206,7 @@ def _watched(flat: Any) -> Run:
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
     try:
-        return dtype_name(np.asarray(to_numpy(tensor)).dtype)
+        return dtype_name(to_numpy(tensor).dtype)
     except (BadInput, TypeError) as fault:
         raise CaptureFailed(
             f"tensor {name!r} is {tensor.dtype}, which no wire format carries",
@@ -235,7 +219,8 @@ def _longer(flat: Flat, examples: Sequence[Tensors], signature: Signature) -> li
     longer = dict(examples[0])
     for spec in signature.inputs:
         for position, axis in enumerate(spec.shape):
-            if _may_grow(axis) and longer[spec.name].shape[position] == 1:
+            grows = isinstance(axis, Free) and (axis.max is None or axis.max >= 2)
+            if grows and longer[spec.name].shape[position] == 1:
                 longer[spec.name] = longer[spec.name].repeat(2, axis=position)
     if all(longer[name].shape == array.shape for name, array in examples[0].items()):
         return list(examples)
@@ -245,7 +230,3 @@ def _longer(flat: Flat, examples: Sequence[Tensors], signature: Signature) -> li
     except Exception:  # some lengths are refused; then the example stays as it is
         return list(examples)
     return [longer, *examples]
-
-
-def _may_grow(axis: Axis) -> bool:
-    return isinstance(axis, Free) and (axis.max is None or axis.max >= 2)

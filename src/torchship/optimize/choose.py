@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
-from torchship.artifact.manifest import Timing
+from torchship import plugins
 from torchship.errors import BadConfig
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
 
 Goal: TypeAlias = Literal["latency", "throughput", "size", "memory"]
 GOALS: tuple[str, ...] = get_args(Goal)
+_BEST: dict[Goal, str] = {
+    "latency": "fastest at batch 1",
+    "throughput": "most rows a second",
+    "size": "smallest",
+    "memory": "least memory",
+}
 _CLOSE = 1.02  # within 2 % two candidates count as equal, and the more exact one wins
 
 
@@ -24,20 +31,13 @@ class Constraints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_memory: int | None = None
     max_size: int | None = None
 
-    def against(self, timing: Timing) -> str:
-        """Which bound a timing breaks, in words; empty when it keeps all."""
-        return "; ".join(words for _, words in self._broken(timing))
-
-    def excess(self, timing: Timing) -> float:
-        """How many times the most broken bound is exceeded; 0 when all are kept."""
-        return max((factor for factor, _ in self._broken(timing)), default=0.0)
-
-    def _broken(self, timing: Timing) -> list[tuple[float, str]]:
-        def ms(value: float) -> str:
-            return f"{value:.3g} ms"
-
+    def broken(self, trial: Trial) -> list[tuple[float, str]]:
+        """How many times each bound that a measured trial breaks is exceeded, and the same in words."""
+        timing = trial.timing
+        if timing is None:
+            return []
         bounds: list[tuple[str, float, float | None, Callable[[float], str]]] = [
-            ("p99", timing.curve[0].p99_ms, self.max_latency_p99, ms),
+            ("p99", timing.curve[0].p99_ms, self.max_latency_p99, "{:.3g} ms".format),
             ("peak memory", timing.peak_memory, self.max_memory, _bytes),
             ("size", timing.file_size, self.max_size, _bytes),
         ]
@@ -57,17 +57,34 @@ class Choice(msgspec.Struct, frozen=True):
     outside: dict[int, str] = {}
 
 
-def cost(timing: Timing, *, goal: Goal) -> float:
-    """What the goal minimises: p50 at batch 1 in ms, seconds for a row at the best batch, or bytes."""
-    costs: dict[Goal, Callable[[], float]] = {
-        "latency": lambda: timing.curve[0].p50_ms,
-        "throughput": lambda: 1.0 / max(point.rows_per_s for point in timing.curve),
-        "size": lambda: float(timing.file_size),
-        "memory": lambda: float(timing.peak_memory),
-    }
-    if goal not in costs:
+@functools.cache
+def baseline() -> Recipe:
+    """What all else is measured against: the backend that says so of itself, as it is."""
+    names = plugins.names("backends")
+    return Recipe(next(name for name in names if plugins.fact("backends", name, "BASELINE", False)))
+
+
+def is_plain(recipe: Recipe) -> bool:
+    """Whether this is the user's own module, unchanged: the baseline, or the backend that stands in for it."""
+    own = plugins.fact("backends", recipe.backend, "PLAIN", None)
+    return own is not None and not recipe.transforms and recipe.options.keys() <= set(own)
+
+
+def cost(trial: Trial, *, goal: Goal) -> float:
+    """What the goal minimises: p50 at batch 1 in ms, seconds for a row at the best batch, or bytes.
+
+    Infinite for a trial that was not measured.
+    """
+    if goal not in GOALS:
         raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
-    return costs[goal]()
+    timing = trial.timing
+    if timing is None or not timing.curve:
+        return float("inf")
+    if goal == "latency":
+        return timing.curve[0].p50_ms
+    if goal == "throughput":
+        return 1.0 / max(point.rows_per_s for point in timing.curve)
+    return float(timing.file_size if goal == "size" else timing.peak_memory)
 
 
 def choose(trials: Sequence[Trial], *, goal: Goal, constraints: Constraints | None = None) -> Choice:
@@ -75,28 +92,28 @@ def choose(trials: Sequence[Trial], *, goal: Goal, constraints: Constraints | No
 
     Candidates within 2 % of the best count as equal: of these what is proved wins, then the smallest output error.
     """
-    constraints = constraints or Constraints()
-    outside: dict[int, str] = {}
-    valid: list[int] = []
-    for index, trial in enumerate(trials):
-        if not is_valid(trial) or trial.timing is None:
-            continue
-        fault = constraints.against(trial.timing)
-        if fault:
-            outside[index] = fault
-        else:
-            valid.append(index)
-    costs = {index: cost(_timing(trials[index]), goal=goal) for index in valid}
-    ranking = sorted(valid, key=lambda index: costs[index])
+    limits = constraints or Constraints()
+    valid = [index for index, trial in enumerate(trials) if is_valid(trial)]
+    broken = {index: found for index in valid if (found := limits.broken(trials[index]))}
+    outside = {index: "; ".join(words for _, words in found) for index, found in broken.items()}
+    costs = {index: cost(trials[index], goal=goal) for index in valid}
+    ranking = sorted((index for index in valid if index not in outside), key=lambda index: costs[index])
     if not ranking:
-        return Choice(None, (), _nobody(trials, outside, constraints), outside)
-    best = costs[ranking[0]]
-    equal = [index for index in ranking if costs[index] <= best * _CLOSE]
-    winner = min(equal, key=lambda index: (not is_proved(trials[index]), _error(trials[index]), costs[index]))
+        nearest = min(outside, key=lambda index: max(broken[index]), default=None)
+        return Choice(None, (), _nobody(trials, outside, nearest), outside)
+    equal = [index for index in ranking if costs[index] <= costs[ranking[0]] * _CLOSE]
+
+    def exactness(index: int) -> tuple[bool, float, float]:
+        verdict = trials[index].verdict
+        assert verdict is not None  # noqa: S101  # valid trials were judged
+        proved = verdict.evidence is not None and verdict.evidence.state == "proved"
+        return not proved, verdict.error, costs[index]
+
+    winner = min(equal, key=exactness)
     ranking.remove(winner)
     ranking.insert(0, winner)
     why = _why(trials, ranking, costs, goal)
-    better = sum(cost(_timing(trials[index]), goal=goal) < costs[winner] for index in outside)
+    better = sum(costs[index] < costs[winner] for index in outside)
     if better:
         why += f"; {better} that would be better break{'s' if better == 1 else ''} a limit"
     return Choice(winner, tuple(ranking), why, outside)
@@ -108,24 +125,8 @@ def is_valid(trial: Trial) -> bool:
     return measured and trial.verdict is not None and trial.verdict.passed
 
 
-def is_proved(trial: Trial) -> bool:
-    """Whether the guard proved that a trial loses no more than it may."""
-    evidence = trial.verdict.evidence if trial.verdict else None
-    return evidence is not None and evidence.state == "proved"
-
-
-def _timing(trial: Trial) -> Timing:
-    assert trial.timing is not None  # noqa: S101  # valid trials are measured
-    return trial.timing
-
-
-def _error(trial: Trial) -> float:
-    return trial.verdict.error if trial.verdict else float("inf")
-
-
-def _nobody(trials: Sequence[Trial], outside: dict[int, str], constraints: Constraints) -> str:
-    if outside:
-        nearest = min(outside, key=lambda index: constraints.excess(_timing(trials[index])))
+def _nobody(trials: Sequence[Trial], outside: dict[int, str], nearest: int | None) -> str:
+    if nearest is not None:
         many = f"{len(outside)} valid candidates break" if len(outside) > 1 else "the only valid candidate breaks"
         return f"{many} a limit; the nearest is {trials[nearest].recipe.label}: {outside[nearest]}"
     causes = [f"{trial.recipe.label}: {trial.failure}" for trial in trials if trial.failure]
@@ -133,23 +134,15 @@ def _nobody(trials: Sequence[Trial], outside: dict[int, str], constraints: Const
 
 
 def _why(trials: Sequence[Trial], ranking: Sequence[int], costs: dict[int, float], goal: Goal) -> str:
-    first = trials[ranking[0]]
-    noun = {
-        "latency": "fastest at batch 1",
-        "throughput": "most rows a second",
-        "size": "smallest",
-        "memory": "least memory",
-    }[goal]
-    parts = [noun]
-    eager = next((i for i in ranking if trials[i].recipe == Recipe("eager")), None)
-    if eager is not None and eager != ranking[0]:
-        parts.append(f"{costs[eager] / max(costs[ranking[0]], 1e-12):.2f}x better than eager")
-    if len(ranking) > 1 and ranking[1] != eager:
-        parts.append(
-            f"{costs[ranking[1]] / max(costs[ranking[0]], 1e-12):.2f}x better than {trials[ranking[1]].recipe.label}"
-        )
-    if first.verdict:
-        parts.append(first.verdict.reason or f"output error {first.verdict.error:.2g}")
+    plain = next((index for index in ranking if trials[index].recipe == baseline()), None)
+    second = ranking[1] if len(ranking) > 1 else None
+    parts = [_BEST[goal]]
+    for index in dict.fromkeys((plain, second)):
+        if index is not None and index != ranking[0]:
+            times = costs[index] / max(costs[ranking[0]], 1e-12)
+            parts.append(f"{times:.2f}x better than {trials[index].recipe.label}")
+    if verdict := trials[ranking[0]].verdict:
+        parts.append(verdict.reason or f"output error {verdict.error:.2g}")
     return ", ".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -12,10 +13,17 @@ from torchship import difference, textfiles
 from torchship.artifact import Artifact
 from torchship.artifact.manifest import BatchPoint, Manifest, Timing
 from torchship.errors import BadConfig, NotFound, Unavailable
-from torchship.optimize import interleaved
 from torchship.optimize.facts import Facts, load
-from torchship.optimize.measure import point
+from torchship.optimize.measure import interleaved, point
 from torchship.optimize.trial import Trial
+
+# what verdicts tell of a candidate's answers: the row's name, the field, how it is written
+_AGREEMENT = (
+    ("output error", "error", "{:.3g}"),
+    ("cosine", "cosine", "{:.6f}"),
+    ("top-1 agreement", "top1", "{:.2%}"),
+    ("metric", "metric", "{:.5g}"),
+)
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -32,94 +40,69 @@ def of(a: Artifact | Manifest | Facts, b: Artifact | Manifest | Facts) -> list[C
 
     Raises BadConfig where one side has a report only, and the other none.
     """
-    if isinstance(a, Facts) or isinstance(b, Facts):
-        first, second = _report(a), _report(b)
-        if first is None or second is None:
+    if not isinstance(a, Facts) and not isinstance(b, Facts):
+        return rows(*(side.manifest if isinstance(side, Artifact) else side for side in (a, b)))
+    found = list[Facts]()
+    for side in (a, b):
+        kept = side.path / "report" / "report.json" if isinstance(side, Artifact) else None
+        if isinstance(side, Facts):
+            found.append(side)
+        elif kept is not None and kept.is_file():
+            found.append(load(kept))
+        else:
             raise BadConfig(
                 "a report cannot be compared with an artifact that holds none",
                 hint="give two report.json, or two artifacts",
             )
-        return reports(first, second)
-    return rows(*(side.manifest if isinstance(side, Artifact) else side for side in (a, b)))
-
-
-def _report(side: Artifact | Manifest | Facts) -> Facts | None:
-    if not isinstance(side, Artifact):
-        return side if isinstance(side, Facts) else None
-    path = side.path / "report" / "report.json"
-    return load(path) if path.is_file() else None
+    return reports(*found)
 
 
 def rows(a: Manifest, b: Manifest) -> list[Comparison]:
     """What the manifests say: recipe, machine, latency, throughput, size, memory, error."""
+    weights = [side.provenance.model_hash for side in (a, b)]
     found = [
         Comparison("recipe", a.recipe.label, b.recipe.label),
         Comparison("machine", a.hardware, b.hardware),
         Comparison("signature", str(a.signature), "the same" if a.signature == b.signature else str(b.signature)),
-        Comparison(
-            "weights",
-            a.provenance.model_hash,
-            "the same" if _same_model(a, b) else f"{b.provenance.model_hash} (another model)",
-        ),
+        Comparison("weights", weights[0], "the same" if weights[0] == weights[1] else f"{weights[1]} (another model)"),
         Comparison("packed", a.provenance.created, b.provenance.created),
     ]
     if a.timing and b.timing:
-        found += _timing_rows(a.timing, b.timing)
-    return found + _verdict_rows(a, b)
-
-
-def _same_model(a: Manifest, b: Manifest) -> bool:
-    return a.provenance.model_hash == b.provenance.model_hash
-
-
-def _timing_rows(a: Timing, b: Timing) -> list[Comparison]:
-    found = []
-    shared = sorted({point.batch for point in a.curve} & {point.batch for point in b.curve})
-    for batch in shared:
-        found += point_rows(_at(a, batch), _at(b, batch))
-    found += _totals(a, b)
-    found.append(Comparison("load, s", f"{a.load_s:.2f}", f"{b.load_s:.2f}", a.load_s / b.load_s if b.load_s else None))
-    found.append(Comparison("threads", str(a.threads), str(b.threads)))
+        curves = [{point.batch: point for point in timing.curve} for timing in (a.timing, b.timing)]
+        for batch in sorted(curves[0].keys() & curves[1].keys()):
+            found += point_rows(curves[0][batch], curves[1][batch])
+        found += _totals(a.timing, b.timing)
+        found.append(_smaller("load, s", a.timing.load_s, b.timing.load_s, "{:.2f}"))
+        found.append(Comparison("threads", str(a.timing.threads), str(b.timing.threads)))
+    for what, field, form in _AGREEMENT:
+        x, y = (getattr(side.verdict, field, None) for side in (a, b))
+        if x is not None and y is not None:
+            found.append(Comparison(what, form.format(x), form.format(y)))
     return found
+
+
+def _smaller(what: str, a: float, b: float, form: str) -> Comparison:
+    """A number of which the smaller is the better."""
+    return Comparison(what, form.format(a), form.format(b), a / b if b else None)
 
 
 def _totals(a: Timing, b: Timing) -> list[Comparison]:
     """Best throughput, file size, peak memory."""
     fastest = [max(timing.curve, key=lambda p: p.rows_per_s) for timing in (a, b)]
     first, second = (f"{p.rows_per_s:,.0f} (batch {p.batch})" for p in fastest)
-    found = [Comparison("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s)]
-    for what, x, y in (
-        ("file size, MB", a.file_size, b.file_size),
-        ("peak memory, MB", a.peak_memory, b.peak_memory),
-    ):
-        found.append(Comparison(what, f"{x / 1e6:.2f}", f"{y / 1e6:.2f}", x / y if y else None))
-    return found
+    return [
+        Comparison("best rows/s", first, second, fastest[1].rows_per_s / fastest[0].rows_per_s),
+        _smaller("file size, MB", a.file_size / 1e6, b.file_size / 1e6, "{:.2f}"),
+        _smaller("peak memory, MB", a.peak_memory / 1e6, b.peak_memory / 1e6, "{:.2f}"),
+    ]
 
 
 def point_rows(a: BatchPoint, b: BatchPoint) -> list[Comparison]:
     """Median and tail of one batch size."""
     return [
-        Comparison(f"batch {a.batch} p50, ms", f"{a.p50_ms:.3f}", f"{b.p50_ms:.3f}", a.p50_ms / b.p50_ms),
-        Comparison(f"batch {a.batch} p99, ms", f"{a.p99_ms:.3f}", f"{b.p99_ms:.3f}", a.p99_ms / b.p99_ms),
+        _smaller(f"batch {a.batch} p50, ms", a.p50_ms, b.p50_ms, "{:.3f}"),
+        _smaller(f"batch {a.batch} p99, ms", a.p99_ms, b.p99_ms, "{:.3f}"),
     ]
-
-
-def _at(timing: Timing, batch: int) -> BatchPoint:
-    return next(found for found in timing.curve if found.batch == batch)
-
-
-def _verdict_rows(a: Manifest, b: Manifest) -> list[Comparison]:
-    if a.verdict is None or b.verdict is None:
-        return []
-    found = [
-        Comparison("output error", f"{a.verdict.error:.3g}", f"{b.verdict.error:.3g}"),
-        Comparison("cosine", f"{a.verdict.cosine:.6f}", f"{b.verdict.cosine:.6f}"),
-    ]
-    if a.verdict.top1 is not None and b.verdict.top1 is not None:
-        found.append(Comparison("top-1 agreement", f"{a.verdict.top1:.2%}", f"{b.verdict.top1:.2%}"))
-    if a.verdict.metric is not None and b.verdict.metric is not None:
-        found.append(Comparison("metric", f"{a.verdict.metric:.5g}", f"{b.verdict.metric:.5g}"))
-    return found
 
 
 def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int) -> list[Comparison]:
@@ -132,7 +115,7 @@ def side_by_side(a: Artifact, b: Artifact, *, device: str = "cpu", threads: int)
     for batch in (1, 8):
         if batch > limit:
             break
-        seconds = interleaved.measure([(a.path, batch), (b.path, batch)], device=device, threads=threads)
+        seconds = interleaved([(a.path, batch), (b.path, batch)], device=device, threads=threads)
         for artifact, taken in zip((a, b), seconds, strict=True):
             if not taken:
                 raise Unavailable(f"{artifact.path} does not run here", hint="`torchship doctor` says what does")
@@ -144,13 +127,9 @@ def outputs_apart(a: Artifact, b: Artifact, *, trust: bool) -> Comparison:
     """How far B's outputs are from A's on A's example inputs. Raises BadConfig when they take different inputs."""
     if a.manifest.signature != b.manifest.signature:
         raise BadConfig("the artifacts have different signatures", hint="compare artifacts of one model")
-    stages = [artifact.open(trust=trust) for artifact in (a, b)]
-    try:
+    with closing(a.open(trust=trust)) as first, closing(b.open(trust=trust)) as second:
         inputs = a.inputs()
-        answers = [{name: np.asarray(array) for name, array in stage(inputs).items()} for stage in stages]
-    finally:
-        for stage in stages:
-            stage.close()
+        answers = [{name: np.asarray(array) for name, array in stage(inputs).items()} for stage in (first, second)]
     pairs = [(answers[0][spec.name], answers[1][spec.name]) for spec in a.manifest.signature.outputs]
     error = max((difference.relative_error(*pair) for pair in pairs), default=0.0)
     cosine = min((difference.cosine(*pair) for pair in pairs), default=1.0)
@@ -175,48 +154,35 @@ def read(path: Path) -> Manifest | Facts:
 
 def reports(a: Facts, b: Facts) -> list[Comparison]:
     """Two searches, as on two machines: the machines, the winners, and every recipe that either tried."""
+    winners = [facts.winner for facts in (a, b)]
+    first, second = ("none" if winner is None else winner.recipe.label for winner in winners)
     found = [
         Comparison("machine", a.hardware, b.hardware),
         Comparison("threads", str(a.threads or "all"), str(b.threads or "all")),
         Comparison("signature", a.signature, "the same" if a.signature == b.signature else b.signature),
         Comparison("created", a.created, b.created),
-        Comparison("winner", _winner(a), _winner(b)),
+        Comparison("winner", first, second),
     ]
-    best = [facts.trials[facts.choice.winner] for facts in (a, b) if facts.choice.winner is not None]
-    if len(best) == 2:
-        found += [
-            Comparison(f"winner, {row.what}", row.a, row.b, row.better)
-            for row in _summary(best[0].timing, best[1].timing)
-        ]
+    timings = [winner.timing for winner in winners if winner is not None and winner.timing is not None]
+    if len(timings) == 2:
+        summary = [point_rows(timings[0].curve[0], timings[1].curve[0])[0], *_totals(*timings)]
+        found += [msgspec.structs.replace(row, what=f"winner, {row.what}") for row in summary]
     tried = [{trial.recipe.key: trial for trial in facts.trials} for facts in (a, b)]
     for key in dict.fromkeys([*tried[0], *tried[1]]):
-        first, second = (one.get(key) for one in tried)
-        either = [trial for trial in (first, second) if trial is not None]
+        sides = [one.get(key) for one in tried]
+        either = [trial for trial in sides if trial is not None]
         if any(trial.status != "skipped" for trial in either):
-            label = either[0].recipe.label
-            found.append(Comparison(f"{label}, batch 1 p50, ms", _told(first), _told(second), _ratio(first, second)))
+            (first, x), (second, y) = map(_told, sides)
+            what = f"{either[0].recipe.label}, batch 1 p50, ms"
+            found.append(Comparison(what, first, second, x / y if x and y else None))
     return found
 
 
-def _summary(a: Timing | None, b: Timing | None) -> list[Comparison]:
-    if a is None or b is None:
-        return []
-    return [point_rows(a.curve[0], b.curve[0])[0], *_totals(a, b)]
-
-
-def _winner(facts: Facts) -> str:
-    return "none" if facts.choice.winner is None else facts.trials[facts.choice.winner].recipe.label
-
-
-def _told(trial: Trial | None) -> str:
+def _told(trial: Trial | None) -> tuple[str, float]:
+    """Milliseconds at batch 1 in words, and as a number; or what became of a trial, and 0."""
     if trial is None:
-        return "not tried"
+        return "not tried", 0.0
     if trial.status != "ok" or trial.timing is None:
-        return f"failed: {textwrap.shorten(trial.failure, 60)}" if trial.status == "failed" else trial.status
-    return f"{trial.timing.curve[0].p50_ms:.3f}"
-
-
-def _ratio(a: Trial | None, b: Trial | None) -> float | None:
-    if a is None or b is None or a.status != "ok" or b.status != "ok" or not a.timing or not b.timing:
-        return None
-    return a.timing.curve[0].p50_ms / b.timing.curve[0].p50_ms
+        told = f"failed: {textwrap.shorten(trial.failure, 60)}" if trial.status == "failed" else trial.status
+        return told, 0.0
+    return f"{trial.timing.curve[0].p50_ms:.3f}", trial.timing.curve[0].p50_ms

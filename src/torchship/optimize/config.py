@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
@@ -15,7 +14,6 @@ from torchship import plugins
 from torchship.errors import BadConfig
 from torchship.lowering import paths
 from torchship.optimize.choose import GOALS, Constraints, Goal
-from torchship.optimize.finetune import Loop
 from torchship.optimize.guard import Guard
 from torchship.optimize.measure import Effort
 from torchship.optimize.trial import TrialLimits
@@ -24,6 +22,8 @@ from torchship.stage import Stage
 from torchship.tensors import Free
 
 Metric: TypeAlias = Callable[[Stage], Any]  # a number, or one for each row
+Distill: TypeAlias = Callable[..., torch.Tensor]
+Loop: TypeAlias = Callable[[torch.nn.Module, Distill], None]
 _MEMORY_SHARE = 0.8
 
 
@@ -35,7 +35,7 @@ class Settings(TypedDict, total=False):
     `publish=False` leaves the store alone; `labels` are class names kept in the artifact. `threads=0` means all
     cores. `trial_timeout` in seconds for building and for proving; `trial_memory` in bytes (default: 80 % of the
     machine's). `strict`: refuse what is not proved. `finetune(student, distill)` is your training loop, for int8
-    that the guard refuses otherwise: see `optimize.finetune`. `effort`: how long to measure. `cache`: its folder.
+    that the guard refuses otherwise: see `strategies.finetuning`. `effort`: how long to measure. `cache`: its folder.
     `command` and `source` are told in the report.
     """
 
@@ -59,23 +59,22 @@ class Settings(TypedDict, total=False):
     strict: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """What the caller asked for, checked and complete."""
+class SearchConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the caller asked for, checked and complete; see `Settings`."""
 
     goal: Goal
     constraints: Constraints
     guard: Guard
-    effort: Effort
     limits: TrialLimits
     backends: Sequence[str] | None
-    recipes: Sequence[Recipe] | None
     budget: float
     threads: int
+    source: str
+    effort: Effort
+    recipes: Sequence[Recipe] | None
     device: str
     labels: Sequence[str]
     command: str
-    source: str
     finetune: Loop | None
 
 
@@ -101,28 +100,27 @@ def read(
         plugins.load("backends", name=name)
     for recipe in settings.get("recipes") or ():
         check(recipe, module)
-    machine = machines.here()
-    limits = guard or Guard()
-    memory = settings.get("trial_memory") or int(machine.memory * _MEMORY_SHARE)
+    machine, limits = machines.here(), guard or Guard()
+    strict = settings.get("strict", limits.strict)
     return SearchConfig(
         goal=goal,
         constraints=Constraints(settings.get("max_latency_p99"), settings.get("max_memory"), settings.get("max_size")),
         guard=msgspec.structs.replace(
-            limits,
-            max_drop=limits.max_drop if max_drop is None else max_drop,
-            strict=settings.get("strict", limits.strict),
+            limits, max_drop=limits.max_drop if max_drop is None else max_drop, strict=strict
         ),
-        effort=settings.get("effort") or Effort(),
-        limits=TrialLimits(settings.get("trial_timeout", 300.0), memory),
+        limits=TrialLimits(
+            settings.get("trial_timeout", 300.0), settings.get("trial_memory") or int(machine.memory * _MEMORY_SHARE)
+        ),
         backends=backends,
-        recipes=settings.get("recipes"),
         budget=budget,
         threads=settings.get("threads") or machine.cores,
+        source=settings.get("source") or f"{type(module).__module__}.{type(module).__qualname__}",
+        effort=settings.get("effort") or Effort(),
+        recipes=settings.get("recipes"),
         device=settings.get("device", "cpu"),
         labels=settings.get("labels", ()),
         command=settings.get("command", ""),
         finetune=settings.get("finetune"),
-        source=settings.get("source") or f"{type(module).__module__}.{type(module).__qualname__}",
     )
 
 
@@ -130,12 +128,12 @@ def check(recipe: Recipe, module: torch.nn.Module) -> None:
     """Raise BadConfig for a plugin or an option of `recipe` that does not exist, or a pattern that fits no module."""
     steps = [("backends", recipe.backend, recipe.options)]
     steps += [("transforms", step.transform, step.options) for step in recipe.transforms]
-    renamed = any(name == "unshare" for _, name, _ in steps)  # it adds modules of its own
-    for kind, name, options in steps:
-        known = getattr(plugins.load(kind, name=name), "OPTIONS", tuple(options))
+    plugged = [(plugins.load(kind, name=name), name, options) for kind, name, options in steps]
+    for plugin, name, options in plugged:
+        known = getattr(plugin, "OPTIONS", tuple(options))
         strange = sorted(set(options).difference(known))
         if strange:
             words = f"use {', '.join(known)}" if known else "it takes none"
             raise BadConfig(f"{name} has no option {strange[0]!r}", hint=words)
-        if not renamed:
+        if not any(getattr(other, "ADDS_MODULES", False) for other, _, _ in plugged):
             paths.refuse_strangers(paths.addressed(options), module=module)

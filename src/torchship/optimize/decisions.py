@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,15 @@ class _Watch:
         self.paused = False
         self._marked: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
 
-    def mark(self, tensors: Iterable[torch.Tensor]) -> None:
-        """These hold such values."""
-        for storage in _storages(tensors):
+    def mark(self, value: object) -> None:
+        """The tensors in `value` hold such values."""
+        for storage in _storages(value):
             found = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._marked.setdefault(found.cdata, found)
 
     def holds(self, value: object) -> bool:
         """Whether a tensor in `value` holds such values."""
-        return any(storage._cdata in self._marked for storage in _storages(_tensors(value)))
+        return any(storage._cdata in self._marked for storage in _storages(value))
 
     def decided(self) -> None:
         """Note the line that runs now."""
@@ -81,8 +81,7 @@ class _Deciding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.watch.holds(given):
             if _decides(func, args):
                 self.watch.decided()
-            written = [value for value in _tensors(given) if func._schema.is_mutable]
-            self.watch.mark([*_tensors(answer), *written])
+            self.watch.mark((answer, given) if func._schema.is_mutable else answer)
         return answer
 
 
@@ -120,11 +119,7 @@ def _decides(func: Any, args: Sequence[Any]) -> bool:
     return True
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
-    for tensor in tensors:
-        if tensor.layout == torch.strided and not tensor.is_nested:
-            yield tensor.untyped_storage()
+def _storages(value: object) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not leaf.is_nested:
+            yield leaf.untyped_storage()

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from torchship.artifact.manifest import BatchPoint
-from torchship.optimize.choose import Choice, Constraints, Goal
+from torchship.optimize.choose import Choice, Constraints, Goal, baseline, is_plain
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
@@ -39,29 +39,47 @@ class Facts(msgspec.Struct, frozen=True):
     packages: dict[str, str] = {}
     sensitivity: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def winner(self) -> Trial | None:
+        """The chosen trial."""
+        return None if self.choice.winner is None else self.trials[self.choice.winner]
 
-def eager_of(facts: Facts) -> Trial | None:
-    """The trial of the plain eager module, where it was measured: saved, or kept as Python where it cannot be."""
-    plain = [trial for trial in facts.trials if trial.timing and _is_plain(trial.recipe)]
-    return min(plain, key=lambda trial: trial.recipe != Recipe("eager"), default=None)
+    @property
+    def eager(self) -> Trial | None:
+        """The trial of the plain eager module, where it was measured: saved, or kept as Python where it cannot be."""
+        plain = [trial for trial in self.trials if trial.timing and is_plain(trial.recipe)]
+        return min(plain, key=lambda trial: trial.recipe != baseline(), default=None)
 
+    def ordered(self) -> list[Trial]:
+        """Ranked trials first, then valid ones outside the constraints, refused, failed, skipped."""
+        order = {"ok": 0, "refused": 1, "failed": 2, "skipped": 3}
+        rest = [trial for index, trial in enumerate(self.trials) if index not in self.choice.ranking]
+        ranked = [self.trials[index] for index in self.choice.ranking]
+        return ranked + sorted(rest, key=lambda trial: order[trial.status])
 
-def _is_plain(recipe: Recipe) -> bool:
-    kept = recipe.backend == "hybrid" and set(recipe.options) <= {"source"} and not recipe.transforms
-    return kept or recipe == Recipe("eager")
+    def outside(self, trial: Trial) -> str:
+        """Which constraint a valid trial breaks, in words; empty when none."""
+        return next((why for index, why in self.choice.outside.items() if self.trials[index] is trial), "")
+
+    def cells(self, trial: Trial) -> list[str]:
+        """One trial in numbers, in the order of the tables' columns."""
+        timing, verdict, eager = trial.timing, trial.verdict, self.eager
+        found = []
+        for batch in (1, 8):
+            point = at_batch(trial, batch)
+            found += [ms_text(point.p50_ms), ms_text(point.p99_ms)] if point else ["-", "-"]
+        if timing:
+            found += [f"{best_rate(trial):,.0f}", megabytes(timing.file_size), f"{timing.peak_memory / 1e6:.0f}"]
+        else:
+            found += ["-"] * 3
+        found.append(f"{verdict.error:.2g}" if verdict and verdict.error < HOPELESS else "-")
+        times = eager.timing.curve[0].p50_ms / timing.curve[0].p50_ms if timing and eager and eager.timing else 0.0
+        return [*found, agreement_text(trial), f"{times:.1f}" if times else "-"]
 
 
 def load(path: Path | str) -> Facts:
     """Read a `report.json`."""
     return msgspec.json.decode(Path(path).read_bytes(), type=Facts)
-
-
-def ordered(facts: Facts) -> list[Trial]:
-    """Ranked trials first, then valid ones outside the constraints, refused, failed, skipped."""
-    ranked = [facts.trials[index] for index in facts.choice.ranking]
-    order = {"ok": 0, "refused": 1, "failed": 2, "skipped": 3}
-    rest = [t for i, t in enumerate(facts.trials) if i not in facts.choice.ranking]
-    return ranked + sorted(rest, key=lambda trial: order[trial.status])
 
 
 def at_batch(trial: Trial, batch: int) -> BatchPoint | None:
@@ -79,35 +97,6 @@ def left_in_float(recipe: Recipe) -> list[str]:
     """The layers that a recipe leaves out of int8: told to the backend, or to torch's own quantizer."""
     places = (recipe.options, *(step.options for step in recipe.transforms))
     return [path for options in places if isinstance(listed := options.get("exclude"), list) for path in listed]
-
-
-def outside_of(facts: Facts, trial: Trial) -> str:
-    """Which constraint a valid trial breaks, in words; empty when none."""
-    return next((why for index, why in facts.choice.outside.items() if facts.trials[index] is trial), "")
-
-
-def has_won(facts: Facts, trial: Trial) -> bool:
-    """Whether a trial is the winner."""
-    return facts.choice.winner is not None and facts.trials[facts.choice.winner] is trial
-
-
-def cells(trial: Trial, *, base: float, outside: str = "", won: bool = False) -> list[str]:
-    """One trial as text, in the order of the table's columns."""
-    words = [trial.recipe.label]
-    for batch in (1, 8):
-        point = at_batch(trial, batch)
-        words += [ms_text(point.p50_ms), ms_text(point.p99_ms)] if point else ["-", "-"]
-    timing, verdict = trial.timing, trial.verdict
-    words += (
-        [f"{best_rate(trial):,.0f}", megabytes(timing.file_size), f"{timing.peak_memory / 1e6:.0f}"]
-        if timing
-        else ["-"] * 3
-    )
-    words.append(f"{verdict.error:.2g}" if verdict and verdict.error < HOPELESS else "-")
-    words.append(agreement_text(trial))
-    words.append(f"{base / timing.curve[0].p50_ms:.1f}" if timing and base else "-")
-    words.append("winner" if won else trial.failure or outside or "")
-    return words
 
 
 def agreement_text(trial: Trial) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -44,7 +44,9 @@ class Flat(torch.nn.Module):
         self.steady = True  # whether two runs on the same input agree
         self.written: tuple[int, ...] = ()  # inputs that forward writes into: it gets copies of them
         # exporters read names and number of the inputs from the arguments of forward
-        self.forward = MethodType(_forward(names), self)
+        arguments, scope = ", ".join(identifiers(names)), dict[str, Any](__name__="torchship_flat")
+        exec(f"def forward(self, {arguments}):\n    return self.run(({arguments},))", scope)  # noqa: S102  # checked
+        self.forward = MethodType(scope["forward"], self)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Rebuild the call, make it, and take the outputs apart."""
@@ -66,19 +68,12 @@ class Flat(torch.nn.Module):
         return found
 
 
-def _forward(names: Sequence[str]) -> Callable[..., Any]:
-    arguments = ", ".join(identifiers(names))
-    scope: dict[str, Any] = {"__name__": "torchship_flat"}
-    exec(f"def forward(self, {arguments}):\n    return self.run(({arguments},))", scope)  # noqa: S102  # names are checked
-    found: Callable[..., Any] = scope["forward"]
-    return found
-
-
 def identifiers(names: Sequence[str]) -> list[str]:
     """Distinct Python identifiers for tensor names."""
     taken: list[str] = ["self"]
     for name in names:
-        word = _word(name)
+        word = re.sub(r"\W", "_", name, flags=re.ASCII)
+        word = word if word[:1].isalpha() or word[:1] == "_" else f"t{word}"
         word = f"{word}_" if keyword.iskeyword(word) else word
         while word in taken:
             word += "_"
@@ -86,17 +81,15 @@ def identifiers(names: Sequence[str]) -> list[str]:
     return taken[1:]
 
 
-def _word(text: object) -> str:
-    word = re.sub(r"\W", "_", str(text), flags=re.ASCII)
-    return word if word[:1].isalpha() or word[:1] == "_" else f"t{word}"
-
-
 def take_apart(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Frame, list[tuple[str, torch.Tensor]]]:
     """The Frame of a call and its tensors with their names: the parameter's, then keys and indices inside it."""
-    parts = tree.Parts()
-    named = [*zip(_parameter_names(module, args), args, strict=True), *kwargs.items()]
+    parts, names = tree.Parts(), [f"input_{index}" for index in range(len(args))]
+    for index, parameter in enumerate(parameters_of(module)[: len(args)]):
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+            names[index] = parameter.name
+    named = [*zip(names, args, strict=True), *kwargs.items()]
     given = [tree.take_apart(value, parts, name=name, numbered=True) for name, value in named]
     frame = Frame(tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True)))
     for leaf in parts.hiding:
@@ -116,19 +109,12 @@ def kind_of(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _parameter_names(module: torch.nn.Module, args: Sequence[Any]) -> list[str]:
+def parameters_of(module: torch.nn.Module) -> list[inspect.Parameter]:
+    """The parameters of forward; none where Python cannot tell."""
     try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
+        return list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
-        parameters = []
-    names = []
-    for index in range(len(args)):
-        plain = index < len(parameters) and parameters[index].kind in (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        )
-        names.append(parameters[index].name if plain else f"input_{index}")
-    return names
+        return []
 
 
 def outline(output: Any, parts: tree.Parts | None = None) -> list[tree.Leaf]:

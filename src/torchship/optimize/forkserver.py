@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from torchship import home, process
 from torchship.process import Child, Outcome
@@ -57,24 +57,21 @@ class Forkserver:
         self._control = self._server = None
 
     def _fork(self, target: str, argument: object, log: int, answer: int) -> Child:
-        control = self._control or self._open()
+        if self._control is None:
+            self._server, self._control = process.converse(
+                "torchship.optimize.forkserver:serve_forks",
+                argument=self._imports,
+                output=subprocess.DEVNULL,
+                threads=self._threads,
+            )
         ours, theirs = os.pipe()
         given = process.task(target, argument=argument)
         try:
-            socket.send_fds(control, [b"fork"], [given, log, answer, theirs])
+            socket.send_fds(self._control, [b"fork"], [given, log, answer, theirs])
         finally:
             os.close(theirs)
             os.close(given)
         return _Forked(ours)
-
-    def _open(self) -> socket.socket:
-        self._server, self._control = process.converse(
-            "torchship.optimize.forkserver:serve_forks",
-            argument=self._imports,
-            output=subprocess.DEVNULL,
-            threads=self._threads,
-        )
-        return self._control
 
 
 class _Forked:
@@ -136,21 +133,17 @@ def serve_forks(imports: Any, control: socket.socket) -> None:
         child = os.fork()
         if child == 0:
             control.close()
-            _be_a_child(server, given, log=log, answer=answer, status=status)
+            os.setsid()
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            _tell(status, os.getpid())
+            os.close(status)
+            process.perform(given, parent=server, answer=answer)
         _, code = os.waitpid(child, 0)
         with contextlib.suppress(BrokenPipeError):
             _tell(status, os.waitstatus_to_exitcode(code))
         for descriptor in fds:
             os.close(descriptor)
-
-
-def _be_a_child(server: int, given: int, *, log: int, answer: int, status: int) -> NoReturn:
-    os.setsid()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    _tell(status, os.getpid())
-    os.close(status)
-    process.perform(given, parent=server, answer=answer)
 
 
 def _tell(status: int, number: int) -> None:

@@ -31,13 +31,8 @@ _IDLE_HOOKS = frozenset(name for name in vars(torch.nn.Module()) if "hooks" in n
     *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks_with_kwargs",
 }
-_SHARED = (
-    ContextVar,
-    type(threading.Lock()),
-    type(threading.RLock()),
-    threading.local,
-    logging.Logger,
-)  # no copies of these are made
+# no copies of these are made
+_SHARED = (ContextVar, type(threading.Lock()), type(threading.RLock()), threading.local, logging.Logger)
 
 
 def frozen(module: torch.nn.Module) -> torch.nn.Module:
@@ -91,10 +86,10 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
     values = [value for part in module.modules() for value in vars(part).values()]
     computed = [value for value in values if isinstance(value, torch.Tensor) and not value.is_leaf]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
-    cells = [
-        cell for part in module.modules() for hook in _hooks(part) for cell in getattr(hook, "__closure__", ()) or ()
-    ]
-    memo |= {id(value): value for value in (*values, *(c.cell_contents for c in cells)) if isinstance(value, _SHARED)}
+    for part in module.modules():
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+            values += [cell.cell_contents for cell in getattr(hook, "__closure__", ()) or ()]
+    memo |= {id(value): value for value in values if isinstance(value, _SHARED)}
     try:
         made = copy.deepcopy(module, memo)
         for part in made.modules():
@@ -107,10 +102,6 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
             f"{_culprit(module, memo)} cannot be copied: {type(fault).__name__}: {fault}",
             hint="it holds something that is no weight: an open file, or a tensor that gradients flow through",
         ) from fault
-
-
-def _hooks(part: torch.nn.Module) -> list[Any]:
-    return [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
 
 
 def _culprit(module: torch.nn.Module, memo: dict[int, Any]) -> str:
@@ -166,18 +157,30 @@ def remember(module: torch.nn.Module) -> Callable[[], list[str]]:
     """
     buffers = {path: buffer.clone() for path, buffer in module.named_buffers()}
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    plain = [(vars(part), {name: (value, _content(value)) for name, value in _own(part).items()}) for part in parts]
+    mutable = (list, dict, set, OrderedDict)
+    plain = [
+        {name: (value, copy.copy(value) if type(value) in mutable else None) for name, value in _own(part).items()}
+        for part in parts
+    ]
 
     def restore() -> list[str]:
-        for part, (now, kept) in zip(parts, plain, strict=True):
+        for part, kept in zip(parts, plain, strict=True):
             for name in set(_own(part)).difference(kept):
-                del now[name]
+                del vars(part)[name]
             for name, (value, content) in kept.items():
-                now[name] = value
+                vars(part)[name] = value
                 if content is not None:  # the same object, for others may hold it too
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(content)
-        return [path for path, before in buffers.items() if _given_back(module, path, before)]
+        changed = []
+        for path, before in buffers.items():
+            *above, name = path.split(".")
+            owner: Any = functools.reduce(getattr, above, module)  # TorchScript's modules have no get_submodule
+            now = getattr(owner, name)
+            if now is None or not same(now, before):
+                setattr(owner, name, before.clone())
+                changed.append(path)
+        return changed
 
     return restore
 
@@ -186,20 +189,6 @@ def _own(part: torch.nn.Module) -> dict[str, Any]:
     """A module's attributes but those that every module has; its hooks are its own."""
     fresh = vars(torch.nn.Module())
     return {name: value for name, value in vars(part).items() if name not in fresh or "hooks" in name}
-
-
-def _content(value: Any) -> Any:
-    return copy.copy(value) if type(value) in (list, dict, set, OrderedDict) else None
-
-
-def _given_back(module: torch.nn.Module, path: str, before: torch.Tensor) -> bool:
-    *above, name = path.split(".")
-    owner: Any = functools.reduce(getattr, above, module)  # TorchScript's modules have no get_submodule
-    now = getattr(owner, name)
-    if now is not None and same(now, before):
-        return False
-    setattr(owner, name, before.clone())
-    return True
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from torchship import plugins
 from torchship.artifact.manifest import Evidence, Verdict
 from torchship.optimize.judge import FEWEST_GROUPS, rows_needed
 from torchship.recipe import Recipe
@@ -21,8 +22,8 @@ Precision: TypeAlias = Literal["fp32", "half", "int8"]
 LAW_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "half": 0.04, "int8": 0.04}
 DRIFT: dict[Precision, float] = {"fp32": 2e-3, "half": 0.08, "int8": 0.3}
 _SATURATED = 2.0  # made-up rows may leave the ranges that int8 was calibrated on: so many times more is no fault
-_HALF_WORDS = ("fp16", "bf16", "tf32", "half", "f16")
-_INT8_WORDS = ("int8", "int4", "fp8", "quant", "prune", "uint8")
+_HALF_WORDS = ("fp16", "f16", "tf32", "half")
+_INT8_WORDS = ("int8", "int4", "fp8", "quant", "prune")
 _WHAT = {
     "top-1": "points of top-1",
     "neighbours": "points of the nearest neighbours' closeness",
@@ -50,14 +51,15 @@ class Guard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def precision_of(recipe: Recipe) -> Precision:
-    """`fp32`, `half` or `int8`: the coarsest precision that the options of a recipe or its transforms name."""
-    words = [recipe.backend, *map(str, recipe.options.values())]
-    for step in recipe.transforms:
-        words += [step.transform, *map(str, step.options.values())]
-    text = " ".join(words).lower()
-    if any(word in text for word in _INT8_WORDS):
+    """`fp32`, `half` or `int8`: the coarsest that a recipe's plugins say to compute in, or are told to by options."""
+    plugged = [("backends", recipe.backend, recipe.options)]
+    plugged += [("transforms", step.transform, step.options) for step in recipe.transforms]
+    words = ""
+    for kind, name, options in plugged:
+        words += f" {plugins.fact(kind, name, 'PRECISION', '')} {' '.join(map(str, options.values()))}".lower()
+    if any(word in words for word in _INT8_WORDS):
         return "int8"
-    return "half" if any(word in text for word in _HALF_WORDS) else "fp32"
+    return "half" if any(word in words for word in _HALF_WORDS) else "fp32"
 
 
 def judge(found: Verdict, *, guard: Guard, recipe: Recipe) -> Verdict:
@@ -89,7 +91,8 @@ def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Rec
         if drop > guard.max_drop + 1e-12:
             reasons.append(f"the metric fell by {drop:.4g} ({both}), more than {guard.max_drop:g}")
     elif evidence.cost > guard.max_drop + 1e-12 and evidence.measure:
-        reasons.append(f"output {evidence.output!r} {_cost(evidence)}, more than {_amount(evidence, guard.max_drop)}")
+        about, most_allowed = (_amount(evidence, value) for value in (evidence.cost, guard.max_drop))
+        reasons.append(f"output {evidence.output!r} costs about {about}, more than {most_allowed}")
     if guard.error is None and not by_metric:
         limit = DRIFT[precision]
         drift = evidence.drift if precision == "fp32" else evidence.value_drift
@@ -109,38 +112,28 @@ def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Rec
 
 def sentence(found: Verdict, evidence: Evidence, *, guard: Guard) -> str:
     """What a candidate costs and how sure that is, in one sentence without its full stop."""
-    if found.metric is not None and found.reference_metric is not None:
-        return _of_metric(found.metric, found.reference_metric, evidence, guard)
-    if evidence.state == "proved" and found.error == 0:
-        return "answers exactly as the original does"
     rows = f"{evidence.rows} rows" if evidence.rows != 1 else "1 row"
-    if not evidence.measure:
+    bound, proved = _amount(evidence, evidence.bound), evidence.state == "proved"
+    if found.metric is not None and found.reference_metric is not None:
+        drop = found.reference_metric - found.metric
+        claim = f"your metric falls by {drop:.4g}" if drop > 0 else f"your metric does not fall ({found.metric:.4g})"
+        if evidence.measure != "metric":
+            return f"{claim}: plausible; return one value for each row and it can be proved"
+        noise = " (less than the noise of these rows)" if 0 < drop < evidence.bound - evidence.cost else ""
+        claim += f"{noise}, at most by {evidence.bound:.4g}"
+    elif proved and found.error == 0:
+        return "answers exactly as the original does"
+    elif not evidence.measure:
         return f"off by {evidence.drift:.2g} at most on {rows}: plausible; 64 rows of real data or more would prove it"
-    if evidence.groups < evidence.rows:
-        rows += f" in {evidence.groups} groups"
-    if evidence.state == "proved":
-        rows += " without labels" if evidence.measure == "top-1" else ""
-        return f"costs at most {_amount(evidence, evidence.bound)}, proved on {rows}"
+    else:
+        rows += f" in {evidence.groups} groups" if evidence.groups < evidence.rows else ""
+        about = _amount(evidence, evidence.cost)
+        claim = f"costs at most {bound}" if proved else f"costs about {about} and at most {bound}"
+    if proved:
+        return f"{claim}, proved on {rows}{' without labels' if evidence.measure == 'top-1' else ''}"
     needed = rows_needed(evidence, most=guard.max_drop)
     more = f"; about {needed} rows like these would prove it" if needed else ""
-    return f"{_cost(evidence)} and at most {_amount(evidence, evidence.bound)} on {rows}: plausible{more}"
-
-
-def _of_metric(metric: float, reference: float, evidence: Evidence, guard: Guard) -> str:
-    drop = reference - metric
-    moved = f"your metric falls by {drop:.4g}" if drop > 0 else f"your metric does not fall ({metric:.4g})"
-    if evidence.measure != "metric":
-        return f"{moved}: plausible; return one value for each row and it can be proved"
-    noise = " (less than the noise of these rows)" if 0 < drop < evidence.bound - evidence.cost else ""
-    if evidence.state == "proved":
-        return f"{moved}{noise}, at most by {evidence.bound:.4g}, proved on {evidence.rows} rows"
-    needed = rows_needed(evidence, most=guard.max_drop)
-    more = f"; about {needed} rows like these would prove it" if needed else ""
-    return f"{moved}{noise}, at most by {evidence.bound:.4g} on {evidence.rows} rows: plausible{more}"
-
-
-def _cost(evidence: Evidence) -> str:
-    return f"costs about {_amount(evidence, evidence.cost)}"
+    return f"{claim} on {rows}: plausible{more}"
 
 
 def _amount(evidence: Evidence, value: float) -> str:

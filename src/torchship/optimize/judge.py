@@ -23,7 +23,7 @@ from torchship import difference
 from torchship.artifact import tensorfile
 from torchship.artifact.manifest import Evidence, Verdict
 from torchship.optimize.laws import Law, broken
-from torchship.optimize.yardstick import FEWEST_ROWS, Yardstick, rows_first
+from torchship.optimize.yardstick import FEWEST_ROWS, Yardstick, centred, rows_first, size_of
 from torchship.stage import Stage
 from torchship.tensors import FLOATS, Array, Signature, Tensors
 
@@ -61,38 +61,28 @@ def judged(stage: Stage, folder: Path, *, signature: Signature, law_limit: float
     """The measured difference of a stage from the reference whose inputs, outputs and plan lie in `folder`."""
     plan = msgspec.json.decode((folder / PLAN).read_bytes(), type=JudgedSet)
 
-    def inputs(index: int) -> Tensors:
-        return tensorfile.load(folder / f"{index}.in.safetensors")
+    def kept(index: int, what: str) -> Tensors:
+        return tensorfile.load(folder / f"{index}.{what}.safetensors")
 
-    def outputs(index: int) -> Tensors:
-        return tensorfile.load(folder / f"{index}.out.safetensors")
-
-    places: dict[str, list[int]] = {kind: [] for kind in ("real", "made", "finite", "law")}
-    for index, entry in enumerate(plan.entries):
-        places[entry.kind].append(index)
-    real = places["real"]
-    answers = (stage(inputs(index)) for index in real)
-    found = compare(map(outputs, real), answers, signature=signature, yards=plan.yards, groups=plan.groups)
-    made = 0.0
-    for index in (*places["made"], *places["finite"]) if found.passed else ():
-        wanted, answer = outputs(index), stage(inputs(index))
-        if fault := fault_of(wanted, answer, signature=signature):
-            return msgspec.structs.replace(found, passed=False, error=HOPELESS, reason=fault, evidence=None)
-        if plan.entries[index].kind == "made":
-            made = max(made, _error_of(wanted, answer, signature))
+    real = [index for index, entry in enumerate(plan.entries) if entry.kind == "real"]
+    wanted, given = (kept(index, "out") for index in real), (stage(kept(index, "in")) for index in real)
+    found = compare(wanted, given, signature=signature, yards=plan.yards, groups=plan.groups)
     if not found.passed or found.evidence is None:
         return found
-    evidence = msgspec.structs.replace(found.evidence, made=min(made, HOPELESS))
-    if places["law"] and not evidence.broken:
-        first, *others = places["law"]
-        base = stage(inputs(first))
-        for index in others:
-            law = plan.entries[index].law or Law("")
-            given = stage(inputs(index))
-            fault = broken(law, wanted=outputs(index), found=given, base=base, signature=signature, limit=law_limit)
-            if fault:
-                evidence = msgspec.structs.replace(evidence, broken=fault)
-                break
+    made, fault, base = 0.0, found.evidence.broken, None
+    for index, entry in enumerate(plan.entries):
+        if entry.kind == "real" or (entry.law and fault):
+            continue
+        reference, answer = kept(index, "out"), stage(kept(index, "in"))
+        if entry.law is None:
+            if odd := fault_of(reference, answer, signature=signature):
+                return msgspec.structs.replace(found, passed=False, error=HOPELESS, reason=odd, evidence=None)
+            made = max(made, _error_of(reference, answer, signature)) if entry.kind == "made" else made
+        elif base is None:
+            base = answer
+        else:
+            fault = broken(entry.law, wanted=reference, found=answer, base=base, signature=signature, limit=law_limit)
+    evidence = msgspec.structs.replace(found.evidence, made=min(made, HOPELESS), broken=fault)
     return msgspec.structs.replace(found, evidence=evidence)
 
 
@@ -122,21 +112,14 @@ class Meter:
         a, b = (np.nan_to_num(side.astype(np.float64), posinf=0.0, neginf=0.0) for side in (wanted, found))
         self.squares += (np.square(a - b).sum(), np.square(a).sum(), np.square(b).sum())
         self.product += float(a.ravel() @ b.ravel())
-        self.drifts.append(self._drift(a, b))
+        scales = np.maximum(size_of(a), _FLOOR * self.yard.norm)
+        self.drifts.append(size_of(a - b) / np.where(scales > 0, scales, 1.0))
         if self.yard.kind == "scores":
             self._scores(wanted, found, a, b)
         elif self.yard.kind == "embedding":
             self.pairs.append((a, b))
         else:
             self._values(a, b)
-
-    def _drift(self, a: Array, b: Array) -> Array:
-        count = max(1, a[:1].size)
-        norms = np.sqrt(np.square(a).reshape(len(a), -1).sum(1) / count)
-        errors = np.sqrt(np.square(a - b).reshape(len(a), -1).sum(1) / count)
-        scales = np.maximum(norms, _FLOOR * self.yard.norm)
-        found: Array = errors / np.where(scales > 0, scales, 1.0)
-        return found
 
     def _scores(self, wanted: Array, found: Array, a: Array, b: Array) -> None:
         chances = self.yard.probabilities(wanted)
@@ -146,9 +129,8 @@ class Meter:
         first_two = np.partition(chances, -2, axis=1)
         self.gaps.append(first_two[:, -1] - first_two[:, -2])
         self.costs.append((chances[every, best] - chances[every, chosen])[:, None])
-        centred = [side - side.mean(1, keepdims=True) for side in (a, b)]
-        own = np.square(centred[0]).sum(1)
-        self.row_shares.append(np.square(centred[0] - centred[1]).sum(1) / np.where(own > 0, own, 1.0))
+        own = np.square(centred(a)).sum(1)
+        self.row_shares.append(np.square(centred(a) - centred(b)).sum(1) / np.where(own > 0, own, 1.0))
 
     def _values(self, a: Array, b: Array) -> None:
         errors, costs = np.square(a - b), []
@@ -160,9 +142,7 @@ class Meter:
             costs += [each[:, units == unit].mean(1) for unit in sorted(set(part.units))]
         self.costs.append(np.stack(costs, axis=1))
         if a[:1].size > 1:
-            own = a - a.reshape(len(a), -1).mean(1).reshape(-1, *(1,) * (a.ndim - 1))
-            spreads = np.sqrt(np.square(own).reshape(len(a), -1).mean(1))
-            scales = np.maximum(spreads, _FLOOR * self.yard.spread)
+            scales = np.maximum(size_of(centred(a)), _FLOOR * self.yard.spread)
             self.row_shares.append(errors.reshape(len(a), -1).mean(1) / np.where(scales > 0, np.square(scales), 1.0))
         else:
             self.row_shares.append(costs[0])
@@ -293,18 +273,20 @@ def compare(
             return Verdict(passed=False, error=HOPELESS, cosine=0.0, reason=fault)
         for meter in meters:
             name = meter.yard.name
-            sides = (rows_first(side[name], batched=signature.batched) for side in (expected, given))
-            meter.add(*sides)
+            meter.add(*(rows_first(side[name], batched=signature.batched) for side in (expected, given)))
     rows = max((meter.rows for meter in meters), default=0)
     together = None if groups is None else np.asarray(groups[:rows])
-    found = [meter.evidence(together) for meter in meters]
+    norms = [(meter.product, *np.sqrt(meter.squares).tolist()) for meter in meters]
     scored = [meter for meter in meters if meter.yard.kind == "scores"]
     return Verdict(
         passed=True,
-        error=min(max((_error(meter) for meter in meters), default=0.0), HOPELESS),
-        cosine=min((_cosine(meter) for meter in meters), default=1.0),
+        error=min(max((apart / own if own else apart for _, apart, own, _ in norms), default=0.0), HOPELESS),
+        cosine=min(
+            (product / (own * other) if own * other else float(not apart) for product, apart, own, other in norms),
+            default=1.0,
+        ),
         top1=min((meter.hits / meter.rows for meter in scored if meter.rows), default=None),
-        evidence=_worst_of(found),
+        evidence=_worst_of([meter.evidence(together) for meter in meters]),
     )
 
 
@@ -317,17 +299,6 @@ def _worst_of(found: Sequence[Evidence]) -> Evidence:
     drift = max((part.drift for part in found if part.measure not in ("top-1", "neighbours")), default=0.0)
     all_drift = max(part.drift for part in found)
     return msgspec.structs.replace(worst, broken=broken, drift=all_drift, value_drift=drift)
-
-
-def _error(meter: Meter) -> float:
-    difference_, reference, _ = np.sqrt(meter.squares)
-    return float(difference_ / reference if reference > 0 else difference_)
-
-
-def _cosine(meter: Meter) -> float:
-    _, reference, candidate = meter.squares
-    scale = math.sqrt(reference * candidate)
-    return meter.product / scale if scale > 0 else float(meter.squares[0] == 0)
 
 
 def fault_of(expected: Tensors, given: Tensors, *, signature: Signature) -> str:

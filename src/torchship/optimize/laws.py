@@ -14,7 +14,7 @@ import numpy as np
 from torchship import difference
 from torchship.optimize.measure import resized
 from torchship.optimize.yardstick import rows_first
-from torchship.tensors import Array, Free, Signature, Tensors, TensorSpec
+from torchship.tensors import Array, Free, Signature, Tensors
 
 BASE_ROWS = 4
 _CROWD = 16
@@ -67,22 +67,14 @@ def probes(base: Tensors, *, signature: Signature, answer: Answer) -> list[Probe
 
 def _kept(law: Law, outputs: Tensors, base: Tensors, signature: Signature) -> Law | None:
     """The law for the outputs and rows that the reference keeps it in; None where that is nothing."""
-    if law.pairs:
-        names = [
-            spec.name
-            for spec in signature.outputs
-            if _apart(law.pairs, base[spec.name], outputs[spec.name], signature) <= _KEPT
-        ]
-        return msgspec.structs.replace(law, outputs=tuple(names)) if names else None
-    rows = tuple(
-        row
-        for row in law.rows
-        if all(
-            np.isfinite(rows_first(array, batched=signature.batched)[row].astype(np.float64)).all()
-            for array in outputs.values()
-        )
+    names = tuple(
+        spec.name
+        for spec in signature.outputs
+        if law.pairs and _apart(law.pairs, base[spec.name], outputs[spec.name], signature) <= _KEPT
     )
-    return msgspec.structs.replace(law, rows=rows) if rows else None
+    firsts = [rows_first(array, batched=signature.batched) for array in outputs.values()]
+    rows = tuple(row for row in law.rows if all(np.isfinite(a[row].astype(np.float64)).all() for a in firsts))
+    return msgspec.structs.replace(law, outputs=names, rows=rows) if names or rows else None
 
 
 def _neighbours(base: Tensors, signature: Signature) -> Iterator[tuple[Law, Tensors]]:
@@ -90,16 +82,13 @@ def _neighbours(base: Tensors, signature: Signature) -> Iterator[tuple[Law, Tens
     if count < BASE_ROWS:
         return
     for row in (0, count - 1):
-        yield Law("a row alone is answered otherwise than among others", ((0, row),)), _rows(base, slice(row, row + 1))
+        alone = {name: array[row : row + 1] for name, array in base.items()}
+        yield Law("a row alone is answered otherwise than among others", ((0, row),)), alone
     crowd = min(_CROWD, signature.max_rows)
     same = tuple((row, row % count) for row in range(crowd))
     yield Law("another batch size changes a row", same), resized(base, rows=crowd)
     others = tuple((row, row) for row in range(count) if row != 1)
     yield Law("a loud row changes its neighbours", others), {n: _loud(n, a) for n, a in base.items()}
-
-
-def _rows(tensors: Tensors, rows: slice) -> Tensors:
-    return {name: array[rows] for name, array in tensors.items()}
 
 
 def _loud(name: str, array: Array) -> Array:
@@ -129,25 +118,25 @@ def _padded(base: Tensors, signature: Signature) -> Iterator[tuple[Law, Tensors]
     """Longer by zeros along an axis that a mask shares; by ones in the mask, where that means left out."""
     count = len(next(iter(base.values()))) if signature.batched else 1
     law = Law("padding changes the answer", tuple((row, row) for row in range(count)))
-    for axis in {axis.name: axis for spec in signature.inputs for axis in _free(spec) if axis.name}.values():
-        sharing = [spec for spec in signature.inputs if any(a.name == axis.name for a in _free(spec))]
-        if len(sharing) < 2 or not any(is_mask(spec.name, base[spec.name]) for spec in sharing):
+    axes = {a.name: a for spec in signature.inputs for a in spec.shape[1:] if isinstance(a, Free) and a.name}
+    for name, axis in axes.items():
+        sharing = {
+            spec.name: [p for p, own in enumerate(spec.shape) if p and isinstance(own, Free) and own.name == name]
+            for spec in signature.inputs
+        }
+        sharing = {tensor: places for tensor, places in sharing.items() if places}
+        if len(sharing) < 2 or not any(is_mask(tensor, base[tensor]) for tensor in sharing):
             continue
         for fill in (0, 1):
-            yield law, {**base, **{spec.name: _longer(spec, base[spec.name], axis, fill) for spec in sharing}}
-
-
-def _free(spec: TensorSpec) -> list[Free]:
-    return [axis for axis in spec.shape[1:] if isinstance(axis, Free)]
-
-
-def _longer(spec: TensorSpec, array: Array, axis: Free, fill: int) -> Array:
-    width = [(0, 0)] * array.ndim
-    for place, own in enumerate(spec.shape):
-        if place and isinstance(own, Free) and own.name == axis.name:
-            length = array.shape[place]
-            width[place] = (0, min(length * _PADDED, axis.max or length * _PADDED) - length)
-    return np.pad(array, width, constant_values=fill if is_mask(spec.name, array) else 0)
+            longer = dict(base)
+            for tensor, places in sharing.items():
+                array = base[tensor]
+                width = [(0, 0)] * array.ndim
+                for p in places:
+                    long = array.shape[p] * _PADDED
+                    width[p] = (0, min(long, axis.max or long) - array.shape[p])
+                longer[tensor] = np.pad(array, width, constant_values=fill if is_mask(tensor, array) else 0)
+            yield law, longer
 
 
 def _masked(base: Tensors, signature: Signature) -> Iterator[tuple[Law, Tensors]]:

@@ -1,14 +1,20 @@
-"""Measures an open stage: latency percentiles and throughput by batch size, until more rows bring no more speed."""
+"""Measures open stages: one by itself, by batch size, until more rows bring no more speed; or several in turns."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from torchship import hardware, process
+from torchship.artifact import open_artifact
 from torchship.artifact.manifest import BatchPoint
 from torchship.stage import Stage
 from torchship.tensors import Tensors
@@ -28,9 +34,20 @@ class Effort(msgspec.Struct, frozen=True):
     longest: float = 6.0
 
 
-def batch_sizes(limit: int) -> list[int]:
-    """1, 2, 4, 8 ... up to `limit`."""
-    return [2**power for power in range(20) if 2**power <= max(limit, 1)]
+class Contestant(msgspec.Struct, frozen=True):
+    """What one child of an interleaved benchmark is told at its start."""
+
+    artifact: str
+    batch: int
+    device: str
+    threads: int
+
+
+_ROUNDS = 7
+_TURN = Effort(seconds=0.25, calls=200, fewest=2, warm_up=0.02)
+_OPENING = 120.0  # seconds
+_SILENCE = 60.0
+_MESSAGE = 2**16  # bytes; a turn has at most 200 samples
 
 
 def resized(tensors: Tensors, *, rows: int) -> Tensors:
@@ -45,13 +62,11 @@ def warm_up(stage: Stage, tensors: Tensors, *, seconds: float) -> None:
     stage(tensors)
     while True:
         started = time.perf_counter()
-        calls = 0
-        while calls < 5:
+        for _ in range(5):
             stage(tensors)
-            calls += 1
             if time.perf_counter() > end:
                 return
-        now = (time.perf_counter() - started) / calls
+        now = (time.perf_counter() - started) / 5
         if before and abs(now - before) < 0.05 * before:
             return
         before = now
@@ -75,27 +90,23 @@ def point(seconds: list[float], *, batch: int) -> BatchPoint:
     return BatchPoint(batch, p50, p90, p99, batch / float(np.mean(seconds)))
 
 
-def curve(
-    stage: Stage, tensors: Tensors, *, batched: bool, effort: Effort, after: tuple[BatchPoint, ...] = ()
-) -> Iterator[BatchPoint]:
+def curve(stage: Stage, tensors: Tensors, *, batched: bool, effort: Effort) -> Iterator[BatchPoint]:
     """Points for batch 1, 2, 4 ... until throughput grows by less than 3 % twice in a row, 8 at least where allowed.
 
-    Points that were measured before are given by `after`, and not measured or yielded again.
+    Each is measured when it is asked for.
     """
-    known = {found.batch: found for found in after}
-    sizes = batch_sizes(min(effort.max_batch, stage.max_batch or effort.max_batch)) if batched else [1]
-    best, flat = 0.0, 0
-    for size in sizes:
-        found = known.get(size)
-        if found is None:
-            rows = resized(tensors, rows=size) if batched else tensors
-            found = point(sample(stage, rows, effort=effort), batch=size)
-            yield found
+    limit = min(effort.max_batch, stage.max_batch or effort.max_batch) if batched else 1
+    best, flat, size = 0.0, 0, 1
+    while size <= max(limit, 1):
+        rows = resized(tensors, rows=size) if batched else tensors
+        found = point(sample(stage, rows, effort=effort), batch=size)
+        yield found
         flat = 0 if found.rows_per_s > best * 1.03 else flat + 1
         best = max(best, found.rows_per_s)
         slow = found.p50_ms / 1e3 * 2 * (effort.fewest + 2) > effort.longest
         if size >= 8 and (flat >= 2 or slow):
             return
+        size *= 2
 
 
 def peak_memory() -> int:
@@ -107,3 +118,62 @@ def peak_memory() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def interleaved(
+    contestants: Sequence[tuple[Path, int]], *, device: str, threads: int, deadline: float = float("inf")
+) -> list[list[float]]:
+    """Seconds of single calls for each artifact at its batch size; none for one that fails or is late.
+
+    Each is open and warm in a fresh process, and has a turn of a quarter of a second in each of seven rounds: what
+    disturbs the machine then disturbs all alike, so that their ratios hold where single figures do not. `deadline` is
+    on the monotonic clock.
+    """
+    with ExitStack() as stack:
+        socks = []
+        for path, batch in contestants:
+            child, sock = process.converse(
+                "torchship.optimize.measure:contest_here",
+                argument=Contestant(str(path), batch, device, threads),
+                output=subprocess.DEVNULL,
+                threads=threads,
+                cpus=hardware.cpus(threads),
+            )
+            stack.callback(sock.close)
+            stack.callback(process.stop, child)
+            socks.append(sock)
+        opened = [_answer(sock, min(deadline, time.monotonic() + _OPENING)) is not None for sock in socks]
+        found: list[list[float]] = [[] for _ in socks]
+        for _ in range(_ROUNDS):
+            for sock, ready, seconds in zip(socks, opened, found, strict=True):
+                if ready:
+                    seconds.extend(_answer(sock, time.monotonic() + _SILENCE, sign=b".") or [])
+            if time.monotonic() > deadline:
+                break
+        return found
+
+
+def _answer(sock: socket.socket, deadline: float, *, sign: bytes = b"") -> list[float] | None:
+    """One message from the child, after the `sign` if there is one; None when it died or took too long."""
+    try:
+        if sign:
+            sock.send(sign)
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        message = sock.recv(_MESSAGE)
+    except OSError:
+        return None
+    return msgspec.json.decode(message, type=list[float]) if message else None
+
+
+def contest_here(argument: Any, sock: socket.socket) -> None:
+    """The child's side: open, warm up, say so; then run for a moment at each sign."""
+    contestant = msgspec.convert(argument, Contestant)
+    artifact = open_artifact(Path(contestant.artifact), verify=False)
+    stage = artifact.open(device=contestant.device, threads=contestant.threads, trust=True)
+    tensors = artifact.inputs()
+    if artifact.manifest.signature.batched:
+        tensors = dict(resized(tensors, rows=contestant.batch))
+    warm_up(stage, tensors, seconds=0.5)
+    sock.send(b"[]")
+    while sock.recv(1):
+        sock.send(msgspec.json.encode(sample(stage, tensors, effort=_TURN)))

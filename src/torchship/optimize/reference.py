@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torchship.optimize.measure import resized
 from torchship.optimize.samples import flatten_samples, random_inputs, rows_of, vocabulary_of
 from torchship.optimize.yardstick import study
 from torchship.stage import Parameter, Parameters
-from torchship.tensors import Signature, Tensors
+from torchship.tensors import Signature, Tensors, TensorSpec
 
 GROUP = "group"
 JUDGED_ROWS = 1024
@@ -67,41 +68,33 @@ def refuse_unsteady(model: Model) -> None:
     )
 
 
-def split_calibration(
-    samples: Sequence[Tensors], groups: Sequence[int] | None, *, signature: Signature
-) -> tuple[list[Tensors], list[Tensors], list[int] | None]:
-    """Batches for the quantizers, batches for the guard, and the group of each of the guard's rows.
+def split(model: Model, samples: Iterable[Any]) -> tuple[Model, list[Tensors], list[int] | None]:
+    """The model with the user's data for quantizers as flat batches; batches for the guard, the group of each row.
 
     The guard has the second half, where there are four batches or more; the quantizers at most 512 rows. Rows of one
     group (crops of one picture) all go to one side: half of the groups, or fewer where the guard would have too few to
     prove anything.
     """
-    batches = list(samples)
-    if groups is not None and signature.batched:
-        order = list(dict.fromkeys(groups))
-        few = max(
-            len(order) // 5, min(len(order) // 2, len(order) - FEWEST_GROUPS)
-        )  # enough are left to prove something
-        ours = set(order[: max(1, few)]) if len(order) > 1 else set()
-        rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        inside = np.array([group in ours for group in groups])
-        fit = _pieces({name: array[inside] for name, array in rows.items()}, size=_PIECE)
-        held = _pieces({name: array[~inside] for name, array in rows.items()}, size=_PIECE)
-        return (fit or held)[: FIT_ROWS // _PIECE], held, [group for group in groups if group not in ours]
-    if len(batches) < 4:
-        return batches, batches, None
-    cut = len(batches) // 2
-    return _first_rows(batches[:cut], signature), batches[cut:], None
-
-
-def _first_rows(batches: Sequence[Tensors], signature: Signature) -> list[Tensors]:
-    found, rows = [], 0
-    for batch in batches:
-        if rows >= FIT_ROWS:
-            break
-        found.append(batch)
-        rows += rows_of(batch, signature=signature)
-    return found
+    samples, signature = list(samples), model.signature
+    groups = grouped(samples, signature=signature)
+    batches = flatten_samples(samples, signature=signature, rows=JUDGED_ROWS + FIT_ROWS)
+    if groups is None and len(batches) < 4:
+        return replace(model, calibration=batches), batches, None
+    if groups is None:
+        half = len(batches) // 2
+        before = accumulate((rows_of(batch, signature=signature) for batch in batches[:half]), initial=0)
+        fit = [batch for batch, rows in zip(batches[:half], before, strict=False) if rows < FIT_ROWS]
+        return replace(model, calibration=fit), batches[half:], None
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    groups = groups[: rows_of(joined, signature=signature)]
+    order = list(dict.fromkeys(groups))
+    few = max(len(order) // 5, min(len(order) // 2, len(order) - FEWEST_GROUPS))  # enough are left to prove something
+    ours = set(order[: max(1, few)]) if len(order) > 1 else set()
+    inside = np.array([group in ours for group in groups])
+    fit = _pieces({name: array[inside] for name, array in joined.items()}, size=_PIECE)
+    held = _pieces({name: array[~inside] for name, array in joined.items()}, size=_PIECE)
+    fit = (fit or held)[: FIT_ROWS // _PIECE]
+    return replace(model, calibration=fit), held, [group for group in groups if group not in ours]
 
 
 def prepare(
@@ -114,45 +107,34 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     stage, signature = EagerStage(model), model.signature
     tried = int(getattr(model.module, "tried", 0))
-    examples = list(model.examples)
-    own, made = examples[: len(examples) - tried], examples[len(examples) - tried :]
-    real = _pieced(held_back, signature) if held_back else own
+    own = list(model.examples[: len(model.examples) - tried])
+    made = [*model.examples[len(own) :], *model.edges]
+    real = own
+    if held_back:
+        size = min(_PIECE, signature.max_rows)
+        real = [p for batch in held_back for p in (_pieces(batch, size=size) if signature.batched else [batch])]
+        made = [*own, *made]
     outputs = write(folder, stage=stage, batches=real, rows=JUDGED_ROWS)
-    entries = [JudgedBatch("real")] * len(outputs)
     _refuse_nan(outputs, model)
-    made = [
-        *(own if held_back else []),
-        *made,
-        *model.edges,
-        *_sizes(real[0], signature),
-        *([] if held_back else _random(model)),
-    ]
+    if signature.batched and signature.max_rows > 1:
+        made += [resized(real[0], rows=rows) for rows in (1, min(5, signature.max_rows))]
+    made += [] if held_back else _random(model)
     base = laws.base_of(real[0], signature=signature)
-    found = [Probe(Law(""), base, stage(base)), *laws.probes(base, signature=signature, answer=stage)]
-    more = [*made, *(probe.inputs for probe in found)]
-    answers = [*(stage(batch) for batch in made), *(probe.outputs for probe in found)]
-    entries += [JudgedBatch("finite" if laws.masks_all(b, batched=signature.batched) else "made") for b in made]
-    entries += [JudgedBatch("law", probe.law) for probe in found]
-    for index, (batch, answer) in enumerate(zip(more, answers, strict=True), len(outputs)):
+    probes = [Probe(Law(""), base, stage(base)), *laws.probes(base, signature=signature, answer=stage)]
+    entries = [
+        *[JudgedBatch("real")] * len(outputs),
+        *(JudgedBatch("finite" if laws.masks_all(b, batched=signature.batched) else "made") for b in made),
+        *(JudgedBatch("law", probe.law) for probe in probes),
+    ]
+    more = [*((batch, stage(batch)) for batch in made), *((probe.inputs, probe.outputs) for probe in probes)]
+    for index, (batch, answer) in enumerate(more, len(outputs)):
         _keep(folder, index, batch, answer)
     count = sum(rows_of(batch, signature=signature) for batch in real[: len(outputs)])
     known = None if groups is None else tuple(groups[:count])
     plan = JudgedSet(tuple(entries), tuple(study(outputs, signature=signature)), known, rows=count)
     (folder / PLAN).write_bytes(msgspec.json.encode(plan))
-    return plan, caching.digest(caching.hash_tensors([*real[: len(outputs)], *more]), plan)
-
-
-def _pieced(batches: Sequence[Tensors], signature: Signature) -> list[Tensors]:
-    if not signature.batched:
-        return list(batches)
-    return [piece for batch in batches for piece in _pieces(batch, size=min(_PIECE, signature.max_rows))]
-
-
-def _sizes(batch: Tensors, signature: Signature) -> list[Tensors]:
-    """One row by itself, and five."""
-    if not signature.batched or signature.max_rows < 2:
-        return []
-    return [resized(batch, rows=1), resized(batch, rows=min(5, signature.max_rows))]
+    judged = [*real[: len(outputs)], *(batch for batch, _ in more)]
+    return plan, caching.digest(caching.hash_tensors(judged), plan)
 
 
 def _refuse_nan(outputs: Sequence[Tensors], model: Model) -> None:
@@ -166,6 +148,7 @@ def _refuse_nan(outputs: Sequence[Tensors], model: Model) -> None:
 
 
 def _pieces(batch: Tensors, *, size: int) -> list[Tensors]:
+    """A batch in pieces of at most `size` rows."""
     count = next(iter(batch.values())).shape[0]
     return [{name: array[i : i + size] for name, array in batch.items()} for i in range(0, count, size)]
 
@@ -179,28 +162,16 @@ def _random(model: Model) -> list[Tensors]:
     if not signature.batched:
         return []
     first = model.examples[0]
-    shaped = [
-        type(spec)(spec.name, spec.dtype, (spec.shape[0], *first[spec.name].shape[1:])) for spec in signature.inputs
-    ]
+    shaped = [TensorSpec(s.name, s.dtype, (s.shape[0], *first[s.name].shape[1:])) for s in signature.inputs]
     count = min(8, signature.max_rows)
     tensors = random_inputs(shaped, rows=count, vocabulary=vocabulary_of(model.module), seed=1)
-    made = {s.name: np.asarray(to_numpy(t)) for s, t in zip(shaped, tensors, strict=True)}
-    masks = [s.name for s in shaped if s.dtype == "BOOL" or "mask" in s.name.lower()]
-    made |= resized({name: first[name] for name in masks}, rows=count)
+    made = {s.name: to_numpy(t) for s, t in zip(shaped, tensors, strict=True)}
+    made |= resized({n: array for n, array in first.items() if laws.is_mask(n, array)}, rows=count)
     try:
         EagerStage(model)(made)
     except Exception:  # values that it was not made for
         return []
     return [made]
-
-
-def with_data(model: Model, calibration: Iterable[Any]) -> tuple[Model, list[int] | None]:
-    """The model with the user's data as flat batches, for quantizers and guard, and the group of each row."""
-    samples, signature = list(calibration), model.signature
-    groups = grouped(samples, signature=signature)
-    flat = flatten_samples(samples, signature=signature, rows=JUDGED_ROWS + FIT_ROWS)
-    count = sum(rows_of(batch, signature=signature) for batch in flat)
-    return replace(model, calibration=flat), None if groups is None else groups[:count]
 
 
 def grouped(samples: Sequence[Any], *, signature: Signature) -> list[int] | None:

@@ -13,17 +13,7 @@ from torchship.artifact import Artifact
 from torchship.artifact import folder as folders
 from torchship.optimize import page
 from torchship.optimize.choose import is_valid
-from torchship.optimize.facts import (
-    Facts,
-    agreement_text,
-    best_rate,
-    cells,
-    eager_of,
-    has_won,
-    ms_text,
-    ordered,
-    outside_of,
-)
+from torchship.optimize.facts import Facts, agreement_text, best_rate, ms_text
 from torchship.optimize.trial import Trial
 
 if TYPE_CHECKING:
@@ -52,16 +42,15 @@ class Report:
     @property
     def winner(self) -> Trial | None:
         """The chosen trial."""
-        index = self.facts.choice.winner
-        return None if index is None else self.facts.trials[index]
+        return self.facts.winner
 
     @property
     def speedup(self) -> float:
         """How many times faster than eager the winner answers at batch 1; 1 when either is missing."""
-        eager = eager_of(self.facts)
-        if eager is None or self.winner is None or not self.winner.timing or not eager.timing:
+        eager, winner = self.facts.eager, self.facts.winner
+        if eager is None or winner is None or not winner.timing or not eager.timing:
             return 1.0
-        return eager.timing.curve[0].p50_ms / self.winner.timing.curve[0].p50_ms
+        return eager.timing.curve[0].p50_ms / winner.timing.curve[0].p50_ms
 
     def save(self, folder: Path | str) -> Path:
         """Write `report.json` and `report.html` into a folder; returns the page's path."""
@@ -105,15 +94,13 @@ class Table:
         for column in columns:
             found.add_column(_HEADS[column], justify="right", no_wrap=True)
         found.add_column("", no_wrap=True)
-        eager = eager_of(self.facts)
-        base = eager.timing.curve[0].p50_ms if eager and eager.timing else 0.0
-        for trial in ordered(self.facts):
+        for trial in self.facts.ordered():
             if trial.timing:
-                label, *numbers = cells(trial, base=base)
-                word = "winner" if has_won(self.facts, trial) else trial.status.replace("ok", "")
-                word = "over a limit" if outside_of(self.facts, trial) else word
+                numbers = self.facts.cells(trial)
+                word = "winner" if trial is self.facts.winner else trial.status.replace("ok", "")
+                word = "over a limit" if self.facts.outside(trial) else word
                 style = _STYLES.get(word or "ok", "dim")
-                found.add_row(label, *(numbers[column] for column in columns), word, style=style)
+                found.add_row(trial.recipe.label, *(numbers[column] for column in columns), word, style=style)
         return found
 
     def _others(self) -> rich.table.Table:
@@ -121,8 +108,8 @@ class Table:
         from rich.text import Text
 
         told: dict[tuple[str, str], list[str]] = {}
-        for trial in ordered(self.facts):
-            outside = outside_of(self.facts, trial)
+        for trial in self.facts.ordered():
+            outside = self.facts.outside(trial)
             if outside or trial.failure:
                 key = ("over", outside) if outside else (trial.status, trial.failure)
                 told.setdefault(key, []).append(trial.recipe.label)
@@ -136,10 +123,9 @@ class Table:
 
 def line(trial: Trial) -> str:
     """One finished trial in one line, as the progress shows it."""
-    mark = {"ok": "ok", "refused": "refused", "failed": "failed", "skipped": "skipped"}[trial.status]
     if not is_valid(trial) or trial.timing is None:
-        return f"{mark:8} {trial.recipe.label}: {trial.failure}"
+        return f"{trial.status:8} {trial.recipe.label}: {trial.failure}"
     first = trial.timing.curve[0]
     how = "cached" if trial.cached else f"{trial.seconds:.0f} s"
     speed = f"{ms_text(first.p50_ms)} ms, {best_rate(trial):,.0f} rows/s"
-    return f"{mark:8} {trial.recipe.label}: {speed}, agreement {agreement_text(trial)} ({how})"
+    return f"{trial.status:8} {trial.recipe.label}: {speed}, agreement {agreement_text(trial)} ({how})"

@@ -1,16 +1,18 @@
-"""Finds out whether axis 0 holds rows that a module treats each by itself: by trying, with odd neighbours too."""
+"""Tries a module on other rows and values: whether axis 0 holds rows that it treats each by itself, what it answers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from torchship.difference import is_close
+from torchship.errors import CaptureFailed
 from torchship.model import to_numpy
 from torchship.tensors import Axis
 
@@ -30,8 +32,8 @@ class Rows:
     `reason` says what is against it.
     """
 
-    follow: bool
-    alone: bool
+    follow: bool = False
+    alone: bool = False
     reason: str = ""
     moves: tuple[int, ...] = ()
     runs: bool = False
@@ -41,26 +43,28 @@ def look(run: Run, call: Call, *, names: Sequence[str]) -> Rows:
     """Try another number of rows, some of them alone, and neighbours that are large, turned round or zero."""
     for name, tensor in zip(names, call, strict=True):
         if not tensor.dim():
-            return Rows(False, False, f"not batched: input {name!r} has no axis 0")
+            return Rows(reason=f"not batched: input {name!r} has no axis 0")
     lengths = {tensor.shape[0] for tensor in call}
     if len(lengths) > 1 or 0 in lengths:
-        return Rows(False, False, f"not batched: the inputs differ in the length of axis 0: {sorted(lengths)}")
-    moves = _moves(run, call)
-    run = moved(run, moves)
-    count = 3 if lengths != {3} else 4
+        return Rows(reason=f"not batched: the inputs differ in the length of axis 0: {sorted(lengths)}")
+    before = lengths.pop()
+    count, words = (3, "three") if before != 3 else (4, "four")
     several = [resized(tensor, {0: count}) for tensor in call]
-    words = {3: "three", 4: "four"}[count]
     try:
         joined = run(several)
     except Exception as fault:
         said = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0][:200]}"
-        return Rows(False, False, f"axis 0 is fixed: {words} rows fail ({said})")
-    for index, whole in enumerate(joined):
-        if whole.dim() == 0 or whole.shape[0] != count:
+        return Rows(reason=f"axis 0 is fixed: {words} rows fail ({said})")
+    moves = []
+    for old, new in zip(run(call), joined, strict=True):  # the hidden state of a recurrent net is [layers, rows, width]
+        axes = [i for i in range(min(old.dim(), new.dim())) if (old.shape[i], new.shape[i]) == (before, count)]
+        moves.append(axes[0] if axes else 0)
+    for index, (whole, axis) in enumerate(zip(joined, moves, strict=True)):
+        if whole.dim() == 0 or whole.shape[axis] != count:
             reason = f"not batched: output {index} has shape {list(whole.shape)} for {words} rows"
-            return Rows(False, False, reason, runs=True)
-    reason = _mixes(run, several)
-    return Rows(True, not reason, reason, moves, runs=True)
+            return Rows(reason=reason, runs=True)
+    reason = _mixes(moved(run, moves), several)
+    return Rows(True, not reason, reason, tuple(moves), runs=True)
 
 
 class _Deadline(TorchFunctionMode):
@@ -98,25 +102,6 @@ def moved(run: Run, moves: Sequence[int]) -> Run:
     return changed if any(moves) else run
 
 
-def _moves(run: Run, call: Call) -> tuple[int, ...]:
-    """The axis of each output that follows the number of rows, where it is one and not the first; else 0.
-
-    The hidden state of a recurrent net is [layers, rows, width].
-    """
-    outputs = run(call)
-    before = call[0].shape[0]
-    after = before + 3
-    try:
-        others = run([resized(tensor, {0: after}) for tensor in call])
-    except Exception:  # whoever takes no other number of rows has no batch axis; that is told later
-        return tuple(0 for _ in outputs)
-    found = []
-    for old, new in zip(outputs, others, strict=True):
-        axes = [i for i in range(min(old.dim(), new.dim())) if (old.shape[i], new.shape[i]) == (before, after)]
-        found.append(axes[0] if axes else 0)
-    return tuple(found)
-
-
 def _mixes(run: Run, several: Call) -> str:
     """Which output of a row depends on the other rows; empty when none does, or when the module refuses the rows."""
     try:
@@ -124,11 +109,13 @@ def _mixes(run: Run, several: Call) -> str:
     except Exception as fault:
         return f"not batched: one row alone fails ({type(fault).__name__})"
     # a row of the other sign leads astray whoever decides by all rows what to do with each
-    for rows in (several, [_flipped(tensor) for tensor in several]):
+    turned = [torch.cat([t[:1], t[1:2] * 0.5, -3 * t[2:]]) if t.is_floating_point() else t for t in several]
+    # something rare in the middle: large, large with the other sign, zero
+    odd = [[torch.cat([t[:1], _rare(t, factor), t[2:]]) for t in several] for factor in (100.0, -100.0, 0.0)]
+    for rows, others in ((several, odd), (turned, [])):
         try:
             alone = {i: run([tensor[i : i + 1] for tensor in rows]) for i in (0, 2)}
-            together = [run(list(rows))]
-            together += [run(neighbours) for neighbours in _odd(rows)] if rows is several else []
+            together = [run(call) for call in (rows, *others)]
         except Exception:  # noqa: S112  # a module may refuse values that it was not made for
             continue
         for index, whole in ((index, whole) for joined in together for index, whole in enumerate(joined)):
@@ -140,12 +127,6 @@ def _mixes(run: Run, several: Call) -> str:
     return ""
 
 
-def _odd(rows: Call) -> Iterator[list[torch.Tensor]]:
-    """The rows with something rare in the middle: large, large with the other sign, zero."""
-    for factor in (100.0, -100.0, 0.0):
-        yield [torch.cat([t[:1], _rare(t, factor), t[2:]]) for t in rows]
-
-
 def _rare(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     if tensor.is_floating_point():
         return tensor[1:2] * factor
@@ -154,12 +135,6 @@ def _rare(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     # a number beyond those that the example shows may lie outside of a table
     value = tensor.max() if factor > 0 else tensor.min() if factor < 0 else torch.zeros_like(tensor.min())
     return torch.full_like(tensor[1:2], value.item())
-
-
-def _flipped(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.cat([tensor[:1], tensor[1:2] * 0.5, -3 * tensor[2:]])
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -186,3 +161,53 @@ def other_values(call: Call) -> Iterator[list[torch.Tensor]]:
     for factor, pick in ((-2.0, torch.clone), (0.01, torch.min), (0.0, torch.max)):
         yield [t * factor if t.is_floating_point() else pick(t).expand_as(t) if t.numel() else t for t in call]
     yield [tensor.flip(tuple(range(tensor.dim()))) for tensor in call]
+
+
+def answers(run: Run, call: Call, *, values: bool = False) -> bool:
+    """Whether the module answers with numbers: what it answers NaN to proves nothing, nor infinity to odd `values`."""
+    try:
+        answers = run(call)
+        return not any(bool((torch.isnan(out) if not values else ~torch.isfinite(out)).any()) for out in answers)
+    except CaptureFailed:
+        if values:
+            return False
+        raise
+    except Exception:  # strides, windows and tables allow only some lengths and values
+        return False
+
+
+def odd_values(run: Run, call: Call, *, names: Sequence[str]) -> list[Call]:
+    """Calls with values that narrower types lose, where the module answers them with finite numbers.
+
+    64-bit integers beyond 2^31, where the answer depends on them (hashes, times); double precision far from zero; NaN
+    and infinity, which some models take for missing values: every seventh number is.
+    """
+    found: list[Call] = []
+    masks = [i for i, name in enumerate(names) if "mask" in name.lower()]
+    wide = [i for i, t in enumerate(call) if t.dtype in (torch.int64, torch.uint64) and i not in masks]
+    first, second, negative = (_changed(call, wide, partial(_wide, seed)) for seed in (1, 7, -3))
+    taken = wide and answers(run, first, values=True) and answers(run, second, values=True)
+    if taken and not all(map(close, run(first), run(second))):
+        found += [other for other in (first, negative) if answers(run, other, values=True)]
+    double = [i for i, t in enumerate(call) if t.dtype == torch.float64]
+    floats = [i for i, t in enumerate(call) if t.is_floating_point() and t.numel()]
+    nan, infinity = (partial(_missing, float(word)) for word in ("nan", "inf"))
+    for places, change in ((double, lambda tensor: tensor + 2.0**30), (floats, nan), (floats, infinity)):
+        other = _changed(call, places, change)
+        found += [other] if places and answers(run, other, values=True) else []
+    return found
+
+
+def _changed(call: Call, places: Sequence[int], change: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    return [change(tensor) if i in places else tensor for i, tensor in enumerate(call)]
+
+
+def _wide(seed: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Integers between 2^33 and 2^62, by a multiplicative sequence; negative for a negative seed."""
+    steps = torch.arange(1, tensor.numel() + 1, dtype=torch.int64) * 2654435761 * abs(seed)
+    made = (2**33 + (steps * steps) % 2**61).reshape(tensor.shape)
+    return (made if seed > 0 or tensor.dtype == torch.uint64 else -made).to(tensor.dtype)
+
+
+def _missing(value: float, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.masked_fill(torch.arange(tensor.numel()).reshape(tensor.shape) % 7 == 3, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,10 +41,18 @@ def random_inputs(
     """
     source = np.random.default_rng(seed)
     lengths: dict[str, int] = {}
-    shapes = [_shape(spec, lengths, rows=rows, free=free) for spec in specs]
-    return [
-        _random(spec, shape, source=source, vocabulary=vocabulary) for spec, shape in zip(specs, shapes, strict=True)
-    ]
+    found = []
+    for spec in specs:
+        shape = []
+        for position, axis in enumerate(spec.shape):
+            if isinstance(axis, Free):
+                wanted = max(axis.min, rows if position == 0 else free)
+                length = wanted if axis.max is None else min(wanted, axis.max)
+                shape.append(lengths.setdefault(axis.name, length) if axis.name else length)
+            else:
+                shape.append(axis)
+        found.append(_random(spec, shape, source=source, vocabulary=vocabulary))
+    return found
 
 
 def masked(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -63,18 +70,6 @@ def masked(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> Iter
         yield made
         if not masks:
             return
-
-
-def _shape(spec: TensorSpec, lengths: dict[str, int], *, rows: int, free: int) -> list[int]:
-    shape = []
-    for position, axis in enumerate(spec.shape):
-        if isinstance(axis, Free):
-            wanted = max(axis.min, rows if position == 0 else free)
-            length = wanted if axis.max is None else min(wanted, axis.max)
-            shape.append(lengths.setdefault(axis.name, length) if axis.name else length)
-        else:
-            shape.append(axis)
-    return shape
 
 
 def _random(spec: TensorSpec, shape: list[int], *, source: np.random.Generator, vocabulary: int) -> torch.Tensor:
@@ -109,17 +104,20 @@ def flatten_samples(samples: Iterable[Any], *, signature: Signature, rows: int) 
     the inputs, as a data loader yields with its labels, gives its first items. A single row without its batch axis
     is given one. Raises BadInput for data that does not fit the signature.
     """
-    return list(_limit(_fit(samples, signature), signature, rows))
-
-
-def _fit(samples: Iterable[Any], signature: Signature) -> Iterator[Tensors]:
+    found, left = list[Tensors](), rows
     for index, sample in enumerate(samples):
         flat = _flat(sample, signature)
         try:
             signature.check(flat)
         except BadInput as fault:
             raise BadInput(f"calibration sample {index}: {fault}", hint=fault.hint) from None
-        yield flat
+        count = rows_of(flat, signature=signature)
+        over = signature.batched and count > left
+        found.append({name: array[:left] for name, array in flat.items()} if over else flat)
+        left -= count
+        if left <= 0 or len(found) == rows:
+            break
+    return found
 
 
 def _flat(sample: Any, signature: Signature) -> Tensors:
@@ -137,32 +135,15 @@ def _flat(sample: Any, signature: Signature) -> Tensors:
             f"a calibration sample holds {len(values)} tensors, the model takes {len(specs)}",
             hint=f"give {', '.join(spec.name for spec in specs)}",
         )
-    return {spec.name: _row(_array(value), spec) for spec, value in zip(specs, values, strict=False)}
-
-
-def _array(value: Any) -> Array:
-    return np.asarray(to_numpy(value) if isinstance(value, torch.Tensor) else value)
-
-
-def _row(array: Array, spec: TensorSpec) -> Array:
-    array = array[None] if array.ndim == len(spec.shape) - 1 else array
-    wanted = numpy_dtype(spec.dtype)
-    # data sets often come as doubles; a picture as bytes is left alone: its scale is the user's to choose
-    same_kind = array.dtype.kind == wanted.kind and dtype_name(array.dtype) != spec.dtype
-    return array.astype(wanted) if same_kind and wanted.kind in "fi" else array
-
-
-def _limit(batches: Iterator[Tensors], signature: Signature, rows: int) -> Iterator[Tensors]:
-    left = rows
-    for batch in islice(batches, rows):
-        count = rows_of(batch, signature=signature)
-        if signature.batched and count > left:
-            yield {name: array[:left] for name, array in batch.items()}
-        else:
-            yield batch
-        left -= min(count, left)
-        if left <= 0:
-            return
+    found: dict[str, Array] = {}
+    for spec, value in zip(specs, values, strict=False):
+        array = to_numpy(value) if isinstance(value, torch.Tensor) else np.asarray(value)
+        array = array[None] if array.ndim == len(spec.shape) - 1 else array
+        wanted = numpy_dtype(spec.dtype)
+        # data sets often come as doubles; a picture as bytes is left alone: its scale is the user's to choose
+        same_kind = array.dtype.kind == wanted.kind and dtype_name(array.dtype) != spec.dtype
+        found[spec.name] = array.astype(wanted) if same_kind and wanted.kind in "fi" else array
+    return found
 
 
 def rows_of(batch: Tensors, *, signature: Signature) -> int:

@@ -17,16 +17,17 @@ from typing import Any
 import msgspec
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from torchship.difference import relative_error
 from torchship.errors import OptimizeError
 from torchship.lowering import paths, program, surgery
 from torchship.model import Model, to_numpy
-from torchship.tensors import Tensors
 
 _LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul",
            "bmm", "mm", "addmm", "scaled_dot_product_attention", "lstm", "gru")  # fmt: skip
 _PRODUCTS = ("matmul", "mm", "addmm", "bmm")
+_BIASES = {"addmm": 0} | {kind: 2 for kind in _LAYERS if kind.startswith("conv") or kind in ("linear", "lstm", "gru")}
 _CLEAN = 200.0  # dB where nothing was lost
 
 
@@ -55,84 +56,70 @@ def sensitivity(model: Model, *, rows: int = 8, seconds: float = 60.0, per_chann
     graph = program.export(model).module(check_guards=False)
     if not isinstance(graph, GraphModule):
         raise OptimizeError("the exported program is no graph")
-    inputs = model.torch_inputs(_few_rows(model, rows))
-    by_path: dict[str, list[Node]] = defaultdict(list)
+    batch = (model.calibration or model.examples)[0]
+    if model.signature.batched:
+        batch = {name: array[:rows] for name, array in batch.items()}
+    layers: dict[str, set[Node]] = defaultdict(set)  # by the path of the user's module that they came from
     for node in graph.graph.nodes:
-        if _is_layer(node):
-            by_path[_path(node)].append(node)
+        if node.op == "call_function" and str(node.target).startswith("aten.") and _kind(node) in _LAYERS:
+            layers[paths.user_path(surgery.place_of(node))].add(node)
+    every = {node for nodes in layers.values() for node in nodes}
     with torch.inference_mode():
-        local = _LocalNoise(graph, per_channel)
-        wanted = _flat(local.run(*inputs))
-        own = {path: min(local.found.get(node, _CLEAN) for node in nodes) for path, nodes in by_path.items()}
+        # values are kept, for later passes start from what this one computed
+        floats = _Quantized(graph, every, per_channel, garbage_collect_values=False)
+        wanted = floats.run(*model.torch_inputs(batch))
+        own = {path: min(floats.noise[node] for node in nodes) for path, nodes in layers.items()}
         ranked = []
         for path in sorted(own, key=own.__getitem__):
-            late = time.monotonic() > deadline
-            at_output = None if late else _at_output(graph, local, set(by_path[path]), wanted)
+            at_output = None
+            if time.monotonic() <= deadline:
+                chosen, all_nodes = layers[path], list(graph.graph.nodes)
+                first = next(place for place, node in enumerate(all_nodes) if node in chosen)
+                before = {node: floats.env[node] for node in all_nodes[:first]}
+                found = _Quantized(graph, chosen, per_channel, goes_on=True).run(initial_env=before)
+                at_output = _noise_of(wanted, found)
             ranked.append(LayerNoise(path, own[path], at_output))
     return sorted(ranked, key=lambda layer: (layer.output_db is None, layer.db))
-
-
-def _few_rows(model: Model, rows: int) -> Tensors:
-    batch = (model.calibration or model.examples)[0]
-    return {name: array[:rows] for name, array in batch.items()} if model.signature.batched else batch
-
-
-def _is_layer(node: Node) -> bool:
-    return node.op == "call_function" and str(node.target).startswith("aten.") and _kind(node) in _LAYERS
 
 
 def _kind(node: Node) -> str:
     return str(node.target).split(".")[1].lstrip("_")
 
 
-def _path(node: Node) -> str:
-    """The user's module that this node came from."""
-    return paths.user_path(surgery.place_of(node))
+class _Quantized(Interpreter):
+    """Computes what the `chosen` layers would answer in int8 to what they are given, and how far off that is (`noise`);
+    the rest `goes_on` with these answers, or with the exact ones.
+    """
 
-
-class _LocalNoise(Interpreter):
-    """Runs in float; at each layer also computes what int8 would have answered to the same inputs."""
-
-    def __init__(self, graph: GraphModule, per_channel: bool) -> None:
-        super().__init__(graph, garbage_collect_values=False)  # later passes start from what this one computed
-        self.found: dict[Node, float] = {}
-        self.per_channel = per_channel
-
-    def run_node(self, n: Node) -> Any:
-        answer = super().run_node(n)
-        if _is_layer(n):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.found[n] = _noise_of(answer, _quantized_call(n, args, kwargs, self.per_channel))
-        return answer
-
-
-class _OneQuantized(Interpreter):
-    """Runs with the nodes of one module in simulated int8."""
-
-    def __init__(self, graph: GraphModule, chosen: set[Node], per_channel: bool) -> None:
-        super().__init__(graph)
-        self._chosen, self._per_channel = chosen, per_channel
+    def __init__(
+        self,
+        graph: GraphModule,
+        chosen: set[Node],
+        per_channel: bool,
+        *,
+        goes_on: bool = False,
+        garbage_collect_values: bool = True,
+    ) -> None:
+        super().__init__(graph, garbage_collect_values)
+        self._chosen, self._per_channel, self._goes_on = chosen, per_channel, goes_on
+        self.noise: dict[Node, float] = {}
 
     def run_node(self, n: Node) -> Any:
         if n not in self._chosen:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return _quantized_call(n, args, kwargs, self._per_channel)
-
-
-def _at_output(graph: GraphModule, floats: _LocalNoise, chosen: set[Node], wanted: Sequence[torch.Tensor]) -> float:
-    """What the outputs lose when only `chosen` is quantized; everything before it is taken from the float pass."""
-    before: dict[Node, Any] = {}
-    for node in graph.graph.nodes:
-        if node in chosen:
-            break
-        before[node] = floats.env[node]
-    return _noise_of(wanted, _OneQuantized(graph, chosen, floats.per_channel).run(initial_env=before))
+        found = _quantized_call(n, args, kwargs, self._per_channel)
+        if self._goes_on:
+            return found
+        answer = super().run_node(n)
+        self.noise[n] = _noise_of(answer, found)
+        return answer
 
 
 def _noise_of(wanted: Any, found: Any) -> float:
     """The worst of an answer's tensors."""
-    return min((noise_db(w, f) for w, f in zip(_flat(wanted), _flat(found), strict=True)), default=_CLEAN)
+    pairs = zip(*(pytree.tree_leaves(side) for side in (wanted, found)), strict=True)
+    return min((noise_db(w, f) for w, f in pairs), default=_CLEAN)
 
 
 def _quantized_call(node: Node, args: Sequence[Any], kwargs: dict[str, Any], per_channel: bool) -> Any:
@@ -141,8 +128,8 @@ def _quantized_call(node: Node, args: Sequence[Any], kwargs: dict[str, Any], per
     kind, quantized = _kind(node), list(args)
     for position, (value, origin) in enumerate(zip(args, node.args, strict=True)):
         if isinstance(value, list | tuple) and position == 2:  # the weights and biases of a recurrent layer
-            quantized[position] = [_weight(v, 0, per_channel) if _is_matrix(v) else v for v in value]
-        if not _is_float(value) or position == _bias_position(kind):
+            quantized[position] = [_weight(v, 0, per_channel) if _is_float(v) and v.ndim == 2 else v for v in value]
+        if not _is_float(value) or position == _BIASES.get(kind):
             continue
         axis = value.ndim - 1 if kind in _PRODUCTS else int(kind.startswith("conv_transpose"))
         held = isinstance(origin, Node) and origin.op == "get_attr"
@@ -154,16 +141,8 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _is_matrix(value: Any) -> bool:
-    return _is_float(value) and value.ndim == 2
-
-
 def _weight(value: torch.Tensor, axis: int, per_channel: bool) -> torch.Tensor:
     return round_signed(value, axis=axis) if per_channel else round_signed(value.unsqueeze(0), axis=0)[0]
-
-
-def _bias_position(kind: str) -> int:
-    return 0 if kind == "addmm" else -1 if kind in (*_PRODUCTS, "scaled_dot_product_attention") else 2
 
 
 def round_unsigned(value: torch.Tensor) -> torch.Tensor:
@@ -189,7 +168,3 @@ def noise_db(wanted: Any, found: Any) -> float:
         return _CLEAN
     error = relative_error(to_numpy(wanted), to_numpy(found))
     return max(-_CLEAN, min(_CLEAN, -20 * math.log10(error))) if error > 0 else _CLEAN
-
-
-def _flat(answer: Any) -> list[torch.Tensor]:
-    return [answer] if isinstance(answer, torch.Tensor) else [value for value in answer if value is not None]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from torchship import __version__, plugins
-from torchship.artifact import Artifact, Store, open_artifact, package
+from torchship import __version__
+from torchship.artifact import Artifact, Store, open_artifact
 from torchship.artifact.manifest import Provenance
 from torchship.errors import GuardRefused
 from torchship.optimize.cache import hash_model
@@ -19,6 +19,7 @@ from torchship.optimize.capture import capture
 from torchship.optimize.guard import Guard, judge
 from torchship.optimize.judge import compare
 from torchship.optimize.reference import EagerStage
+from torchship.optimize.trial import packed
 from torchship.optimize.yardstick import study
 from torchship.recipe import Recipe
 
@@ -44,19 +45,7 @@ def build(
     provenance = Provenance(__version__, created, f"torchship.build:{name}", hash_model(model))
     with TemporaryDirectory(prefix="torchship-build-") as scratch:
         folder = Path(scratch) / "artifact"
-        (folder / "backend").mkdir(parents=True)
-        backend = plugins.load("backends", name=recipe.backend)
-        backend.build(model, options=dict(recipe.options), out=folder / "backend")
-        package.pack(
-            folder,
-            name=name,
-            signature=model.signature,
-            recipe=recipe,
-            provenance=provenance,
-            max_batch=model.signature.max_rows,
-            inputs=example,
-            outputs=wanted,
-        )
+        packed(model, folder, recipe=recipe, name=name, provenance=provenance, outputs=wanted)
         with closing(open_artifact(folder).open(trust=True)) as stage:
             yards = study([wanted], signature=model.signature)
             found = compare([wanted], [stage(example)], signature=model.signature, yards=yards)

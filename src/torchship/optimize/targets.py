@@ -27,6 +27,9 @@ from torchship.stages.picture import SUFFIXES, picture_files, read_file
 from torchship.tensors import Array, TensorSpec
 
 _MOST_PICTURES = 256
+# a command line begins with these options, and leaves out what is at its default
+_FIRST = ("weights", "data", "evaluate", "finetune", "backends", "max_latency_p99", "max_memory", "max_size", "labels",
+          "budget", "name")  # fmt: skip
 _DEFAULTS = {"goal": "latency", "budget": "10m", "threads": 0, "device": "cpu"}
 
 
@@ -40,54 +43,45 @@ class CommandWish:
     command: str
 
 
-def read_wish(
-    target: str,
-    *,
-    weights: str | None,
-    inputs: Sequence[str],
-    data: str | None,
-    evaluate: str | None,
-    finetune: str | None,
-    backends: str | None,
-    recipes: Sequence[str],
-    budget: str,
-    name: str | None,
-    labels: str | None,
-    max_latency_p99: str | None,
-    max_memory: str | None,
-    max_size: str | None,
-    **plain: Any,
-) -> CommandWish:
-    """Raises BadConfig or NotFound naming the argument that is wrong."""
+def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **given: Any) -> CommandWish:
+    """What `torchship optimize` was given, by the names of its options; None for what was left out.
+
+    Raises BadConfig or NotFound naming the argument that is wrong.
+    """
+    words = {"input": inputs, "recipe": recipes, **{key: given[key] for key in _FIRST}}
+    command = _command(target, {**words, **{key: value for key, value in given.items() if key not in words}})
     module = module_at(target)
-    if weights is not None:
-        load_weights(module, Path(weights))
+    if given["weights"] is not None:
+        load_weights(module, Path(given["weights"]))
     specs = [TensorSpec.parse(text) for text in inputs]
-    calibration = None if data is None else list(data_at(data, specs=specs))
-    options = {
-        **plain,
-        "calibration": calibration,
-        "evaluate": None if evaluate is None else found_at(evaluate, what="--evaluate"),
-        "finetune": None if finetune is None else found_at(finetune, what="--finetune"),
-        "backends": None if backends is None else [word.strip() for word in backends.split(",") if word.strip()],
-        "recipes": [recipe for text in recipes for recipe in recipes_at(text)] or None,
-        "budget": seconds(budget, what="--budget"),
-        "max_latency_p99": None if max_latency_p99 is None else milliseconds(max_latency_p99, what="--max-latency-p99"),
-        "max_memory": None if max_memory is None else size(max_memory, what="--max-memory"),
-        "max_size": None if max_size is None else size(max_size, what="--max-size"),
-        "name": name or target.rpartition(":")[2].rpartition(".")[2] or target,
-        "labels": [] if labels is None else labels_at(labels),
-        "source": target,
+    readers: dict[str, Callable[[str], Any]] = {
+        "data": lambda text: list(data_at(text, specs=specs)),
+        "evaluate": lambda text: found_at(text, what="--evaluate"),
+        "finetune": lambda text: found_at(text, what="--finetune"),
+        "backends": lambda text: [word.strip() for word in text.split(",") if word.strip()],
+        "budget": lambda text: seconds(text, what="--budget"),
+        "max_latency_p99": lambda text: milliseconds(text, what="--max-latency-p99"),
+        "max_memory": lambda text: size(text, what="--max-memory"),
+        "max_size": lambda text: size(text, what="--max-size"),
+        "labels": labels_at,
     }
-    given = {"weights": weights, "data": data, "evaluate": evaluate, "finetune": finetune, "backends": backends}
-    given |= {"max-latency-p99": max_latency_p99, "max-memory": max_memory, "max-size": max_size, "labels": labels}
-    repeated = {"input": inputs, "recipe": recipes}
-    command = _command(target, {**repeated, **given, "budget": budget, "name": name, **plain})
-    return CommandWish(module, specs or _first_inputs(calibration), options, command)
+    options = {
+        key: readers[key](value) if key in readers and value is not None else value for key, value in given.items()
+    }
+    del options["weights"]
+    options["calibration"] = calibration = options.pop("data")
+    options["recipes"] = [recipe for text in recipes for recipe in recipes_at(text)] or None
+    options["name"] = given["name"] or target.rpartition(":")[2].rpartition(".")[2] or target
+    options["labels"] = options["labels"] or []
+    if not specs and not calibration:
+        raise BadConfig(
+            "no inputs are given", hint='add --input "image:FP32[-1,3,224,224]", or --data with real inputs'
+        )
+    return CommandWish(module, specs or calibration[:4], {**options, "source": target}, command)
 
 
 def _command(target: str, given: dict[str, Any]) -> str:
-    """The command line that asks for the same again: what was left at its default is left out."""
+    """The command line that asks for the same again."""
     words = ["torchship", "optimize", target]
     for key, value in given.items():
         option = f"--{key.replace('_', '-')}"
@@ -100,14 +94,6 @@ def _command(target: str, given: dict[str, Any]) -> str:
         elif value is not None and _DEFAULTS.get(key) != value:
             words += [option, str(value)]
     return shlex.join(words)
-
-
-def _first_inputs(calibration: list[Any] | None) -> Any:
-    if not calibration:
-        raise BadConfig(
-            "no inputs are given", hint='add --input "image:FP32[-1,3,224,224]", or --data with real inputs'
-        )
-    return calibration[:4]
 
 
 def found_at(target: str, *, what: str) -> Any:
@@ -218,7 +204,12 @@ def _rows(paths: Sequence[Path], read: Callable[[bytes], Array]) -> Iterator[Arr
 def recipes_at(text: str) -> list[Recipe]:
     """Recipes from JSON, or from a .json or .toml file; one or a list (`[[recipe]]` in TOML)."""
     try:
-        found = json.loads(text) if text.lstrip()[:1] in "[{" else _recipe_file(Path(text))
+        if text.lstrip()[:1] in "[{":
+            found = json.loads(text)
+        else:
+            found = (
+                textfiles.read_toml(Path(text)) if text.endswith(".toml") else json.loads(textfiles.read(Path(text)))
+            )
         several = found.get("recipe", found) if isinstance(found, dict) else found
         return msgspec.convert(several if isinstance(several, list) else [several], list[Recipe])
     except (ValueError, msgspec.ValidationError) as fault:
@@ -228,31 +219,33 @@ def recipes_at(text: str) -> list[Recipe]:
         ) from fault
 
 
-def _recipe_file(path: Path) -> Any:
-    return textfiles.read_toml(path) if path.suffix == ".toml" else json.loads(textfiles.read(path))
+# what may stand behind a number, by the example that whoever writes another is given
+_UNITS: dict[str, dict[str, float]] = {
+    "90s, 10m or 1h": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
+    "12ms or 0.5s": {"": 1, "ms": 1, "s": 1000},
+    "300MB or 1GiB": {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20,
+                      "g": 1e9, "gb": 1e9, "gib": 2**30},
+}  # fmt: skip
 
 
-def _number(text: str, units: dict[str, float], *, what: str, example: str) -> float:
+def _number(text: str, *, what: str, example: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = found[2].lower() if found else None
-    if found is None or unit not in units:
+    if found is None or unit not in _UNITS[example]:
         raise BadConfig(f"{what}: {text!r} is not understood", hint=f"write {example}")
-    return float(found[1]) * units[unit]
+    return float(found[1]) * _UNITS[example][unit]
 
 
 def seconds(text: str, *, what: str) -> float:
     """`90s`, `10m`, `1h` or plain seconds."""
-    return _number(text, {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}, what=what, example="90s, 10m or 1h")
+    return _number(text, what=what, example="90s, 10m or 1h")
 
 
 def milliseconds(text: str, *, what: str) -> float:
     """`12`, `12ms` or `0.5s` in milliseconds."""
-    return _number(text, {"": 1, "ms": 1, "s": 1000}, what=what, example="12ms or 0.5s")
+    return _number(text, what=what, example="12ms or 0.5s")
 
 
 def size(text: str, *, what: str) -> int:
     """`300MB` or `1GiB` in bytes."""
-    units = {"": 1.0, "b": 1.0}
-    for power, letter in enumerate("kmg", 1):
-        units |= {letter: 1e3**power, f"{letter}b": 1e3**power, f"{letter}ib": 2.0 ** (10 * power)}
-    return int(_number(text, units, what=what, example="300MB or 1GiB"))
+    return int(_number(text, what=what, example="300MB or 1GiB"))

@@ -11,20 +11,21 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 
-from torchship import hardware, plugins, process
-from torchship.artifact import open_artifact, tensorfile
+from torchship import plugins, process
+from torchship.artifact import open_artifact, package, tensorfile
 from torchship.artifact.manifest import BatchPoint, Evidence, Provenance, Timing, Verdict
 from torchship.errors import BadInput, BuildFailed
-from torchship.model import Shelf
-from torchship.optimize.forkserver import Forkserver
+from torchship.model import Model, Shelf
+from torchship.optimize import workspace
 from torchship.optimize.guard import LAW_LIMITS, Guard, judge, precision_of
 from torchship.optimize.judge import bounded, judged
 from torchship.optimize.measure import Effort, curve, peak_memory
 from torchship.recipe import Recipe
 from torchship.stage import Stage
-from torchship.tensors import Array, Signature, Tensors
+from torchship.tensors import Array, Tensors
 
 METRIC = "metric.safetensors"  # the reference's value of the user's metric for each row
+FINETUNE = "finetune"  # the step of a recipe whose model is the tuned one
 Status: TypeAlias = Literal["ok", "refused", "failed", "skipped"]
 _SERVING_BATCH = 8  # memory is what serving up to this many rows at once takes
 
@@ -57,9 +58,9 @@ class TrialLimits(msgspec.Struct, frozen=True):
 
 
 class BuildTask(msgspec.Struct, frozen=True):
-    """What the building child is told; paths are absolute."""
+    """What the building child is told: the model's file in the workspace, and what to make of it in folder `out`."""
 
-    capsule: str
+    model: str
     recipe: Recipe
     out: str
     name: str
@@ -84,117 +85,73 @@ class ProofTask(msgspec.Struct, frozen=True):
     reference_metric: float | None = None
 
 
-class Proof(msgspec.Struct, frozen=True):
-    """What the proving child found."""
-
-    verdict: Verdict
-    timing: Timing
-
-
-def build(task: BuildTask, *, limits: TrialLimits, forks: Forkserver) -> process.Outcome:
-    """Apply the transforms, build and pack in a child; the Outcome's fault says why it failed."""
-    return forks.run(
-        "torchship.optimize.trial:build_here",
-        argument=msgspec.to_builtins(task),
-        timeout=limits.timeout,
-        memory=limits.memory,
-    )
-
-
-def prove(task: ProofTask, *, limits: TrialLimits, threads: int) -> process.Outcome:
-    """Open, guard and measure in a fresh child, pinned, that imports only what serving needs; the value is a Proof."""
-    return process.run(
-        "torchship.optimize.trial:prove_here",
-        argument=msgspec.to_builtins(task),
-        timeout=limits.timeout,
-        memory=limits.memory,
-        threads=threads,
-        cpus=hardware.cpus(threads),
-    )
-
-
 def build_here(argument: Any) -> None:
-    """The building child's side."""
-    from torchship.artifact import package
-    from torchship.optimize import capsule
-
+    """The building child: applies the transforms, builds and packs."""
     task = msgspec.convert(argument, BuildTask)
-    model = capsule.take(Path(task.capsule))
-    shelf = Path(f"{task.capsule}.exports")
+    model = workspace.take(Path(task.model))
+    shelf = Path(f"{task.model}.exports")
     shelf.mkdir(mode=0o700, exist_ok=True)
     model = replace(model, shelf=Shelf(shelf, model.module))
     for step in task.recipe.transforms:
-        if step.transform == "finetune":
-            continue  # the capsule holds the tuned weights
-        model = plugins.load("transforms", name=step.transform).apply(model, options=dict(step.options))
-    out = Path(task.out)
-    (out / "backend").mkdir(parents=True)
+        if step.transform != FINETUNE:
+            model = plugins.load("transforms", name=step.transform).apply(model, options=dict(step.options))
     try:
-        plugins.load("backends", name=task.recipe.backend).build(
-            model, options=dict(task.recipe.options), out=out / "backend"
-        )
+        packed(model, Path(task.out), recipe=task.recipe, name=task.name, provenance=task.provenance)
     except BuildFailed as fault:
         # the doctor stands above the search, and uses its capture: it is asked by name
         raise process.resolve("torchship.doctor.diagnose:in_plain_words")(fault) from fault
+
+
+def packed(
+    model: Model, out: Path, *, recipe: Recipe, name: str, provenance: Provenance, outputs: Tensors = {}
+) -> None:
+    """Build a model by the backend of `recipe`, and pack it as an artifact in the new folder `out`."""
+    (out / "backend").mkdir(parents=True)
+    backend = plugins.load("backends", name=recipe.backend)
+    backend.build(model, options=dict(recipe.options), out=out / "backend")
     package.pack(
         out,
-        name=task.name,
+        name=name,
         signature=model.signature,
-        recipe=task.recipe,
-        provenance=task.provenance,
+        recipe=recipe,
+        provenance=provenance,
         max_batch=model.signature.max_rows,
         inputs=model.examples[0],
+        outputs=outputs,
     )
 
 
-def prove_here(argument: Any) -> Any:
-    """The proving child's side."""
+def prove_here(argument: Any) -> tuple[Verdict, Timing]:
+    """The proving child: opens, guards and measures, and imports only what serving needs."""
     task = msgspec.convert(argument, ProofTask)
     artifact = open_artifact(task.artifact)
     started = time.perf_counter()
     stage = artifact.open(device=task.device, threads=task.threads, trust=True)
     load_s = time.perf_counter() - started
-    example = artifact.inputs()
-    points, peak = _first_points(stage, example, artifact.manifest.signature, task.effort)
-    limit = LAW_LIMITS[precision_of(task.recipe)]
-    found = judged(stage, Path(task.reference), signature=artifact.manifest.signature, law_limit=limit)
-    found = judge(found, guard=task.guard, recipe=task.recipe) if not task.evaluate else found
+    example, signature = artifact.inputs(), artifact.manifest.signature
+    points = list[BatchPoint]()
+    further = curve(stage, example, batched=signature.batched, effort=task.effort)
+    for found in further:
+        points.append(found)
+        if found.batch >= _SERVING_BATCH:
+            break
+    peak = peak_memory()
+    law_limit = LAW_LIMITS[precision_of(task.recipe)]
+    verdict = judged(stage, Path(task.reference), signature=signature, law_limit=law_limit)
+    verdict = judge(verdict, guard=task.guard, recipe=task.recipe) if not task.evaluate else verdict
     Path(task.answers).write_bytes(tensorfile.encode(stage(example)))
-    if found.passed:
-        if not _far_behind(points, task):
-            points += _further_points(stage, example, artifact.manifest.signature, task.effort, points)
-        found = _metric(stage, found, task)
+    if verdict.passed:
+        rate = max(found.rows_per_s for found in points)
+        if not task.best_ms or points[0].p50_ms <= 3 * task.best_ms or rate * 3 >= task.best_rate:
+            points += further
+        verdict = _by_metric(stage, verdict, task) if task.evaluate else verdict
     stage.close()
-    timing = Timing(tuple(points), load_s, peak, artifact.size, task.threads)
-    return msgspec.to_builtins(Proof(found, timing))
+    return verdict, Timing(tuple(points), load_s, peak, artifact.size, task.threads)
 
 
-def _first_points(stage: Stage, example: Tensors, signature: Signature, effort: Effort) -> tuple[list[BatchPoint], int]:
-    """The curve up to eight rows, and the memory that this took."""
-    small = msgspec.structs.replace(effort, max_batch=min(_SERVING_BATCH, effort.max_batch))
-    points = list(curve(stage, example, batched=signature.batched, effort=small))
-    return points, peak_memory()
-
-
-def _further_points(
-    stage: Stage, example: Tensors, signature: Signature, effort: Effort, done: list[BatchPoint]
-) -> list[BatchPoint]:
-    if not signature.batched or effort.max_batch <= _SERVING_BATCH:
-        return []
-    return list(curve(stage, example, batched=True, effort=effort, after=tuple(done)))
-
-
-def _far_behind(points: list[BatchPoint], task: ProofTask) -> bool:
-    rate = max(found.rows_per_s for found in points)
-    return bool(task.best_ms) and points[0].p50_ms > 3 * task.best_ms and rate * 3 < task.best_rate
-
-
-def _metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
-    if not task.evaluate:
-        return found
-    from torchship.optimize import capsule
-
-    metric, rows = read_metric(capsule.take(Path(task.evaluate))(stage))
+def _by_metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
+    """The verdict by the user's metric, with an interval where it gives a value for each row."""
+    metric, rows = read_metric(workspace.take(Path(task.evaluate))(stage))
     reference = Path(task.reference, METRIC)
     evidence = found.evidence or Evidence()
     if rows is not None and reference.is_file() and len(wanted := tensorfile.load(reference)["rows"]) == len(rows):

@@ -86,14 +86,18 @@ def _of(spec: TensorSpec, parts: Sequence[Array], batched: bool) -> Yardstick:
         first = parts[0].ravel()[:1] if parts else np.zeros(1)
         return Yardstick(spec.name, "labels", varies=any(bool((part != first).any()) for part in parts))
     floats = [np.nan_to_num(part.astype(np.float64), posinf=0.0, neginf=0.0) for part in parts]
-    norms = np.concatenate([_rms(part) for part in floats]) if floats else np.zeros(1)
-    spreads = np.concatenate([_rms(part - _mean(part)) for part in floats]) if floats else np.zeros(1)
+    norms = np.concatenate([size_of(part) for part in floats]) if floats else np.zeros(1)
+    spreads = np.concatenate([size_of(centred(part)) for part in floats]) if floats else np.zeros(1)
     kind: Kind = "values"
     soft, power = False, 0.0
     if batched and rows >= FEWEST_ROWS and parts[0].ndim == 2 and parts[0].shape[1] > 1:
         joined = np.concatenate(parts).astype(np.float64)
         kind, soft, power = _kind(joined)
-    found = tuple(_channels(axis, floats) for axis in _axes(spec, batched)) if rows else ()
+    # channels may lie along the first and the last axis of fixed length, counted with the rows in front
+    shape = spec.shape[1:] if batched else spec.shape
+    fixed = [i + 1 for i, axis in enumerate(shape) if isinstance(axis, int) and 1 < axis <= _MOST_CHANNELS]
+    axes: list[int | None] = [*sorted({fixed[0], fixed[-1]})] if fixed else [None]
+    found = tuple(_channels(axis, floats) for axis in axes) if rows else ()
     # answers of other lengths differ, too
     varies = any(p.shape[1:] != floats[0].shape[1:] or bool((p != floats[0][:1]).any()) for p in floats)
     return Yardstick(
@@ -116,13 +120,6 @@ def _kind(joined: Array) -> tuple[Kind, bool, float]:
     return ("scores" if power >= _POWER else "values"), not whole, power
 
 
-def _axes(spec: TensorSpec, batched: bool) -> list[int | None]:
-    """The axes that may hold channels: the first and the last of fixed length, counted with the rows in front."""
-    shape = spec.shape[1:] if batched else spec.shape
-    fixed = [i + 1 for i, axis in enumerate(shape) if isinstance(axis, int) and 1 < axis <= _MOST_CHANNELS]
-    return sorted({fixed[0], fixed[-1]}) if fixed else [None]  # type: ignore[return-value]
-
-
 def _channels(axis: int | None, parts: Sequence[Array]) -> Channels:
     count = 1 if axis is None else parts[0].shape[axis]
     empty = Channels(axis, (1.0,) * count, (0,) * count)
@@ -131,7 +128,11 @@ def _channels(axis: int | None, parts: Sequence[Array]) -> Channels:
     means = sum((part.sum(0) for part in flat), np.zeros(count)) / places
     spreads = np.sqrt(sum((np.square(part - means).sum(0) for part in flat), np.zeros(count)) / places)
     spreads[spreads <= 1e-9 * np.abs(means)] = 0.0
-    units = _units(spreads)
+    # channels whose spreads are linked without a gap of ten times have the same units
+    order = np.argsort(spreads)
+    jumps = spreads[order][1:] > _APART * spreads[order][:-1]
+    units = np.empty(count, int)
+    units[order] = np.cumsum([False, *jumps])
     scales = spreads.copy()
     for unit in set(units.tolist()):
         same = units == unit
@@ -142,27 +143,16 @@ def _channels(axis: int | None, parts: Sequence[Array]) -> Channels:
     return Channels(axis, tuple(scales.tolist()), tuple(units.tolist()))
 
 
-def _units(spreads: Array) -> Array:
-    """A number for each channel: channels whose spreads are linked without a gap of ten times have the same."""
-    order = np.argsort(spreads)
-    ordered = spreads[order]
-    jumps = np.concatenate([[0], np.cumsum(ordered[1:] > _APART * ordered[:-1])])
-    found = np.empty(len(spreads), int)
-    found[order] = jumps
-    return found
-
-
-def _rms(rows: Array) -> Array:
+def size_of(rows: Array) -> Array:
+    """The root mean square of each row; 0 for empty ones."""
     flat = rows.reshape(len(rows), -1)
     found: Array = np.sqrt(np.square(flat).mean(1)) if flat.shape[1] else np.zeros(len(rows))
     return found
 
 
-def _mean(rows: Array) -> Array:
-    flat = rows.reshape(len(rows), -1)
-    means = flat.mean(1) if flat.shape[1] else np.zeros(len(rows))
-    found: Array = means.reshape(-1, *(1,) * (rows.ndim - 1))
-    return found
+def centred(rows: Array) -> Array:
+    """Each row without its own mean."""
+    return rows - rows.mean(tuple(range(1, rows.ndim)), keepdims=True) if rows[:1].size else rows
 
 
 def told(yards: Sequence[Yardstick]) -> Iterator[str]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from torchship.errors import OptimizeError
 from torchship.optimize.capture import capture
-from torchship.optimize.finetune import Distill, tune
+from torchship.optimize.config import Distill
 from torchship.optimize.sensitivity import round_signed
+from torchship.optimize.strategies.finetuning import tune
 
 
 def module() -> nn.Sequential:

@@ -38,7 +38,7 @@ def state(verdict: Verdict, *, recipe: Recipe = INT8, **limits: Any) -> str:
         (Recipe("openvino", {"precision": "bf16"}), "half"),
         (Recipe("onnxruntime", {"precision": "int8"}), "int8"),
         (Recipe("eager", transforms=(Step("precision", {"modules": {"*": "fp16"}}),)), "half"),
-        (Recipe("inductor", {"precision": "bf16"}, (Step("int8_dynamic"),)), "int8"),
+        (Recipe("inductor", {"precision": "bf16"}, (Step("quantize"),)), "int8"),
     ],
 )
 def test_limits_follow_the_coarsest_precision(recipe: Recipe, precision: str) -> None:

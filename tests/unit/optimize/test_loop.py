@@ -12,8 +12,9 @@ import pytest
 
 from tests.unit.optimize.test_choose import trial
 from torchship.optimize import loop
+from torchship.optimize.sensitivity import LayerNoise
 from torchship.optimize.strategies import Asked
-from torchship.optimize.strategies.mixed_precision import Layer, MixedPrecision
+from torchship.optimize.strategies.mixed_precision import MixedPrecision
 from torchship.optimize.strategies.proposals import Proposals
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
@@ -123,7 +124,7 @@ def test_where_eager_ends_badly_its_stand_ins_come_first_and_a_list_of_ones_own_
 def test_layers_go_back_to_float_until_it_holds_then_fewer_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchship.optimize.strategies import mixed_precision
 
-    layers = tuple(Layer(f"l{index}", float(index)) for index in range(16))
+    layers = tuple(LayerNoise(f"l{index}", float(index)) for index in range(16))
     monkeypatch.setattr(mixed_precision, "ranking", lambda *given, **more: layers)
     monkeypatch.setattr(mixed_precision, "gentler", lambda recipe, context: [])
 

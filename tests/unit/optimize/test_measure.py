@@ -7,9 +7,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from torchship.artifact.manifest import BatchPoint
-from torchship.optimize import plots
-from torchship.optimize.measure import Effort, batch_sizes, curve, peak_memory, point, resized
+from torchship.optimize import measure, plots
+from torchship.optimize.measure import Effort, curve, peak_memory, point, resized
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Signature, Tensors
 
@@ -37,10 +36,9 @@ class Counting:
 X = {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}
 
 
-def test_batches_double_up_to_the_limit() -> None:
-    assert batch_sizes(8) == [1, 2, 4, 8]
-    assert batch_sizes(12) == [1, 2, 4, 8]
-    assert batch_sizes(1) == [1]
+@pytest.mark.parametrize(("limit", "sizes"), [(8, [1, 2, 4, 8]), (12, [1, 2, 4, 8]), (1, [1])])
+def test_batches_double_up_to_the_limit(limit: int, sizes: list[int]) -> None:
+    assert [each.batch for each in curve(Counting(max_batch=limit), X, batched=True, effort=QUICK)] == sizes
 
 
 def test_rows_are_repeated_or_cut() -> None:
@@ -61,11 +59,20 @@ def test_a_stage_without_a_batch_axis_has_one_point() -> None:
     assert set(stage.rows) == {3}
 
 
-def test_a_curve_ends_when_more_rows_bring_no_more_speed_and_measures_nothing_twice() -> None:
-    flat = tuple(BatchPoint(b, 1.0 * b, 1.0, 1.0, 1000.0) for b in (1, 2, 4, 8, 16))
-    stage = Counting()
-    assert list(curve(stage, X, batched=True, effort=QUICK, after=flat)) == []
-    assert stage.rows == []
+def test_a_curve_ends_when_more_rows_bring_no_more_speed_and_measures_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+
+    def sample(stage: Counting, rows: Tensors, *, effort: Effort) -> list[float]:
+        taken.append(len(rows["x"]))
+        return [0.001 * len(rows["x"])] * 3  # a row takes as long in any batch
+
+    monkeypatch.setattr(measure, "sample", sample)
+    found = curve(Counting(), X, batched=True, effort=QUICK)
+    assert [next(found).batch for _ in range(3)] == taken == [1, 2, 4]
+    assert [each.batch for each in found] == [8]
+    assert taken == [1, 2, 4, 8]
 
 
 def test_a_point_holds_percentiles_in_milliseconds() -> None:
@@ -86,12 +93,12 @@ def test_the_pareto_front() -> None:
 @pytest.mark.parametrize(
     "svg",
     [
-        plots.scatter(
-            [plots.Dot(1, 2, "a<b", strong=True), plots.Dot(3, 1, "c", hollow=True)], x_title="x", y_title="y"
+        plots.plot(
+            [plots.Mark("a<b", [(1, 2)], strong=True), plots.Mark("c", [(3, 1)], hollow=True)], x_title="x", y_title="y"
         ),
-        plots.lines([plots.Series("a", [(1, 10), (2, 30)], strong=True)], x_title="x", y_title="y"),
+        plots.plot([plots.Mark("a", [(1, 10), (2, 30)], strong=True)], x_title="x", y_title="y", joined=True),
         plots.bars([("layer.0 & more", 12.0, True), ("layer.1", 40.0, False)], unit="dB"),
-        plots.scatter([plots.Dot(1, 0, "zero")], x_title="x", y_title="y"),
+        plots.plot([plots.Mark("zero", [(1, 0)])], x_title="x", y_title="y"),
     ],
 )
 def test_plots_are_well_formed_and_finite(svg: str) -> None:
@@ -101,6 +108,6 @@ def test_plots_are_well_formed_and_finite(svg: str) -> None:
 
 
 def test_no_data_no_plot() -> None:
-    assert plots.scatter([], x_title="x", y_title="y") == ""
-    assert plots.lines([], x_title="x", y_title="y") == ""
+    assert plots.plot([], x_title="x", y_title="y") == ""
+    assert plots.plot([plots.Mark("none", [])], x_title="x", y_title="y", joined=True) == ""
     assert plots.bars([], unit="dB") == ""

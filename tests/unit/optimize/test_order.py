@@ -11,7 +11,8 @@ from tests.contracts.test_backends import HERE, picture
 from tests.unit.optimize.test_choose import trial
 from torchship.optimize.choose import choose
 from torchship.optimize.remeasure import close_ones
-from torchship.optimize.strategies.mixed_precision import Layer, describe, gentler, worth_it
+from torchship.optimize.sensitivity import LayerNoise
+from torchship.optimize.strategies.mixed_precision import describe, gentler, worth_it
 from torchship.optimize.strategies.proposals import hopeless, next_up, propose
 from torchship.optimize.trial import Trial
 from torchship.recipe import Option, Options, Recipe
@@ -85,7 +86,7 @@ def test_int8_is_mended_as_a_whole_before_layers_are_left_out() -> None:
 
 
 def test_left_out_layers_are_named_worst_first() -> None:
-    words = describe([Layer(f"block.{i}", 10.0 + i) for i in range(8)])
+    words = describe([LayerNoise(f"block.{i}", 10.0 + i) for i in range(8)])
     assert words.startswith("kept in float, as the most sensitive to int8: block.0 (10.0 dB), ")
     assert words.endswith("and 2 more")
 

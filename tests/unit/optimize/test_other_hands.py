@@ -18,7 +18,7 @@ from torch.distributions import Normal
 
 from torchship.errors import CaptureFailed
 from torchship.lowering import program
-from torchship.optimize import capsule
+from torchship.optimize import workspace
 from torchship.optimize.capture import capture
 from torchship.pipeline.wiring import relax
 from torchship.tensors import Signature, TensorSpec
@@ -157,8 +157,8 @@ def test_a_bounded_batch_axis_is_relaxed_alike() -> None:
 
 def carried(value: Any, folder: Path) -> Any:
     folder.chmod(0o700)
-    capsule.put(folder / "value.pkl", value, what="it")
-    return capsule.take(folder / "value.pkl")
+    workspace.put(folder / "value.pkl", value, what="it")
+    return workspace.take(folder / "value.pkl")
 
 
 def test_what_has_no_content_travels(tmp_path: Path) -> None:

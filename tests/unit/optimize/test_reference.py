@@ -86,13 +86,12 @@ def test_answers_that_are_no_numbers_anywhere_are_refused_with_words(tmp_path: P
 
 def test_rows_of_one_group_are_all_on_one_side() -> None:
     samples = [{"x": rows(30, seed), "group": np.arange(30)} for seed in range(4)]
-    model, groups = reference.with_data(Model(module=Flat(), signature=PLAIN, examples=[]), samples)
-    assert groups == list(range(30)) * 4
-    fit, held, theirs = reference.split_calibration(model.calibration, groups, signature=PLAIN)
+    assert reference.grouped(samples, signature=PLAIN) == list(range(30)) * 4
+    model, held, theirs = reference.split(Model(module=Flat(), signature=PLAIN, examples=[]), samples)
     assert theirs is not None
     assert len(set(theirs)) == 20, "as many as a proof needs"
     assert sum(len(batch["x"]) for batch in held) == len(theirs) == 80
-    fitted = np.concatenate([batch["x"] for batch in fit])
+    fitted = np.concatenate([batch["x"] for batch in model.calibration])
     judged = np.concatenate([batch["x"] for batch in held])
     assert len(fitted) == 40
     assert not {row.tobytes() for row in fitted} & {row.tobytes() for row in judged}
@@ -100,8 +99,7 @@ def test_rows_of_one_group_are_all_on_one_side() -> None:
 
 def test_data_without_groups_is_halved_and_half_a_grouping_is_refused() -> None:
     batches = [rows(8, seed) for seed in range(6)]
-    model, groups = reference.with_data(Model(module=Flat(), signature=PLAIN, examples=[]), batches)
-    fit, held, theirs = reference.split_calibration(model.calibration, groups, signature=PLAIN)
-    assert (len(fit), len(held), theirs) == (3, 3, None)
+    model, held, theirs = reference.split(Model(module=Flat(), signature=PLAIN, examples=[]), batches)
+    assert (len(model.calibration), len(held), theirs) == (3, 3, None)
     with pytest.raises(BadInput, match="sample 1 names 0 groups for 8 rows"):
         reference.grouped([{"x": batches[0], "group": "a"}, {"x": batches[1]}], signature=PLAIN)

@@ -19,7 +19,7 @@ import torchship
 from tests.unit.optimize.planted import plant
 from torchship.artifact import open_artifact
 from torchship.errors import BadConfig
-from torchship.optimize import capsule, facts, search
+from torchship.optimize import facts, search, workspace
 from torchship.optimize.cache import hash_model
 from torchship.optimize.capture import capture
 from torchship.optimize.guard import Guard
@@ -72,7 +72,7 @@ def test_the_winner_is_published_with_all_that_was_measured(planted: Path) -> No
     answers = stage(artifact.inputs())
     np.testing.assert_allclose(answers["output"], artifact.outputs()["output"], rtol=1e-5)
     stage.close()
-    assert not list((planted / "cache" / "work").iterdir()), "the capsule is gone"
+    assert not list((planted / "cache" / "work").iterdir()), "the workspace is gone"
 
 
 def test_a_rerun_comes_from_the_cache(planted: Path) -> None:
@@ -152,10 +152,10 @@ def test_what_a_killed_search_left_is_swept_and_a_living_one_kept(tmp_path: Path
     (left / "model.pkl").write_bytes(b"weights")
     young = tmp_path / "search-young"
     young.mkdir()
-    with capsule.private_folder(tmp_path) as living:
+    with workspace.private_folder(tmp_path) as living:
         for folder in (left, living):
             os.utime(folder, (0, 0))
-        with capsule.private_folder(tmp_path) as other:
+        with workspace.private_folder(tmp_path) as other:
             assert set(tmp_path.iterdir()) == {living, other, young}
     assert list(tmp_path.iterdir()) == [young]
 

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torchship import plugins
-from torchship.errors import BuildFailed
 from torchship.hardware import Hardware
-from torchship.lowering import blueprint
 from torchship.lowering.program import PROGRAM
 from torchship.model import Model
 from torchship.optimize.attempt import SearchContext
+from torchship.optimize.choose import baseline, is_plain
 from torchship.optimize.strategies import Asked
 from torchship.optimize.trial import Trial
-from torchship.recipe import Options, Recipe
-
-NAME = "hybrid"
+from torchship.recipe import Recipe
 
 
 class Cutting:
     """Asks for the module as Python, where no other engine took it."""
 
-    def __init__(self, context: SearchContext, *, among: Sequence[str]) -> None:
-        self._context, self._among = context, among
+    def __init__(self, context: SearchContext) -> None:
+        self._context = context
         self._waiting: list[Recipe] | None = None
 
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """Whole first, for that stands in for eager; then with parts. Once: nothing where that was tried before."""
         if self._waiting is None:
-            tried = any(trial.recipe.backend == NAME for trial in results)
-            self._waiting = [] if tried else self.instead(results)
+            tried = {trial.recipe.backend for trial in results}
+            self._waiting = [recipe for recipe in self.instead(results) if recipe.backend not in tried]
         if results:
             self._waiting = [recipe for recipe in self._waiting if recipe != results[-1].recipe]
         return [Asked(recipe, urgent=stands_in(recipe, results)) for recipe in self._waiting]
@@ -39,42 +35,30 @@ class Cutting:
     def instead(self, results: Sequence[Trial]) -> list[Recipe]:
         """What to try where the first trial, eager, ended badly."""
         context = self._context
-        return cut(results, context.model, source=context.config.source, hardware=context.hardware, among=self._among)
+        among = context.config.backends or plugins.names("backends")
+        return cut(results, context.model, source=context.config.source, hardware=context.hardware, among=among)
 
 
 def stands_in(recipe: Recipe, results: Sequence[Trial]) -> bool:
     """Whether this is the user's own Python, whole, and there is nothing valid yet."""
-    whole = recipe.backend == NAME and not recipe.options.keys() & {"parts", "precision"}
-    return whole and not any(trial.status == "ok" for trial in results)
+    return is_plain(recipe) and recipe != baseline() and not any(trial.status == "ok" for trial in results)
 
 
 def cut(
     trials: Sequence[Trial], model: Model, *, source: str, hardware: Hardware, among: Sequence[str]
 ) -> list[Recipe]:
-    """Recipes for a module that does not export: kept as Python, whole or with its parts run by `among`.
+    """What the backends that keep a module as Python, with its parts run by some `among` all, would do.
 
     None where a trial that exported it, or took it as a script into another engine, is valid.
     """
-    taken = any(trial.status == "ok" and trial.recipe.backend != "torchscript" for trial in trials[1:])
-    eager = trials[0]
+    eager, *others = trials
     exported = eager.status == "ok" and (Path(eager.artifact) / "backend" / PROGRAM).is_file()
-    if exported or taken or plugins.reason_against("backends", name=NAME, hardware=hardware):
+    valid = [trial.recipe.backend for trial in others if trial.status == "ok"]
+    if exported or not all(plugins.fact("backends", name, "REPLAYS", False) for name in valid):
         return []
-    options: Options = {} if _is_plain(model) or ":" not in source else {"source": source}
-    found = [Recipe(NAME, options)]
-    for backend in ("onnxruntime", "openvino", "inductor"):
-        if backend in among and not plugins.reason_against("backends", name=backend, hardware=hardware):
-            found.append(Recipe(NAME, {**options, "parts": backend}))
-    if hardware.has_bf16:
-        found.append(Recipe(NAME, {**options, "precision": "bf16"}))
+    found = list[Recipe]()
+    for name in plugins.names("backends"):
+        offer = plugins.fact("backends", name, "stand_in")
+        if offer is not None and not plugins.reason_against("backends", name=name, hardware=hardware):
+            found += offer(model, source=source, hardware=hardware, among=among)
     return found
-
-
-def _is_plain(model: Model) -> bool:
-    """Whether the module can be written down without the function that made it."""
-    inner: Any = model.module.inner
-    try:
-        blueprint.draw(inner)
-    except BuildFailed:
-        return False
-    return True

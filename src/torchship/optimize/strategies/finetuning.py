@@ -1,21 +1,44 @@
-"""Fine-tuning: int8 that the guard refused, with weights from the user's own training loop."""
+"""Fine-tuning: int8 that the guard refused, with weights from the user's own training loop.
+
+The loop runs quantization-aware, with distillation from the float model: weights and inputs of convolutions and linear
+layers go through simulated int8 on the way forward, gradients pass straight through (Jacob et al., arXiv:1712.05877);
+the student learns the float model's answers beside the user's own loss (Hinton et al., arXiv:1503.02531).
+"""
 
 from __future__ import annotations
 
-import inspect
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
+from torchship import process
+from torchship.artifact import folder as folders
+from torchship.artifact import tensorfile
+from torchship.errors import OptimizeError
+from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import cache as caching
-from torchship.optimize import capsule, finetune
+from torchship.optimize import workspace
 from torchship.optimize.attempt import SearchContext
+from torchship.optimize.config import Distill, Loop
+from torchship.optimize.flatten import outline
+from torchship.optimize.sensitivity import round_signed, round_unsigned
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.mixed_precision import worth_it
-from torchship.optimize.trial import Trial
+from torchship.optimize.trial import FINETUNE, Trial
 from torchship.recipe import Step
+
+_TEMPERATURE = 2.0
+_QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class FineTuning:
@@ -27,10 +50,7 @@ class FineTuning:
 
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """The best candidate first. Trains in a child before the first is asked for."""
-        if self._waiting is None:
-            self._waiting = self._tuned(results)
-        else:
-            self._waiting = self._waiting[1:]
+        self._waiting = self._tuned(results) if self._waiting is None else self._waiting[1:]
         return self._waiting
 
     def _tuned(self, results: Sequence[Trial]) -> list[Asked]:
@@ -38,29 +58,113 @@ class FineTuning:
         candidates = worth_it(results, goal=config.goal)
         if not candidates or config.finetune is None:
             return []
-        key = caching.digest(context.model_hash, source_hash(config.finetune))
-        capsule.put(context.work / "loop.pkl", config.finetune, what="the fine-tuning loop")
-        fault = finetune.in_child(
-            work=context.work,
-            weights=context.cache.root / "tuned" / f"{key}.safetensors",
+        key = caching.digest(context.model_hash, caching.hash_function(config.finetune))
+        workspace.put(context.work / "loop.pkl", config.finetune, what="the fine-tuning loop")
+        weights = context.cache.root / "tuned" / f"{key}.safetensors"
+        outcome = process.run(
+            "torchship.optimize.strategies.finetuning:tune_here",
+            argument={"work": str(context.work), "weights": str(weights)},
             timeout=max(30.0, context.deadline - time.monotonic()),
             memory=config.limits.memory,
             threads=config.threads,
         )
-        failure = f"fine-tuning: {fault}" if fault else ""
+        failure = f"fine-tuning: {outcome.fault}" if outcome.fault else ""
         recipes = [
-            msgspec.structs.replace(trial.recipe, transforms=(Step(finetune.STEP), *trial.recipe.transforms))
+            msgspec.structs.replace(trial.recipe, transforms=(Step(FINETUNE), *trial.recipe.transforms))
             for trial in candidates
         ]
         return [Asked(recipe, failure=failure, tuned=key) for recipe in recipes]
 
 
-def source_hash(function: Callable[..., Any]) -> str:
-    """A hash of a function's source and defaults, or of its pickle where it has no source."""
-    try:
-        return caching.digest(inspect.getsource(function), repr(getattr(function, "__defaults__", None)))
-    except (OSError, TypeError):
-        import cloudpickle
+def tune_here(argument: Any) -> None:
+    """The training child: keeps the weights as safetensors in `weights` (used again when there), and writes the tuned
+    model into the workspace `work`.
+    """
+    work, weights = Path(argument["work"]), Path(argument["weights"])
+    model: Model = workspace.take(work / "model.pkl")
+    if not weights.is_file():
+        tuned = tune(model, workspace.take(work / "loop.pkl"))
+        folders.write(weights, tensorfile.encode({k: to_numpy(t) for k, t in tuned.module.state_dict().items()}))
+    model.module.load_state_dict({name: to_torch(array) for name, array in tensorfile.load(weights).items()})
+    workspace.put(work / "tuned.pkl", model, what="the tuned module")
 
-        data: bytes = cloudpickle.dumps(function)
-        return caching.digest(data)
+
+def tune(model: Model, loop: Loop) -> Model:
+    """The model with weights that `loop(student, distill)` trained under simulated int8.
+
+    `student` is the user's own module in train mode, its batch norms frozen; `distill(outputs, *args, **kwargs)` is
+    the loss of the student's `outputs` against the float model's on the same arguments. Raises OptimizeError when
+    the loop fails or leaves weights that are not finite.
+    """
+    flat: Any = copy.deepcopy(model.module)
+    student, teacher = flat.inner, model.module.inner
+    student.requires_grad_(True).train()
+    for part in student.modules():
+        if isinstance(part, _NORMS):
+            part.eval()
+    with _simulated_int8(student):
+        try:
+            loop(student, _distillation(teacher))
+        except Exception as fault:
+            raise OptimizeError(
+                f"the fine-tuning loop failed: {type(fault).__name__}: {fault}",
+                hint="it is called as loop(student, distill)",
+            ) from fault
+    bad = [name for name, tensor in student.named_parameters() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise OptimizeError(f"fine-tuning left NaN or infinity in {bad[0]}", hint="lower the learning rate")
+    fresh = copy.deepcopy(model.module)  # taking the rounding off again leaves traces in the student
+    fresh.load_state_dict(flat.state_dict())
+    return replace(model, module=fresh)
+
+
+class _Rounded(nn.Module):
+    """A weight as int8 per output channel would hold it; gradients pass straight through."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rounded weight."""
+        return weight + (round_signed(weight.detach(), axis=0) - weight.detach())
+
+
+@contextmanager
+def _simulated_int8(student: nn.Module) -> Iterator[None]:
+    layers = [part for part in student.modules() if isinstance(part, _QUANTIZED)]
+    hooks = [layer.register_forward_pre_hook(_round_inputs) for layer in layers]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", _Rounded())
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+def _round_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def rounded(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value + (round_unsigned(value.detach()) - value.detach())
+
+    return tuple(map(rounded, inputs))
+
+
+def _distillation(teacher: Any) -> Distill:
+    def distill(outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = outline(teacher(*args, **kwargs))
+        pairs = ((w.value, f.value) for w, f in zip(wanted, outline(outputs), strict=True))
+        parts = [_apart(w, f) for w, f in pairs if w.is_floating_point()]
+        return torch.stack(parts).mean()
+
+    return distill
+
+
+def _apart(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Scores [rows, classes] by softened Kullback-Leibler divergence, all else by relative squared error."""
+    if wanted.dim() == 2 and wanted.shape[1] > 1:
+        soft = nn.functional.softmax(wanted / _TEMPERATURE, -1)
+        log = nn.functional.log_softmax(found / _TEMPERATURE, -1)
+        return nn.functional.kl_div(log, soft, reduction="batchmean") * _TEMPERATURE**2
+    return (wanted - found).square().mean() / (wanted.square().mean() + 1e-12)

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 
 from torchship import plugins, process
-from torchship.artifact import folder as folders
+from torchship.optimize import workspace
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.choose import Goal, cost, is_valid
 from torchship.optimize.facts import left_in_float
 from torchship.optimize.guard import precision_of
+from torchship.optimize.sensitivity import LayerNoise, sensitivity
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.proposals import equalized
 from torchship.optimize.trial import Trial
@@ -24,24 +25,18 @@ _MOST_CANDIDATES = 3
 _NAMED_LAYERS = 6
 
 
-class Layer(msgspec.Struct, frozen=True):
-    """One layer's signal to quantization noise in dB: at the outputs where that was measured, else its own."""
-
-    path: str
-    db: float
-
-
 def worth_it(trials: Sequence[Trial], *, goal: Goal) -> list[Trial]:
     """The refused int8 candidates that would win if they were valid, best first. Pure."""
-    best = min((cost(t.timing, goal=goal) for t in trials if is_valid(t) and t.timing), default=float("inf"))
-    found = []
-    for trial in trials:
-        measured = trial.status == "refused" and trial.timing is not None and trial.timing.curve
-        if measured and trial.timing and precision_of(trial.recipe) == "int8" and not left_in_float(trial.recipe):
-            price = cost(trial.timing, goal=goal)
-            if price < best:
-                found.append((price, trial))
-    return [trial for _, trial in sorted(found, key=lambda item: item[0])][:_MOST_CANDIDATES]
+    best = min((cost(trial, goal=goal) for trial in trials if is_valid(trial)), default=float("inf"))
+    found = [
+        trial
+        for trial in trials
+        if trial.status == "refused"
+        and cost(trial, goal=goal) < best
+        and precision_of(trial.recipe) == "int8"
+        and not left_in_float(trial.recipe)
+    ]
+    return sorted(found, key=lambda trial: cost(trial, goal=goal))[:_MOST_CANDIDATES]
 
 
 class MixedPrecision:
@@ -56,7 +51,7 @@ class MixedPrecision:
         self._context = context
         self._steps: Generator[Asked, Trial, None] | None = None
         self._done = False
-        self.layers: tuple[Layer, ...] = ()
+        self.layers: tuple[LayerNoise, ...] = ()
 
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """The next form, which depends on what became of the last."""
@@ -91,7 +86,7 @@ class MixedPrecision:
                     yield from _with_layers(min(forms, key=_drift), self.layers)
 
 
-def _with_layers(candidate: Trial, layers: Sequence[Layer]) -> Generator[Asked, Trial, None]:
+def _with_layers(candidate: Trial, layers: Sequence[LayerNoise]) -> Generator[Asked, Trial, None]:
     """Forms with more and more layers in float, then with fewer again."""
     count, failed, before, most = 1, 0, candidate.verdict, max(1, len(layers) // 2)
     while failed < most:
@@ -117,14 +112,14 @@ def gentler(recipe: Recipe, *, context: SearchContext) -> list[Recipe]:
     of the backend with biases corrected.
     """
     equal = equalized(recipe, model=context.model, hardware=context.hardware)
-    ranges: Sequence[str] = getattr(plugins.load("backends", name=recipe.backend), "RANGES", ())
-    others = [word for word in ranges if word != recipe.options.get("range", ranges[0])]
-    searched = [
-        msgspec.structs.replace(recipe, options={**recipe.options, "range": word, "bias_correction": True})
-        for word in others
-        if recipe.options.get("precision") == "int8" and "bias_correction" not in recipe.options  # not searched before
-    ]
-    return [*([] if equal is None else [equal]), *searched]
+    found = [] if equal is None else [equal]
+    if recipe.options.get("precision") == "int8" and "bias_correction" not in recipe.options:  # not searched before
+        ranges: Sequence[str] = plugins.fact("backends", recipe.backend, "RANGES", ())
+        for word in ranges:
+            if word != recipe.options.get("range", ranges[0]):
+                options = {**recipe.options, "range": word, "bias_correction": True}
+                found.append(msgspec.structs.replace(recipe, options=options))
+    return found
 
 
 def _drift(trial: Trial) -> tuple[float, float]:
@@ -135,58 +130,50 @@ def _drift(trial: Trial) -> tuple[float, float]:
     return -verdict.metric if verdict.metric is not None else 0.0, verdict.error
 
 
-def _without(recipe: Recipe, layers: Sequence[Layer]) -> Asked:
+def _without(recipe: Recipe, layers: Sequence[LayerNoise]) -> Asked:
     """The recipe with layers left out of int8, by the step that quantizes: a transform of torch's, or the backend."""
     left: Option = [layer.path for layer in layers]
+    quantizes = [plugins.fact("transforms", step.transform, "PRECISION") == "int8" for step in recipe.transforms]
     steps = tuple(
-        Step(step.transform, {**step.options, "exclude": left}) if step.transform == "quantize" else step
-        for step in recipe.transforms
+        Step(step.transform, {**step.options, "exclude": left}) if its else step
+        for step, its in zip(recipe.transforms, quantizes, strict=True)
     )
-    if steps == recipe.transforms:
-        changed = msgspec.structs.replace(recipe, options={**recipe.options, "exclude": left})
-    else:
-        changed = msgspec.structs.replace(recipe, transforms=steps)
-    return Asked(changed, note=describe(layers))
+    options = recipe.options if any(quantizes) else {**recipe.options, "exclude": left}
+    return Asked(Recipe(recipe.backend, options, steps), note=describe(layers))
 
 
-def describe(layers: Sequence[Layer]) -> str:
+def describe(layers: Sequence[LayerNoise]) -> str:
     """Which layers were left out, for the report."""
     named = ", ".join(f"{layer.path or 'the module itself'} ({layer.db:.1f} dB)" for layer in layers[:_NAMED_LAYERS])
     more = f" and {len(layers) - _NAMED_LAYERS} more" if len(layers) > _NAMED_LAYERS else ""
     return f"kept in float, as the most sensitive to int8: {named}{more}"
 
 
-def ranking(context: SearchContext, *, recipe: Recipe, seconds: float) -> tuple[Layer, ...]:
+def ranking(context: SearchContext, *, recipe: Recipe, seconds: float) -> tuple[LayerNoise, ...]:
     """The layers of the model, those first that suffer most from the int8 of `recipe`; from the cache, or by a child.
 
     Empty when that fails.
     """
     per_channel = recipe.options.get("per_channel") is not False
-    scheme = "" if per_channel else "-by-tensor"
-    known = context.cache.root / "sensitivity" / f"{context.model_hash}{scheme}.json"
-    try:
-        return msgspec.json.decode(known.read_bytes(), type=tuple[Layer, ...])
-    except (FileNotFoundError, msgspec.MsgspecError):
-        pass
+    key = context.model_hash if per_channel else f"{context.model_hash}-by-tensor"
+    known = context.cache.kept("sensitivity", key, tuple[LayerNoise, ...])
+    if known is not None:
+        return known
     outcome = process.run(
         "torchship.optimize.strategies.mixed_precision:rank_here",
-        argument={"capsule": str(context.capsule), "seconds": seconds / 2, "per_channel": per_channel},
+        argument={"model": str(context.model_file), "seconds": seconds / 2, "per_channel": per_channel},
         timeout=seconds,
         memory=context.config.limits.memory,
         threads=context.config.threads,
     )
     if outcome.fault:
         return ()
-    found = msgspec.convert(outcome.value, tuple[Layer, ...])
-    folders.write(known, msgspec.json.encode(found))
+    found = msgspec.convert(outcome.value, tuple[LayerNoise, ...])
+    context.cache.keep("sensitivity", key, found)
     return found
 
 
-def rank_here(argument: Any) -> Any:
+def rank_here(argument: Any) -> list[LayerNoise]:
     """The child's side of `ranking`."""
-    from torchship.optimize import capsule
-    from torchship.optimize.sensitivity import sensitivity
-
-    model = capsule.take(Path(argument["capsule"]))
-    found = sensitivity(model, seconds=float(argument["seconds"]), per_channel=bool(argument["per_channel"]))
-    return [{"path": layer.path, "db": layer.db} for layer in found]
+    model = workspace.take(Path(argument.pop("model")))
+    return sensitivity(model, **argument)

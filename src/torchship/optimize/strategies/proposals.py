@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torchship import plugins
-from torchship.errors import BadConfig
 from torchship.hardware import Hardware
 from torchship.model import Model
-from torchship.optimize.choose import Goal, cost, is_valid
+from torchship.optimize.choose import Goal, baseline, cost, is_valid
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.cutting import stands_in
 from torchship.optimize.trial import Trial
 from torchship.recipe import Options, Recipe, Step
 
 _HOPELESS = 8.0
-_STATIC: Options = {"scheme": "static"}
 
 
 class Proposals:
@@ -54,69 +51,68 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
 
     Raises BadConfig for a backend that does not exist.
     """
-    known = plugins.names("backends")
-    wanted = list(backends) if backends else sorted(known, key=lambda name: (_fact(name, "TRIED", 9), name))
+    for name in backends or ():
+        plugins.load("backends", name=name)
+    wanted = backends or sorted(
+        plugins.names("backends"), key=lambda name: (plugins.fact("backends", name, "TRIED", 9), name)
+    )
     reasons: dict[str, str] = {}
     ranked: list[tuple[int, int, Recipe]] = []
     for place, name in enumerate(wanted):
-        module = plugins.load("backends", name=name) if backends else None
-        reason = plugins.reason_against("backends", name=name, hardware=hardware)
-        if reason:
+        if reason := plugins.reason_against("backends", name=name, hardware=hardware):
             reasons[name] = reason
             continue
         try:
-            module = module or plugins.load("backends", name=name)
-            found = module.propose(model, hardware=hardware)
+            found = plugins.load("backends", name=name).propose(model, hardware=hardware)
         except Exception as fault:
             reasons[name] = f"its proposals failed: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
             continue
         ranked += [(rank, place, recipe) for rank, recipe in enumerate(found)]
-        more = combined(model, hardware=hardware, among=[name])
-        ranked += [(rank, place, recipe) for rank, recipe in more]
-    if reason := reason_against("quantize"):
-        reasons["torch's own int8"] = reason
+        ranked += [(rank, place, recipe) for rank, recipe in combined(model, hardware=hardware, backend=name)]
+    for name in plugins.names("transforms"):
+        if reason := _reason_against(name):
+            reasons[plugins.fact("transforms", name, "TITLE", name)] = reason
     ranked.sort(key=lambda item: item[:2])
-    eager = Recipe("eager")
-    others = [recipe for _, _, recipe in ranked if recipe != eager]
-    return [eager, *{recipe.key: recipe for recipe in others}.values()], reasons
+    recipes = [baseline(), *(recipe for _, _, recipe in ranked)]
+    return list({recipe.key: recipe for recipe in recipes}.values()), reasons
 
 
-def combined(model: Model, *, hardware: Hardware, among: Sequence[str]) -> list[tuple[int, Recipe]]:
-    """Recipes with transforms for the backends in `among`, with their ranks behind the backends' own proposals.
+def combined(model: Model, *, hardware: Hardware, backend: str) -> list[tuple[int, Recipe]]:
+    """Recipes with the transforms that a backend gains from, with their ranks behind the backend's own proposals.
 
-    A transform takes part with what it proposes for this model; static int8 only where there is data to calibrate.
+    A transform takes part with what it proposes for this model; the backend's calibrated steps where there is data.
     """
-    found: list[tuple[int, Recipe]] = []
-    for backend in among:
-        for rank, name in enumerate(_fact(backend, "TAKES", ())):
-            if reason_against(name):
-                continue
-            steps: list[tuple[Step, ...]] = [(Step(name, options),) for options in _proposals(name, model, hardware)]
-            if name == "quantize" and _fact(backend, "TRACES", False) and model.calibration:
-                # a module called twice, as torchvision's ReLUs are, stops the quantizer
-                steps.insert(0, (Step("unshare"), Step(name, _STATIC)))
-            found += [(2 + rank, Recipe(backend, {}, step)) for step in steps]
-    return found
+    found: list[tuple[int, tuple[Step, ...]]] = []
+    calibrated: tuple[Step, ...] = plugins.fact("backends", backend, "CALIBRATED", ()) if model.calibration else ()
+    for rank, name in enumerate(plugins.fact("backends", backend, "TAKES", ()), 2):
+        if _reason_against(name):
+            continue
+        if any(step.transform == name for step in calibrated):
+            found.append((rank, calibrated))
+        found += [(rank, (Step(name, options),)) for options in _proposals(name, model, hardware)]
+    return [(rank, Recipe(backend, {}, steps)) for rank, steps in found]
 
 
-def reason_against(transform: str) -> str:
+def _reason_against(transform: str) -> str:
     """Why a transform cannot be applied here; empty when it can."""
-    return plugins.missing("torchao") if transform == "quantize" else ""
+    return plugins.missing(plugins.fact("transforms", transform, "NEEDS", ""))
 
 
 def equalized(recipe: Recipe, *, model: Model, hardware: Hardware) -> Recipe | None:
-    """The recipe with cross-layer equalization before all else, where the model has layers for it."""
-    if any(step.transform == "equalize" for step in recipe.transforms):
-        return None
-    for options in _proposals("equalize", model, hardware):
-        return Recipe(recipe.backend, recipe.options, (Step("equalize", options), *recipe.transforms))
+    """The recipe with what makes a model easier for int8 (cross-layer equalization) before all else.
+
+    None where the model has no layers for it, or the recipe has it already.
+    """
+    done = {step.transform for step in recipe.transforms}
+    for name in plugins.names("transforms"):
+        if plugins.fact("transforms", name, "EASES", "") == "int8" and name not in done:
+            for options in _proposals(name, model, hardware):
+                return Recipe(recipe.backend, recipe.options, (Step(name, options), *recipe.transforms))
     return None
 
 
 def _proposals(name: str, model: Model, hardware: Hardware) -> list[Options]:
-    if name not in plugins.names("transforms"):
-        return []
-    propose = getattr(plugins.load("transforms", name=name), "propose", None)
+    propose = plugins.fact("transforms", name, "propose")
     return [] if propose is None else list(propose(model, hardware=hardware))
 
 
@@ -133,29 +129,25 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
     places = [place for place, recipe in enumerate(waiting) if accelerated(recipe)] or list(range(len(waiting)))
     best = _best(done, goal)
     leader = min(best.values())
-    quick = [place for place in places if not _fact(waiting[place].backend, "COMPILES", False)]
+    quick = [place for place in places if not plugins.fact("backends", waiting[place].backend, "COMPILES", False)]
     for found in (
-        [place for place in quick if _group(waiting[place]) not in best],
-        [place for place in quick if best.get(_group(waiting[place])) == leader],
-        [place for place in places if _group(waiting[place]) not in best],
+        [place for place in quick if _engine(waiting[place]) not in best],
+        [place for place in quick if best.get(_engine(waiting[place])) == leader],
+        [place for place in places if _engine(waiting[place]) not in best],
     ):
         if found:
             return found[0]
-    return min(places, key=lambda place: (best[_group(waiting[place])], place))
+    return min(places, key=lambda place: (best[_engine(waiting[place])], place))
 
 
 def _best(done: Sequence[Trial], goal: Goal) -> dict[tuple[str, bool], float]:
     """The best cost of each engine; of one that only drifted, that of the best of all: another precision may win."""
-    found = {_group(trial.recipe): float("inf") for trial in done}
+    found: dict[tuple[str, bool], float] = {}
     for trial in done:
-        if is_valid(trial) and trial.timing is not None:
-            group = _group(trial.recipe)
-            found[group] = min(found[group], cost(trial.timing, goal=goal))
+        price = cost(trial, goal=goal) if is_valid(trial) else float("inf")
+        found[_engine(trial.recipe)] = min(found.get(_engine(trial.recipe), price), price)
     leader = min(found.values())
-    for trial in done:
-        if trial.status == "refused":
-            found[_group(trial.recipe)] = min(found[_group(trial.recipe)], leader)
-    return found
+    return found | {_engine(trial.recipe): leader for trial in done if trial.status == "refused"}
 
 
 def hopeless(recipe: Recipe, done: Sequence[Trial], *, goal: Goal) -> str:
@@ -163,13 +155,11 @@ def hopeless(recipe: Recipe, done: Sequence[Trial], *, goal: Goal) -> str:
     than precision or layout ever make up for. Empty when it is worth one. Pure.
     """
     measured = [trial for trial in done if trial.timing is not None and trial.timing.curve]
-    own = [cost(t.timing, goal=goal) for t in measured if _group(t.recipe) == _group(recipe) and t.timing]
-    best = [cost(t.timing, goal=goal) for t in measured if is_valid(t) and t.timing]
-    if not own or not best or min(own) < _HOPELESS * min(best):
+    own = min((cost(t, goal=goal) for t in measured if _engine(t.recipe) == _engine(recipe)), default=None)
+    best = min((cost(t, goal=goal) for t in measured if is_valid(t)), default=None)
+    if own is None or best is None or own < _HOPELESS * best:
         return ""
-    return (
-        f"not tried: the best of {recipe.backend} so far is {min(own) / min(best):.0f} times worse than the best of all"
-    )
+    return f"not tried: the best of {recipe.backend} so far is {own / best:.0f} times worse than the best of all"
 
 
 def accelerated(recipe: Recipe) -> bool:
@@ -178,13 +168,5 @@ def accelerated(recipe: Recipe) -> bool:
     return not wish.startswith("cpu")
 
 
-def _group(recipe: Recipe) -> tuple[str, bool]:
+def _engine(recipe: Recipe) -> tuple[str, bool]:
     return recipe.backend, accelerated(recipe)
-
-
-def _fact(backend: str, name: str, default: Any) -> Any:
-    """What a backend's module says about itself; the default for one that says nothing, or is not there."""
-    try:
-        return getattr(plugins.load("backends", name=backend), name, default)
-    except (BadConfig, ImportError):
-        return default

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torchship.errors import BadConfig, BuildFailed
@@ -27,16 +26,8 @@ _SMOOTH = {"SiLU", "GELU", "Hardswish", "ELU", "SELU", "Mish", "Tanh", "Sigmoid"
 _SMALLEST = 1e-8
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Paths of two layers, and of the ReLU6 between them where there is one."""
-
-    first: str
-    second: str
-    clip: str = ""
-
-
 OPTIONS = ("rounds",)
+EASES = "int8"  # what it makes a model easier for
 
 
 def apply(model: Model, *, options: Options) -> Model:
@@ -55,21 +46,23 @@ def apply(model: Model, *, options: Options) -> Model:
     changed = surgery.copied(model)
     surgery.fold_batch_norms(changed, surgery.Wiring(changed))
     find = changed.module.get_submodule
-    pairs = [pair for pair in _pairs(surgery.Wiring(changed), find) if _fits(find(pair.first), find(pair.second))]
+    pairs = [found for found in _pairs(surgery.Wiring(changed), find) if _fits(find(found[0]), find(found[1]))]
     if not pairs:
         raise BuildFailed("equalize: no two layers feed one another through a ReLU alone")
-    for pair in pairs:
-        if pair.clip:
-            changed.module.set_submodule(pair.clip, surgery.Clipped(find(pair.first)))
+    for first, _, clip in pairs:
+        if clip:
+            changed.module.set_submodule(clip, surgery.Clipped(find(first)))
     with torch.no_grad():
         for _ in range(rounds):
-            if max(_equalize(find(pair.first), find(pair.second), find(pair.clip)) for pair in pairs) < 1e-4:
+            if max(_equalize(*map(find, found)) for found in pairs) < 1e-4:
                 break
     return changed
 
 
-def _pairs(wiring: Wiring, find: Callable[[str], Any]) -> list[_Pair]:
-    """Layers that feed one another through nothing but positively homogeneous operators and ReLU6, each read once."""
+def _pairs(wiring: Wiring, find: Callable[[str], Any]) -> list[tuple[str, str, str]]:
+    """Layers that feed one another through nothing but positively homogeneous operators and ReLU6, each read once: the
+    paths of both, and of the ReLU6 between them where there is one.
+    """
     calls = Counter(wiring.place(node) for node in wiring.nodes if wiring.kind(node) in _CLIPPED)
     found = []
     for node in wiring.nodes:
@@ -85,7 +78,7 @@ def _pairs(wiring: Wiring, find: Callable[[str], Any]) -> list[_Pair]:
             after = wiring.only_user(after)
         second = "" if after is None else _plain_layer(wiring, after)
         if second and (wiring.kind(node) == "linear") == (wiring.kind(after) == "linear"):
-            found.append(_Pair(first, second, clip))
+            found.append((first, second, clip))
     return found
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.recipe import Options
 
-if TYPE_CHECKING:
-    from torchship.lowering.surgery import Wiring
-
 OPTIONS = ("in_place",)
+_ACTIVATIONS = ("relu", "hardswish", "silu", "hardtanh", "leaky_relu", "hardsigmoid")
+_OVERWRITTEN = ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add")
 
 
 def apply(model: Model, *, options: Options) -> Model:
@@ -19,37 +16,28 @@ def apply(model: Model, *, options: Options) -> Model:
 
     What reads what is taken from the exported graph. Raises BuildFailed when the model cannot be exported.
     """
+    import torch
+
     from torchship.lowering import surgery
 
     changed = surgery.copied(model)
     wiring = surgery.Wiring(changed)
     surgery.fold_batch_norms(changed, wiring)
-    if options.get("in_place", True):
-        _overwrite(changed, wiring)
+    safe: dict[str, bool] = {}  # the paths of activations, and whether each of their calls is alone
+    for node in wiring.nodes if options.get("in_place", True) else ():
+        if wiring.kind(node) in _ACTIVATIONS:
+            before, place = node.args[0], wiring.place(node)
+            alone = (
+                isinstance(before, torch.fx.Node)
+                and wiring.kind(before) in _OVERWRITTEN
+                and wiring.only_user(before) is node
+            )
+            safe[place] = safe.get(place, True) and alone
+    for place in (place for place, good in safe.items() if good and place):
+        module = changed.module.get_submodule(place)
+        if hasattr(module, "inplace"):
+            module.inplace = True  # type: ignore[assignment]
     return changed
-
-
-def _overwrite(model: Model, wiring: Wiring) -> None:
-    import torch
-
-    safe: dict[str, bool] = {}
-    activations = ("relu", "hardswish", "silu", "hardtanh", "leaky_relu", "hardsigmoid")
-    for node in wiring.nodes:
-        if wiring.kind(node) not in activations:
-            continue
-        before = node.args[0]
-        alone = (
-            isinstance(before, torch.fx.Node)
-            and wiring.kind(before) in ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add")
-            and wiring.only_user(before) is node
-        )
-        place = wiring.place(node)
-        safe[place] = safe.get(place, True) and alone
-    for place, good in safe.items():
-        if good and place:
-            module = model.module.get_submodule(place)
-            if hasattr(module, "inplace"):
-                module.inplace = True  # type: ignore[assignment]
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Options]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torchship.lowering.paths import Rules
 
+PRECISION = "int8"
+NEEDS, TITLE = "torchao", "torch's own int8"
 _SCHEMES = ("dynamic", "weight_only", "static")
 OPTIONS = ("scheme", "exclude", "modules")
 
@@ -32,7 +34,7 @@ def apply(model: Model, *, options: Options) -> Model:
     scheme = options.get("scheme", "dynamic")
     if scheme not in _SCHEMES:
         raise BadConfig(f"quantize: scheme {scheme!r} is unknown", hint=f"use one of {', '.join(_SCHEMES)}")
-    if absent := missing("torchao"):
+    if absent := missing(NEEDS):
         raise BuildFailed(f"quantize: {absent}")
     rules = paths.rules(options, narrow=("int8",), module=model.module)
     try:

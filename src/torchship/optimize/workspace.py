@@ -1,6 +1,6 @@
-"""The capsule: how a live module travels to the children of its own search, by cloudpickle in a private folder.
+"""The workspace of a search: a private folder in which a live module travels to the children, by cloudpickle.
 
-The one place where pickle is used; docs/decisions/0003-capsule.md says why and under which rules.
+The one place where pickle is used; docs/decisions/0003-workspace.md says why and under which rules.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -29,32 +30,30 @@ _NEWCOMER = 60.0
 def private_folder(parent: Path) -> Iterator[Path]:
     """A new folder below `parent` that only this user may enter; removed afterwards, or by the next search."""
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _sweep(parent)
+    for left in parent.glob("search-*"):
+        try:
+            with _held(left, fcntl.LOCK_NB) as descriptor:  # nobody holds it: its search was killed
+                if time.time() - os.fstat(descriptor).st_mtime > _NEWCOMER:  # it is not about to be held
+                    shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            continue
     folder = Path(tempfile.mkdtemp(prefix="search-", dir=parent))  # mkdtemp makes it 0700
-    held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # the kernel lets go of it when this process dies, however it does
-        yield folder
+        with _held(folder):
+            yield folder
     finally:
-        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what searches left behind that were killed: nobody holds it, and it is no newcomer about to be held."""
-    for folder in parent.glob("search-*"):
-        try:
-            held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.fstat(held).st_mtime > _NEWCOMER:
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(held)
+@contextmanager
+def _held(folder: Path, how: int = 0) -> Iterator[int]:
+    """A folder under a lock that the kernel lets go of when this process dies, however it does. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def put(path: Path, value: Any, *, what: str) -> None:
@@ -84,11 +83,16 @@ def _pickler(buffer: io.BytesIO) -> Any:
                 make, arguments = self.dispatch_table[CodeType](value)
                 return make, tuple(value.co_filename if item == "<dynamic-code>" else item for item in arguments)
             if isinstance(value, ContextVar):
-                return _context_variable, (value.name, *Context().run(_default, value))
+                try:
+                    default = {"default": Context().run(value.get)}
+                except LookupError:
+                    default = {}
+                return partial(ContextVar, value.name, **default), ()
             if isinstance(value, torch.jit.ScriptModule):
                 script = io.BytesIO()
                 torch.jit.save(value, script)
-                return _script, (script.getvalue(),)
+                script.seek(0)
+                return torch.jit.load, (script,)
             for kind, name in _EMPTY.items():
                 if isinstance(value, kind):
                     return getattr(threading, name), ()
@@ -100,23 +104,6 @@ def _pickler(buffer: io.BytesIO) -> Any:
 _EMPTY = {type(threading.Lock()): "Lock", type(threading.RLock()): "RLock", threading.local: "local"}
 
 
-def _default(variable: ContextVar[Any]) -> tuple[Any, ...]:
-    try:
-        return (variable.get(),)
-    except LookupError:
-        return ()
-
-
-def _script(data: bytes) -> Any:
-    import torch
-
-    return torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
-
-
-def _context_variable(name: str, *default: Any) -> ContextVar[Any]:
-    return ContextVar(name, default=default[0]) if default else ContextVar(name)
-
-
 def take(path: Path) -> Any:
     """Read what `put` wrote. Raises Denied unless file and folder belong to this user alone."""
     import pickle
@@ -124,6 +111,8 @@ def take(path: Path) -> Any:
     for place in (path, path.parent):
         info = place.lstat()
         if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077 or stat.S_ISLNK(info.st_mode):
-            raise Denied(f"{place} is not private to this user", hint="a capsule is only read where it was written")
+            raise Denied(
+                f"{place} is not private to this user", hint="a workspace is only read by the search that wrote it"
+            )
     with path.open("rb") as file:
         return pickle.load(file)  # noqa: S301  # our own parent's file in a private folder
