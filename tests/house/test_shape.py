@@ -81,9 +81,9 @@ ENGINE = 34_950
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_793,
+    "torchship": 1_800,
     "torchship.artifact": 1_391,
-    "torchship.backends": 1_414,
+    "torchship.backends": 1_443,
     "torchship.cli": 1_850,
     "torchship.client": 1_415,
     "torchship.doctor": 2_600,

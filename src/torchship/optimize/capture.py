@@ -64,15 +64,18 @@ def capture(
     # other lengths and values are examples too: the guard is to see them
     examples = _longer(flat, _arrays(names, [*calls, *study.tried]), signature)
     edges = _arrays(names, study.edges)
-    flat.notes = [*study.notes, *flat.dropped]
-    if changed:
-        words = ", ".join(changed[:4])
-        flat.notes.append(f"forward changes buffers ({words}): what they gather while serving is not kept")
+    flat.notes = [*study.notes, *flat.dropped, *_on_buffers(changed)]
     flat.moves, flat.steady = study.moves, study.steady
     flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
     name = name or type(module).__name__
     return Model(module=flat, signature=signature, examples=examples, edges=edges, calibration=fit, name=name)
+
+
+def _on_buffers(changed: Sequence[str]) -> list[str]:
+    if not changed:
+        return []
+    return [f"forward changes buffers ({', '.join(changed[:4])}): what they gather while serving is not kept"]
 
 
 def _arrays(names: Sequence[str], calls: Iterable[Call]) -> list[Tensors]:
