@@ -115,10 +115,10 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
 def _compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
     """One graph by inductor, with the weights as inputs."""
     import torch
-    from torch._inductor import standalone_compile
+    from torch._inductor import config, standalone_compile
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), config.patch(freezing=False):  # frozen code keeps its weights, and cannot be written
             graph = copy.deepcopy(exported.graph_module)
             return standalone_compile(graph, [*_weights(exported), *inputs], dynamic_shapes=shapes)
     except torch.OutOfMemoryError:
@@ -178,14 +178,15 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             f"the kernels cannot be loaded: {program.one_line(fault)}",
             hint="they were compiled by another version of torch: optimize the model again",
         ) from fault
-    bodies = {size: _bound(compiled, exported) for size, compiled in read.items()}
+    plain: Body = exported.module(check_guards=False)
+    bodies = dict.fromkeys(plan.sizes, plain)
+    bodies |= {size: _bound(compiled, exported) for size, compiled in read.items()}
     if _FUSED in plan.sizes.values():
         convs, fused = _fused(exported)
         for conv in convs:
             conv.choices.update(plan.choices)
         bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
-    plain = exported.module(check_guards=False)
-    every = bodies.get(_ANY, plain) if not signature.fixed else plain
+    every = bodies.pop(_ANY, plain) if not signature.fixed else plain
     return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies)
 
 

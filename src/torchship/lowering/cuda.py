@@ -43,8 +43,8 @@ class CudaStage:
     """Runs `body(*inputs) -> tuple of tensors`, both in the order of the signature, on one card.
 
     `graphs`: capture CUDA graphs; at once where only the batch is free, else for lengths that come again. `bodies`
-    makes the body for a batch size, where there is code for one size alone. Raises BuildFailed where a body
-    cannot be captured.
+    has the code for single batch sizes, which are then the only ones. Raises BuildFailed where a body cannot be
+    captured.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CudaStage:
         self._device = torch.device(device)
         self._check = check
         self._graphs = graphs
-        self._sizes = batch_sizes(signature.max_rows) if signature.batched else []
+        self._sizes = (sorted(bodies) or batch_sizes(signature.max_rows)) if signature.batched else []
         self._dtypes = [to_torch(np.zeros(1, numpy_dtype(spec.dtype))).dtype for spec in signature.inputs]
         self._captured: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
         self._seen: Counter[tuple[Any, ...]] = Counter()

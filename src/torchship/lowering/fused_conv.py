@@ -25,7 +25,7 @@ _aten = torch.ops.aten
 _ADDS = (_aten.add.Tensor, _aten.add_.Tensor, operator.add, operator.iadd)
 _RELUS = (_aten.relu.default, _aten.relu_.default)
 _PLAIN = "torch"
-_MOST_PLANS = 8  # of those that cuDNN expects most of; each takes a tenth of a second to build
+_MOST_PLANS = 6  # of those that cuDNN expects most of; each takes a tenth of a second to build
 _TILES = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 4), (64, 64, 4, 3), (128, 256, 8, 3), (256, 64, 8, 3))
 _DEPTH = 64  # of a tile of the product
 
