@@ -83,7 +83,7 @@ ENGINE = 34_950
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_391,
-    "torchship.backends": 1_443,
+    "torchship.backends": 1_444,
     "torchship.cli": 1_850,
     "torchship.client": 1_415,
     "torchship.doctor": 2_600,
