@@ -145,9 +145,13 @@ class GrpcCalls:
         self._stream += 2
         self._body = bytearray()
         self._room = self._initial
-        self._unsent = memoryview(b"\0" + len(payload).to_bytes(4, "big") + payload)
-        head = self._first if self._stream == 1 else self._again
-        return h2.frame(h2.HEADERS, h2.END_HEADERS, self._stream, head) + self._data()
+        head = h2.frame(h2.HEADERS, h2.END_HEADERS, self._stream, self._first if self._stream == 1 else self._again)
+        data = b"\0" + len(payload).to_bytes(4, "big") + payload
+        if len(data) <= min(self._frame, self._window, self._room):
+            self._window -= len(data)
+            return head + h2.frame(h2.DATA, h2.END_STREAM, self._stream, data)
+        self._unsent = memoryview(data)
+        return head + self._data()
 
     def _data(self) -> bytes:
         """Frames of what is not sent yet."""
@@ -181,14 +185,16 @@ class GrpcCalls:
                 hang_up = True
             elif kind not in (h2.DATA, h2.HEADERS):
                 reply += self._control(kind, flags, number, data[start:end])
-        reply += self._data()
+        if self._unsent:
+            reply += self._data()
         if self._taken > _UPDATE:
             reply += h2.window_update(0, self._taken)
             self._taken = 0
-        rest = data[place:]
+        rest, answer = data[place:], None
         need = 9 if len(rest) < 9 else 9 + int.from_bytes(rest[:3], "big")
-        fault = "" if status == "0" else f"grpc-status {status}"
-        return rest, need, None if hang_up else reply, (fault, bytes(memoryview(self._body)[5:])) if status else None
+        if status:
+            answer = "" if status == "0" else f"grpc-status {status}", bytes(memoryview(self._body)[5:])
+        return rest, need, None if hang_up else reply, answer
 
     def _status(self, block: bytes) -> str:
         found = self._statuses.get(block)

@@ -21,11 +21,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Similarities of genuine and impostor pairs, and for each the two persons' numbers."""
+    """Similarities of genuine and impostor pairs, and of each impostor pair the two persons' numbers."""
 
     genuine: Floats
     impostor: Floats
-    genuine_person: NDArray[np.int64]
     impostor_persons: NDArray[np.int64]
     persons: int
 
@@ -67,7 +66,7 @@ def pairs_of(vectors: NDArray[np.float32], persons: Sequence[int]) -> Pairs:
             hint="give a folder with one folder of pictures for each person",
         )
     both = np.stack([owner[first], owner[second]], 1)
-    return Pairs(scores[same], scores[~same], both[same, 0], both[~same], int(owner.max()) + 1)
+    return Pairs(scores[same], scores[~same], both[~same], int(owner.max()) + 1)
 
 
 def calibrate(pairs: Pairs, *, target: float, rounds: int = 500, seed: int = 0) -> Calibration:

@@ -94,11 +94,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load(root: Path, manifest: GalleryManifest, *, verify: bool = False) -> tuple[State, bytes]:
+def load(root: Path, manifest: GalleryManifest) -> tuple[State, bytes]:
     """The state of the snapshot, its vectors mapped, and the packed codes that lay beside it.
 
-    The sizes of all files and the checksums of all but the vectors are checked; `verify` checks the vectors too.
-    Raises CorruptArtifact; FileNotFoundError when another process has just replaced the snapshot.
+    The sizes of all files and the checksums of all but the vectors are checked. Raises CorruptArtifact;
+    FileNotFoundError when another process has just replaced the snapshot.
     """
     if not manifest.snapshot:
         state = State(manifest.width)
@@ -106,12 +106,18 @@ def load(root: Path, manifest: GalleryManifest, *, verify: bool = False) -> tupl
         return state, b""
     folder = root / manifest.snapshot
     for name, mark in manifest.files.items():
-        _check(folder / name, mark, content=verify and name == "vectors.f16")
+        size = (folder / name).stat().st_size
+        if size != mark.size:
+            text = f"{folder / name} has {size} bytes, expected {mark.size}"
+            raise CorruptArtifact(text, hint="restore it from an export")
     data = {name: _read(folder / name, manifest.files[name]) for name in ("rows.bin", "people.msgpack", "codes.bin")}
     state = State(manifest.width, vectors=_mapped(folder / "vectors.f16", manifest.rows, manifest.width))
     page = msgspec.msgpack.decode(data["people.msgpack"], type=_Page)
-    _fill_people(state, page)
-    rows = manifest.rows
+    people, rows = state.people, manifest.rows
+    people.ids = page.ids
+    people.number = {person: number for number, person in enumerate(page.ids)}
+    people.restore_groups(page.group_sets, np.frombuffer(page.sets, "<i4"))
+    people.about, state.pictures = page.about, page.pictures
     parts = np.split(np.frombuffer(data["rows.bin"], np.uint8), [8 * rows, 12 * rows])
     state.serial.append(parts[0].view("<u8"))
     state.owner.append(parts[1].view("<i4"))
@@ -119,15 +125,6 @@ def load(root: Path, manifest: GalleryManifest, *, verify: bool = False) -> tupl
     state.alive.append(np.ones(rows, np.bool_))
     state.next_serial = manifest.next_serial
     return state, data["codes.bin"]
-
-
-def _fill_people(state: State, page: _Page) -> None:
-    people = state.people
-    people.ids = page.ids
-    people.number = {person: number for number, person in enumerate(page.ids)}
-    people.restore_groups(page.group_sets, np.frombuffer(page.sets, "<i4"))
-    people.about = page.about
-    state.pictures = page.pictures
 
 
 class Writer:
@@ -223,16 +220,3 @@ def _read(path: Path, mark: FileMark) -> bytes:
     if zlib.crc32(data) != mark.crc32:
         raise CorruptArtifact(f"{path} does not match its checksum", hint="restore the gallery from an export")
     return data
-
-
-def _check(path: Path, mark: FileMark, *, content: bool) -> None:
-    size = path.stat().st_size
-    if size != mark.size:
-        raise CorruptArtifact(f"{path} has {size} bytes, expected {mark.size}", hint="restore it from an export")
-    if content:
-        crc = 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                crc = zlib.crc32(block, crc)
-        if crc != mark.crc32:
-            raise CorruptArtifact(f"{path} does not match its checksum", hint="restore the gallery from an export")

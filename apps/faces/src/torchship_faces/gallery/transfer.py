@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_tensors
 
 from torchship.errors import BadInput, CorruptArtifact, Denied, NotFound, Unavailable
@@ -24,7 +24,6 @@ from torchship_faces.gallery.state import Rows, State
 _FORMAT = "torchship-gallery-1"
 _BATCH = 256
 _BLOCK = 16_384
-_LONGEST_HEAD = 2**20
 
 
 class _Entry(msgspec.Struct, array_like=True):
@@ -91,26 +90,18 @@ def _head(sections: Mapping[str, tuple[str, list[int], int]], metadata: dict[str
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_head(path: Path) -> dict[str, Any]:
-    """The head of an export. Raises NotFound, CorruptArtifact."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head: dict[str, Any] = msgspec.json.decode(file.read(min(length, _LONGEST_HEAD)), type=dict[str, Any])
-        fits = head["__metadata__"]["format"] == _FORMAT and len(head["vectors"]["shape"]) == 2
-    except FileNotFoundError:
-        raise NotFound(f"no file {path}") from None
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError) as fault:
-        raise CorruptArtifact(f"{path} is not an exported gallery: {fault}") from None
-    if not fits:
-        raise CorruptArtifact(f"{path} is not an exported gallery of format {_FORMAT}")
-    return head
-
-
 def space_of(path: Path) -> tuple[str, int]:
     """The vector space of an export, and how long its vectors are. Raises NotFound, CorruptArtifact."""
-    head = _read_head(path)
-    return str(head["__metadata__"]["model"]), int(head["vectors"]["shape"][1])
+    try:
+        with safe_open(path, "np") as file:
+            about, shape = file.metadata() or {}, file.get_slice("vectors").get_shape()
+    except FileNotFoundError:
+        raise NotFound(f"no file {path}") from None
+    except (OSError, SafetensorError) as fault:
+        raise CorruptArtifact(f"{path} is not an exported gallery: {fault}") from None
+    if about.get("format") != _FORMAT or "model" not in about or len(shape) != 2:
+        raise CorruptArtifact(f"{path} is not an exported gallery of format {_FORMAT}")
+    return about["model"], shape[1]
 
 
 def load(gallery: Gallery, path: Path) -> int:
