@@ -97,8 +97,8 @@ ROOMS = {
     "torchship.serve.http": 2_520,
     "torchship.stages": 1_405,
     "torchship.wire": 1_610,
-    "torchship_faces": 2_245,
-    "torchship_faces.gallery": 1_960,
+    "torchship_faces": 2_243,
+    "torchship_faces.gallery": 1_930,
 }
 
 FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)

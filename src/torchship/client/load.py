@@ -225,24 +225,21 @@ async def example(target: Target, *, rows: int = 1, file: bytes | None = None, f
     async with AsyncClient(target.address.server, token=target.token, tls=target.tls) as client:
         metadata = await client.metadata(target.model)
         random = np.random.default_rng(0)
-        tensors = {}
+        tensors: dict[str, Array] = {}
         for item in metadata["inputs"]:
+            name, datatype = item["name"], item["datatype"]
             shape = [axis if axis >= 0 else (rows if place == 0 else free) for place, axis in enumerate(item["shape"])]
-            tensors[item["name"]] = _fill(item["name"], item["datatype"], shape, random, file)
+            if datatype == "BYTES":
+                if file is None:
+                    raise BadInput(f"input {name!r} takes BYTES", hint="give a file: --input cat.jpg")
+                tensors[name] = bytes_array([file] * math.prod(shape)).reshape(shape)
+            elif datatype.startswith(("FP", "BF")):
+                tensors[name] = random.random(shape).astype(numpy_dtype(datatype))
+            else:
+                most = 2 if datatype == "BOOL" else 100
+                tensors[name] = random.integers(0, most, shape).astype(numpy_dtype(datatype))
         await client.infer(target.model, tensors)
         return tensors
-
-
-def _fill(name: str, datatype: str, shape: list[int], random: np.random.Generator, file: bytes | None) -> Array:
-    if datatype == "BYTES":
-        if file is None:
-            raise BadInput(f"input {name!r} takes BYTES", hint="give a file: --input cat.jpg")
-        return bytes_array([file] * math.prod(shape)).reshape(shape)
-    if datatype == "BOOL":
-        return random.integers(0, 2, shape).astype(np.bool_)
-    if datatype.startswith(("FP", "BF")):
-        return random.random(shape).astype(numpy_dtype(datatype))
-    return random.integers(0, 100, shape).astype(numpy_dtype(datatype))
 
 
 async def sweep(

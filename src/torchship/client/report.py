@@ -14,7 +14,7 @@ _COLUMNS = ("load", "rate", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "faults")
 
 
 def render(rows: Sequence[dict[str, Any]], *, title: str) -> str:
-    """A page with the plot and the table of `Row.plain()` rows."""
+    """A page with the plot and the table of `CallOutcome.plain()` rows."""
     good = [row for row in rows if row["answers"] and row["rate"] > 0]
     plot = _plot(good) if good else {}
     places = {"width": _WIDTH, "height": _HEIGHT, "edge": _EDGE, "columns": _COLUMNS}
@@ -38,11 +38,7 @@ def _plot(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             points = sorted((x(row["rate"]), y(math.log10(row[name]))) for row in rows if row["kind"] == kind)
             curves.append((name.removesuffix("_ms") if kind == "closed" else "", colour, dash, points))
     y_ticks = [(y(power), f"{10.0**power:g}") for power in range(math.ceil(low), math.floor(high) + 1)]
-    return {"curves": curves, "y_ticks": y_ticks, "x_ticks": [(x(rate), f"{rate:,.0f}") for rate in _ticks(right)]}
-
-
-def _ticks(top: float) -> list[float]:
-    """Four to nine round numbers from 0 to at most `top`."""
-    step = 10.0 ** math.floor(math.log10(top / 4))
-    step *= next(factor for factor in (1, 2, 5, 10) if top / (step * factor) < 10)
-    return [step * place for place in range(int(top / step) + 1)]
+    step = 10.0 ** math.floor(math.log10(right / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if right / (step * factor) < 10)  # four to nine round numbers
+    x_ticks = [(x(step * place), f"{step * place:,.0f}") for place in range(int(right / step) + 1)]
+    return {"curves": curves, "y_ticks": y_ticks, "x_ticks": x_ticks}
