@@ -160,7 +160,10 @@ class _Engine:
 
         self._context = engine.create_execution_context()
         self._inputs = [(spec.name, to_torch_dtype(spec.dtype)) for spec in signature.inputs]
-        self._outputs = [(spec.name, to_torch_dtype(spec.dtype)) for spec in signature.outputs]
+        # by their places: a name that an input has too is another one in the graph
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        outputs = [name for name in names if engine.get_tensor_mode(name).name == "OUTPUT"]
+        self._outputs = [(n, to_torch_dtype(spec.dtype)) for n, spec in zip(outputs, signature.outputs, strict=True)]
         self._device = device
 
     def __call__(self, *tensors: Any) -> tuple[Any, ...]:

@@ -52,6 +52,14 @@ def write(model: Model, path: Path) -> None:
         draft.rename(kept)
 
 
+def _names(model: Model) -> list[str]:
+    """Of the graph's inputs, then outputs: those of the signature, but an output that is named like an input is called
+    otherwise, for values of a graph have one name each."""
+    inputs = [spec.name for spec in model.signature.inputs]
+    outputs = [spec.name for spec in model.signature.outputs]
+    return [*inputs, *(f"{name}_torchship_out" if name in inputs else name for name in outputs)]
+
+
 def _write_exported(model: Model, path: Path) -> None:
     """By `torch.export`, under names that no operator's output has; then inputs and outputs get the signature's names.
 
@@ -61,8 +69,7 @@ def _write_exported(model: Model, path: Path) -> None:
     import onnx
     import torch
 
-    specs = (*model.signature.inputs, *model.signature.outputs)
-    names = {f"torchship_{number}": spec.name for number, spec in enumerate(specs)}
+    names = {f"torchship_{number}": name for number, name in enumerate(_names(model))}
     plain, inputs = list(names), len(model.signature.inputs)
 
     def exporting(shapes: Any) -> None:
@@ -116,6 +123,7 @@ def _rename(graph: Any, names: dict[str, str]) -> None:
 def _write_traced(model: Model, path: Path) -> None:
     import torch
 
+    names, inputs = _names(model), len(model.signature.inputs)
     specs = (*model.signature.inputs, *model.signature.outputs)
     with quiet(), torch.no_grad():
         module: Any = model.module
@@ -126,9 +134,12 @@ def _write_traced(model: Model, path: Path) -> None:
             model.torch_inputs(model.examples[0]),
             str(path),
             dynamo=False,
-            dynamic_axes={spec.name: [i for i, a in enumerate(spec.shape) if isinstance(a, Free)] for spec in specs},
-            input_names=[spec.name for spec in model.signature.inputs],
-            output_names=[spec.name for spec in model.signature.outputs],
+            dynamic_axes={
+                name: [i for i, axis in enumerate(spec.shape) if isinstance(axis, Free)]
+                for name, spec in zip(names, specs, strict=True)
+            },
+            input_names=names[:inputs],
+            output_names=names[inputs:],
             opset_version=OPSET,
         )
 

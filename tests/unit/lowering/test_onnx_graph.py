@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 
+from torchship import plugins
 from torchship.lowering import onnx_graph, variants
 from torchship.model import Shelf
 from torchship.optimize.capture import capture
@@ -39,6 +41,35 @@ def test_names_inside_make_way(tmp_path: Path) -> None:
         expected = module(torch.from_numpy(ids))
     for array, tensor in zip(found, expected.values(), strict=True):
         assert np.allclose(array, tensor.numpy(), atol=1e-6)
+
+
+class Stream(torch.nn.Module):
+    """State goes in and comes out under one name, beside an input that is handed on as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, frames: torch.Tensor, state: torch.Tensor, key: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden, after = self.gru(frames, state.movedim(0, 1))
+        return {"scores": hidden, "state": after.movedim(0, 1), "key": key}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("frames", ["2", "-1"], ids=["exported", "traced"])
+def test_an_output_may_have_the_name_of_an_input(backend: str, frames: str, tmp_path: Path) -> None:
+    module = Stream().eval()
+    texts = (f"frames:FP32[-1,{frames},3]", "state:FP32[-1,1,4]", "key:INT64[-1]")
+    model = capture(module, [TensorSpec.parse(text) for text in texts])
+    engine = plugins.load("backends", name=backend)
+    engine.build(model, options={}, out=tmp_path)
+    stage = engine.open(tmp_path, signature=model.signature, options={})
+    call = {"frames": torch.randn(3, 2, 3), "state": torch.randn(3, 1, 4), "key": torch.tensor([7, 8, 9])}
+    found = stage({name: tensor.numpy() for name, tensor in call.items()})
+    stage.close()
+    with torch.inference_mode():
+        for name, tensor in module(**call).items():
+            assert np.allclose(found[name], tensor.numpy(), atol=1e-5), name
 
 
 def test_an_export_is_made_once_for_each_module(tmp_path: Path) -> None:
