@@ -35,13 +35,14 @@ def command(*words: str) -> list[str]:
 
 
 def optimize() -> None:
-    say("1. Search: every backend and precision that runs here, guarded by the fp32 outputs on real photos")
+    say("1. Search: every backend and precision that runs here, and only what is proved on real photos")
     words = command(
         "optimize", "examples.classify.model:efficientnet_lite0",
         "--input", "image:FP32[-1,3,224,224]",
         "--data", "examples.classify.model:calibration",
         "--labels", "examples.classify.model:labels",
         "--backends", "onnxruntime,openvino",
+        "--strict",
         "--name", NAME,
         "--store", str(STORE.relative_to(ROOT)),
         "--report", str(REPORT.relative_to(ROOT)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ def labels() -> list[str]:
 
 
 def photos() -> list[Path]:
-    """Real photos that come with scikit-image and scikit-learn."""
+    """Real photos: 24 that come with scikit-image and scikit-learn, then 20 of ImageNet that come with foolbox.
+
+    The last half is held back for the guard, which is to see what the network was made for.
+    """
     import skimage.data
     import sklearn.datasets
 
+    imagenet = Path(str(distribution("foolbox").locate_file("foolbox/data")))
     skimage_folder = Path(skimage.data.__file__).parent
     names = (
         "chelsea.png coffee.png astronaut.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg "
@@ -50,6 +55,7 @@ def photos() -> list[Path]:
         *(skimage_folder / name for name in names.split()),
         sklearn_folder / "china.jpg",
         sklearn_folder / "flower.jpg",
+        *sorted(imagenet.glob("imagenet_*.jpg")),
     ]
 
 
@@ -70,7 +76,7 @@ def calibration() -> list[dict[str, NDArray[Any]]]:
     for turn in range(CROPS):
         crops = []
         for picture in opened:
-            side = int(min(picture.size) * random.uniform(0.55, 1.0))
+            side = int(min(picture.size) * random.uniform(0.7, 1.0))
             left, top = (int(random.integers(0, length - side + 1)) for length in picture.size)
             crop = picture.crop((left, top, left + side, top + side))
             crops.append(normalize(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if turn % 2 else crop))

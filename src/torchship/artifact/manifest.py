@@ -48,7 +48,7 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
     refused. `measure`: top-1, neighbours, equality, variation or metric; empty where the rows allow none. `cost` is the
     estimate and `bound` what it lies under with 95 % certainty over the choice of rows, both in the unit of the measure
     (0.01 is one point), on `rows` rows of real data in `groups` groups. `spread`: standard deviation of a row's cost;
-    `events` rows were flipped, at `event` each. `drift`: relative error of the worst row, `value_drift` the same
+    `events` groups hold flips, at `event` each. `drift`: relative error of the worst row, `value_drift` the same
     without class scores and embeddings; `made` of made-up rows. `broken`: what no number forgives, a law or a row or
     channel that is lost.
     """

@@ -214,8 +214,8 @@ def bounded(costs: Array, *, groups: Array | None, event: float) -> Evidence:
     """The mean of per-row costs and the value that it lies under with 95 % certainty, for rows of the same kind.
 
     By bootstrap over rows, or over `groups` (a number for each row) where rows belong together. Few flips that were
-    seen, or none, may be luck: as many as a Poisson variable would hide are counted at `event` each (0: costs come with
-    every row).
+    seen, or none, may be luck: as many groups with flips as a Poisson variable would hide are counted, at the mean of
+    those that were seen, or else at `event` for one row (0: costs come with every row).
     """
     members = np.arange(len(costs)) if groups is None else np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.bincount(members, costs), np.bincount(members)
@@ -225,28 +225,35 @@ def bounded(costs: Array, *, groups: Array | None, event: float) -> Evidence:
     mean = float(costs.mean())
     # the spread that rows (which count as independent) would need for what the groups show
     spread = float(means.std()) * math.sqrt(len(costs))
-    events = int(np.count_nonzero(costs)) if event else 0
-    bound = max(float(np.percentile(means, 95)), _by_events(events, event, len(costs)))
+    flipped = (sums / sizes)[sums > 0] if event else sums[:0]
+    each = float(flipped.mean()) if len(flipped) else event * len(sums) / len(costs)
+    bound = max(float(np.percentile(means, 95)), _by_events(len(flipped), each, len(sums)))
     return Evidence(
-        cost=mean, bound=max(mean, bound), rows=len(costs), groups=len(sums), spread=spread, events=events, event=event
+        cost=mean,
+        bound=max(mean, bound),
+        rows=len(costs),
+        groups=len(sums),
+        spread=spread,
+        events=len(flipped),
+        event=each,
     )
 
 
-def _by_events(events: float, event: float, rows: float) -> float:
+def _by_events(events: float, event: float, groups: float) -> float:
     """The bound that few flips allow: the 95 % upper limit of a Poisson mean of which `events` were seen (3.0 for none,
     within 2 %), at `event` each. Where there are more, the bootstrap has seen enough of them."""
-    return (events + _SURE * math.sqrt(events + 1) + 1.355) * event / rows if event and events < _FEW else 0.0
+    return (events + _SURE * math.sqrt(events + 1) + 1.355) * event / groups if event and events < _FEW else 0.0
 
 
 def rows_needed(found: Evidence, *, most: float) -> int:
     """How many rows would prove a cost of at most `most`, if they were like these; 0 where none would."""
     rows = float(max(found.rows, FEWEST_GROUPS * found.rows / max(1, found.groups)))
-    charged = found.events * found.event / max(1, found.rows) if found.measure == "top-1" else 0.0
+    charged = found.events * found.event / max(1, found.groups) if found.measure == "top-1" else 0.0
     mean = max(found.cost, charged)
     while rows < 1e7:
         share = rows / max(1, found.rows)
         by_mean = mean + _SURE * found.spread / math.sqrt(rows)
-        by_events = _by_events(found.events * share, found.event, rows)
+        by_events = _by_events(found.events * share, found.event, found.groups * share)
         if max(by_mean, by_events) <= most:
             return math.ceil(rows)
         rows *= 1.1

@@ -180,6 +180,14 @@ def test_the_bound_lies_above_the_true_cost_nineteen_times_in_twenty(share: floa
     assert covered >= (186 if groups is None else 170)
 
 
+@pytest.mark.parametrize(("seen", "limit"), [(1, 4.74), (3, 7.75)])
+def test_rows_of_one_group_that_flip_together_are_one_event(seen: int, limit: float) -> None:
+    costs = np.repeat([0.3] * seen + [0.0] * (40 - seen), 10)
+    found = bounded(costs, groups=np.repeat(np.arange(40), 10), event=0.3)
+    assert found.bound == pytest.approx(0.3 * limit / 40, rel=0.02), "the 95 % limit of a Poisson mean, of groups"
+    assert (found.events, found.groups, found.rows) == (seen, 40, 400)
+
+
 def test_the_bound_covers_what_a_reference_with_a_skewed_class_costs() -> None:
     draw = np.random.default_rng(3)
     truth = (2 * draw.normal(size=(2000, 5))).astype(np.float32)
