@@ -252,15 +252,8 @@ def encode_response(response: Response, request: Request, *, regions: Regions | 
 
     Raises BadInput when the request names an output that the model does not have.
     """
-    part = response.outputs
-    if (
-        type(part) is BatchSlice
-        and part.batch.plain
-        and (request.binary or not part.batch.long)
-        and not request.outputs
-        and not response.parameters
-    ):
-        return _encode_slice(part, response, binary=request.binary)
+    if (body := encode_slice(response, request)) is not None:
+        return body
     outputs: list[_Output] = []
     blobs: list[bytes] = []
     if request.outputs or request.binary:
@@ -292,9 +285,17 @@ def is_long(response: Response, request: Request) -> bool:
     return sum([part[name].nbytes for name in names]) > LONG
 
 
-def _encode_slice(part: BatchSlice, response: Response, *, binary: bool) -> Body:
-    """The same for a part of a batch: the text is remembered but for the data, which are cut out of the batch's."""
+def encode_slice(response: Response, request: Request) -> Body | None:
+    """The same for a part of a batch: the text is remembered but for the data, which are cut out of the batch's.
+
+    None for what is not a part of a batch of numbers, is long as text, or is asked for output by output.
+    """
+    part, binary = response.outputs, request.binary
+    if type(part) is not BatchSlice or request.outputs or response.parameters:
+        return None
     batch, start, end = part.batch, part.start, part.end
+    if not batch.plain or (batch.long and not binary):
+        return None
     if end - start == 1 and not (binary or response.id) and len(batch.arrays) == 1:
         return Body(_bodies(part, response)[start], None)
     key = response.model, response.version, end - start, binary

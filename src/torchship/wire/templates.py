@@ -14,6 +14,7 @@ import msgspec
 
 from torchship.wire.messages import RawInputs, RawLayout, Request, layout_of
 from torchship.wire.oip_json import reread
+from torchship.wire.raw import LONG
 
 _MARK = b'"data":'
 _LONGEST = 1024  # bytes of what is remembered of a body
@@ -62,8 +63,11 @@ class TemplateCache:
         template = self._known.get(body[:start])
         if template is None or not body.endswith(template.tail):
             return None
+        end = len(body) - len(template.tail)
+        if end > LONG:
+            return None  # the general way reads it in pieces
         try:
-            return template.fill((template.pack(*template.read(body[start : len(body) - len(template.tail)])),))
+            return template.fill((template.pack(*template.read(body[start:end])),))
         except (msgspec.MsgspecError, struct.error, OverflowError, RecursionError):
             return None  # the general way tells what is wrong: no list of numbers, too many, too large
 

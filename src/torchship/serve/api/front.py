@@ -53,9 +53,12 @@ class Front:
         """Begin an inference as Service.start does: traced if it should be, and with a hold on its shared memory."""
         if self.tracing.active:
             answer = self.tracing.around(answer, request)
-        if self.regions is None or not request.outputs:
-            return self.service.start(request, answer, whom)
-        regions, held = self.regions, self.regions.hold(request)
+        if self.regions is not None and request.outputs:
+            return self._start_holding(self.regions, request, answer, whom)
+        return self.service.start(request, answer, whom)
+
+    def _start_holding(self, regions: SharedMemory, request: Request, answer: Answer, whom: Any) -> Job:
+        held = regions.hold(request)
 
         def answered(whom: Any, request: Request, end: Response | Exception) -> None:
             answer(whom, request, end)

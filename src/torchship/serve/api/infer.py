@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from torchship.errors import BadInput
 from torchship.serve.api.front import Front
 from torchship.serve.http.content import query_parameters
-from torchship.serve.http.exchange import Exchange, Head, Headers, spawn
+from torchship.serve.http.exchange import JSON, Exchange, Head, Headers, spawn
 from torchship.stage import Value
 from torchship.wire.messages import Request, Response
-from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response, is_long
+from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response, encode_slice, is_long
 from torchship.wire.raw import LONG, Buffer
 from torchship.wire.templates import TemplateCache
 
@@ -50,7 +51,7 @@ class Inference:
 
     def __call__(self, exchange: Exchange) -> None:
         """Begin one inference; its answer is sent when it is there. Long JSON is read in a thread, in pieces."""
-        if len(exchange.body) > LONG and not self._about(exchange.head).plain:
+        if len(exchange.body) > LONG and not (exchange.head.memo or self._about(exchange.head)).plain:
             spawn(exchange, self._read_apart, exchange)
             return
         request = self.decode(exchange)
@@ -63,7 +64,7 @@ class Inference:
 
     def decode(self, exchange: Exchange) -> Request:
         """The request in the body: JSON, JSON with binary tensors, or nothing but the only input's bytes."""
-        about = self._about(exchange.head)
+        about: _About = exchange.head.memo or self._about(exchange.head)
         if about.plain and not (about.vague and _speaks_json(exchange.body)):
             inputs = self._front.service.inputs(about.model, about.version)
             request = decode_plain(exchange.body, model=about.model, version=about.version, inputs=inputs)
@@ -71,7 +72,7 @@ class Inference:
             request.binary = about.length is not None  # who sends a picture wants to read the answer
         else:
             body = exchange.body
-            known = about.templates.read(body) if type(body) is bytes and len(body) <= LONG else None
+            known = about.templates.read(body) if type(body) is bytes else None
             if known is not None:
                 request = known
             else:
@@ -85,10 +86,7 @@ class Inference:
         return request
 
     def _about(self, head: Head) -> _About:
-        """What the head of a request says about its body: read once, and remembered."""
-        if head.memo is not None:
-            about: _About = head.memo
-            return about
+        """What the head of a request says about its body: read once, and remembered as its `memo`."""
         headers = head.headers
         length = headers.get(_LENGTH)
         if length is not None and not _DIGITS.fullmatch(length):
@@ -114,10 +112,11 @@ class Inference:
         try:
             if not end.id:
                 end.id = request.id
-            if is_long(end, request):
+            body = encode_slice(end, request)
+            if body is None and is_long(end, request):
                 spawn(exchange, self._write_apart, exchange, request, end)
             else:
-                _send(exchange, encode_response(end, request, regions=self._regions), end.trace)
+                _send(exchange, body or encode_response(end, request, regions=self._regions), end.trace)
         except Exception as fault:
             exchange.fail(fault)
 
@@ -134,9 +133,14 @@ def _speaks_json(body: Buffer) -> bool:
 
 def _send(exchange: Exchange, body: Body, trace: str) -> None:
     """Send an encoded answer with the headers of its kind."""
-    headers: Headers = (("traceparent", trace),) if trace else ()
-    if body.header_length is None:
-        exchange.answer(body.data, headers=headers)
-    else:
-        headers = ((_LENGTH, str(body.header_length)), *headers)
-        exchange.answer(body.data, content_type=_OCTETS, headers=headers)
+    length = body.header_length
+    headers: Headers = () if length is None else _length_told(length)
+    if trace:
+        headers = (*headers, ("traceparent", trace))
+    exchange.answer(body.data, content_type=JSON if length is None else _OCTETS, headers=headers)
+
+
+@lru_cache(maxsize=256)
+def _length_told(length: int) -> Headers:
+    """The header of an answer with binary data: the same object each time, so that what follows from it is found."""
+    return ((_LENGTH, str(length)),)

@@ -208,7 +208,8 @@ class Line:
                 fault.retry_after = self.meter.seconds_for(self.admission.rows, job.arrived)
             raise
         limits = self.limits
-        job.asked = min(deadline, max(_LONGEST, limits.timeout)) if deadline > 0 else 0.0
+        if deadline > 0:
+            job.asked = min(deadline, max(_LONGEST, limits.timeout))
         job.deadline = job.arrived + (job.asked or limits.timeout)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(_SWEEP, self._sweep)

@@ -66,6 +66,7 @@ class Station:
         self._start_replica = start
         self._turns = turns
         self._fail = fail
+        self._run_timeout = self.limits.run_timeout or max(_RUN_TIMEOUT, self.limits.timeout)
         self._pace = 0.0
         self._crashes = 0
         self._closing = False
@@ -114,7 +115,8 @@ class Station:
                 self._fail(call, Unavailable(f"stage {self.name!r} has no worker", hint="try again"))
         else:
             self.queue.put(call)
-        self.pump_soon()
+        if not self._pumping:
+            self.pump_soon()
 
     def pump_soon(self) -> None:
         """Look for work at the end of this turn of the event loop, so that one turn's requests share a batch."""
@@ -377,8 +379,7 @@ class Station:
 
     def _patience(self, calls: Sequence[StageCall] = ()) -> float:
         """How long a batch may run: what is configured, or longer where one of its requests gives itself longer."""
-        limits = self.limits
-        return max([limits.run_timeout or max(_RUN_TIMEOUT, limits.timeout), *(call.job.asked for call in calls)])
+        return max([self._run_timeout, *(call.job.asked for call in calls)])
 
     def sweep(self, now: float) -> Iterator[StageCall]:
         """Kill what hangs; yield everything that waits or runs, for the line to look at its deadlines."""
@@ -392,7 +393,7 @@ class Station:
 
     def _check_hang(self, replica: Replica, batch: InFlightBatch, now: float) -> None:
         silent = now - max(batch.sent, replica.heard)
-        if silent <= self.limits.run_timeout or replica.state != "ready" or silent <= self._patience(batch.calls):
+        if silent <= self._run_timeout or replica.state != "ready" or silent <= self._patience(batch.calls):
             return
         if batch.unread and not batch.calls[0].job.done:  # a stream waits for its caller
             return
