@@ -90,7 +90,7 @@ ROOMS = {
     "torchship.lowering": 2_893,
     "torchship.optimize": 6_066,
     "torchship.optimize.transforms": 345,
-    "torchship.pipeline": 1_490,
+    "torchship.pipeline": 1_489,
     "torchship.serve": 1_925,
     "torchship.serve.api": 1_370,
     "torchship.serve.engine": 2_805,
@@ -207,6 +207,11 @@ def test_help_is_light() -> None:
     run = "try: torchship.cli.main()\nexcept SystemExit: pass"
     statement = f"import sys, torchship.cli\nsys.argv = ['torchship', '--help']\n{run}"
     assert not loaded_after(statement) & HEAVY
+
+
+def test_a_worker_holds_nothing_of_servers_and_clients_in_memory() -> None:
+    """There is one for each copy of each stage; the client of remote stages alone takes 12 MiB."""
+    assert not loaded_after("import torchship.serve.engine.worker") & {"asyncio", "google", "uvloop", "ssl", "jinja2"}
 
 
 @pytest.mark.parametrize("room", ["serve", "client", "artifact", "wire", "stages", "pipeline"])

@@ -6,6 +6,7 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import msgspec
@@ -17,7 +18,6 @@ from torchship.errors import BadConfig, StageFailed, TorchshipError
 from torchship.pipeline.config import PipelineConfig, StageConfig, read_artifact
 from torchship.pipeline.faults import named
 from torchship.stage import FunctionStage, Parameter, Stage, called, declaration, declared_parameters
-from torchship.stages.remote import Remote, read_options
 from torchship.tensors import Free, Signature
 
 
@@ -93,11 +93,8 @@ def _of_remote(config: StageConfig) -> Description:
     signature = remote_signature(config)
     if signature is not None:
         return Description(signature, config.max_batch or (64 if signature.batched else 1), passed)
-    asked = open_remote(config)
-    try:
+    with closing(open_remote(config)) as asked:
         return Description(asked.signature, asked.max_batch, passed)
-    finally:
-        asked.close()
 
 
 def describe_apart(config: StageConfig, store: Store) -> Description:
@@ -193,8 +190,10 @@ def load_body(target: str) -> Any:
         raise BadConfig(f"{target!r} cannot be imported: {named(fault)}") from fault
 
 
-def open_remote(config: StageConfig) -> Remote:
+def open_remote(config: StageConfig) -> Stage:
     """The remote stage that `config` describes. Raises BadConfig, Unavailable, NotFound."""
+    from torchship.stages.remote import Remote, read_options  # 12 MB that other workers do not need
+
     urls = (config.remote,) if isinstance(config.remote, str) else config.remote
     options = read_options(config.options)
     return Remote(urls, signature=remote_signature(config), options=options, max_batch=config.max_batch)

@@ -61,13 +61,10 @@ class TemplateCache:
             return template.fill(tuple([body[start:end] for start, end in template.cuts]))
         start = body.find(_MARK) + 7
         template = self._known.get(body[:start])
-        if template is None or not body.endswith(template.tail):
+        if template is None or len(body) > LONG or not body.endswith(template.tail):
             return None
-        end = len(body) - len(template.tail)
-        if end > LONG:
-            return None  # the general way reads it in pieces
         try:
-            return template.fill((template.pack(*template.read(body[start:end])),))
+            return template.fill((template.pack(*template.read(body[start : len(body) - len(template.tail)])),))
         except (msgspec.MsgspecError, struct.error, OverflowError, RecursionError):
             return None  # the general way tells what is wrong: no list of numbers, too many, too large
 

@@ -6,15 +6,16 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torchship.errors import BadConfig, BadInput, Denied, Unsupported
-from torchship.serve.api.regions import SharedMemory
+from torchship.serve.api.regions import SharedMemory, SharedRegion
 from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.serve.engine.queue import Job
 from torchship.serve.http.exchange import Head
 from torchship.serve.service import Answer, Service
-from torchship.wire.messages import Request, Response
+from torchship.wire.messages import Request
 
 
 @dataclass(slots=True)
@@ -53,21 +54,13 @@ class Front:
         """Begin an inference as Service.start does: traced if it should be, and with a hold on its shared memory."""
         if self.tracing.active:
             answer = self.tracing.around(answer, request)
-        if self.regions is not None and request.outputs:
-            return self._start_holding(self.regions, request, answer, whom)
-        return self.service.start(request, answer, whom)
-
-    def _start_holding(self, regions: SharedMemory, request: Request, answer: Answer, whom: Any) -> Job:
-        held = regions.hold(request)
-
-        def answered(whom: Any, request: Request, end: Response | Exception) -> None:
-            answer(whom, request, end)
-            regions.release(held)
-
+        if self.regions is None or not request.outputs:
+            return self.service.start(request, answer, whom)
+        held = self.regions.hold(request)
         try:
-            return self.service.start(request, answered, whom)
+            return self.service.start(request, partial(_answered, held, answer), whom)
         except BaseException:
-            regions.release(held)
+            SharedMemory.release(held)
             raise
 
     @staticmethod
@@ -107,3 +100,8 @@ class Front:
         if self.drain is None or not self.guarded:
             raise Denied("only a token with the scope manage may do this", hint="add a [[token]] to the configuration")
         await asyncio.shield(asyncio.ensure_future(self.drain()))
+
+
+def _answered(held: list[SharedRegion], answer: Answer, whom: Any, request: Request, end: Any) -> None:
+    answer(whom, request, end)
+    SharedMemory.release(held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
 _DIGITS = re.compile(r"[0-9]{1,15}")
 _KNOWN = 256  # models, versions and lengths of the JSON before binary data
+_told: Callable[[int], Headers] = lru_cache(maxsize=256)(lambda length: ((_LENGTH, str(length)),))
 
 
 class _About(NamedTuple):
@@ -53,9 +55,8 @@ class Inference:
         """Begin one inference; its answer is sent when it is there. Long JSON is read in a thread, in pieces."""
         if len(exchange.body) > LONG and not (exchange.head.memo or self._about(exchange.head)).plain:
             spawn(exchange, self._read_apart, exchange)
-            return
-        request = self.decode(exchange)
-        exchange.job = self._front.start(request, self._answer, exchange)
+        else:
+            exchange.job = self._front.start(self.decode(exchange), self._answer, exchange)
 
     async def _read_apart(self, exchange: Exchange) -> None:
         request = await asyncio.to_thread(self.decode, exchange)
@@ -132,15 +133,9 @@ def _speaks_json(body: Buffer) -> bool:
 
 
 def _send(exchange: Exchange, body: Body, trace: str) -> None:
-    """Send an encoded answer with the headers of its kind."""
+    """Send an encoded answer with the headers of its kind: one object for a length, so that the head of it is found."""
     length = body.header_length
-    headers: Headers = () if length is None else _length_told(length)
+    headers: Headers = () if length is None else _told(length)
     if trace:
         headers = (*headers, ("traceparent", trace))
     exchange.answer(body.data, content_type=JSON if length is None else _OCTETS, headers=headers)
-
-
-@lru_cache(maxsize=256)
-def _length_told(length: int) -> Headers:
-    """The header of an answer with binary data: the same object each time, so that what follows from it is found."""
-    return ((_LENGTH, str(length)),)
