@@ -82,12 +82,12 @@ ENGINE = 34_950
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
-    "torchship.artifact": 1_391,
-    "torchship.backends": 1_447,
+    "torchship.artifact": 1_374,
+    "torchship.backends": 1_443,
     "torchship.cli": 1_850,
     "torchship.client": 1_415,
     "torchship.doctor": 2_600,
-    "torchship.lowering": 2_893,
+    "torchship.lowering": 2_872,
     "torchship.optimize": 6_066,
     "torchship.optimize.transforms": 345,
     "torchship.pipeline": 1_489,

@@ -50,7 +50,8 @@ class Artifact:
                 if fault is not None:
                     logging.getLogger(__name__).warning("%s; opening its portable fallback", fault.line)
                 self._check_native(part, recipe, trust)
-                return self._checked(self._open_part(part, recipe, device, threads))
+                stage = self._open_part(part, recipe, device, threads)
+                return recheck.once(stage, manifest, self.digest, inputs=self.inputs, outputs=self.outputs)
             except (UnsafeArtifact, WrongMachine, Unavailable) as found:
                 fault = fault or found
         assert fault is not None  # noqa: S101  # there is at least one part
@@ -73,17 +74,6 @@ class Artifact:
                 hint=f"pip install {packages}",
             ) from None
         return cast(Stage, opened)
-
-    def _checked(self, stage: Stage) -> Stage:
-        if not recheck.is_due(self.manifest, self.digest):
-            return stage
-        try:
-            recheck.check(stage, self.manifest, inputs=self.inputs(), outputs=self.outputs())
-        except BaseException:
-            stage.close()
-            raise
-        recheck.remember(self.manifest, self.digest)
-        return stage
 
     def _check_native(self, part: str, recipe: Recipe, trust: bool) -> None:
         """What the files are is said by the backend that will run them, not only by a manifest that may lie."""

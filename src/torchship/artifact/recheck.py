@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from torchship import hardware, home
@@ -19,13 +19,34 @@ TOLERANCE = 0.05
 _SAME_SHARE = 0.95
 
 
-def is_due(manifest: Manifest, digest: str) -> bool:
-    """Whether this machine, or a package that runs the model, differs from where the artifact was made, and this has
-    not been checked yet."""
-    if manifest.family == hardware.here().family and manifest.provenance.packages == _versions(manifest):
-        return False
-    path = _mark(manifest, digest)
-    return path is None or not os.path.exists(path)
+def once(
+    stage: Stage, manifest: Manifest, digest: str, *, inputs: Callable[[], Tensors], outputs: Callable[[], Tensors]
+) -> Stage:
+    """`stage`, which passed `check` where this machine, or a package that runs it, is another than when it was made.
+
+    That it passed is noted, where a note can be written, and not asked again; a stage that does not is closed.
+    """
+    family = hardware.here().family
+    versions = {name: hardware.version(name) for name in manifest.provenance.packages}
+    if manifest.family == family and manifest.provenance.packages == versions:
+        return stage
+    facts = repr((digest, family, sorted(versions.items()))).encode()
+    note = None
+    with suppress(BadConfig):  # a user without a usable home
+        folder = home.folder("XDG_CACHE_HOME", ".cache") / "torchship" / "verified"
+        note = folder / hashlib.sha256(facts).hexdigest()[:32]
+    if note and os.path.exists(note):
+        return stage
+    try:
+        check(stage, manifest, inputs=inputs(), outputs=outputs())
+    except BaseException:
+        stage.close()
+        raise
+    if note:
+        with suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+    return stage
 
 
 def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors) -> None:
@@ -47,14 +68,6 @@ def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors
         )
 
 
-def remember(manifest: Manifest, digest: str) -> None:
-    """Note that the artifact was checked here, where a note can be written."""
-    if path := _mark(manifest, digest):
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-
-
 def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: float) -> dict[str, str]:
     """What is wrong with `found`, by output."""
     wrong: dict[str, str] = {}
@@ -71,17 +84,3 @@ def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: fl
         elif (same := share_equal(theirs, ours)) < _SAME_SHARE:
             wrong[spec.name] = f"agrees in {same:.0%} of its values"
     return wrong
-
-
-def _versions(manifest: Manifest) -> dict[str, str]:
-    return {name: hardware.version(name) for name in manifest.provenance.packages}
-
-
-def _mark(manifest: Manifest, digest: str) -> Path | None:
-    """The file whose presence is the note; None for a user without a usable home."""
-    try:
-        root = home.folder("XDG_CACHE_HOME", ".cache") / "torchship" / "verified"
-    except BadConfig:
-        return None
-    facts = (digest, hardware.here().family, sorted(_versions(manifest).items()))
-    return root / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

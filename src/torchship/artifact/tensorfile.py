@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -40,8 +39,10 @@ def encode(tensors: Tensors) -> bytes:
 def decode(data: bytes) -> dict[str, Array]:
     """Undo `encode`. Raises BadInput when `data` is not a safetensors file of known datatypes."""
     try:
-        entries = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
-        arrays = {name: _array(entry) for name, entry in entries.items()}
+        arrays: dict[str, Array] = {
+            name: np.frombuffer(entry["data"], numpy_dtype(_FROM_FILE[entry["dtype"]])).reshape(entry["shape"])
+            for name, entry in safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        }
         return {
             name: _elements(array, arrays[name + _ENDS]) if name + _ENDS in arrays else array
             for name, array in arrays.items()
@@ -51,11 +52,6 @@ def decode(data: bytes) -> dict[str, Array]:
         raise BadInput(
             f"not a readable safetensors file: {fault}", hint="write it with the safetensors library"
         ) from None
-
-
-def _array(entry: dict[str, Any]) -> Array:
-    dtype = numpy_dtype(_FROM_FILE[entry["dtype"]])
-    return np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
 
 
 def _elements(content: Array, ends: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torchship.errors import BuildFailed, CorruptArtifact
 from torchship.hardware import Hardware
 from torchship.lowering import paths, program
-from torchship.lowering.torch_stage import TorchStage, prepare
+from torchship.lowering.torch_stage import prepare, staged
 from torchship.model import Model
 from torchship.plugins import needs
 from torchship.recipe import Options, Recipe, choice
@@ -109,4 +109,4 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         # the runtime reuses its output memory, and needs plain contiguous inputs
         return tuple(answer.clone() for answer in method.execute([tensor.contiguous() for tensor in inputs]))
 
-    return TorchStage(body, signature=signature, check=True)
+    return staged(body, signature=signature, check=True)

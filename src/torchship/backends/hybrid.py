@@ -93,6 +93,9 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     precision (of the parts; where all stays eager fp32, tf32, or bf16 and fp16 by autocast), device, source
     (module:function that makes the module, for one that cannot be written down). Raises BuildFailed.
     """
+    import torch
+    from safetensors.torch import save_file
+
     flat: Any = model.module
     source = str(options.get("source") or "")
     if not options.get("parts"):
@@ -115,7 +118,9 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     if own:
         (out / SCRIPT).write_text(_script(own))
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
-    _save(tensors, out / WEIGHTS)
+    # safetensors know neither complex numbers nor shared memory
+    plain = {k: (torch.view_as_real(t) if t.is_complex() else t).contiguous().clone() for k, t in tensors.items()}
+    save_file(plain, str(out / WEIGHTS), {"complex": " ".join(name for name, t in tensors.items() if t.is_complex())})
 
 
 def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
@@ -124,15 +129,6 @@ def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
     backend = str(options["parts"])
     recipe = Recipe(backend, {"precision": options["precision"]} if options.get("precision") else {})
     return cutting.cut(model, recipe, build=plugins.load("backends", name=backend).build, out=out / "parts")
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """As safetensors, which know neither complex numbers nor shared memory."""
-    import torch
-    from safetensors.torch import save_file
-
-    plain = {k: (torch.view_as_real(t) if t.is_complex() else t).contiguous().clone() for k, t in tensors.items()}
-    save_file(plain, str(path), {"complex": " ".join(name for name, t in tensors.items() if t.is_complex())})
 
 
 def _script(named: dict[str, Any]) -> str:

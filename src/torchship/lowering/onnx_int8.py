@@ -164,14 +164,11 @@ def chunks(batches: Sequence[Tensors], *, signature: Signature) -> list[Tensors]
     """The batches in pieces of a few rows, so that all activations at once stay small."""
     if not signature.batched:
         return list(batches)
-    pieces: list[Tensors] = []
-    for batch in batches:
-        rows = next(iter(batch.values())).shape[0]
-        pieces += [
-            {name: array[start : start + _ROWS_AT_ONCE] for name, array in batch.items()}
-            for start in range(0, rows, _ROWS_AT_ONCE)
-        ]
-    return pieces
+    return [
+        {name: array[start : start + _ROWS_AT_ONCE] for name, array in batch.items()}
+        for batch in batches
+        for start in range(0, len(next(iter(batch.values()))), _ROWS_AT_ONCE)
+    ]
 
 
 def unbounded(graph: Any, seen: Mapping[str, ObservedRange]) -> tuple[set[str], list[str]]:

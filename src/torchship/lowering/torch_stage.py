@@ -12,57 +12,39 @@ from torchship import hardware, home
 from torchship.errors import BuildFailed, Unavailable
 from torchship.model import Model, to_numpy, to_torch
 from torchship.recipe import Options, choice
-from torchship.stage import Parameter, Parameters, Stage
-from torchship.tensors import Free, Signature, Tensors, numpy_dtype
+from torchship.stage import EngineStage, Stage
+from torchship.tensors import Array, Free, Signature, Tensors, numpy_dtype
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 OPTIONS = ("device", "precision", "mode", "channels_last", "keep", "modules")
 _FEEDING = 8  # threads that copy to a card; more wait for one another
 
 
-class TorchStage:
-    """Runs `body(*inputs) -> tuple of tensors`, both in the order of the signature, on the processor."""
-
-    def __init__(self, body: Callable[..., Any], *, signature: Signature, check: bool = False) -> None:
-        self.signature = signature
-        self.max_batch = signature.max_rows
-        self.parameters: tuple[Parameter, ...] = ()
-        self._body: Callable[..., Any] | None = body
-        self._check = check
-
-    def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
-        """Run on the host's arrays; answers are arrays of the host."""
-        import torch
-
-        if self._body is None:
-            raise Unavailable("the stage is closed")
-        if self._check:
-            self.signature.check(tensors)
-        inputs = [to_torch(tensors[spec.name]) for spec in self.signature.inputs]
-        with torch.inference_mode():
-            answers = self._body(*inputs)
-        if isinstance(answers, torch.Tensor):
-            answers = (answers,)
-        specs = self.signature.outputs
-        return {
-            spec.name: np.asarray(to_numpy(answer)).astype(numpy_dtype(spec.dtype), copy=False)
-            for spec, answer in zip(specs, answers, strict=True)
-        }
-
-    def close(self) -> None:
-        """Forget the model."""
-        self._body = None
-
-
 def staged(
-    body: Callable[..., Any], *, signature: Signature, device: str, check: bool = False, graphs: bool = False
+    body: Callable[..., Any], *, signature: Signature, device: str = "cpu", check: bool = False, graphs: bool = False
 ) -> Stage:
-    """`body` as a Stage on `device`; `graphs`: see `lowering.cuda`."""
-    if device == "cpu":
-        return TorchStage(body, signature=signature, check=check)
-    from torchship.lowering.cuda import CudaStage
+    """`body(*inputs) -> tuple of tensors`, both in the order of the signature, as a Stage on `device`.
 
-    return CudaStage(body, signature=signature, device=device, check=check, graphs=graphs)
+    `check`: against the signature, for an engine that checks nothing; `graphs`: see `lowering.cuda`.
+    """
+    if device != "cpu":
+        from torchship.lowering.cuda import CudaStage
+
+        return CudaStage(body, signature=signature, device=device, check=check, graphs=graphs)
+    import torch
+
+    dtypes = [numpy_dtype(spec.dtype) for spec in signature.outputs]
+
+    def run(tensors: Tensors) -> list[Array]:
+        if check:
+            signature.check(tensors)
+        inputs = [to_torch(tensors[spec.name]) for spec in signature.inputs]
+        with torch.inference_mode():
+            answers = body(*inputs)
+        given = (answers,) if isinstance(answers, torch.Tensor) else answers
+        return [to_numpy(one).astype(dtype, copy=False) for one, dtype in zip(given, dtypes, strict=True)]
+
+    return EngineStage(run, signature=signature)
 
 
 @contextlib.contextmanager

@@ -187,9 +187,7 @@ def test_a_closed_stage_says_so(tmp_path: Path) -> None:
 
 
 def test_the_libraries_that_check_nothing_are_checked_by_the_signature() -> None:
-    from torchship.lowering.torch_stage import TorchStage
-
-    stage = TorchStage(lambda image: (image,), signature=picture().signature, check=True)
+    stage = torch_stage.staged(lambda image: (image,), signature=picture().signature, check=True)
     for wrong in (np.zeros((1, 3, 15, 16), np.float32), np.zeros((1, 3, 16, 16)), np.zeros((9, 3, 16, 16), np.float32)):
         with pytest.raises(BadInput, match="image"):
             stage({"image": wrong})
