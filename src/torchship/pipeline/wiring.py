@@ -73,14 +73,11 @@ def connect(signature: Signature, given: Mapping[str, str], table: TensorTable, 
             f"{where}.inputs: the stage has no input {sorted(unknown)}",
             hint=f"its inputs are {', '.join(spec.name for spec in signature.inputs)}",
         )
-    named = {spec.name: _named(spec, given, table, where) for spec in signature.inputs}
-    taken = {slot.key for slot in named.values() if slot}
+    named = {spec.name: slot for spec in signature.inputs if (slot := _named(spec, given, table, where))}
+    slots: list[WiredTensor] = []
     for spec in signature.inputs:
-        if named[spec.name] is None:
-            named[spec.name] = guess = _guess(spec, table, taken, where)
-            taken.add(guess.key)
-    slots = tuple(slot for slot in named.values() if slot is not None)
-    for spec, slot in zip(signature.inputs, slots, strict=True):
+        slot = named.get(spec.name) or _guess(spec, table, {one.key for one in (*named.values(), *slots)}, where)
+        slots.append(slot)
         fault = misfit(slot.spec, spec)
         if fault:
             raise BadConfig(
@@ -93,7 +90,7 @@ def connect(signature: Signature, given: Mapping[str, str], table: TensorTable, 
                 f"{where}.inputs: {slot.key} may have no rows, {spec} needs at least one",
                 hint=f"declare its first axis 0.. as in {spec.name}:{spec.dtype}[0..,...], and mean it",
             )
-    return slots
+    return tuple(slots)
 
 
 def _named(spec: TensorSpec, given: Mapping[str, str], table: TensorTable, where: str) -> WiredTensor | None:

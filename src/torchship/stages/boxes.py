@@ -11,7 +11,7 @@ import numpy as np
 
 from torchship.errors import BadConfig
 from torchship.stage import stage
-from torchship.stages.labels import Labels, activate
+from torchship.stages.labels import activate, names_of, read_labels
 from torchship.tensors import Array
 
 Format: TypeAlias = Literal["xyxy", "xywh", "cxcywh"]
@@ -55,7 +55,7 @@ class Nms:
             raise BadConfig(f"soft is {self.soft!r}", hint="use linear or gaussian, or leave it out")
         if self.sigma <= 0 or self.candidates < 1:
             raise BadConfig("sigma and candidates must be positive")
-        self._names = Labels(self.labels)
+        self._known = read_labels(self.labels)
 
     def __call__(
         self,
@@ -89,7 +89,7 @@ class Nms:
             "boxes": np.ascontiguousarray(chosen[keep], np.float32).reshape(-1, 4),
             "scores": found.astype(np.float32),
             "classes": classes[keep].astype(np.int64),
-            "labels": self._names(classes[keep]),
+            "labels": names_of(classes[keep], self._known),
         }
 
 

@@ -35,7 +35,7 @@ class TopK:
     def __post_init__(self) -> None:
         if self.activation not in ("softmax", "sigmoid", "none"):
             raise BadConfig(f"activation is {self.activation!r}", hint="use softmax, sigmoid or none")
-        self._names = Labels(self.labels)
+        self._known = read_labels(self.labels)
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class TopK:
         scores = activate(logits, self.activation)
         indices = top(scores, top_k)
         return {
-            "labels": self._names(indices),
+            "labels": names_of(indices, self._known),
             "scores": np.take_along_axis(scores, indices, axis=1),
             "indices": indices,
         }
@@ -55,19 +55,11 @@ class TopK:
 top_k = TopK
 
 
-class Labels:
-    """The names of classes by their numbers; the number itself where there is no name."""
-
-    def __init__(self, source: str | Sequence[str]) -> None:
-        """Raises what `read_labels` raises."""
-        self._names = [name.encode() for name in read_labels(source)]
-
-    def __call__(self, classes: Array) -> Array:
-        """A BYTES tensor, UTF-8, of the shape of `classes`."""
-        names = np.empty(classes.shape, object)
-        known = self._names
-        names.ravel()[:] = [known[n] if n < len(known) else str(n).encode() for n in classes.ravel().tolist()]
-        return names
+def names_of(classes: Array, known: Sequence[str]) -> Array:
+    """The names of classes by their numbers, BYTES in UTF-8; the number itself where there is no name."""
+    names = np.empty(classes.shape, object)
+    names.ravel()[:] = [(known[n] if n < len(known) else str(n)).encode() for n in classes.ravel().tolist()]
+    return names
 
 
 def activate(logits: Array, how: str) -> Array:

@@ -165,7 +165,7 @@ class Remote:
         self._options = options
         found, budget = [Endpoint.parse(url) for url in urls], Budget(ratio=options.retry_ratio)
         self._endpoints = Endpoints(found, options.breaker_failures, options.breaker_pause, budget)
-        self._channels = {id(one): self._channel(one) for one in found}
+        self._channels = {id(one): self._channel(one.address) for one in found}
         self.parameters: tuple[Parameter, ...] = ()
         try:
             self.signature = signature or signature_of(
@@ -244,7 +244,7 @@ class Remote:
         names = ", ".join(map(str, self._endpoints.all))
         raise Busy(f"no endpoint of {names} answers", hint="they failed again and again", retry_after=max(pause, 0.1))
 
-    def _channel(self, one: Endpoint) -> GrpcChannel:
+    def _channel(self, address: Address) -> GrpcChannel:
         """Raises BadConfig for a token or authorities that are not there."""
         options, headers = self._options, {}
         if options.token_env:
@@ -253,7 +253,7 @@ class Remote:
                 raise BadConfig(f"the environment has no {options.token_env}", hint="set it to the server's token")
             headers = {"authorization": f"Bearer {token}"}
         try:
-            tls = caller_context(authority=options.ca) if one.address.secure else None
+            tls = caller_context(authority=options.ca) if address.secure else None
         except BadConfig as fault:
             raise BadConfig(f"options.ca: {fault}") from None
-        return GrpcChannel(one.address, tls=tls, headers=headers, max_message=options.max_message)
+        return GrpcChannel(address, tls=tls, headers=headers, max_message=options.max_message)
