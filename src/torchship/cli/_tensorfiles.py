@@ -40,10 +40,15 @@ def read(path: Path, *, signature: Signature, mean: Sequence[float] = (), std: S
 
 def read_any(path: Path) -> Tensors:
     """All tensors of an .npz or .safetensors file. Raises BadInput."""
-    if path.suffix.lower() not in (".npz", ".safetensors"):
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".safetensors"):
         raise BadInput(f"{path.name}: named tensors are needed", hint="use .npz or .safetensors")
-    data = path.read_bytes()
-    return _npz(data) if path.suffix.lower() == ".npz" else tensorfile.decode(data)
+    return _named(path.read_bytes(), suffix)
+
+
+def _named(data: bytes, suffix: str) -> Tensors:
+    tensors: Tensors = tensorfile.decode(data) if suffix == ".safetensors" else _numpy(data, suffix)
+    return tensors
 
 
 def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float], std: Sequence[float]) -> Tensors:
@@ -54,16 +59,14 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     only = signature.required[0] if len(signature.required) == 1 else None
     if only and only.dtype == "BYTES" and suffix not in (".npy", ".npz", ".json", ".safetensors"):
         return {only.name: bytes_array([data]).reshape([1] * len(only.shape))}
-    if suffix == ".npz":
-        return _npz(data)
-    if suffix == ".safetensors":
-        return tensorfile.decode(data)
+    if suffix in (".npz", ".safetensors"):
+        return _named(data, suffix)
     if suffix == ".json":
         return _json(textfiles.decode(data, where=path.name), signature)
     if only is None:
         raise BadInput(f"one tensor for {len(signature.required)} inputs", hint="use .npz, .json or .safetensors")
     if suffix == ".npy":
-        return {only.name: _numpy(data)}
+        return {only.name: _numpy(data, suffix)}
     if suffix in SUFFIXES:
         return {only.name: reader(only, mean=mean, std=std)(data)[None]}
     raise BadInput(
@@ -71,20 +74,14 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     )
 
 
-def _numpy(data: bytes) -> Array:
+def _numpy(data: bytes, suffix: str) -> Any:
+    """The array of an .npy file, the arrays by name of an .npz file."""
     try:
-        found: Array = np.load(io.BytesIO(data), allow_pickle=False)
-        return found
-    except (ValueError, EOFError, OSError) as fault:
-        raise BadInput(f"not a readable .npy file: {fault}", hint="write it with numpy.save") from None
-
-
-def _npz(data: bytes) -> Tensors:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+        return found if suffix == ".npy" else {name: found[name] for name in found.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as fault:
-        raise BadInput(f"not a readable .npz file: {fault}", hint="write it with numpy.savez") from None
+        how = "save" if suffix == ".npy" else "savez"
+        raise BadInput(f"not a readable {suffix} file: {fault}", hint=f"write it with numpy.{how}") from None
 
 
 def _json(text: str, signature: Signature) -> Tensors:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchship.cli import _shown
+from torchship.errors import BadConfig, Unavailable
+
 if TYPE_CHECKING:
     from torchship.client.load import CallOutcome, Target
 
@@ -56,9 +59,7 @@ def command(*, target: str, store: str, as_json: bool, html: Path | None, **opti
         rows = uvloop.run(_measure(url, quiet=as_json, **options))
     plain = [row.plain() for row in rows]
     if as_json:
-        import json
-
-        click.echo(json.dumps({"target": target, "runs": plain}, indent=2))
+        _shown.print_json({"target": target, "runs": plain})
     if html is not None:
         from torchship.client.report import render
 
@@ -69,7 +70,6 @@ def command(*, target: str, store: str, as_json: bool, html: Path | None, **opti
 async def _measure(url: str, *, quiet: bool, **options: Any) -> list[CallOutcome]:
     from torchship.client import load
     from torchship.client.address import caller_context, parse
-    from torchship.errors import BadConfig
 
     address = parse(url)
     if not address.model:
@@ -142,11 +142,12 @@ def _served(target: str, *, store: str) -> Iterator[str]:
     if "://" in target:
         yield target
         return
-    import signal
     import socket
     import subprocess
     import sys
     import tempfile
+
+    from torchship import process
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -158,13 +159,7 @@ def _served(target: str, *, store: str) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{port}/{_await_model(port, server, log)}"
         finally:
-            if server.poll() is None:
-                server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            process.stop(server, grace=30)
 
 
 def _await_model(port: int, server: Any, log: Any) -> str:
@@ -172,7 +167,6 @@ def _await_model(port: int, server: Any, log: Any) -> str:
     import time
 
     from torchship.client import Client
-    from torchship.errors import Unavailable
 
     with Client(f"http://127.0.0.1:{port}") as client:
         end = time.monotonic() + 180

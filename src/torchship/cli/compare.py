@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torchship.cli import _shown
+from torchship.errors import BadConfig
+
 if TYPE_CHECKING:
     from torchship.optimize.compare import Comparison
 
@@ -41,7 +44,6 @@ def command(
 
     from torchship import hardware
     from torchship.artifact import Store, open_artifact
-    from torchship.errors import BadConfig
     from torchship.optimize import compare
 
     shelf = Store(store)
@@ -65,20 +67,16 @@ def command(
 
 
 def _show(rows: Sequence[Comparison], a: str, b: str, *, as_json: bool) -> None:
-    import msgspec
-    from rich.table import Table
-
-    from torchship.cli._shown import console
-
     if as_json:
+        import msgspec
+
         click.echo(msgspec.json.encode({"a": a, "b": b, "rows": rows}).decode())
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for head in (a, b):
-        table.add_column(head, overflow="fold")
-    table.add_column("B is better", justify="right")
+    from rich.text import Text
+
+    shown = []
     for row in rows:
         style = "" if row.better is None or 0.95 < row.better < 1.05 else "green" if row.better > 1 else "red"
-        table.add_row(row.what, row.a, row.b, "" if row.better is None else f"{row.better:.3g}x", style=style)
-    console().print(table)
+        better = "" if row.better is None else f"{row.better:.3g}x"
+        shown.append([Text(cell, style) for cell in (row.what, row.a, row.b, better)])
+    _shown.console().print(_shown.table(("", a, b, "B is better"), shown, right=["B is better"]))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchship.cli import _shown
+from torchship.errors import NoWinner
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torchship.optimize.report import Report
     from torchship.optimize.trial import Trial
 
@@ -29,7 +34,8 @@ Examples:
 @click.option("--input", "inputs", multiple=True, metavar="SPEC",
               help='An input as "name:DTYPE[axes]"; -1 frees an axis, seq:1..512 names and bounds it. Repeat for more. '
                    "May be left out when --data gives real inputs.")  # fmt: skip
-@click.option("--weights", metavar="FILE", help="A checkpoint to load into the module: .pth, .pt or .safetensors.")
+@click.option("--weights", metavar="FILE[#KEY]",
+              help="A checkpoint to load into the module: .pth, .pt or .safetensors; KEY of several.")  # fmt: skip
 @click.option("--data", metavar="MODULE:FUNCTION|FOLDER",
               help="Real inputs to calibrate and judge on: a function that yields batches, or pictures.")  # fmt: skip
 @click.option(
@@ -86,12 +92,12 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     sys.path.insert(0, "")
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what the user's code prints is no JSON
         wish = read_wish(target, **given)
-        with _Progress(quiet=as_json) as progress:
+        with _progress(quiet=as_json) as show:
             report = search.optimize(
                 wish.module,
                 wish.inputs,
                 publish=not no_publish,
-                on_trial=progress.show,
+                on_trial=show,
                 command=wish.command,
                 **wish.options,
             )
@@ -102,72 +108,57 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     else:
         _tell(report, report_dir, given["store"])
     if report.winner is None:
-        from torchship.errors import NoWinner
-
         if report.facts.interrupted:
             raise click.Abort
         raise NoWinner(report.facts.choice.reason, hint="see the table above, loosen the limits, or add --data")
 
 
-class _Progress:
-    """A progress bar on stderr with a line for every finished trial above it."""
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[Trial, int, int], None]]:
+    """A progress bar on stderr, and what is to be called as trials finish: it prints a line for each above the bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from torchship.optimize.report import line
 
-        self._console = Console(stderr=True, quiet=quiet and not sys.stderr.isatty())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=self._console, transient=True)
-        self._task = self._bar.add_task("capturing the model", total=None)
+    out = _shown.console(stderr=True, quiet=quiet and not sys.stderr.isatty())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("capturing the model", total=None)
 
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
+        def show(trial: Trial, done: int, total: int) -> None:
+            if trial.status != "skipped":  # they come in crowds, and the table tells them together
+                out.print(line(trial), style={"refused": "yellow", "failed": "red"}.get(trial.status), markup=False)
+            bar.update(task, description="trials", completed=done, total=total)
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, trial: Trial, done: int, total: int) -> None:
-        """Called as trials finish."""
-        from torchship.optimize.report import line
-
-        if trial.status != "skipped":  # they come in crowds, and the table tells them together
-            style = {"ok": "", "refused": "yellow", "failed": "red"}[trial.status]
-            self._console.print(line(trial), style=style, highlight=False, markup=False)
-        self._bar.update(self._task, description="trials", completed=done, total=total)
+        yield show
 
 
 def _tell(report: Report, report_dir: str | None, store: str | None) -> None:
     """The table, the winner and why, and how to go on."""
-    from torchship.cli._shown import console as shown
-
-    console = shown()
-    console.print(report.table())
+    out = _shown.console()
+    out.print(report.table())
     facts = report.facts
     for backend, reason in sorted(facts.left_out.items()):
-        console.print(f"left out {backend}: {reason}", style="dim", highlight=False, markup=False)
+        out.print(f"left out {backend}: {reason}", style="dim", markup=False)
     for note in facts.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        out.print(f"note: {note}", markup=False)
     if facts.interrupted:
-        console.print("interrupted: the winner is the best of what was done", style="yellow")
+        out.print("interrupted: the winner is the best of what was done", style="yellow")
     if report.winner is None:
         return
-    console.print(f"\nwinner: {report.winner.recipe.label}", style="bold green", highlight=False)
-    console.print(f"why:    {facts.choice.reason}", highlight=False, markup=False)
+    out.print(f"\nwinner: {report.winner.recipe.label}", style="bold green")
+    out.print(f"why:    {facts.choice.reason}", markup=False)
     for note in report.winner.notes:
-        console.print(f"note:   {note}", highlight=False, markup=False)
+        out.print(f"note:   {note}", markup=False)
     if report.artifact is not None:
         where = report.artifact.path
-        console.print(
-            f"artifact: {where}\nreport:   {where / 'report' / 'report.html'}", highlight=False, soft_wrap=True
-        )
+        out.print(f"artifact: {where}\nreport:   {where / 'report' / 'report.html'}", soft_wrap=True)
         native = any(entry.kind == "native" for entry in report.artifact.manifest.files)
         words = f"{facts.name} --store {store}" if store else facts.name
         serve = f"torchship serve {words}{' --trust' if native else ''}"
-        console.print(f"next:     torchship inspect {words}   |   {serve}", highlight=False, soft_wrap=True)
+        out.print(f"next:     torchship inspect {words}   |   {serve}", soft_wrap=True)
     if report_dir:
-        console.print(f"report:   {report_dir}/report.html", highlight=False, soft_wrap=True)
+        out.print(f"report:   {report_dir}/report.html", soft_wrap=True)
 
 
 def _json(report: Report) -> str:

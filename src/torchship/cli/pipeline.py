@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torchship.cli import _shown
+from torchship.errors import BadInput
+
 if TYPE_CHECKING:
     from torchship.artifact import Store
     from torchship.pipeline import Plan
@@ -59,16 +62,8 @@ def check(*, target: str, root: str | None, as_json: bool) -> None:
     plan, store = _planned(target, root)
     _made(plan, store)
     if as_json:
-        import msgspec
-
-        facts = {
-            "name": plan.name,
-            "signature": plan.signature,
-            "max_batch": plan.max_batch,
-            "parameters": plan.parameters,
-            "stages": plan.nodes,
-        }
-        click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
+        facts = {name: getattr(plan, name) for name in ("name", "signature", "max_batch", "parameters")}
+        _shown.print_json({**facts, "stages": plan.nodes})
         return
     stages = "1 stage fits" if len(plan.nodes) == 1 else f"{len(plan.nodes)} stages fit together"
     click.echo(f"{plan.name}: {stages}")
@@ -115,7 +110,6 @@ def publish(
     import tempfile
 
     from torchship.cli import _tensorfiles
-    from torchship.errors import BadInput
     from torchship.pipeline import Composed, pack_pipeline
 
     plan, store = _planned(file, root)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchship.cli import _shown
+from torchship.errors import BadInput
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -37,44 +40,32 @@ Examples:
 @click.option("--threads", default=0, help="[default: as many as there are cores]")
 @click.option("--trust", is_flag=True, help="Open native code: only if you know who made it.")
 @click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
-def command(**given: Any) -> None:
+def command(
+    *, target: str, file: Path, output: Path | None, parameters: tuple[str, ...], top: int, mean: str, std: str,
+    token: str, as_json: bool, **opening: Any,
+) -> None:  # fmt: skip
     """Run an artifact (a name in the store, a folder), a pipeline (a TOML file) or a served model (a URL) on a file.
 
     A picture for a model that takes FP32[-1,3,H,W] is resized, cut and normalized as torchvision's classifiers are.
     """
-    outputs, labels = _run(**{name: given[name] for name in given.keys() - {"output", "top", "as_json"}})
-    if given["output"]:
-        from torchship.cli import _tensorfiles
-
-        _tensorfiles.write(given["output"], outputs)
-    _show(outputs, labels, top=given["top"], as_json=given["as_json"])
-
-
-def _run(*, target: str, file: Path, parameters: tuple[str, ...], mean: str, std: str, **opening: Any) -> Any:
     from torchship.cli import _tensorfiles
 
     chosen = dict(map(_parameter, parameters))
     read = partial(_tensorfiles.read, file, mean=_numbers(mean), std=_numbers(std))
-    token = opening.pop("token")
+    labels: tuple[str, ...] = ()
     if "://" in target:
-        return _ask(target, chosen, token=token, read=read), ()
-    from torchship.pipeline import Composed, rows
-
-    stage, labels = _open(target, **opening)
-    try:
-        tensors = read(signature=stage.signature)
-        stage.signature.check(tensors)
-        alone = isinstance(stage, Composed)  # it cuts its jobs into batches itself
-        return stage(tensors, chosen) if alone else rows.run(stage, tensors, chosen), labels
-    finally:
-        stage.close()
+        outputs = _ask(target, chosen, token=token, read=read)
+    else:
+        outputs, labels = _run(target, chosen, read=read, **opening)
+    if output:
+        _tensorfiles.write(output, outputs)
+    _show(outputs, labels, top=top, as_json=as_json)
 
 
 def _ask(url: str, parameters: dict[str, Value], *, token: str, read: Callable[..., Tensors]) -> Tensors:
     """The answer of a served model, by any URL of it, to what `read` gives for its signature."""
     from torchship.client import Client
     from torchship.client.address import parse
-    from torchship.errors import BadInput
     from torchship.wire.oip_json import signature_of
 
     found = parse(url)
@@ -85,24 +76,33 @@ def _ask(url: str, parameters: dict[str, Value], *, token: str, read: Callable[.
         return client.infer(found.model, tensors, version=found.version, parameters=parameters)
 
 
-def _open(target: str, *, store: str | None, **opening: Any) -> tuple[Stage, tuple[str, ...]]:
-    """A pipeline in a TOML file, or what is published; and its labels."""
+def _run(
+    target: str, chosen: dict[str, Value], *, read: Callable[..., Tensors], store: str | None, **opening: Any
+) -> tuple[Tensors, tuple[str, ...]]:
+    """The outputs of a pipeline in a TOML file, or of what is published; and its labels."""
     import sys
 
     from torchship.artifact import Store, open_artifact
-    from torchship.pipeline import Composed, config, open_target, plan
+    from torchship.pipeline import Composed, config, open_target, plan, rows
 
     found = Store(store)
+    labels: tuple[str, ...] = ()
     if target.endswith(".toml"):
         sys.path.insert(0, "")  # Python stages of the user's lie where the command is typed
-        return Composed(plan(config.read(target), found), found), ()
-    path = found.resolve(target)
-    return open_target(path, store=found, **opening), open_artifact(path, verify=False).manifest.labels
+        stage: Stage = Composed(plan(config.read(target), found), found)
+    else:
+        path = found.resolve(target)
+        stage, labels = open_target(path, store=found, **opening), open_artifact(path, verify=False).manifest.labels
+    try:
+        tensors = read(signature=stage.signature)
+        stage.signature.check(tensors)
+        alone = isinstance(stage, Composed)  # it cuts its jobs into batches itself
+        return stage(tensors, chosen) if alone else rows.run(stage, tensors, chosen), labels
+    finally:
+        stage.close()
 
 
 def _parameter(text: str) -> tuple[str, Value]:
-    from torchship.errors import BadInput
-
     name, found, value = text.partition("=")
     if not name or not found:
         raise BadInput(f"{text!r} is not NAME=VALUE", hint="as in --parameter top_k=3")
@@ -117,8 +117,6 @@ def _parameter(text: str) -> tuple[str, Value]:
 
 
 def _numbers(text: str) -> list[float]:
-    from torchship.errors import BadInput
-
     try:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError:
@@ -126,14 +124,11 @@ def _numbers(text: str) -> list[float]:
 
 
 def _show(outputs: Tensors, labels: tuple[str, ...], *, top: int, as_json: bool) -> None:
-    from torchship.cli import _shown, _tensorfiles
+    from torchship.cli import _tensorfiles
 
     names = _names(outputs, labels, top)
     if as_json:
-        import msgspec
-
-        facts = {"outputs": _tensorfiles.as_json(outputs), **({"top": names} if names else {})}
-        click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
+        _shown.print_json({"outputs": _tensorfiles.as_json(outputs), **({"top": names} if names else {})})
         return
     for number, row in enumerate(names):
         if len(names) > 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from torchship.cli import _shown
+from torchship.errors import BadConfig
 
 if TYPE_CHECKING:
     from torchship.artifact import Store
@@ -37,26 +40,18 @@ def command(ctx: click.Context, *, root: str | None) -> None:
     ctx.obj = Store(root)
 
 
-def _print_json(facts: Any) -> None:
-    import msgspec
-
-    click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
-
-
 @command.command(name="list")
 @_json
 @click.pass_obj
 def list_(store: Store, *, as_json: bool) -> None:
     """All names with their versions."""
-    from torchship.cli import _shown
-
     entries = store.list()
     if as_json:
-        _print_json(entries)
+        _shown.print_json(entries)
         return
     rows = [(e.name, e.current, ", ".join(map(str, e.versions))) for e in entries]
     out = _shown.console()
-    out.print(_shown.table(("name", "current", "versions"), rows, right="current"))
+    out.print(_shown.table(("name", "current", "versions"), rows, right=["current"]))
     if not rows:
         out.print(f"nothing is published in {store.root}")
 
@@ -68,13 +63,12 @@ def list_(store: Store, *, as_json: bool) -> None:
 def show(store: Store, *, name: str, as_json: bool) -> None:
     """The versions of NAME: when and how they were made, how fast they are."""
     from torchship.artifact import open_artifact
-    from torchship.cli import _shown
 
     current = store.current(name)
     artifacts = {n: open_artifact(store.resolve(f"{name}@{n}"), verify=False) for n in store.versions(name)}
     if as_json:
         facts = [{"version": n, "current": n == current, "manifest": a.manifest} for n, a in artifacts.items()]
-        _print_json(facts)
+        _shown.print_json(facts)
         return
     rows = []
     for number, artifact in artifacts.items():
@@ -85,7 +79,7 @@ def show(store: Store, *, name: str, as_json: bool) -> None:
         size = _shown.human_size(artifact.size)
         rows.append((mark, number, manifest.recipe.label, speed, size, manifest.provenance.created[:19]))
     columns = ("", "version", "recipe", "p50 ms", "size", "created")
-    _shown.console().print(_shown.table(columns, rows, right="version size"))
+    _shown.console().print(_shown.table(columns, rows, right=["version", "size"]))
 
 
 @command.command()
@@ -94,8 +88,6 @@ def show(store: Store, *, name: str, as_json: bool) -> None:
 @click.pass_obj
 def remove(store: Store, *, target: str, yes: bool) -> None:
     """Remove one version (NAME@3) or all of a name. Their numbers are not used again."""
-    from torchship.errors import BadConfig
-
     name, _, wanted = target.partition("@")
     if wanted and not wanted.isdigit():
         raise BadConfig(f"{target}: say which version by its number", hint=f"as in {name}@{store.current(name)}")
@@ -134,7 +126,6 @@ def publish(store: Store, *, folder: str, name: str) -> None:
 def export(store: Store, *, target: str, file: str) -> None:
     """Write an artifact to one FILE (.tar or .zip) that `import` takes on another machine."""
     from torchship.artifact import archive
-    from torchship.cli import _shown
 
     path = archive.export(store.resolve(target), to=file)
     click.echo(f"wrote {path} ({_shown.human_size(path.stat().st_size)})")

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchship.doctor import features
+from torchship.doctor.machine import fast_formats
 from torchship.doctor.subject import Subject, call
 from torchship.hardware import Hardware
 
@@ -46,19 +46,19 @@ def estimate(subject: Subject, *, hardware: Hardware) -> Cost:
             call(subject.model.module, tensors)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    by_operator = {str(operator): int(count) for operator, count in counter.get_flop_counts().get("Global", {}).items()}
-    total = sum(by_operator.values())
-    convolution = _share(by_operator, _CONVOLUTIONS, total)
-    product = _share(by_operator, _PRODUCTS, total)
+    with torch.inference_mode(), _Ledger() as ledger:
+        subject.model.module(*tensors)
+    counts = {str(operator): int(count) for operator, count in counter.get_flop_counts().get("Global", {}).items()}
+    convolution, product = _share(counts, _CONVOLUTIONS), _share(counts, _PRODUCTS)
     rows = int(tensors[0].shape[0]) if subject.model.signature.batched else 1
     weights = {tensor.data_ptr(): tensor for tensor in (*subject.module.parameters(), *subject.module.buffers())}
     return Cost(
-        flops=total // rows,
+        flops=sum(counts.values()) // rows,
         convolution=convolution,
         product=product,
         parameters=sum(tensor.numel() for tensor in subject.module.parameters()),
         weight_bytes=sum(tensor.nbytes for tensor in weights.values()),
-        activations=live_bytes(subject.model.module, tensors) // rows,
+        activations=ledger.most // rows,
         rows=rows,
         usable=_usable(subject.module, convolution, product, hardware),
     )
@@ -69,14 +69,15 @@ def _recurrent(given: Sequence[int], inward: Sequence[int], across: Sequence[int
     return 2 * given[0] * given[1] * (math.prod(inward) + math.prod(across))
 
 
-def _share(counts: dict[str, int], names: Sequence[str], total: int) -> float:
+def _share(counts: dict[str, int], names: Sequence[str]) -> float:
+    """What operators with such names have of all FLOPs, in percent."""
     found = sum(count for name, count in counts.items() if any(word in name for word in names))
-    return round(100 * found / total, 1) if total else 0.0
+    return round(100 * found / sum(counts.values()), 1) if found else 0.0
 
 
 def _usable(module: torch.nn.Module, convolution: float, product: float, hardware: Hardware) -> list[str]:
     """Which features of this machine the module can use, each in one line."""
-    fast, heavy = features.fast_formats(hardware), convolution + product
+    fast, heavy = fast_formats(hardware), convolution + product
     if heavy < 1:
         return ["no convolution or matrix product: memory speed decides, not arithmetic"]
     lines = []
@@ -129,10 +130,3 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held[key][1] -= 1
         if self._held[key][1] == 0:
             self._now -= self._held.pop(key)[0]
-
-
-def live_bytes(module: Any, tensors: Sequence[torch.Tensor]) -> int:
-    """The most bytes of activations that are alive at once in one call."""
-    with torch.inference_mode(), _Ledger() as ledger:
-        module(*tensors)
-    return int(ledger.most)

@@ -9,9 +9,8 @@ from typing import TypeAlias
 import msgspec
 
 from torchship.doctor import edits, failure
-from torchship.doctor.catalog import UNKNOWN, Construct, named, recognise
+from torchship.doctor.catalog import UNKNOWN, Row, constructs, recognise
 from torchship.doctor.failure import Failure
-from torchship.doctor.routes import Break
 from torchship.errors import BuildFailed
 from torchship.optimize.places import Place, is_installed
 
@@ -36,67 +35,58 @@ Suspects: TypeAlias = Sequence[tuple[str, Place]]
 
 
 def diagnose(fault: Failure, *, suspects: Suspects = ()) -> Diagnosis:
-    """The diagnosis of a failed route; `suspects` help out where the error names no line, or one that shows nothing."""
-    place, construct = _located(fault.text, fault.places)
+    """The diagnosis of a failed route.
+
+    `suspects` (constructs that the user's source holds) help out where the error names no line, or one that shows
+    nothing.
+    """
+    place, row = _located(fault)
     said = first_words(fault.text)
-    if not construct.code:
+    if not row.code:
         for name, seen in suspects:
-            known = named(name)
-            if known and known.says(fault.text) and (place is None or str(place) == str(seen)):
-                place, construct = seen, known
+            if constructs()[name].search(fault.text, re.I) and (place is None or str(place) == str(seen)):
+                place, row = seen, constructs()[name]
                 break
-    if construct is UNKNOWN and suspects and (found := suspected(suspects, said=said)):
+    if row.name == UNKNOWN and (found := suspected(suspects, said=said)):
         return found
-    return _told(construct, place, fault, said)
-
-
-def in_plain_words(fault: BuildFailed) -> BuildFailed:
-    """The same refusal with the user's line and the construct, where its causes name them; else as it was."""
-    found = diagnose(failure.of(fault))
-    if found.construct == "unknown" or found.place is None:
-        return fault
-    where = f"{found.place}: {found.place.code}" if found.place.code else f"{found.place}"
-    return BuildFailed(f"{found.construct} ({where}): {found.words}", hint=found.edit)
+    edit = row.edit
+    if place is not None and is_installed(place.file):
+        edit += " (this line is in an installed package: subclass it, or wrap the call)"
+    if row.tells_lengths:
+        edit += _allowed(fault.text)
+    old, new = edits.propose(place.file, place.line, rewrite=row.rewrite) if place else ("", "")
+    own = fault.place
+    called = own if place and own and is_installed(place.file) and not is_installed(own.file) else None
+    return Diagnosis(row.name, row.why, edit, place, said, old, new, called)
 
 
 def suspected(suspects: Suspects, *, said: str = "") -> Diagnosis | None:
     """The diagnosis of a route that gives wrong results: the first line of the source that a trace freezes."""
     for name, place in suspects:
-        construct = named(name)
-        if construct is not None and construct.freezes:
-            old, new = edits.propose(place.file, place.line, rewrite=construct.rewrite)
-            return Diagnosis(name, construct.words, construct.edit, place, said, old, new)
+        row = constructs()[name]
+        if row.freezes:
+            old, new = edits.propose(place.file, place.line, rewrite=row.rewrite)
+            return Diagnosis(name, row.why, row.edit, place, said, old, new)
     return None
 
 
-def diagnose_break(found: Break, *, suspects: Suspects = ()) -> Diagnosis:
-    """The diagnosis of a graph break."""
-    fault = Failure("", f"graph break: {found.reason}", found.places)
-    return msgspec.structs.replace(diagnose(fault, suspects=suspects), said=first_words(found.reason))
+def in_plain_words(fault: BuildFailed) -> BuildFailed:
+    """The same refusal with the user's line and the construct, where its causes name them; else as it was."""
+    found = diagnose(failure.of(fault))
+    if found.construct == UNKNOWN or found.place is None:
+        return fault
+    where = f"{found.place}: {found.place.code}" if found.place.code else f"{found.place}"
+    return BuildFailed(f"{found.construct} ({where}): {found.words}", hint=found.edit)
 
 
-def _told(construct: Construct, place: Place | None, fault: Failure, said: str) -> Diagnosis:
-    edit = construct.edit
-    if place is not None and is_installed(place.file):
-        edit += " (this line is in an installed package: subclass it, or wrap the call)"
-    if construct.name in ("size written into the code", "loop over a free axis"):
-        edit += _allowed(fault.text)
-    if construct.name == "operator that ONNX does not have":
-        said = _operator(fault.text) or said
-    old, new = edits.propose(place.file, place.line, rewrite=construct.rewrite) if place else ("", "")
-    own = fault.place
-    called = own if place and own and is_installed(place.file) and not is_installed(own.file) else None
-    return Diagnosis(construct.name, construct.words, edit, place, said, old, new, called)
-
-
-def _located(text: str, places: tuple[Place, ...]) -> tuple[Place | None, Construct]:
+def _located(fault: Failure) -> tuple[Place | None, Row]:
     """The innermost of the lines whose code fits the construct, else the innermost of the user's own."""
-    for place in reversed(places):
-        construct = recognise(text, place.code)
-        if construct.code:
-            return place, construct
-    own = failure.innermost(places)
-    return own, recognise(text, own.code if own else "")
+    for place in reversed(fault.places):
+        row = recognise(fault.text, place.code)
+        if row.code:
+            return place, row
+    own = fault.place
+    return own, recognise(fault.text, own.code if own else "")
 
 
 def _allowed(text: str) -> str:
@@ -109,13 +99,11 @@ def _allowed(text: str) -> str:
     )
 
 
-def _operator(text: str) -> str:
-    found = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", text)
-    return f"no ONNX operator for {found[1]}" if found else ""
-
-
 def first_words(text: str) -> str:
     """The first line of an error that says something, at most 200 characters."""
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", text)
+    if operator:
+        return f"no ONNX operator for {operator[1]}"
     skipped = ("Failed to export the model", "TorchExportError", "ConversionError: Failed", "- ", "## ", "Next steps")
     lines = [line.strip() for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(skipped) and not re.fullmatch(r"\w+:", line)]

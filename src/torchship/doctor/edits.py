@@ -7,14 +7,17 @@ import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
-_TENSOR_WORDS = ("reshape", "view", "expand", "repeat")
-Rewrite: TypeAlias = Callable[[ast.stmt, ast.stmt | None], str | None]
+_SIZED = ("reshape", "view", "expand")
 
 
-def propose(file: str, line: int, *, rewrite: Rewrite) -> tuple[str, str]:
-    """Old and new source for the statement at a line: no new source where it should go, neither where none is known."""
+def propose(file: str, line: int, *, rewrite: str) -> tuple[str, str]:
+    """Old and new source for the statement at a line: no new source where it should go, neither where none is known.
+
+    `rewrite` is a name in REWRITES, or empty for constructs that have no safe rewrite.
+    """
+    if not rewrite:
+        return "", ""
     try:
         source = Path(file).read_text()
         found = _statement(ast.parse(source), line)
@@ -23,18 +26,13 @@ def propose(file: str, line: int, *, rewrite: Rewrite) -> tuple[str, str]:
     if found is None:
         return "", ""
     statement, following = found
-    new = rewrite(statement, following)
+    new = REWRITES[rewrite](statement, following)
     if new is None:
         return "", ""
     old = _as_written(source, statement)
-    if following is not None and isinstance(statement, ast.If) and _returned(statement.body) and not statement.orelse:
+    if following and isinstance(statement, ast.If) and new.startswith("return ") and not statement.orelse:
         old += "\n" + _as_written(source, following)
     return old, new
-
-
-def unknown(statement: ast.stmt, following: ast.stmt | None) -> str | None:
-    """For constructs that have no safe rewrite."""
-    return None
 
 
 def removed(statement: ast.stmt, following: ast.stmt | None) -> str | None:
@@ -62,24 +60,20 @@ def _statement(tree: ast.Module, line: int) -> tuple[ast.stmt, ast.stmt | None] 
 
 
 def _head_end(statement: ast.stmt) -> int:
-    """The last line of a statement, or of its first line's expression where it opens a block."""
-    if isinstance(statement, ast.If | ast.While):
-        return statement.test.end_lineno or statement.lineno
-    if isinstance(statement, ast.For):
-        return statement.iter.end_lineno or statement.lineno
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.With | ast.Try | ast.AsyncFunctionDef):
-        return statement.lineno
-    return statement.end_lineno or statement.lineno
+    """The last line of a statement, or of its head where it opens a block."""
+    if not hasattr(statement, "body"):
+        return statement.end_lineno or statement.lineno
+    heads = (node.end_lineno or 0 for node in ast.iter_child_nodes(statement) if isinstance(node, ast.expr))
+    return max([statement.lineno, *heads])
 
 
-def _returned(body: list[ast.stmt]) -> ast.expr | None:
-    value = body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
-    return value if value is not None and _is_tensor(value) else None
-
-
-def _assigned(body: list[ast.stmt]) -> tuple[str, ast.expr] | None:
-    if len(body) == 1 and isinstance(body[0], ast.Assign) and len(body[0].targets) == 1 and _is_tensor(body[0].value):
-        return ast.unparse(body[0].targets[0]), body[0].value
+def _outcome(body: list[ast.stmt]) -> tuple[str, str] | None:
+    """What a branch of one statement comes to: `return ` or `name = `, and the source of a tensor."""
+    match body:
+        case [ast.Return(value=ast.expr() as value)] if _is_tensor(value):
+            return "return ", ast.unparse(value)
+        case [ast.Assign(targets=[target], value=value)] if _is_tensor(value):
+            return f"{ast.unparse(target)} = ", ast.unparse(value)
     return None
 
 
@@ -97,16 +91,10 @@ def branch(statement: ast.stmt, following: ast.stmt | None) -> str | None:
         return _choice(statement) or None
     if not _decides(statement.test):
         return None
-    other = statement.orelse or ([following] if following is not None else [])
-    yes, no = _returned(statement.body), _returned(other)
-    if yes is not None and no is not None:
-        return f"return {_where(statement.test, ast.unparse(yes), ast.unparse(no))}"
-    set_yes, set_no = _assigned(statement.body), _assigned(statement.orelse)
-    if set_yes and not statement.orelse:
-        return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), set_yes[0])}"
-    if set_yes and set_no and set_yes[0] == set_no[0]:
-        return f"{set_yes[0]} = {_where(statement.test, ast.unparse(set_yes[1]), ast.unparse(set_no[1]))}"
-    return None
+    yes, no = _outcome(statement.body), _outcome(statement.orelse or ([following] if following else []))
+    if yes and not statement.orelse and yes[0] != "return ":
+        no = yes[0], yes[0].removesuffix(" = ")
+    return f"{yes[0]}{_where(statement.test, yes[1], no[1])}" if yes and no and yes[0] == no[0] else None
 
 
 def _decides(test: ast.expr) -> bool:
@@ -145,23 +133,6 @@ class _DropItem(ast.NodeTransformer):
         return node
 
 
-class _FreeSize(ast.NodeTransformer):
-    """The first number of a reshape or view becomes -1."""
-
-    def __init__(self) -> None:
-        self.changed = False
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        if isinstance(node.func, ast.Attribute) and node.func.attr in _TENSOR_WORDS and node.args:
-            holder = node.args[0].elts if isinstance(node.args[0], ast.Tuple | ast.List) else node.args
-            numbers = [ast.unparse(item) for item in holder]
-            if isinstance(holder[0], ast.Constant) and isinstance(holder[0].value, int) and "-1" not in numbers:
-                holder[0] = ast.parse("-1", mode="eval").body
-                self.changed = True
-        return node
-
-
 def no_item(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     """The statement without taking numbers out of tensors."""
     if isinstance(statement, ast.For | ast.While | ast.FunctionDef) or "int(" in ast.unparse(statement):
@@ -176,9 +147,15 @@ def no_size(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     """The statement with -1 for the number that a view or reshape begins with."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If | ast.For | ast.While):
         return None
-    change = _FreeSize()
-    new = ast.unparse(change.visit(ast.parse(ast.unparse(statement))))
-    return new if change.changed else None
+    copy, changed = ast.parse(ast.unparse(statement)), False
+    for node in ast.walk(copy):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SIZED:
+            sizes = node.args[0].elts if node.args and isinstance(node.args[0], ast.Tuple | ast.List) else node.args
+            words = [ast.unparse(size) for size in sizes]
+            if words and words[0].isdigit() and "-1" not in words:
+                sizes[0] = ast.parse("-1", mode="eval").body
+                changed = True
+    return ast.unparse(copy) if changed else None
 
 
 def out_of_place(statement: ast.stmt, following: ast.stmt | None) -> str | None:
@@ -191,3 +168,8 @@ def out_of_place(statement: ast.stmt, following: ast.stmt | None) -> str | None:
     owner = ast.unparse(function.value)
     arguments = ", ".join(ast.unparse(item) for item in [*statement.value.args, *statement.value.keywords])
     return f"{owner} = {owner}.{function.attr[:-1]}({arguments})" if owner.isidentifier() else None
+
+
+REWRITES: dict[str, Callable[[ast.stmt, ast.stmt | None], str | None]] = {
+    rewrite.__name__: rewrite for rewrite in (removed, branch, no_item, no_size, out_of_place)
+}

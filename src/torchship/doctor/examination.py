@@ -1,38 +1,35 @@
-"""The examination of a module: what every route and every look found, gathered in one report."""
+"""Examines a module: what every route and every look found, in one report.
+
+Each is a child of its own, forked from a process that has imported torch; a crash or a hang costs one row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
 
 import msgspec
 
 from torchship import process
-from torchship.doctor import runner
-from torchship.doctor.cost import Cost
-from torchship.doctor.diagnose import Diagnosis, diagnose, diagnose_break, suspected
-from torchship.doctor.findings import Finding
-from torchship.doctor.routes import OPENS, ROUTE_NAMES, RouteOutcome
-from torchship.doctor.runner import Seen
+from torchship.doctor import failure, routes
+from torchship.doctor.cost import Cost, estimate
+from torchship.doctor.diagnose import Diagnosis, diagnose
+from torchship.doctor.failure import Failure
+from torchship.doctor.findings import Finding, examine
+from torchship.doctor.routes import OPENS, ROUTES, RouteAnswer, RouteRow
+from torchship.doctor.subject import Subject, admit
 from torchship.errors import BadConfig, CaptureFailed, NotFound
 from torchship.hardware import here
+from torchship.optimize.forkserver import Forkserver
 from torchship.tensors import TensorSpec
 
-# two children at once, about equally long: each brings the subject up once
-_GROUPS = ((runner.MODULE, "export", "trace", "script", "onnx"), ("export strict", "compile"))
+_MODULE = "module"  # the look at the module itself; the other parts are routes
+# two children at once, about equally long
+_GROUPS = ((_MODULE, "export", "trace", "script", "onnx"), ("export strict", "compile"))
+_SLOW_IMPORTS = ("torch.export", "torch._dynamo", "onnxscript", __name__)
 _OURS = {kind.__name__: kind for kind in (BadConfig, NotFound, CaptureFailed)}
-
-
-class RouteRow(msgspec.Struct, frozen=True):
-    """One route: `ok` when it exports and agrees with the module; else why, and what to do."""
-
-    route: str
-    ok: bool
-    opens: str
-    summary: str = ""
-    error: float | None = None
-    diagnosis: Diagnosis | None = None
-    seconds: float = 0.0
 
 
 class Examination(msgspec.Struct, frozen=True):
@@ -54,11 +51,21 @@ class Examination(msgspec.Struct, frozen=True):
         return shipped and not any(finding.level == "bad" for finding in self.findings)
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """What is found about the module itself; `failed` is the error that stopped it."""
+
+    signature: str = ""
+    findings: list[Finding] = []
+    cost: Cost | None = None
+    notes: list[str] = []
+    failed: Failure | None = None
+
+
 def diagnose_target(
     target: str,
     *,
     inputs: Sequence[str],
-    routes: Sequence[str] = ROUTE_NAMES,
+    routes: Sequence[str] = tuple(ROUTES),
     timeout: float = 180.0,
     memory: int | None = None,
     on_step: Callable[[str], None] = lambda name: None,
@@ -72,33 +79,61 @@ def diagnose_target(
     """
     for text in inputs:
         TensorSpec.parse(text)
-    unknown = [name for name in routes if name not in ROUTE_NAMES]
+    unknown = [name for name in routes if name not in ROUTES]
     if unknown or not inputs:
         words = f"unknown route {unknown[0]!r}" if unknown else "no inputs are given"
-        raise BadConfig(words, hint=f"routes: {', '.join(ROUTE_NAMES)}" if unknown else 'add --input "x:FP32[-1,16]"')
+        raise BadConfig(words, hint=f"routes: {', '.join(ROUTES)}" if unknown else 'add --input "x:FP32[-1,16]"')
     limit = memory or int(here().memory * 0.8)
-    threads = max(1, here().cores // 2)
 
-    def walked(group: Sequence[str]) -> dict[str, process.Outcome]:
-        order = [name for name in group if name == runner.MODULE or name in routes]
-        return runner.walk(target, inputs, order, timeout=timeout, memory=limit, threads=threads, on_step=on_step)
+    def walked(group: Sequence[str]) -> list[tuple[str, process.Outcome]]:
+        found = []
+        with closing(Forkserver(_SLOW_IMPORTS, threads=max(1, here().cores // 2))) as server:
+            for part in group:
+                if part == _MODULE or part in routes:
+                    task = (target, tuple(inputs), part)
+                    found.append(
+                        (part, server.run(f"{__name__}:part_here", argument=task, timeout=timeout, memory=limit))
+                    )
+                    on_step(part)
+        return found
 
     with ThreadPoolExecutor(len(_GROUPS)) as pool:
-        done = {name: outcome for found in pool.map(walked, _GROUPS) for name, outcome in found.items()}
-    seen = _seen(done.pop(runner.MODULE))
+        done = dict(found for group in pool.map(walked, _GROUPS) for found in group)
+    seen = _seen(done.pop(_MODULE))
     _stop_if_nothing(seen)
-    rows = [_row(name, done[name]) for name in routes]
-    compiled = _outcome(done["compile"]) if "compile" in done else None
+    answers = [_answer(name, done[name]) for name in routes]
     return Examination(
         target,
         seen.signature,
-        rows,
-        [diagnose_break(found, suspects=compiled.suspects) for found in compiled.breaks] if compiled else [],
-        compiled.graphs if compiled else 0,
+        [answer.row for answer in answers],
+        [diagnosis for answer in answers for diagnosis in answer.breaks],
+        sum(answer.graphs for answer in answers),
         seen.findings,
         seen.cost,
         seen.notes,
     )
+
+
+def part_here(given: Any) -> Any:
+    """A child's work: one part of the examination as plain data."""
+    target, inputs, part = given
+    try:
+        subject = admit(target, inputs)
+    except Exception as fault:
+        if part == _MODULE:
+            return msgspec.to_builtins(Seen(failed=failure.of(fault)))
+        raise
+    return msgspec.to_builtins(look(subject) if part == _MODULE else routes.walk(subject, part))
+
+
+def look(subject: Subject) -> Seen:
+    """Findings and costs of the module itself."""
+    cost, notes = None, []
+    try:
+        cost = estimate(subject, hardware=here())
+    except Exception as fault:  # an estimate that cannot be made is no reason to say nothing
+        notes.append(f"no cost estimate: {type(fault).__name__}: {' '.join(str(fault).split())[:160]}")
+    return Seen(str(subject.model.signature), examine(subject), cost, notes)
 
 
 def _seen(done: process.Outcome) -> Seen:
@@ -109,39 +144,22 @@ def _seen(done: process.Outcome) -> Seen:
 
 
 def _stop_if_nothing(seen: Seen) -> None:
-    if seen.failed is None:
+    fault = seen.failed
+    if fault is None:
         return
-    kind = _OURS.get(seen.kind, CaptureFailed)
-    if kind is not CaptureFailed:
-        raise kind(seen.words, hint=seen.hint)
-    place = seen.failed.place
-    told = f" [{place}: {place.code}]" if place and str(place) not in seen.words else ""
-    hint = seen.hint
-    if place is not None:
-        found = diagnose(seen.failed)
+    kind, place, words, hint = _OURS.get(fault.kind, CaptureFailed), fault.place, fault.words, fault.hint
+    if kind is CaptureFailed and place is not None:
+        found = diagnose(fault)
         hint = f"{found.words}: {found.edit}" if found.construct not in ("unknown", "graph break") else hint
-    raise kind(f"{seen.words}{told}", hint=hint)
+        words += "" if str(place) in words else f" [{place}: {place.code}]"
+    raise kind(words, hint=hint)
 
 
-def _outcome(done: process.Outcome) -> RouteOutcome | None:
-    return None if done.value is None else msgspec.convert(done.value, RouteOutcome)
-
-
-def _row(name: str, done: process.Outcome) -> RouteRow:
-    found, opens = _outcome(done), OPENS[name]
-    if found is None:
-        last = next((line for line in reversed(done.log.splitlines()) if line.strip()), "")
-        words = f"the exporter {done.fault}" if not done.fault[:1].isupper() else f"the exporter failed: {done.fault}"
-        return RouteRow(
-            name, False, opens, f"{words}{f' ({last.strip()[:120]})' if last else ''}", seconds=done.seconds
-        )
-    if found.wrong:
-        diagnosis = diagnose(found.failure, suspects=found.suspects) if found.failure else suspected(found.suspects)
-        return RouteRow(name, False, opens, found.wrong, found.error, diagnosis, done.seconds)
-    if found.failure is not None:
-        diagnosis = diagnose(found.failure, suspects=found.suspects)
-        return RouteRow(name, False, opens, diagnosis.words, None, diagnosis, done.seconds)
-    summary = ""
-    if name == "compile":  # told to keep it whole, the compiler follows more
-        summary = f"with fullgraph=True; in {found.graphs} graphs without" if found.graphs > 1 else "in 1 graph"
-    return RouteRow(name, True, opens, summary, found.error, None, done.seconds)
+def _answer(name: str, done: process.Outcome) -> RouteAnswer:
+    if done.value is not None:
+        answer = msgspec.convert(done.value, RouteAnswer)
+        return msgspec.structs.replace(answer, row=msgspec.structs.replace(answer.row, seconds=done.seconds))
+    last = next((line for line in reversed(done.log.splitlines()) if line.strip()), "")
+    words = f"the exporter {done.fault}" if not done.fault[:1].isupper() else f"the exporter failed: {done.fault}"
+    summary = f"{words}{f' ({last.strip()[:120]})' if last else ''}"
+    return RouteAnswer(RouteRow(name, False, OPENS[name], summary, seconds=done.seconds))

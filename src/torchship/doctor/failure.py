@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import msgspec
 
@@ -17,22 +17,22 @@ _LONGEST = 6000
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """The type and text of an error and of its causes, and the lines of models' code that it names, innermost last."""
+    """The type and text of an error and of its causes, and the lines of models' code that it names, innermost last.
+
+    `words` and `hint` are those of the error alone.
+    """
 
     kind: str
     text: str
     places: tuple[Place, ...] = ()
+    words: str = ""
+    hint: str = ""
 
     @property
     def place(self) -> Place | None:
         """The innermost line of the user's own files; of an installed package where none is."""
-        return innermost(self.places)
-
-
-def innermost(places: Sequence[Place]) -> Place | None:
-    """The last place in the user's own files, else the last at all."""
-    own = [place for place in places if not is_installed(place.file)]
-    return next(iter([*own[-1:], *places[-1:]]), None)
+        own = [place for place in self.places if not is_installed(place.file)]
+        return next(iter([*own[-1:], *self.places[-1:]]), None)
 
 
 def of(fault: BaseException) -> Failure:
@@ -47,7 +47,8 @@ def of(fault: BaseException) -> Failure:
     ]
     from_nodes = [place for link in chain for place in _translated(link)]
     found = [place for place in (*from_frames, *from_text, *from_nodes) if is_users(place.file)]
-    return Failure(type(chain[0]).__name__, text, tuple(dict.fromkeys(found)))
+    hint = getattr(fault, "hint", "")
+    return Failure(type(fault).__name__, text, tuple(dict.fromkeys(found)), str(fault), hint)
 
 
 def _translated(fault: BaseException) -> list[Place]:
@@ -67,8 +68,6 @@ def _chain(fault: BaseException | None) -> Iterator[BaseException]:
 
 def places_in(text: str) -> list[Place]:
     """Every place that an error's text names, in the order of the text."""
-    found = []
-    for hit in _FILE.finditer(text):
-        found.append((hit.start(), place_at(hit["file"], int(hit["line"]), (hit["function"] or "").strip())))
-    found += [(hit.start(), place_at(hit["file"], int(hit["line"]), hit["function"])) for hit in _CAUSED.finditer(text)]
-    return [place for _, place in sorted(found, key=lambda pair: pair[0])]
+    hits = [hit for pattern in (_FILE, _CAUSED) for hit in pattern.finditer(text)]
+    hits.sort(key=lambda hit: hit.start())
+    return [place_at(hit["file"], int(hit["line"]), (hit["function"] or "").strip()) for hit in hits]

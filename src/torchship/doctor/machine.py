@@ -1,26 +1,25 @@
-"""What this machine is: cores, threads, memory, shared memory, tools, and which backends run on it. Needs no torch."""
+"""What this machine is, what its features are good for, and which backends run on it. Needs no torch."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import Literal, TypeAlias
+import tempfile
+from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 import psutil
 
 from torchship import plugins
-from torchship.doctor import features
-from torchship.doctor.features import Feature
-from torchship.hardware import THREAD_VARIABLES, Hardware, free_memory, here, quota, version
+from torchship.doctor.catalog import tables
+from torchship.hardware import THREAD_VARIABLES, Gpu, Hardware, free_memory, here, quota, version
 
-Level: TypeAlias = Literal["ok", "warn", "bad"]
-_PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")
+PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")
 _GIB = 2**30
 _SHM = "/dev/shm"  # noqa: S108  # nothing is written there, its size is what we are after
-_SMALL_SHM = 256 * 2**20
 
 
 class Fact(msgspec.Struct, frozen=True):
@@ -28,8 +27,17 @@ class Fact(msgspec.Struct, frozen=True):
 
     name: str
     value: str
-    level: Level = "ok"
+    level: Literal["ok", "warn", "bad"] = "ok"
     advice: str = ""
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """One hardware feature: whether this machine has it, and what it is good for."""
+
+    name: str
+    present: bool
+    use: str
+    device: str = "cpu"
 
 
 class BackendRow(msgspec.Struct, frozen=True):
@@ -54,52 +62,70 @@ class Machine(msgspec.Struct, frozen=True):
 def examine() -> Machine:
     """Look at this machine. Reads the kernel's files and package metadata; imports no torch, opens no device."""
     hardware = here()
-    facts = [
-        fact for look in (_cores, _threads, _load, _memory, _shared_memory, _files, _tools) for fact in look(hardware)
-    ]
+    facts = list(_facts(hardware))
     rows = [
         BackendRow(name, plugins.reason_against("backends", name=name, hardware=hardware))
         for name in plugins.names("backends")
     ]
-    packages = {name: found for name in _PACKAGES if (found := version(name))}
-    return Machine(
-        hardware, hardware.fingerprint, facts, features.of(hardware), rows, packages, _advice(facts, packages)
-    )
-
-
-def _advice(facts: list[Fact], packages: Mapping[str, str]) -> list[str]:
-    advice = [fact.advice for fact in facts if fact.level != "ok" and fact.advice]
+    packages = {name: found for name in PACKAGES if (found := version(name))}
+    advice = [fact.advice for fact in facts if fact.advice]
     if "torch" not in packages:
-        advice.append("this install opens and serves artifacts; to optimize models: pip install 'torchship[optimize]'")
+        advice.append(tables().advice["torch"])
     if "openvino" not in packages and platform.machine() == "x86_64":
-        advice.append("OpenVINO is often the fastest backend on x86: pip install openvino nncf")
-    return advice
+        advice.append(tables().advice["openvino"])
+    return Machine(hardware, hardware.fingerprint, facts, features(hardware), rows, packages, advice)
 
 
-def _judged(name: str, value: str, trouble: bool, advice: str) -> Fact:
-    return Fact(name, value, "warn", advice) if trouble else Fact(name, value)
+def _judged(name: str, value: str, trouble: bool, *, key: str = "", **facts: object) -> Fact:
+    """A fact with the catalog's advice under `key` (its name, where that is empty) if there is trouble."""
+    return Fact(name, value, "warn", tables().advice[key or name].format(**facts)) if trouble else Fact(name, value)
 
 
-def _cores(hardware: Hardware) -> Iterator[Fact]:
+def _facts(hardware: Hardware) -> Iterator[Fact]:
+    cores = hardware.cores
+    yield Fact("processor", f"{hardware.processor} ({hardware.machine})")
+    yield _cores(hardware)
+    for gpu in hardware.gpus:
+        detail = f"{gpu.memory / _GIB:.0f} GiB, compute capability {gpu.capability}, driver {gpu.driver}"
+        yield Fact("gpu", f"{gpu.name}, {detail}")
+    if not hardware.gpus:
+        yield Fact("gpu", "none (nvidia-smi lists no card)")
+    given = {name: os.environ[name] for name in THREAD_VARIABLES if os.environ.get(name)}
+    over = next((name for name, value in given.items() if value.isdigit() and int(value) > cores), "")
+    text = ", ".join(f"{name}={value}" for name, value in given.items()) or f"libraries' choice ({cores})"
+    yield _judged("threads", text, bool(over), variable=over, cores=cores)
+    load, free = os.getloadavg()[0], free_memory()
+    yield _judged("load", f"{load:.1f} in the last minute", load > cores / 2)
+    yield _judged("memory", f"{hardware.memory / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free", free < 2 * _GIB)
+    try:
+        usage = shutil.disk_usage(_SHM)
+    except OSError:
+        yield Fact(_SHM, "not there", "bad", tables().advice["no /dev/shm"])
+    else:
+        text = f"{usage.total / _GIB:.2f} GiB, {usage.free / _GIB:.2f} GiB free"
+        yield _judged(_SHM, text, usage.free < _GIB / 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield _judged("open files", str(soft), soft < 1024, most=min(hard, 65536))
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    yield _judged(f"disk {folder}", f"{free / _GIB:.0f} GiB free", free < 5 * _GIB, key="disk")
+    system = f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}"
+    yield Fact("python", f"{platform.python_version()} on {system}".strip())
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    yield _judged("c++ compiler", compiler or "none", not compiler)
+
+
+def _cores(hardware: Hardware) -> Fact:
     logical = os.cpu_count() or hardware.cores
     physical = psutil.cpu_count(logical=False) or logical
-    yield Fact("processor", f"{hardware.processor} ({hardware.machine})")
     pinned = sorted(os.sched_getaffinity(0))
     text = f"{hardware.cores} usable of {logical} logical, {physical} physical"
     if len(pinned) < logical:
         text += f"; pinned to {_ranges(pinned)}"
     granted = quota() or len(pinned)
     short, threads = granted < len(pinned), max(1, int(granted))
-    advice = (
-        f"the control group grants {granted:g} of {len(pinned)} cores: torchship runs with --threads {threads}, "
-        f"for other programs export OMP_NUM_THREADS={threads}"
-    )
-    yield _judged("cores", f"{text}; quota {granted:g}" if short else text, short, advice)
-    for gpu in hardware.gpus:
-        detail = f"{gpu.memory / _GIB:.0f} GiB, compute capability {gpu.capability}, driver {gpu.driver}"
-        yield Fact("gpu", f"{gpu.name}, {detail}")
-    if not hardware.gpus:
-        yield Fact("gpu", "none (nvidia-smi lists no card)")
+    text += f"; quota {granted:g}" if short else ""
+    return _judged("cores", text, short, granted=granted, pinned=len(pinned), threads=threads)
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -113,56 +139,31 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join("-".join(map(str, span)) for span in spans)
 
 
-def _threads(hardware: Hardware) -> Iterator[Fact]:
-    given = {name: os.environ[name] for name in THREAD_VARIABLES if os.environ.get(name)}
-    over = [name for name, value in given.items() if value.isdigit() and int(value) > hardware.cores]
-    text = ", ".join(f"{name}={value}" for name, value in given.items()) or f"libraries' choice ({hardware.cores})"
-    advice = f"more threads than cores make models much slower: export {(over or [''])[0]}={hardware.cores}"
-    yield _judged("threads", text, bool(over), advice)
+def features(hardware: Hardware) -> list[Feature]:
+    """All features that matter on this architecture, present or not."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(hardware.machine, hardware.machine)
+    uses = tables().features.get(machine, {})
+    found = [Feature(name, name in hardware.features, use) for name, use in uses.items()]
+    return [*found, *(feature for gpu in hardware.gpus for feature in tensor_cores(gpu))]
 
 
-def _load(hardware: Hardware) -> Iterator[Fact]:
-    load = os.getloadavg()[0]
-    advice = "the machine is busy: timings taken now are noisy"
-    yield _judged("load", f"{load:.1f} in the last minute", load > hardware.cores / 2, advice)
-
-
-def _memory(hardware: Hardware) -> Iterator[Fact]:
-    free = free_memory()
-    text = f"{hardware.memory / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free"
-    advice = "a search keeps torch in memory (0.5 GiB and more a trial): free at least 2 GiB"
-    yield _judged("memory", text, free < 2 * _GIB, advice)
-
-
-def _shared_memory(hardware: Hardware) -> Iterator[Fact]:
+def tensor_cores(gpu: Gpu) -> list[Feature]:
+    """The number formats of a card's Tensor Cores, by its compute capability."""
     try:
-        usage = shutil.disk_usage(_SHM)
-    except OSError:
-        yield Fact(_SHM, "not there", "bad", f"mount a tmpfs on {_SHM}: the server passes tensors through it")
-        return
-    text = f"{usage.total / _GIB:.2f} GiB, {usage.free / _GIB:.2f} GiB free"
-    advice = f"{_SHM} is small: a full one kills with a bus error; docker run --shm-size=1g (or --ipc=host)"
-    yield _judged(_SHM, text, usage.free < _SMALL_SHM, advice)
+        capability = float(gpu.capability)
+    except ValueError:
+        return []
+    first, uses = tables().capability, tables().features["tensor_cores"]
+    return [Feature(formats, capability >= first[formats], use, gpu.name) for formats, use in uses.items()]
 
 
-def _files(hardware: Hardware) -> Iterator[Fact]:
-    import resource
-    import tempfile
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    advice = f"a server needs a file for each connection: ulimit -n {min(hard, 65536)}"
-    yield _judged("open files", str(soft), soft < 1024, advice)
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    advice = "trials write models there: free 5 GiB"
-    yield _judged(f"disk {folder}", f"{free / _GIB:.0f} GiB free", free < 5 * _GIB, advice)
-
-
-def _tools(hardware: Hardware) -> Iterator[Fact]:
-    libc, number = platform.libc_ver()
-    yield Fact(
-        "python", f"{platform.python_version()} on {platform.system()} {platform.release()}, {libc} {number}".strip()
-    )
-    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
-    advice = "inductor and aoti compile C++: apt install g++"
-    yield _judged("c++ compiler", str(shutil.which(compiler)) if compiler else "none", not compiler, advice)
+def fast_formats(hardware: Hardware) -> dict[str, str]:
+    """Which of int8, bf16 and fp16 this machine computes faster than fp32, each with the feature that does it."""
+    fast = tables().fast
+    found = {kind: next((name for name in names if name in hardware.features), "") for kind, names in fast.items()}
+    for gpu in hardware.gpus:
+        for feature in tensor_cores(gpu):
+            for kind in feature.name.split("/"):
+                if feature.present and kind in found:
+                    found[kind] = f"Tensor Cores of {gpu.name}"
+    return {kind: by for kind, by in found.items() if by}

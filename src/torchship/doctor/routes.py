@@ -2,79 +2,81 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from torchship.doctor import failure, suspects
+from torchship.doctor import failure, source
+from torchship.doctor.diagnose import Diagnosis, Suspects, diagnose, suspected
 from torchship.doctor.failure import Failure
-from torchship.doctor.subject import Subject, admit, call, worst_error
-from torchship.optimize.places import Place, is_installed, is_users, place_at
+from torchship.doctor.subject import Subject, call, worst_error
+from torchship.lowering.program import quiet
+from torchship.lowering.tree import follow
+from torchship.optimize.places import is_installed, is_users, place_at
 
 _TOLERANCE = 2e-3
 
 
-class Break(msgspec.Struct, frozen=True):
-    """One graph break of torch.compile, with the user's lines, innermost last."""
+class RouteRow(msgspec.Struct, frozen=True):
+    """One route: `ok` when it exports and agrees with the module; else why, and what to do.
 
-    reason: str
-    places: tuple[Place, ...] = ()
-
-
-class RouteOutcome(msgspec.Struct, frozen=True):
-    """How a route went. `error` is the relative output error, on other data than it was exported with too.
-
-    `suspects` are constructs that the user's source holds, for errors that name no line.
+    `error` is the relative output error, on other data than it was exported with too.
     """
 
     route: str
-    failure: Failure | None = None
+    ok: bool
+    opens: str
+    summary: str = ""
     error: float | None = None
-    wrong: str = ""
-    breaks: tuple[Break, ...] = ()
+    diagnosis: Diagnosis | None = None
+    seconds: float = 0.0
+
+
+class RouteAnswer(msgspec.Struct, frozen=True):
+    """What is found on one route; of torch.compile also how many graphs there are, and where they break."""
+
+    row: RouteRow
+    breaks: list[Diagnosis] = []
     graphs: int = 0
-    suspects: tuple[tuple[str, Place], ...] = ()
 
 
-def walk(given: Any, *, subject: Subject | None = None) -> Any:
-    """A child's work: one route of one Case, as plain data. Whatever the route does is a finding."""
-    for name in ("torch", "torch.onnx", "torch._dynamo", "torch.export"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    subject = subject or admit(given)
-    name = given["part"]
-    outcome = _compile(subject) if name == "compile" else _walk(subject, name)
-    found = tuple(suspects.scan(subject.module)) if outcome.failure or outcome.wrong else ()
-    return msgspec.to_builtins(msgspec.structs.replace(outcome, suspects=found))
-
-
-def refused(name: str, fault: BaseException) -> Any:
-    """The outcome of a route whose subject could not be brought up, as plain data."""
-    return msgspec.to_builtins(RouteOutcome(name, failure.of(fault)))
-
-
-def _walk(subject: Subject, name: str) -> RouteOutcome:
+def walk(subject: Subject, name: str) -> RouteAnswer:
+    """Take a module by one route. Whatever the route does is a finding."""
+    fault: Failure | None = None
+    error: float | None = None
+    breaks: list[Failure] = []
+    wrong, graphs = "", 0
     try:
-        with _quiet():
+        with quiet():
+            if name == "compile":
+                graphs, breaks = _graphs(subject)
             shipped = ROUTES[name](subject)
-    except Exception as fault:
-        return RouteOutcome(name, failure.of(fault))
-    found = _compared(subject, name, shipped)
-    decided = [place for place in getattr(subject.model.module, "decided", ()) if not is_installed(place.file)]
-    if name == "trace" and decided and not found.wrong and found.failure is None:
-        words = f"traces, but freezes what this example decided at {decided[0]}"
-        return msgspec.structs.replace(found, wrong=words)
-    return found
+    except Exception as raised:
+        fault = failure.of(raised)
+    else:
+        error, wrong, fault = _compared(subject, shipped)
+        decided = [place for place in getattr(subject.model.module, "decided", ()) if not is_installed(place.file)]
+        if name == "trace" and decided and not wrong:
+            wrong = f"traces, but freezes what this example decided at {decided[0]}"
+    suspects: Suspects = tuple(source.scan(subject.module)) if fault or wrong else ()
+    if fault or wrong:
+        diagnosis = diagnose(fault, suspects=suspects) if fault else suspected(suspects)
+        row = RouteRow(name, False, OPENS[name], wrong or (diagnosis.words if diagnosis else ""), error, diagnosis)
+    else:
+        summary = f"with fullgraph=True; in {graphs} graphs without" if graphs > 1 else "in 1 graph"
+        row = RouteRow(name, True, OPENS[name], summary if name == "compile" else "", error)
+    return RouteAnswer(row, [diagnose(found, suspects=suspects) for found in breaks], graphs)
 
 
-def _compared(subject: Subject, name: str, shipped: Callable[..., Any]) -> RouteOutcome:
-    """The exported program against the module itself, on the example and on data that it has not seen."""
+def _compared(subject: Subject, shipped: Callable[..., Any]) -> tuple[float | None, str, Failure | None]:
+    """The exported program against the module itself, on the example and on data that it has not seen.
+
+    The error, what is wrong, and the failure behind that.
+    """
     worst = 0.0
     looks = (
         ("on its own example", subject.tensors),
@@ -87,22 +89,19 @@ def _compared(subject: Subject, name: str, shipped: Callable[..., Any]) -> Route
             torch.manual_seed(0)
             expected = call(subject.model.module, tensors)
         except Exception:
-            return RouteOutcome(name, error=worst)  # the module itself refuses these inputs: its findings say so
+            return worst, "", None  # the module itself refuses these inputs: its findings say so
         torch.manual_seed(0)
         try:
             error = worst_error(expected, call(shipped, tensors))
         except Exception as fault:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
-            return RouteOutcome(name, failure.of(fault), wrong=f"exports, but fails {where} (shapes {shapes})")
+            return None, f"exports, but fails {where} (shapes {shapes})", failure.of(fault)
         worst = max(worst, error)
+        if error == float("inf"):
+            return None, f"exports, but its outputs have another shape {where}", None
         if error > _TOLERANCE:
-            return RouteOutcome(name, error=worst if worst != float("inf") else None, wrong=_wrong(error, where))
-    return RouteOutcome(name, error=worst)
-
-
-def _wrong(error: float, where: str) -> str:
-    much = "its outputs have another shape" if error == float("inf") else f"its outputs are off by {error:.2g}"
-    return f"exports, but {much} {where}"
+            return worst, f"exports, but its outputs are off by {error:.2g} {where}", None
+    return worst, "", None
 
 
 def _export(subject: Subject, *, strict: bool) -> Any:
@@ -123,8 +122,6 @@ def _script(subject: Subject) -> Any:
     scripted = torch.jit.script(flat.inner)
 
     def run(*tensors: torch.Tensor) -> Any:
-        from torchship.lowering.tree import follow
-
         args, kwargs = flat.frame.fill(tensors)
         output = scripted(*args, **kwargs)
         try:
@@ -160,14 +157,21 @@ def _onnx(subject: Subject) -> Any:
     return run
 
 
+def _compile(subject: Subject) -> Any:
+    """The whole module in one graph."""
+    whole = torch.compile(subject.model.module, fullgraph=True, backend="eager")
+    call(whole, subject.tensors())
+    return whole
+
+
 ROUTES: dict[str, Callable[[Subject], Any]] = {
     "export": lambda subject: _export(subject, strict=False),
     "export strict": lambda subject: _export(subject, strict=True),
     "onnx": _onnx,
     "trace": _trace,
     "script": _script,
+    "compile": _compile,
 }
-ROUTE_NAMES = (*ROUTES, "compile")
 OPENS = {
     "export": "aoti, executorch, int8 by PT2E",
     "export strict": "the same, with Python's side effects checked",
@@ -178,38 +182,13 @@ OPENS = {
 }
 
 
-def _compile(subject: Subject) -> RouteOutcome:
-    """torch.compile: the whole module in one graph, and every place where the graph breaks."""
-    module, tensors = subject.model.module, subject.tensors()
-    try:
-        with _quiet():
-            found = torch._dynamo.explain(module)(*(tensor.clone() for tensor in tensors))
-            breaks = tuple(Break(_reason(reason), _users(reason.user_stack)) for reason in found.break_reasons)
-            graphs = int(found.graph_count)
-    except Exception as fault:
-        return RouteOutcome("compile", failure.of(fault))
+def _graphs(subject: Subject) -> tuple[int, list[Failure]]:
+    """How many graphs torch.compile makes, and why they break where they do."""
+    found = torch._dynamo.explain(subject.model.module)(*(tensor.clone() for tensor in subject.tensors()))
     torch._dynamo.reset()
-    try:
-        with _quiet():
-            whole = torch.compile(module, fullgraph=True, backend="eager")
-            call(whole, tensors)
-    except Exception as fault:
-        return RouteOutcome("compile", failure.of(fault), breaks=breaks, graphs=graphs)
-    compared = _compared(subject, "compile", whole)
-    return msgspec.structs.replace(compared, breaks=breaks, graphs=graphs)
-
-
-def _reason(reason: Any) -> str:
-    return str(reason.reason)[:1500]
-
-
-def _users(stack: Any) -> tuple[Place, ...]:
-    found = [place_at(frame.filename, frame.lineno or 0, frame.name) for frame in stack]
-    return tuple(place for place in found if is_users(place.file))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters print progress and logs; only what they raise is of interest."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    breaks = []
+    for why in found.break_reasons:
+        places = [place_at(frame.filename, frame.lineno or 0, frame.name) for frame in why.user_stack]
+        users = tuple(place for place in places if is_users(place.file))
+        breaks.append(Failure("", f"{str(why.reason)[:1500]}\ngraph break", users))
+    return int(found.graph_count), breaks

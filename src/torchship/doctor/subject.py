@@ -8,22 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 
 from torchship.difference import relative_error
 from torchship.model import Model, to_numpy
 from torchship.optimize.capture import capture
+from torchship.optimize.samples import random_inputs, vocabulary_of
 from torchship.optimize.targets import module_at
 from torchship.tensors import TensorSpec
-
-
-class Case(msgspec.Struct, frozen=True):
-    """What a child is told: the target, its inputs as the command line spells them, and what to look at."""
-
-    target: str
-    inputs: tuple[str, ...]
-    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,8 +31,6 @@ class Subject:
 
     def unseen(self) -> tuple[torch.Tensor, ...]:
         """Other values, other lengths of the free axes, and one row more where the rows are free."""
-        from torchship.optimize.samples import random_inputs, vocabulary_of
-
         rows = 3 if self.model.signature.batched else 2
         vocabulary = vocabulary_of(self.module)
         return tuple(random_inputs(self.model.signature.inputs, rows=rows, free=24, vocabulary=vocabulary, seed=7))
@@ -50,14 +40,13 @@ class Subject:
         return tuple(-2 * tensor if tensor.is_floating_point() else tensor for tensor in self.tensors())
 
 
-def admit(given: Any) -> Subject:
-    """Bring the subject up from a Case in plain data. Raises BadConfig, NotFound and CaptureFailed."""
+def admit(target: str, inputs: Sequence[str]) -> Subject:
+    """Bring up what the command line names. Raises BadConfig, NotFound and CaptureFailed."""
     warnings.simplefilter("ignore")
-    case = msgspec.convert(given, Case)
     sys.path.insert(0, "")
     torch.manual_seed(0)
-    module = module_at(case.target)
-    return Subject(module, capture(module, [TensorSpec.parse(text) for text in case.inputs]))
+    module = module_at(target)
+    return Subject(module, capture(module, [TensorSpec.parse(text) for text in inputs]))
 
 
 def call(module: Any, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

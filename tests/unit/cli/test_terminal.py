@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +24,55 @@ def run(*words: str, stdout: int | None = subprocess.PIPE, **more: str) -> subpr
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", ["1", ""])
-def test_no_color_means_no_escape_codes(value: str, tmp_path: Path) -> None:
+def on_terminal(*words: str, **more: str) -> bytes:
+    """What Python with these words writes where all its streams are a terminal."""
     main, side = os.openpty()
-    words = [sys.executable, "-m", "torchship", "store", "--store", str(tmp_path), "show", "nope"]
-    environment = {**os.environ, "NO_COLOR": value, "TERM": "xterm"}
-    subprocess.run(words, env=environment, stdin=side, stdout=side, stderr=side, check=False, timeout=60)
+    subprocess.run(
+        [sys.executable, *words], env={**os.environ, "TERM": "xterm", **more}, stdin=side, stdout=side, stderr=side,
+        check=False, timeout=60,
+    )  # fmt: skip
     text = os.read(main, 4096)
     os.close(main)
     os.close(side)
+    return text
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_no_color_means_no_escape_codes(value: str, tmp_path: Path) -> None:
+    text = on_terminal("-m", "torchship", "store", "--store", str(tmp_path), "show", "nope", NO_COLOR=value)
     assert b"has no 'nope'" in text
     assert (b"\x1b[" in text) == (not value)
+
+
+_PROGRESS = {
+    "optimize": """
+from torchship.cli.optimize import _progress
+from torchship.optimize.trial import Trial
+from torchship.recipe import Recipe
+
+with _progress(quiet=False) as show:
+    show(Trial(Recipe("eager"), "failed", failure="build: it broke"), 1, 2)
+""",
+    "doctor": """
+from torchship.cli.doctor import command
+from torchship.doctor import examination
+
+def diagnose_target(target, *, on_step, **_):
+    on_step("export")
+    return examination.Examination(target, "x -> y", [], [], 0, [])
+
+examination.diagnose_target = diagnose_target
+command.main(["net", "--input", "x:FP32[-1,8]"], standalone_mode=False)
+""",
+}
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+@pytest.mark.parametrize("name", ["optimize", "doctor"])
+def test_no_color_holds_for_progress(name: str, value: str) -> None:
+    text = on_terminal("-c", _PROGRESS[name], NO_COLOR=value)
+    assert {"optimize": b"it broke", "doctor": b"needs care"}[name] in text
+    assert bool(re.search(rb"\x1b\[[\d;]*m", text)) == (not value)
 
 
 def test_the_home_folder_is_found_where_no_shell_does_it(tmp_path: Path) -> None:

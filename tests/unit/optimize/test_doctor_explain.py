@@ -1,4 +1,4 @@
-"""Classic run-time failures, as their logs really read, and what the doctor makes of them."""
+"""What the doctor makes of logs of classic run-time failures; test_doctor_catalog has one for each."""
 
 from __future__ import annotations
 
@@ -7,48 +7,11 @@ import sys
 
 import pytest
 
-from torchship.doctor.explain import KNOWN_FAILURES, explain
+from torchship.doctor.catalog import tables
+from torchship.doctor.explain import explain
 
-_OUT_OF_MEMORY = (
-    "batch_size=64\nTraceback (most recent call last):\n"
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 8.00 GiB. GPU 0 has a total capacity of 23.69 GiB "
-    "of which 4.00 GiB is free. Process 1 has 19.69 GiB in use. Of the allocated memory 16.00 GiB is allocated by "
-    "PyTorch, and 0.50 GiB is reserved by PyTorch but unallocated. If reserved but"
-)
-_LOGS = {
-    "CUDA out of memory": _OUT_OF_MEMORY,
-    "forked CUDA context": "RuntimeError: Cannot re-initialize CUDA in forked subprocess. To use CUDA",
-    "shared memory is too small": "ERROR: Unexpected bus error encountered in worker.\nBus error (core dumped)",
-    "DataLoader worker killed": "RuntimeError: DataLoader worker (pid 31) is killed by signal: Killed. ",
-    "killed for memory": "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
-    "no kernel for this GPU": "CUDA error: no kernel image is available for execution on the device",
-    "driver too old": "CUDA driver version is insufficient for CUDA runtime version",
-    "GLIBC missing": "ImportError: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by x.so)",
-    "instruction missing": "Illegal instruction (core dumped)",
-    "ABI mismatch": "ImportError: torchvision/_C.so: undefined symbol: _ZN3c106detail14torchCheckFailE",
-    "ONNX opset unsupported": "Fatal error: ONNX Runtime only *guarantees* support for models stamped with "
-    "official released onnx opset versions. Current official support for domain ai.onnx is till opset 21.",
-    "dtype mismatch": "RuntimeError: expected scalar type Float but found Double",
-    "tensors on different devices": "RuntimeError: Expected all tensors to be on the same device, but found",
-    "weights do not fit": "RuntimeError: Error(s) in loading state_dict for ResNet:\n Missing key(s)",
-    "unsafe weights file": "_pickle.UnpicklingError: Weights only load failed. This file can still be loaded",
-    "too many threads": "libgomp: Thread creation failed: Resource temporarily unavailable",
-    "too many open files": "OSError: [Errno 24] Too many open files",
-    "no compiler": "torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx",
-    "library missing": "ImportError: libGL.so.1: cannot open shared object file: No such file or directory",
-    "port in use": "OSError: [Errno 98] error while attempting to bind: Address already in use",
-    "device-side assert": "CUDA error: device-side assert triggered",
-    "crash in native code": "Segmentation fault (core dumped)",
-}
-
-
-@pytest.mark.parametrize("name", [known.name for known in KNOWN_FAILURES])
-def test_every_known_failure_is_recognised_by_its_own_log(name: str) -> None:
-    found = explain(f"INFO starting\n{_LOGS[name]}\n")
-    assert name in [explanation.name for explanation in found]
-    explanation = next(explanation for explanation in found if explanation.name == name)
-    assert explanation.mend
-    assert explanation.line in _LOGS[name]
+_LOGS = {row.name: row.test.text for row in tables().failure if row.test}
+_OUT_OF_MEMORY = _LOGS["CUDA out of memory"]
 
 
 def test_out_of_memory_computes_a_batch_that_fits() -> None:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from torchship import plugins
-from torchship.doctor import features, machine
+from torchship.doctor import machine
 from torchship.hardware import Gpu, Hardware, here
 
 
@@ -89,26 +89,26 @@ def _hardware(machine_name: str, *present: str, gpus: tuple[Gpu, ...] = ()) -> H
 
 
 def test_features_name_what_they_are_good_for() -> None:
-    found = {row.name: row for row in features.of(_hardware("x86_64", "avx2", "avx512_vnni"))}
+    found = {row.name: row for row in machine.features(_hardware("x86_64", "avx2", "avx512_vnni"))}
     assert found["avx512_vnni"].present
     assert not found["amx_int8"].present
     assert all(row.use for row in found.values())
-    assert {row.name for row in features.of(_hardware("aarch64", "asimddp"))} >= {"asimddp", "i8mm", "sve"}
-    assert features.of(_hardware("riscv64")) == []
+    assert {row.name for row in machine.features(_hardware("aarch64", "asimddp"))} >= {"asimddp", "i8mm", "sve"}
+    assert machine.features(_hardware("riscv64")) == []
 
 
 def test_tensor_cores_follow_the_compute_capability() -> None:
     card = Gpu("H100", 80 * 2**30, "9.0")
-    present = {row.name for row in features.tensor_cores(card) if row.present}
+    present = {row.name for row in machine.tensor_cores(card) if row.present}
     assert present == {"fp16", "int8", "bf16/tf32", "fp8"}
-    assert features.tensor_cores(Gpu("odd", 0, "[N/A]")) == []
+    assert machine.tensor_cores(Gpu("odd", 0, "[N/A]")) == []
 
 
 def test_fast_formats_name_the_best_feature() -> None:
     xeon = _hardware("x86_64", "amx_int8", "avx512_bf16", "avx512_vnni")
-    assert features.fast_formats(xeon) == {"int8": "amx_int8", "bf16": "avx512_bf16"}
+    assert machine.fast_formats(xeon) == {"int8": "amx_int8", "bf16": "avx512_bf16"}
     card = _hardware("x86_64", gpus=(Gpu("T4", 2**34, "7.5"),))
-    assert set(features.fast_formats(card)) == {"int8", "fp16"}
+    assert set(machine.fast_formats(card)) == {"int8", "fp16"}
 
 
 def test_the_command_prints_json_that_reads_back_and_imports_no_torch() -> None:

@@ -11,37 +11,43 @@ import msgspec
 import pytest
 
 from tests.unit.optimize import doctor_patients
-from torchship import process
-from torchship.doctor import catalog, edits, examination, routes, runner
+from torchship.doctor import edits, examination, failure, routes
+from torchship.doctor.catalog import constructs
 from torchship.doctor.diagnose import Diagnosis, diagnose
-from torchship.doctor.examination import Examination, RouteRow
+from torchship.doctor.examination import Examination, Seen, look
 from torchship.doctor.failure import Failure, places_in
 from torchship.doctor.findings import Finding
-from torchship.doctor.runner import Seen, look
+from torchship.doctor.routes import RouteAnswer
+from torchship.doctor.subject import Subject, admit
 from torchship.errors import BadConfig, CaptureFailed
+from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.places import Place
 from torchship.process import Outcome
 
 _HERE = "tests.unit.optimize.doctor_patients"
 
 
-def _case(name: str, part: str = "") -> dict[str, Any]:
-    return {"target": f"{_HERE}:{name}", "inputs": ["x:FP32[-1,8]"], "part": part}
+def _subject(name: str) -> Subject:
+    return admit(f"{_HERE}:{name}", ["x:FP32[-1,8]"])
 
 
-def _walk(name: str, route: str) -> RouteRow:
+def _answer(name: str, route: str) -> RouteAnswer:
     """One route in this process: the child's work without the child, which costs an import of torch each."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return examination._row(route, Outcome(value=routes.walk(_case(name, route))))
+        value = msgspec.to_builtins(routes.walk(_subject(name), route))
+    return examination._answer(route, Outcome(value=value))
+
+
+def _look(name: str) -> Seen:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return look(_subject(name))
 
 
 def _findings(name: str) -> dict[str, Finding]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seen = msgspec.convert(look(_case(name)), Seen)
-    assert seen.failed is None
-    return {finding.name: finding for finding in reversed(seen.findings)}  # the worst of one name: it comes first
+    found = reversed(_look(name).findings)
+    return {finding.name: finding for finding in found}  # the worst of one name: it comes first
 
 
 def _fault_line(name: str) -> int:
@@ -51,7 +57,7 @@ def _fault_line(name: str) -> int:
 
 @pytest.mark.parametrize("route", ["export", "export strict", "onnx", "trace", "script", "compile"])
 def test_a_healthy_module_goes_by_every_route(route: str) -> None:
-    row = _walk("Healthy", route)
+    row = _answer("Healthy", route).row
     assert row.ok, row.summary
     assert row.error is not None
     assert row.error < 1e-4
@@ -87,7 +93,7 @@ def test_a_healthy_module_goes_by_every_route(route: str) -> None:
     ],
 )
 def test_a_refusal_names_construct_and_line(name: str, route: str, construct: str) -> None:
-    row = _walk(name, route)
+    row = _answer(name, route).row
     assert not row.ok
     assert row.diagnosis is not None
     assert row.diagnosis.construct == construct
@@ -99,7 +105,7 @@ def test_a_refusal_names_construct_and_line(name: str, route: str, construct: st
 
 
 def test_a_loop_over_a_value_is_told_from_the_value() -> None:
-    row = _walk("Item", "export strict")
+    row = _answer("Item", "export strict").row
     assert row.diagnosis is not None
     assert row.diagnosis.construct == "loop as long as the data says"
     assert row.diagnosis.place is not None
@@ -107,19 +113,18 @@ def test_a_loop_over_a_value_is_told_from_the_value() -> None:
 
 
 def test_an_operator_without_onnx_is_named() -> None:
-    row = _walk("Special", "onnx")
+    row = _answer("Special", "onnx").row
     assert row.diagnosis is not None
     assert row.diagnosis.construct == "operator that ONNX does not have"
     assert "bessel_j0" in row.diagnosis.said
 
 
 def test_graph_breaks_carry_the_users_lines() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = msgspec.convert(routes.walk(_case("SideEffect", "compile")), routes.RouteOutcome)
+    found = _answer("SideEffect", "compile")
     assert found.graphs == 2
     (broken,) = found.breaks
-    assert broken.places[-1].code.startswith("print(")
+    assert broken.place is not None
+    assert broken.place.code.startswith("print(")
 
 
 @pytest.mark.parametrize(
@@ -157,9 +162,7 @@ def test_findings_name_the_line(name: str, finding: str) -> None:
 
 
 def test_a_healthy_module_has_no_findings_and_its_cost_is_exact() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seen = msgspec.convert(look(_case("Healthy")), Seen)
+    seen = _look("Healthy")
     assert seen.findings == []
     assert seen.cost is not None
     assert seen.cost.flops == 2 * (8 * 16 + 16 * 4)
@@ -172,18 +175,17 @@ def test_a_healthy_module_has_no_findings_and_its_cost_is_exact() -> None:
     ("name", "weights"), [("Recurrent", 4 * 4 * (8 + 4)), ("Encoder", 8 * 24 + 8 * 8 + 2 * 8 * 16)]
 )
 def test_fused_layers_cost_what_their_weights_say(name: str, weights: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seen = msgspec.convert(look(_case(name)), Seen)
+    seen = _look(name)
     assert seen.cost is not None
     assert seen.cost.flops * seen.cost.rows >= 2 * 2 * weights  # two rows; attention between rows comes on top
     assert seen.cost.product == 100.0
 
 
 def test_what_cannot_even_run_is_an_error_with_line_and_edit() -> None:
-    seen = msgspec.convert(look(_case("WrongDtype")), Seen)
+    with pytest.raises(CaptureFailed) as raised:
+        _subject("WrongDtype")
     with pytest.raises(CaptureFailed, match=r"doctor_patients\.py:\d+") as caught:
-        examination._stop_if_nothing(seen)
+        examination._stop_if_nothing(Seen(failed=failure.of(raised.value)))
     assert "module.float()" in caught.value.hint
 
 
@@ -200,23 +202,29 @@ def test_a_crash_costs_one_row() -> None:
 
 
 def test_a_hang_costs_one_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(target: str, *, argument: Any, **_: Any) -> Outcome:
-        if "trace" in argument["parts"]:
-            return Outcome(fault="killed by SIGALRM")
-        Path(argument["folder"], "onnx").write_text('{"value": {"route": "onnx"}, "seconds": 2.0}')
-        return Outcome()
+    def run(self: Forkserver, target: str, *, argument: Any, timeout: float, **_: Any) -> Outcome:
+        if argument[-1] == "trace":
+            return Outcome(fault=f"did not finish within {timeout:.0f} s")
+        seen = (
+            {"row": {"route": "onnx", "ok": True, "opens": ""}} if argument[-1] == "onnx" else {"signature": "x -> y"}
+        )
+        return Outcome(seen, seconds=2.0)
 
-    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(Forkserver, "run", run)
     steps: list[str] = []
-    found = runner.walk("x:y", [], ["trace", "onnx"], timeout=5, memory=1, threads=1, on_step=steps.append)
-    assert found["trace"].fault == "did not finish within 5 s"
-    assert (found["onnx"].value, found["onnx"].seconds) == ({"route": "onnx"}, 2.0)
-    assert steps == ["trace", "onnx"]
+    found = examination.diagnose_target(
+        "x:y", inputs=["x:FP32[-1,8]"], routes=["trace", "onnx"], timeout=5, on_step=steps.append
+    )
+    trace, onnx = found.routes
+    assert (trace.ok, trace.summary) == (False, "the exporter did not finish within 5 s")
+    assert (onnx.ok, onnx.seconds) == (True, 2.0)
+    assert found.signature == "x -> y"
+    assert steps == ["module", "trace", "onnx"]
 
 
 def test_a_child_that_says_nothing_is_a_row_with_its_last_words() -> None:
-    row = examination._row("onnx", Outcome(fault="did not finish within 5 s", log="converting\nstill converting"))
-    assert row.summary == "the exporter did not finish within 5 s (still converting)"
+    lost = Outcome(fault="did not finish within 5 s", log="converting\nstill converting")
+    assert examination._answer("onnx", lost).row.summary == "the exporter did not finish within 5 s (still converting)"
 
 
 @pytest.mark.parametrize(
@@ -251,12 +259,6 @@ def forward(x, y):
 """
 
 
-def rewrite_of(name: str) -> edits.Rewrite:
-    row = catalog.named(name)
-    assert row is not None
-    return row.rewrite
-
-
 @pytest.mark.parametrize(
     ("line", "construct", "new"),
     [
@@ -275,13 +277,13 @@ def rewrite_of(name: str) -> edits.Rewrite:
 def test_edits_rewrite_one_statement(tmp_path: Path, line: int, construct: str, new: str) -> None:
     path = tmp_path / "user.py"
     path.write_text(_BRANCHES)
-    assert edits.propose(str(path), line, rewrite=rewrite_of(construct))[1] == new
+    assert edits.propose(str(path), line, rewrite=constructs()[construct].rewrite)[1] == new
 
 
 def test_what_should_go_has_no_new_source(tmp_path: Path) -> None:
     path = tmp_path / "user.py"
     path.write_text(_BRANCHES)
-    assert edits.propose(str(path), 12, rewrite=rewrite_of("print or logging")) == ("print(scale)", "")
+    assert edits.propose(str(path), 12, rewrite=constructs()["print or logging"].rewrite) == ("print(scale)", "")
 
 
 def test_places_are_found_in_every_spelling() -> None:
