@@ -85,20 +85,17 @@ def diagnose_target(
         raise BadConfig(words, hint=f"routes: {', '.join(ROUTES)}" if unknown else 'add --input "x:FP32[-1,16]"')
     limit = memory or int(here().memory * 0.8)
 
-    def walked(group: Sequence[str]) -> list[tuple[str, process.Outcome]]:
-        found = []
+    def walked(group: Sequence[str]) -> dict[str, process.Outcome]:
+        found = {}
         with closing(Forkserver(_SLOW_IMPORTS, threads=max(1, here().cores // 2))) as server:
-            for part in group:
-                if part == _MODULE or part in routes:
-                    task = (target, tuple(inputs), part)
-                    found.append(
-                        (part, server.run(f"{__name__}:part_here", argument=task, timeout=timeout, memory=limit))
-                    )
-                    on_step(part)
+            for part in (part for part in group if part == _MODULE or part in routes):
+                task = (target, tuple(inputs), part)
+                found[part] = server.run(f"{__name__}:part_here", argument=task, timeout=timeout, memory=limit)
+                on_step(part)
         return found
 
     with ThreadPoolExecutor(len(_GROUPS)) as pool:
-        done = dict(found for group in pool.map(walked, _GROUPS) for found in group)
+        done = {part: outcome for found in pool.map(walked, _GROUPS) for part, outcome in found.items()}
     seen = _seen(done.pop(_MODULE))
     _stop_if_nothing(seen)
     answers = [_answer(name, done[name]) for name in routes]
