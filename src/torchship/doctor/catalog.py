@@ -66,7 +66,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return bool(self.search(text, re.I) and re.search(self.code, code))
 
 
-class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DoctorTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All tables of `catalog.toml`, as it describes them."""
 
     shared: dict[str, list[str]]
@@ -80,10 +80,10 @@ class Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @cache
-def tables() -> Catalog:
+def tables() -> DoctorTables:
     """The catalog, read once."""
     text = resources.files(__package__).joinpath("catalog.toml").read_text()
-    return msgspec.convert(tomllib.loads(text), Catalog)
+    return msgspec.convert(tomllib.loads(text), DoctorTables)
 
 
 @cache
