@@ -31,7 +31,7 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
     if hardware.gpus:
         gpu: Options = {"device": "cuda"}
         half = gpu | {"precision": "fp16"} | layout
-        wishes += [half | {"graphs": True}, half, gpu | {"precision": "tf32"}, gpu]
+        wishes += [gpu, half | {"graphs": True}, half, gpu | {"precision": "tf32"}]
     if hardware.has_bf16:
         wishes.append({"precision": "bf16", **layout})
     elif layout:

@@ -80,6 +80,8 @@ def stand_in(model: Model, *, source: str, hardware: Hardware, among: Sequence[s
         own = {"source": source} if ":" in source else {}
     engines = [name for name in among if plugins.fact("backends", name, "PARTS", False)]
     found = [own]
+    if hardware.gpus:
+        found += [{**own, "device": "cuda", "precision": word} for word in ("fp16", "tf32", "fp32")]
     for name in sorted(engines, key=lambda name: int(plugins.fact("backends", name, "TRIED", 9))):
         if not plugins.reason_against("backends", name=name, hardware=hardware):
             found.append({**own, "parts": name})

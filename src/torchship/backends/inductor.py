@@ -32,13 +32,9 @@ _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """On a GPU half precision with CUDA graphs; bf16 where the processor has it; then fp32."""
+    """bf16 where the processor has it, then fp32. On a GPU `kernels` compiles once, not at each opening."""
     layout: Options = {"channels_last": True} if torch_stage.takes_pictures(model) else {}
     wishes: list[Options] = []
-    if hardware.gpus:
-        fast: Options = {"device": "cuda", "compile_mode": "reduce-overhead"}
-        wishes += [fast | {"precision": "fp16"} | layout, fast | {"precision": "bf16"} | layout]
-        wishes.append({"device": "cuda", "precision": "tf32", "compile_mode": "reduce-overhead"})
     if hardware.has_bf16:
         # under autocast a compiled encoder was no faster alone, and far slower at batch 8
         wishes.append({"precision": "bf16", "mode": "cast", **layout})

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 KIND = "native"
 TRIED = 1  # in this order among the backends: on a card nothing else wins as often
-COMPILES = True  # takes from half a minute upwards
 PACKAGES = ("torch", "nvidia-cudnn-frontend")
 OPTIONS = torch_stage.OPTIONS
 PLAN = "kernels.json"
@@ -57,9 +56,9 @@ def probe(*, hardware: Hardware) -> str:
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """Half precision first, then bf16, which overflows later, then tf32 and fp32."""
+    """Half precision first, then bf16, which overflows later, then tf32."""
     layout: Options = {"channels_last": True} if takes_pictures(model) else {}
-    wishes: list[Options] = [{"device": "cuda", "precision": word} for word in ("fp16", "bf16", "tf32", "fp32")]
+    wishes: list[Options] = [{"device": "cuda", "precision": word} for word in ("fp16", "bf16", "tf32")]
     return [Recipe("kernels", wish | layout) for wish in wishes]
 
 

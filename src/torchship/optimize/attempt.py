@@ -17,11 +17,12 @@ from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
 from torchship.optimize.cache import Cache, digest
-from torchship.optimize.choose import is_valid
+from torchship.optimize.choose import baseline, is_valid
 from torchship.optimize.config import SearchConfig
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import judge
 from torchship.optimize.judge import HOPELESS
+from torchship.optimize.measure import Effort
 from torchship.optimize.trial import BuildTask, ProofTask, Trial
 from torchship.recipe import Recipe
 
@@ -137,6 +138,14 @@ def _built(recipe: Recipe, key: str, context: SearchContext, left: float) -> Pat
     return outcome
 
 
+def _effort(recipe: Recipe, context: SearchContext) -> Effort:
+    """Where there is a card, the processor's baseline gives values; its speed is of interest at batch 1 alone."""
+    effort = context.config.effort
+    if recipe != baseline() or not context.hardware.gpus or context.config.device != "cpu":
+        return effort
+    return msgspec.structs.replace(effort, max_batch=1, calls=min(effort.calls, 10))
+
+
 def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence[Trial]) -> Trial:
     """The trial with what a fresh child, pinned, finds out about its artifact."""
     timings = [other.timing for other in done if other.timing and is_valid(other)]
@@ -146,7 +155,7 @@ def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence
         reference=str(context.reference),
         recipe=trial.recipe,
         guard=config.guard,
-        effort=config.effort,
+        effort=_effort(trial.recipe, context),
         answers=f"{trial.artifact}.answers",
         device=config.device,
         threads=config.threads,

@@ -58,16 +58,33 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 @functools.cache
-def baseline() -> Recipe:
-    """What all else is measured against: the backend that says so of itself, as it is."""
+def baseline(device: str = "cpu") -> Recipe:
+    """What all else on a device is measured against: the backend that says so of itself, as it is."""
     names = plugins.names("backends")
-    return Recipe(next(name for name in names if plugins.fact("backends", name, "BASELINE", False)))
+    name = next(name for name in names if plugins.fact("backends", name, "BASELINE", False))
+    return Recipe(name, {} if device == "cpu" else {"device": device})
+
+
+def baseline_place(trials: Sequence[Trial], ranking: Sequence[int]) -> int | None:
+    """The place of the valid trial that the first of `ranking` is told against: plain eager on its device, else on the
+    processor; None where neither ran."""
+    device = str(trials[ranking[0]].recipe.options.get("device", "cpu")) if ranking else "cpu"
+    for wanted in (baseline(device), baseline()):
+        if (found := next((place for place in ranking if trials[place].recipe == wanted), None)) is not None:
+            return found
+    return None
 
 
 def is_plain(recipe: Recipe) -> bool:
     """Whether this is the user's own module, unchanged: the baseline, or the backend that stands in for it."""
     own = plugins.fact("backends", recipe.backend, "PLAIN", None)
     return own is not None and not recipe.transforms and recipe.options.keys() <= set(own)
+
+
+def accelerated(recipe: Recipe) -> bool:
+    """Whether a recipe asks for a device or an execution provider other than the processor."""
+    wish = str(recipe.options.get("device") or recipe.options.get("provider") or "cpu").lower()
+    return not wish.startswith("cpu")
 
 
 def cost(trial: Trial, *, goal: Goal) -> float:
@@ -134,7 +151,7 @@ def _nobody(trials: Sequence[Trial], outside: dict[int, str], nearest: int | Non
 
 
 def _why(trials: Sequence[Trial], ranking: Sequence[int], costs: dict[int, float], goal: Goal) -> str:
-    plain = next((index for index in ranking if trials[index].recipe == baseline()), None)
+    plain = baseline_place(trials, ranking)
     second = ranking[1] if len(ranking) > 1 else None
     parts = [_BEST[goal]]
     for index in dict.fromkeys((plain, second)):

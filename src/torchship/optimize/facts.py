@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from torchship.artifact.manifest import BatchPoint
-from torchship.optimize.choose import Choice, Constraints, Goal, baseline, is_plain
+from torchship.optimize.choose import Choice, Constraints, Goal, accelerated, baseline, baseline_place, is_plain
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
@@ -38,6 +38,7 @@ class Facts(msgspec.Struct, frozen=True):
     reference_metric: float | None = None
     packages: dict[str, str] = {}
     sensitivity: tuple[tuple[str, float], ...] = ()
+    cards: tuple[str, ...] = ()
 
     @property
     def winner(self) -> Trial | None:
@@ -46,9 +47,23 @@ class Facts(msgspec.Struct, frozen=True):
 
     @property
     def eager(self) -> Trial | None:
-        """The trial of the plain eager module, where it was measured: saved, or kept as Python where it cannot be."""
+        """The trial of the plain eager module, where it was measured: on the winner's device where that was valid, or
+        kept as Python where it cannot be saved."""
+        if (place := baseline_place(self.trials, self.choice.ranking)) is not None:
+            return self.trials[place]
         plain = [trial for trial in self.trials if trial.timing and is_plain(trial.recipe)]
         return min(plain, key=lambda trial: trial.recipe != baseline(), default=None)
+
+    @property
+    def idle(self) -> str:
+        """What to know first where there is a card and the winner does not use it; empty elsewhere."""
+        if not self.cards or self.device != "cpu" or self.winner is None or accelerated(self.winner.recipe):
+            return ""
+        tried = [trial for trial in self.trials if accelerated(trial.recipe)]
+        fault = next((f": {trial.recipe.label}: {trial.failure}" for trial in tried if trial.failure), "")
+        worse = any(trial.status == "ok" for trial in tried)
+        why = "what runs on it is no better" if worse else f"nothing valid ran on it{fault}"
+        return f"the {self.cards[0]} is not used: {why}"
 
     def ordered(self) -> list[Trial]:
         """Ranked trials first, then valid ones outside the constraints, refused, failed, skipped."""

@@ -11,7 +11,7 @@ import msgspec
 from torchship.artifact.manifest import BatchPoint
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import digest
-from torchship.optimize.choose import Choice, Goal, baseline, cost
+from torchship.optimize.choose import Choice, Goal, baseline_place, cost
 from torchship.optimize.measure import interleaved, point
 from torchship.optimize.trial import Trial
 
@@ -21,7 +21,8 @@ _FEWEST = 5
 
 
 def close_ones(trials: Sequence[Trial], choice: Choice, *, goal: Goal) -> list[int]:
-    """Places of the trials to measure again: those within 15 % of the best, four at most, and plain eager. Pure.
+    """Places of the trials to measure again: those within 15 % of the best, four at most, and plain eager on the device
+    of the best. Pure.
 
     Nobody when the goal is no speed or only one candidate is near.
     """
@@ -31,7 +32,7 @@ def close_ones(trials: Sequence[Trial], choice: Choice, *, goal: Goal) -> list[i
     close = [place for place in choice.ranking if costs[place] <= min(costs.values()) * _CLOSE][:_MOST]
     if len(close) < 2:
         return []
-    eager = next((place for place in choice.ranking if trials[place].recipe == baseline()), None)
+    eager = baseline_place(trials, choice.ranking)
     return close if eager is None or eager in close else [*close, eager]
 
 

@@ -73,7 +73,8 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        yield Text(f"{self.facts.name}: goal {self.facts.goal}", style="italic")
+        idle = f"; {self.facts.idle}" if self.facts.idle else ""
+        yield Text(f"{self.facts.name}: goal {self.facts.goal}{idle}", style="italic")
         yield self._measured(range(len(_HEADS)) if options.max_width >= _WIDE else self._narrow())
         yield self._others()
 

@@ -191,6 +191,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
         source=config.source,
         signature=str(context.model.signature),
         hardware=context.hardware.line,
+        cards=tuple(gpu.name for gpu in context.hardware.gpus),
         fingerprint=context.hardware.fingerprint,
         threads=config.threads,
         device=config.device,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from rich.console import Console
 
 from tests.contracts.test_backends import HERE, picture
 from tests.unit.optimize.test_choose import trial
-from torchship.optimize.choose import choose
+from torchship.hardware import Gpu
+from torchship.optimize.choose import Constraints, choose
+from torchship.optimize.facts import Facts
 from torchship.optimize.remeasure import close_ones
+from torchship.optimize.report import Report
 from torchship.optimize.sensitivity import LayerNoise
 from torchship.optimize.strategies.mixed_precision import describe, gentler, worth_it
 from torchship.optimize.strategies.proposals import hopeless, next_up, propose
@@ -44,6 +49,60 @@ def test_inductor_has_its_turn_before_aoti() -> None:
     order = [recipe.backend for recipe in propose(picture(), hardware=HERE, backends=None)[0]]
     assert order[0] == "eager"
     assert order.index("onnxruntime") < order.index("inductor") < order.index("aoti")
+
+
+CARD = msgspec.structs.replace(HERE, gpus=(Gpu("NVIDIA H200", 150 * 2**30, "9.0"),))
+ON_CARD: Options = {"device": "cuda"}
+
+
+def test_on_a_card_plain_eager_there_comes_first_and_then_what_wins_there() -> None:
+    waiting, _ = propose(picture(), hardware=CARD, backends=None)
+    assert waiting[0] == Recipe("eager")
+    done = [trial("eager", p50=20)]
+    first = waiting[1:][next_up(waiting[1:], done, goal="latency")]
+    assert first == Recipe("eager", ON_CARD)
+    done.append(msgspec.structs.replace(trial("eager", p50=2), recipe=first))
+    left = [recipe for recipe in waiting[1:] if recipe != first]
+    second = left[next_up(left, done, goal="latency")]
+    assert (second.backend, second.options["precision"]) == ("kernels", "fp16")
+
+
+def test_gains_on_a_card_are_told_against_eager_on_the_same_card() -> None:
+    there = msgspec.structs.replace(trial("eager", p50=2.0), recipe=Recipe("eager", ON_CARD))
+    half = msgspec.structs.replace(
+        trial("kernels", p50=0.5), recipe=Recipe("kernels", {**ON_CARD, "precision": "fp16"})
+    )
+    found = choose([trial("eager", p50=20), there, half], goal="latency")
+    assert found.winner == 2
+    assert "4.00x better than eager device=cuda" in found.reason
+    assert "40" not in found.reason
+    found = choose([trial("eager", p50=20), half], goal="latency")
+    assert "40.00x better than eager" in found.reason, "where that did not run, the processor's is all there is"
+
+
+def test_a_card_that_is_not_used_is_told_first() -> None:
+    broken = Trial(Recipe("kernels", ON_CARD), "failed", failure="build: no operator")
+    trials = (trial("eager", p50=20), broken, trial("onnxruntime", p50=5))
+    facts = made_facts(trials, cards=("NVIDIA H200",))
+    assert facts.idle == "the NVIDIA H200 is not used: nothing valid ran on it: kernels device=cuda: build: no operator"
+    assert facts.idle in str(rendered_text(facts)).splitlines()[0]
+    assert not made_facts(trials).idle
+    used = msgspec.structs.replace(trial("eager", p50=2), recipe=Recipe("eager", ON_CARD))
+    assert not made_facts((*trials, used), cards=("NVIDIA H200",)).idle
+
+
+def made_facts(trials: tuple[Trial, ...], *, cards: tuple[str, ...] = ()) -> Facts:
+    return Facts(
+        name="m", created="", torchship="", source="", signature="", hardware="", fingerprint="", threads=1,
+        device="cpu", goal="latency", constraints=Constraints(), trials=trials, cards=cards,
+        choice=choose(trials, goal="latency"),
+    )  # fmt: skip
+
+
+def rendered_text(facts: Facts) -> str:
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(Report(facts).table())
+    return console.export_text()
 
 
 def test_an_engine_far_behind_is_not_tried_again() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torchship import plugins
 from torchship.hardware import Hardware
 from torchship.model import Model
-from torchship.optimize.choose import Goal, baseline, cost, is_valid
+from torchship.optimize.choose import Goal, accelerated, baseline, cost, is_valid
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.cutting import stands_in
 from torchship.optimize.trial import Trial
@@ -119,14 +119,18 @@ def _proposals(name: str, model: Model, hardware: Hardware) -> list[Options]:
 def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> int:
     """The place in `waiting` of the recipe to try next.
 
-    The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not. Among
-    those, the first proposal of each engine that builds in seconds, in the given order; what else the best of these
-    proposes; the first proposal of each compiler; then the proposals of the engine whose best valid trial was best for
-    the goal. An engine that was only refused so far counts as the best, one that only failed comes last. Pure.
+    The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not, plain
+    eager on it before all, which gains are told against. Among those, the first proposal of each engine that builds in
+    seconds, in the given order; what else the best of these proposes; the first proposal of each compiler; then the
+    proposals of the engine whose best valid trial was best for the goal. An engine that was only refused so far counts
+    as the best, one that only failed comes last. Pure.
     """
     if not done:
         return 0
     places = [place for place, recipe in enumerate(waiting) if accelerated(recipe)] or list(range(len(waiting)))
+    for place in places:
+        if accelerated(waiting[place]) and waiting[place] == baseline(str(waiting[place].options.get("device", "cpu"))):
+            return place
     best = _best(done, goal)
     leader = min(best.values())
     quick = [place for place in places if not plugins.fact("backends", waiting[place].backend, "COMPILES", False)]
@@ -160,12 +164,6 @@ def hopeless(recipe: Recipe, done: Sequence[Trial], *, goal: Goal) -> str:
     if own is None or best is None or own < _HOPELESS * best:
         return ""
     return f"not tried: the best of {recipe.backend} so far is {own / best:.0f} times worse than the best of all"
-
-
-def accelerated(recipe: Recipe) -> bool:
-    """Whether a recipe asks for a device or an execution provider other than the processor."""
-    wish = str(recipe.options.get("device") or recipe.options.get("provider") or "cpu").lower()
-    return not wish.startswith("cpu")
 
 
 def _engine(recipe: Recipe) -> tuple[str, bool]:
