@@ -77,27 +77,27 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_950
+ENGINE = 31_750
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_374,
-    "torchship.backends": 1_443,
-    "torchship.cli": 1_850,
+    "torchship.backends": 1_440,
+    "torchship.cli": 1_683,
     "torchship.client": 1_412,
-    "torchship.doctor": 2_600,
+    "torchship.doctor": 1_617,
     "torchship.lowering": 2_872,
-    "torchship.optimize": 6_066,
-    "torchship.optimize.transforms": 345,
-    "torchship.pipeline": 1_487,
-    "torchship.serve": 1_925,
+    "torchship.optimize": 6_108,
+    "torchship.optimize.transforms": 340,
+    "torchship.pipeline": 1_486,
+    "torchship.serve": 1_922,
     "torchship.serve.api": 1_370,
-    "torchship.serve.engine": 2_805,
-    "torchship.serve.http": 2_520,
+    "torchship.serve.engine": 2_804,
+    "torchship.serve.http": 2_518,
     "torchship.stages": 1_394,
     "torchship.wire": 1_610,
-    "torchship_faces": 2_243,
+    "torchship_faces": 2_242,
     "torchship_faces.gallery": 1_935,
 }
 
