@@ -97,7 +97,7 @@ ROOMS = {
     "torchship.serve.http": 2_518,
     "torchship.stages": 1_394,
     "torchship.wire": 1_610,
-    "torchship_faces": 2_242,
+    "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
 }
 

