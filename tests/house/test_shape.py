@@ -82,12 +82,12 @@ ENGINE = 31_750
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
-    "torchship.artifact": 1_374,
+    "torchship.artifact": 1_373,
     "torchship.backends": 1_440,
     "torchship.cli": 1_683,
     "torchship.client": 1_412,
     "torchship.doctor": 1_617,
-    "torchship.lowering": 2_872,
+    "torchship.lowering": 2_862,
     "torchship.optimize": 6_108,
     "torchship.optimize.transforms": 340,
     "torchship.pipeline": 1_486,

@@ -18,6 +18,7 @@ from torchship import home, textfiles
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import SIGNATURE
 from torchship.errors import BadConfig, CorruptArtifact, NotFound, Unavailable, UnsafeArtifact
+from torchship.plugins import missing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -142,10 +143,8 @@ def is_trusted(folder: Path, *, digest: str) -> bool:
 
 def need_library() -> None:
     """Raise Unavailable where the library for keys is missing."""
-    try:
-        import cryptography  # noqa: F401
-    except ImportError:
-        raise Unavailable("signatures need the package cryptography", hint="pip install cryptography") from None
+    if missing("cryptography"):
+        raise Unavailable("signatures need the package cryptography", hint="pip install cryptography")
 
 
 def _message(digest: str) -> bytes:

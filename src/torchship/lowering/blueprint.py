@@ -15,6 +15,7 @@ import math
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -133,11 +134,14 @@ class _Pen:
 
     def name(self, value: Any, path: str) -> str:
         """`module:name` of a class or a function. Raises BuildFailed for one that has none."""
-        name = name_of(value)
-        if not name:
-            raise _refusal(path, f"{getattr(value, '__qualname__', value)!s}, which no import finds")
-        self.named[name] = value
-        return name
+        word, home = getattr(value, "__qualname__", ""), getattr(value, "__module__", "")
+        for module in (home, *_HOMES):
+            with suppress(ImportError, AttributeError):
+                script = module == "__main__" and "<" not in word
+                if module and (script or process.resolve(f"{module}:{word}") is value):
+                    self.named[f"{module}:{word}"] = value
+                    return f"{module}:{word}"
+        raise _refusal(path, f"{getattr(value, '__qualname__', value)!s}, which no import finds")
 
     def _object(self, value: Any, path: str) -> Any:
         import torch
@@ -219,20 +223,6 @@ def _written_torch(value: Any, path: str, pen: _Pen) -> Any:
         raise _refusal(path, f"a tensor of a special kind ({type(value).__name__}, {value.layout})")
     kind = "weight" if isinstance(value, torch.nn.Parameter) else "tensor"
     return pen.remember(value, {kind: pen.keep(value, path)})
-
-
-def name_of(value: Any) -> str:
-    """`module:name` of a class or a function; empty for one that has none."""
-    name, home = getattr(value, "__qualname__", ""), getattr(value, "__module__", "")
-    if home == "__main__" and "<" not in name:
-        return f"__main__:{name}"
-    for module in (home, *_HOMES):
-        try:
-            if module and process.resolve(f"{module}:{name}") is value:
-                return f"{module}:{name}"
-        except (ImportError, AttributeError):
-            continue
-    return ""
 
 
 def _refusal(path: str, what: str) -> BuildFailed:
