@@ -144,17 +144,8 @@ class ModelConfig(LineLimits, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def pipeline(self) -> PipelineConfig:
         """The model as a pipeline: `artifact` and `run` are a single stage."""
-        stages = self.stages or (
-            StageConfig(
-                run=self.run,
-                artifact=self.artifact,
-                options=self.options,
-                device=self.device,
-                threads=self.threads,
-                max_batch=self.max_batch,
-                trust=self.trust,
-            ),
-        )
+        shared = ("run", "artifact", "options", "device", "threads", "max_batch", "trust")
+        stages = self.stages or (StageConfig(**{name: getattr(self, name) for name in shared}),)
         if self.copies:
             stages = tuple(msgspec.structs.replace(stage, copies=self.copies) for stage in stages)
         return PipelineConfig(self.name, stages, self.inputs, self.outputs, self.parameters)

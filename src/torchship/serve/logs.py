@@ -71,11 +71,9 @@ class _Writer(logging.Handler):
                 dropped, self._dropped = self._dropped, 0
                 text = f"{dropped} lines of the log were dropped: they were not read fast enough"
                 line += "\n" + self._form(logging.LogRecord("torchship", logging.WARNING, "", 0, text, None, None))
-            try:
+            with contextlib.suppress(OSError, ValueError):  # closed: there is nobody to tell
                 self._stream.write(f"{line}\n")
                 self._stream.flush()
-            except (OSError, ValueError):  # closed: there is nobody to tell
-                pass
             self._lines.task_done()
 
     def flush(self) -> None:

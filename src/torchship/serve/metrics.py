@@ -34,10 +34,10 @@ class StationMeter:
     restarts: int = 0
     batches: dict[int, BatchMeter] = field(default_factory=dict)
 
-    def count(
-        self, jobs: int, rows: int, calls: int, queued: float, *, packing: float, running: float, passing: float
-    ) -> None:
-        """Count what came back in one message; `queued` is a sum over the jobs, the other seconds they have shared."""
+    def count(self, jobs: int, rows: int, calls: int, queued: float, shared: tuple[float, float, float]) -> None:
+        """Count what came back in one message: `queued` is a sum over the jobs, `shared` the seconds of writing inputs,
+        running, and collecting outputs."""
+        packing, running, passing = shared
         self.jobs += jobs
         self.rows += rows
         self.calls += calls

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
 import torchship
@@ -80,11 +80,9 @@ class Service:
             job.spans = []
         line.start(job, request.deadline)
         if not request.version and (shadow := self.catalog.entries[request.model].shadow) is not None:
-            try:  # nobody waits for its answer, and its faults are only counted
+            with suppress(TorchshipError):  # nobody waits for its answer, and its faults are only counted
                 copy = Job(request.inputs, lambda job: None, dict(values), time.monotonic(), _LAST)
                 shadow.start(copy, request.deadline)
-            except TorchshipError:
-                pass
         return job
 
     async def stream(self, request: Request) -> AsyncGenerator[Response, None]:

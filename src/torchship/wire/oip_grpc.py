@@ -16,17 +16,9 @@ from google.protobuf.message import DecodeError
 from torchship.errors import BadInput, StageFailed
 from torchship.stage import Value
 from torchship.tensors import Array, Tensors, bytes_array, dtype_name, numpy_dtype
+from torchship.wire import oip_json
 from torchship.wire.messages import BatchSlice, RawInputs, RawLayout, Request, Response, layout_of
-from torchship.wire.oip_json import (
-    Regions,
-    apply_parameters,
-    chosen_output,
-    read_region,
-    timing_parameters,
-    wanted_output,
-    wish_parameters,
-    write_region,
-)
+from torchship.wire.oip_json import Regions
 from torchship.wire.raw import LONG, Buffer, decode_raw, element_count, encode_raw, read_varint, varint
 from torchship.wire.schema import message
 
@@ -130,9 +122,9 @@ class InferCodec:
             raise BadInput(f"not a ModelInferRequest: {fault}") from None
         request = Request(asked.model_name, {}, asked.model_version, asked.id)
         if asked.parameters:
-            apply_parameters(request, plain_parameters(asked.parameters))
+            oip_json.apply_parameters(request, plain_parameters(asked.parameters))
         request.outputs = tuple(
-            wanted_output(item.name, plain_parameters(item.parameters), binary=True) for item in asked.outputs
+            oip_json.wanted_output(item.name, plain_parameters(item.parameters), binary=True) for item in asked.outputs
         )
         inputs: dict[str, Array] = {}
         raws = list(asked.raw_input_contents)
@@ -205,10 +197,10 @@ class InferCodec:
         outputs: list[tuple[str, Array, Mapping[str, Any]]] = []
         raws: list[bytes] = []
         for wish in request.outputs:
-            array = chosen_output(wish, response)
+            array = oip_json.chosen_output(wish, response)
             raw = encode_raw(array)
             shared = "shared_memory_region" in wish.parameters
-            outputs.append((wish.name, array, write_region(self._regions, wish, raw) if shared else {}))
+            outputs.append((wish.name, array, oip_json.write_region(self._regions, wish, raw) if shared else {}))
             raws.append(b"" if shared else raw)
         return _answer(response, outputs), raws
 
@@ -223,7 +215,7 @@ def _tensor(item: Any, raws: list[bytes], regions: Regions | None = None) -> Arr
     name, datatype, shape = item.name, item.datatype, list(item.shape)
     parameters = plain_parameters(item.parameters) if item.parameters else {}
     if "shared_memory_region" in parameters:
-        data = read_region(regions, parameters, name=name)
+        data = oip_json.read_region(regions, parameters, name=name)
         return decode_raw(data, name=name, datatype=datatype, shape=shape)
     if item.HasField("contents"):
         return typed_contents(item.contents, name=name, datatype=datatype, shape=shape)
@@ -292,12 +284,12 @@ def set_parameters(target: Any, values: Mapping[str, Any]) -> None:
 def encode_request(request: Request) -> bytes:
     """A ModelInferRequest with raw contents."""
     ask = message("inference.ModelInferRequest")(model_name=request.model, model_version=request.version, id=request.id)
-    set_parameters(ask.parameters, timing_parameters(request))
+    set_parameters(ask.parameters, oip_json.timing_parameters(request))
     for name, array in request.inputs.items():
         ask.inputs.add(name=name, datatype=dtype_name(array.dtype), shape=array.shape)
         ask.raw_input_contents.append(encode_raw(array))
     for wish in request.outputs:
-        set_parameters(ask.outputs.add(name=wish.name).parameters, wish_parameters(wish))
+        set_parameters(ask.outputs.add(name=wish.name).parameters, oip_json.wish_parameters(wish))
     data: bytes = ask.SerializeToString()
     return data
 

@@ -236,6 +236,19 @@ def test_time_without_a_processor_is_given_back_to_a_worker_that_opens(monkeypat
     run(work)
 
 
+def test_closing_again_waits_for_what_the_first_time_did_not() -> None:
+    async def work() -> None:
+        line = await Line(planned({"run": "double"})).open()
+        replicas = list(line.stations[0].replicas)
+        first = asyncio.ensure_future(line.close())
+        await asyncio.sleep(0)
+        first.cancel()
+        await line.close()
+        assert [replica.state for replica in replicas] == ["ended"]
+
+    run(work)
+
+
 def test_closing_answers_everybody_and_leaves_nothing() -> None:
     async def work() -> None:
         me = psutil.Process()
@@ -503,7 +516,7 @@ def test_sizes_of_batches_are_few_labels() -> None:
     async def work() -> None:
         async with Opened({"run": "double"}) as line:
             for size in range(1, 5000):
-                line.nodes[0].station.meter.count(1, size, 1, 0.0, packing=0.0, running=0.0, passing=0.0)
+                line.nodes[0].station.meter.count(1, size, 1, 0.0, (0.0, 0.0, 0.0))
             text = prometheus.render({("m", "1"): line})
             counts = {
                 int(row.split('rows="')[1].split('"')[0]): float(row.rpartition(" ")[2])

@@ -18,10 +18,10 @@ from torchship.serve.api.front import Front
 from torchship.serve.http.exchange import Exchange
 from torchship.serve.http.router import ANY_TEXT, NAME, Route
 from torchship.serve.service import Service
+from torchship.tensors import FLOATS, numpy_dtype
 
 _HOST = re.compile(r"[A-Za-z0-9.\-:\[\]]{1,255}")
 _PICTURE = re.compile("image|picture|photo|frame|jpe?g|png", re.IGNORECASE)
-_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _SMALL = 64  # elements of a tensor that are written out in an example
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -156,9 +156,8 @@ def _other(route: Route) -> dict[str, Any]:
 
 
 def _json_type(datatype: str) -> str:
-    if datatype in ("BYTES", "BOOL"):
-        return {"BYTES": "string", "BOOL": "boolean"}[datatype]
-    return "number" if datatype.startswith(("FP", "BF")) else "integer"
+    kind = "number" if datatype in FLOATS else "integer"
+    return {"BYTES": "string", "BOOL": "boolean"}.get(datatype, kind)
 
 
 def example_body(model: dict[str, Any]) -> dict[str, Any] | None:
@@ -192,8 +191,7 @@ def examples(model: dict[str, Any], *, curl: str = "curl", base: str) -> list[st
         text = json.dumps(body, separators=(",", ":")).replace("'", "\\u0027")
         commands.append(f"{curl} -H 'Content-Type: application/json' -d '{text}' {url}")
     elif len(inputs) == 1:
-        item = next((size for bits, size in _SIZES.items() if inputs[0]["datatype"].endswith(bits)), 1)
-        size = math.prod(max(axis, 1) for axis in inputs[0]["shape"]) * item
+        size = math.prod(max(axis, 1) for axis in inputs[0]["shape"]) * numpy_dtype(inputs[0]["datatype"]).itemsize
         commands.append(
             f"head -c {size} /dev/zero | {curl} --data-binary @- -H 'Content-Type: application/octet-stream' {url}"
         )

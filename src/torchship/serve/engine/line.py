@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -434,10 +435,8 @@ class Line:
         self.state = "draining"
         self._empty.clear()
         if self.admission.jobs:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), patience)
-            except TimeoutError:
-                pass
 
     async def close(self, *, grace: float = 5.0) -> None:
         """Stop all workers and give everything back; may be called again, and is done when they are gone."""

@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 _PIPE = 2**18  # bytes that a worker can print before it has to wait for us
 _PAUSE = 0.01  # seconds between two looks
@@ -31,10 +32,8 @@ class WorkerOutput:
         self._dropped = 0
         self._pause: asyncio.TimerHandle | None = None
         os.set_blocking(self._fd, False)
-        try:
+        with suppress(OSError):  # this user has too many large ones: the usual size does too
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE)
-        except OSError:  # this user has too many large ones: the usual size does too
-            pass
         loop.add_reader(self._fd, self._read)
 
     @property

@@ -117,9 +117,7 @@ class Dispatch:
         return sum(map(len, self._lanes.values()))
 
     def put(self, call: StageCall) -> None:
-        """Queue a call. Raises ValueError for one that no batch can hold."""
-        if call.rows > self.max_batch:
-            raise ValueError(f"{call.rows} rows do not fit into a batch of {self.max_batch}")
+        """Queue a call."""
         call.order = self._order = self._order + 1
         name = (call.job.priority, call.key)
         lane = self._lanes.get(name)

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -19,29 +20,12 @@ import numpy as np
 from torchship import process
 from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.faults import revive
-from torchship.serve.engine.ipc import arena
+from torchship.serve.engine.ipc import arena, messages
 from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
-from torchship.serve.engine.ipc.messages import (
-    INLINE,
-    BatchDone,
-    Drop,
-    Inbox,
-    Opened,
-    OpenFailed,
-    Order,
-    PackedCall,
-    Ping,
-    RunBatch,
-    Stop,
-    Taken,
-    decode_report,
-    encode,
-    send,
-)
+from torchship.serve.engine.ipc.messages import BatchDone, Inbox, RunBatch, decode_report, encode, send
 from torchship.serve.engine.output import WorkerOutput
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.spec import WorkerSpec
-from torchship.serve.engine.worker import WorkerStart
 from torchship.tensors import Array, numpy_dtype
 
 _log = logging.getLogger("torchship.serve")
@@ -162,7 +146,7 @@ class LocalReplica:
             undo += [self._output.close, lambda: os.close(self._output.inlet)]
             self._child, self._sock = process.converse(
                 "torchship.serve.engine.worker:main",
-                argument=WorkerStart(self._arena.region.fd, spec),
+                argument=(self._arena.region.fd, spec),
                 fds=(self._arena.region.fd,),
                 output=self._output.inlet,
                 threads=spec.placement.threads or None,
@@ -180,7 +164,7 @@ class LocalReplica:
         self._arena.region.drop_descriptor()
         self._inbox = Inbox(self._sock)
         self._sock.setblocking(False)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * INLINE)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * messages.INLINE)
         self._loop.add_reader(self._sock.fileno(), self._hear)
         self._loop.add_reader(self._pidfd, self._end)
 
@@ -215,7 +199,7 @@ class LocalReplica:
                 region.close()
         self.in_flight.append(InFlightBatch(self._number, slot, calls, now, calls[0].part is not None))
 
-    def _pack(self, calls: list[StageCall], slot: int) -> tuple[list[PackedCall], MemoryRegion | None]:
+    def _pack(self, calls: list[StageCall], slot: int) -> tuple[list[messages.PackedCall], MemoryRegion | None]:
         start, end = self._arena.input_span(slot)
         need = 0
         if not self._fits:  # each tensor begins where it may
@@ -243,7 +227,7 @@ class LocalReplica:
                 blocks.append(block)
                 at = arena.aligned(at + block.size)
             head = group[0]
-            packed.append(PackedCall(rows, blocks, head.values, head.part is not None))
+            packed.append(messages.PackedCall(rows, blocks, head.values, head.part is not None))
         return packed, region
 
     def _arrays(self, column: Sequence[Any], index: int) -> list[Array]:
@@ -275,9 +259,15 @@ class LocalReplica:
             self.heard = time.monotonic()
             if isinstance(report, BatchDone):
                 self._on_done(report, region)
-            elif isinstance(report, Opened):
-                self._on_opened(report)
-            elif isinstance(report, OpenFailed):
+            elif isinstance(report, messages.Opened):
+                planned = str(self.spec.model.signature)
+                if report.signature != planned:
+                    self.kill(f"opened with signature {report.signature}, planned {planned}")
+                elif self.state == "opening":
+                    self._timer.cancel()
+                    self.state = "ready"
+                    self._events.on_open(self)
+            elif isinstance(report, messages.OpenFailed):
                 self.fault = revive(report.fault, stage=self.spec.model.name)
         finally:
             if region:
@@ -301,40 +291,28 @@ class LocalReplica:
             arrays.append(array if dtype.hasobject else array.copy())
         return arrays
 
-    def _on_opened(self, report: Opened) -> None:
-        planned = str(self.spec.model.signature)
-        if report.signature != planned:
-            self.kill(f"opened with signature {report.signature}, planned {planned}")
-            return
-        self._timer.cancel()
-        if self.state == "opening":
-            self.state = "ready"
-            self._events.on_open(self)
-
-    def _tell(self, order: Order) -> None:
+    def _tell(self, order: messages.Order) -> None:
         """Send what needs no answer; a worker that is gone is noticed elsewhere."""
-        try:
+        with suppress(OSError):
             send(self._sock, encode(order))
-        except OSError:
-            pass
 
     def taken(self, batch: InFlightBatch) -> None:
         batch.unread -= 1
         self.heard = time.monotonic()  # it waited for its caller: that is no hang
-        self._tell(Taken(batch.number))
+        self._tell(messages.Taken(batch.number))
 
     def drop(self, batch: InFlightBatch) -> None:
-        self._tell(Drop(batch.number))
+        self._tell(messages.Drop(batch.number))
 
     def ping(self, number: int) -> None:
-        self._tell(Ping(number))
+        self._tell(messages.Ping(number))
 
     def stop(self, *, grace: float = 5.0) -> None:
         if self.state in ("stopping", "ended"):
             return
         self.state = "stopping"
         self._timer.cancel()
-        self._tell(Stop())
+        self._tell(messages.Stop())
         self._timer = self._loop.call_later(grace, self.kill, f"did not stop within {grace:g} s")
 
     def kill(self, reason: str) -> None:
@@ -342,10 +320,8 @@ class LocalReplica:
             return
         self._reason = self._reason or reason
         self.state = "stopping"
-        try:
-            os.killpg(self._child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _late(self) -> None:
         """Its time is over, but for what it spent waiting for a processor: on a crowded machine that is not its own."""

@@ -6,6 +6,7 @@ A setting is declared here once. `LineLimits` are the keys of a `[[model]]` tabl
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import msgspec
@@ -87,26 +88,21 @@ class StageModel(msgspec.Struct, frozen=True, kw_only=True):
     def _slot(self, specs: tuple[TensorSpec, ...]) -> int:
         total = 0
         for spec in specs:
-            axes = spec.shape[1:] if self.signature.batched else spec.shape
-            size = numpy_dtype(spec.dtype).itemsize * (self.max_batch if self.signature.batched else 1)
-            for axis in axes:
-                size *= axis if isinstance(axis, int) else 0
-            known = spec.dtype != "BYTES" and all(isinstance(axis, int) for axis in axes)
-            total += -(-(size if known else _SLOT_FREE) // _ALIGN) * _ALIGN
+            axes = (self.max_batch, *spec.shape[1:]) if self.signature.batched else spec.shape
+            fixed = [axis for axis in axes if isinstance(axis, int)]
+            known = spec.dtype != "BYTES" and len(fixed) == len(axes)
+            size = numpy_dtype(spec.dtype).itemsize * math.prod(fixed) if known else _SLOT_FREE
+            total += -(-size // _ALIGN) * _ALIGN
         return min(_SLOT_LIMIT, total)
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one worker is told about itself. `depth` batches are with it at once: one runs, the others wait.
-
-    `opener` is `module:function`; it is called with this and returns a Stage.
-    """
+    """All that one worker is told about itself. `depth` batches are with it at once: one runs, the others wait."""
 
     model: StageModel
     placement: Placement = Placement()
     limits: LineLimits = LineLimits()
     depth: int = 2
-    opener: str = "torchship.serve.engine.worker:open_stage_of"
 
 
 def placements(config: StageConfig, limits: LineLimits) -> tuple[Placement, ...]:

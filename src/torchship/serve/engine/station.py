@@ -256,15 +256,8 @@ class Station:
         self._pace = self._pace * 0.8 + share * 0.2 if self._pace else share
         self._crashes = 0
         queued = len(calls) * batch.sent - sum([call.since for call in calls])
-        self.meter.count(
-            len(calls),
-            rows,
-            runs,
-            queued,
-            packing=max(0.0, began - batch.sent),
-            running=ended - began,
-            passing=now - ended,
-        )
+        shared = max(0.0, began - batch.sent), ended - began, now - ended
+        self.meter.count(len(calls), rows, runs, queued, shared)
         for call in calls:
             if call.job.spans is not None:
                 call.job.spans.append(Span(self.name, call.since, batch.sent, began, ended, now, rows))

@@ -22,27 +22,9 @@ from torchship.pipeline.faults import Fault, describe, words_of
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.rows import check_outputs, check_rows
 from torchship.pipeline.wiring import relax
-from torchship.process import resolve
-from torchship.serve.engine.ipc import arena
+from torchship.serve.engine.ipc import arena, messages
 from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
-from torchship.serve.engine.ipc.messages import (
-    BatchDone,
-    Drop,
-    Inbox,
-    Opened,
-    OpenFailed,
-    Order,
-    PackedCall,
-    Ping,
-    Pong,
-    Result,
-    RunBatch,
-    Stop,
-    Taken,
-    decode_order,
-    encode,
-    send,
-)
+from torchship.serve.engine.ipc.messages import BatchDone, Inbox, Order, RunBatch, encode, send
 from torchship.serve.engine.spec import WorkerSpec
 from torchship.stage import Stage, Value
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
@@ -54,40 +36,36 @@ _AHEAD_BYTES = 2**22
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-class WorkerStart(msgspec.Struct, frozen=True):
-    """What a worker is given when it starts: the descriptor of its arena, and what it is."""
-
-    memory: int
-    spec: WorkerSpec
-
-
 def main(argument: Any, sock: socket.socket) -> None:
-    """The child's entry point: returns when the host, at the other end of `sock`, says stop or goes away."""
-    start = msgspec.convert(argument, WorkerStart)
-    spec, model = start.spec, start.spec.model
+    """The child's entry point: returns when the host, at the other end of `sock`, says stop or goes away.
+
+    `argument` is the descriptor of its arena, and its WorkerSpec.
+    """
+    fd, spec = msgspec.convert(argument, tuple[int, WorkerSpec])
+    model = spec.model
     for number in _SIGNALS:  # they go to whole groups, by Ctrl-C or a service manager: the host alone decides
         signal.signal(number, lambda *_: None)  # a function, since what is ignored stays so in the stage's children
     os.nice(spec.placement.nice)
     sizes = dict(zip(("input_size", "output_size"), model.slot_sizes, strict=True))
-    memory = Arena(MemoryRegion.take(start.memory), depth=spec.depth, **sizes)
+    memory = Arena(MemoryRegion.take(fd), depth=spec.depth, **sizes)
     try:
-        stage: Stage = resolve(spec.opener)(spec)
+        stage = open_stage_of(spec)
         if model.config.artifact:
             _warm(stage)
     except BaseException as fault:
         _print(fault)
-        send(sock, encode(OpenFailed(describe(fault))))
+        send(sock, encode(messages.OpenFailed(describe(fault))))
         return
     if (register := getattr(stage, "register", None)) is not None:
         register(np.frombuffer(memory.region.memory, np.uint8).ctypes.data, len(memory.region.memory))
     signature = stage.signature.taking([spec.name for spec in model.signature.inputs])
-    send(sock, encode(Opened(str(relax(signature)))))
+    send(sock, encode(messages.Opened(str(relax(signature)))))
     WorkerLoop(StageRunner(stage, signature), arena=memory, sock=sock, private=bool(model.config.run)).work()
     stage.close()
 
 
 def open_stage_of(spec: WorkerSpec) -> Stage:
-    """The opener of pipelines: the stage that a specification describes, on the device of its placement."""
+    """The stage that a specification describes, on the device of its placement."""
     config = msgspec.structs.replace(spec.model.config, device=spec.placement.device)
     return open_stage(config, Store(spec.model.store))
 
@@ -222,7 +200,7 @@ class WorkerLoop:
                 order, fd = self._later.popleft() if self._later else self._next(patience=self._patience)
                 if isinstance(order, RunBatch):
                     self._run(order, fd)
-                elif isinstance(order, Stop):
+                elif isinstance(order, messages.Stop):
                     return
                 else:
                     self._answer(order)
@@ -234,7 +212,7 @@ class WorkerLoop:
         message, fd = self._inbox.next(patience=patience)
         if not message:
             raise ConnectionError("the host is gone")
-        return decode_order(message), fd
+        return messages.decode_order(message), fd
 
     def _run(self, batch: RunBatch, fd: int) -> None:
         region = self._arena.region if fd < 0 else MemoryRegion.take(fd)
@@ -253,7 +231,7 @@ class WorkerLoop:
             if fd >= 0:
                 region.close()
 
-    def _tensors(self, call: PackedCall, region: MemoryRegion) -> Tensors:
+    def _tensors(self, call: messages.PackedCall, region: MemoryRegion) -> Tensors:
         tensors = {}
         for (name, dtype), block in zip(self._inputs, call.blocks, strict=True):
             if block is None:
@@ -289,9 +267,9 @@ class WorkerLoop:
             self._inbox.waiting or len(ahead) >= _AHEAD or sum(ahead) > _AHEAD_BYTES
         ):
             order, fd = self._next()
-            if isinstance(order, RunBatch | Stop):
+            if isinstance(order, RunBatch | messages.Stop):
                 self._later.append((order, fd))
-            elif isinstance(order, Taken) and order.number == number:
+            elif isinstance(order, messages.Taken) and order.number == number:
                 ahead.popleft()
             else:
                 self._answer(order)
@@ -299,9 +277,9 @@ class WorkerLoop:
 
     def _answer(self, order: Order) -> None:
         """What can be done at once, whatever else is under way."""
-        if isinstance(order, Ping):
-            send(self._sock, encode(Pong(order.number)))
-        elif isinstance(order, Drop):  # it may be of a stream that has not begun, or has ended
+        if isinstance(order, messages.Ping):
+            send(self._sock, encode(messages.Pong(order.number)))
+        elif isinstance(order, messages.Drop):  # it may be of a stream that has not begun, or has ended
             self._dropped.add(order.number)
 
     def _send(
@@ -314,38 +292,29 @@ class WorkerLoop:
         slot: int = -1,
         more: bool = False,
     ) -> bool:
-        """Write the outputs into the slot, or into memory of their own when they do not fit, and tell the host.
-
-        Where there is no memory for them, the jobs fail instead; returns whether they did not.
-        """
+        """Write the outputs into the slot, or into memory of their own when they do not fit, and tell the host; whether
+        more may follow. Where there is no memory for them, the jobs fail instead."""
         start, end = self._arena.output_span(slot) if slot >= 0 else (0, 0)
-        need = sum(arena.aligned(arena.size_of(array)) for answer in answers for array in answer.outputs)
-        if need <= end - start:
-            results = _place(answers, self._arena.region.memory, start)
-            send(self._sock, encode(BatchDone(number, *times, results, faults, more)))
-            return True
+        region = None
+        if (
+            need := sum(arena.aligned(arena.size_of(one)) for answer in answers for one in answer.outputs)
+        ) > end - start:
+            try:
+                region, start = MemoryRegion.make(need), 0
+            except TorchshipError as fault:
+                jobs = [answer.first + place for answer in answers for place in range(len(answer.rows))]
+                answers, faults, more = [], [*faults, *(describe(fault, job=job) for job in jobs)], False
         try:
-            region = MemoryRegion.make(need)
-        except TorchshipError as fault:
-            jobs = [answer.first + place for answer in answers for place in range(len(answer.rows))]
-            faults = [*faults, *(describe(fault, job=job) for job in jobs)]
-            send(self._sock, encode(BatchDone(number, *times, [], faults)))
-            return False
-        try:
-            results = _place(answers, region.memory, 0)
-            send(self._sock, encode(BatchDone(number, *times, results, faults, more)), fd=region.fd)
-            return True
+            results, memory = [], (region or self._arena.region).memory
+            for first, rows, outputs in answers:
+                blocks: list[ArenaBlock] = []
+                for array in outputs:
+                    blocks.append(arena.write([array], memory=memory, offset=start))
+                    start += arena.aligned(blocks[-1].size)
+                results.append(messages.Result(first, rows, blocks))
+            done = encode(BatchDone(number, *times, results, faults, more))
+            send(self._sock, done, fd=region.fd if region else -1)
         finally:
-            region.close()
-
-
-def _place(answers: Sequence[Answer], memory: memoryview, offset: int) -> list[Result]:
-    results = []
-    for first, rows, outputs in answers:
-        blocks: list[ArenaBlock] = []
-        for array in outputs:
-            block = arena.write([array], memory=memory, offset=offset)
-            blocks.append(block)
-            offset += arena.aligned(block.size)
-        results.append(Result(first, rows, blocks))
-    return results
+            if region:
+                region.close()
+        return more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from torchship.serve.http.exchange import Exchange, Headers, HttpFault, spawn
@@ -27,10 +28,8 @@ def decompress(data: Buffer, *, coding: str, limit: int) -> bytes:
         return _inflate(data, wbits=47 if coding != "deflate" else zlib.MAX_WBITS, limit=limit)
     except zlib.error as fault:
         if coding == "deflate":  # some clients mean deflate without the zlib header
-            try:
+            with suppress(zlib.error):
                 return _inflate(data, wbits=-zlib.MAX_WBITS, limit=limit)
-            except zlib.error:
-                pass
         raise HttpFault(400, f"the body is not {coding}: {fault}") from None
 
 

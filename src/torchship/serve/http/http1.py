@@ -181,11 +181,14 @@ _LINGER = 2.0  # seconds that a refused peer may go on sending
 
 
 class Connection(asyncio.Protocol):
-    """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests."""
+    """One connection: reads requests, hands each to its endpoint, writes the answers in the order of the requests.
+
+    Sink and Peer say what its methods do.
+    """
 
     __slots__ = (
         "_again", "_body", "_buffer", "_chunks", "_closing", "_end_of_life", "_greeted", "_half_closed", "_head",
-        "_held", "_need", "_paused", "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again",
+        "_held", "_paused", "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again",
         "_unsent", "_writable", "transport",
     )  # fmt: skip
 
@@ -194,7 +197,6 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._head: Head | None = None  # set while its body arrives
         self._body = bytearray()
-        self._need = 0
         self._held = 0  # of the body that arrives
         self._chunks: Chunks | None = None
         self._pending: deque[Exchange] = deque()
@@ -342,7 +344,7 @@ class Connection(asyncio.Protocol):
             return end + length
         if length > limits.body:
             raise HttpFault(413, f"the body has {length} bytes, the limit is {limits.body}")
-        self._head, self._need, self._since = head, length, self._site.now
+        self._head, self._since = head, self._site.now
         self._body = bytearray()
         self._chunks = Chunks(limits.body) if length < 0 else None
         if head.expects and end == len(buffer) and not self._pending:
@@ -366,10 +368,10 @@ class Connection(asyncio.Protocol):
         if self._chunks is not None:
             place, done = self._chunks.feed(self._buffer, place, self._body)
         else:
-            take = min(self._need - len(self._body), len(self._buffer) - place)
+            take = min(head.length - len(self._body), len(self._buffer) - place)
             self._body += memoryview(self._buffer)[place : place + take]
             place += take
-            done = len(self._body) >= self._need
+            done = len(self._body) >= head.length
         self._since = self._site.now
         self._held = self._site.hold(self._held, len(self._body))
         if not done:
@@ -466,7 +468,6 @@ class Connection(asyncio.Protocol):
         self._release()
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
-        """The head of a streamed answer, chunked (or until the connection closes, for HTTP/1.0)."""
         head = exchange.head
         if self._site.cors is not None:
             headers = (*headers, *self._site.cors.headers(head))
@@ -476,11 +477,9 @@ class Connection(asyncio.Protocol):
         self._put(exchange, self._top(exchange, status, content_type, (*headers, *extra), ends=head.old))
 
     def write(self, exchange: Exchange, data: bytes) -> None:
-        """A piece of a streamed answer."""
         self._put(exchange, data if exchange.head.old else b"".join((b"%x\r\n" % len(data), data, b"\r\n")))
 
     def end(self, exchange: Exchange) -> None:
-        """The last piece of a streamed answer."""
         self._put(exchange, b"" if exchange.head.old else b"0\r\n\r\n")
         exchange.started = False
         if self._pending and self._pending[0] is exchange:
@@ -498,7 +497,6 @@ class Connection(asyncio.Protocol):
             exchange.ready = (exchange.ready or b"") + data
 
     async def drained(self, exchange: Exchange) -> None:
-        """Wait until the peer has taken most of what was written."""
         while not self._writable:
             self._room.clear()
             await self._room.wait()
@@ -559,7 +557,6 @@ class Connection(asyncio.Protocol):
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def expire(self) -> None:
-        """Let the peer open a new connection for what comes next."""
         self._end_of_life = 0.0
 
     def retire(self) -> None:

@@ -6,12 +6,13 @@ import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 from unicodedata import category
 from urllib.parse import unquote
 
 from torchship.errors import BadConfig, BadInput
-from torchship.serve.http.exchange import Endpoint, Head, HttpFault, spawn
+from torchship.serve.http.exchange import Endpoint, Exchange, Head, HttpFault, spawn
 
 # A name from a URL ends up in look-ups, logs and metrics: nothing but this may pass.
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$"
@@ -62,9 +63,9 @@ class Router:
                     node = node.children.setdefault(part, _Node())
             if route.method in node.routes:
                 raise BadConfig(f"{route.method} {route.path} is served already", hint="mount it at another path")
-            node.routes[route.method] = route
-            if inspect.iscoroutinefunction(route.endpoint):
-                node.routes[route.method] = route._replace(endpoint=_spawning(route.endpoint))
+            coroutine = inspect.iscoroutinefunction(route.endpoint)
+            endpoint = partial(_spawned, route.endpoint) if coroutine else route.endpoint
+            node.routes[route.method] = route._replace(endpoint=endpoint)
 
     def resolve(self, head: Head) -> None:
         """Give `head` its endpoint, scope and places; a wrong path or verb becomes an endpoint that says so."""
@@ -105,8 +106,8 @@ def _checked(name: str, place: str) -> str:
     return name
 
 
-def _spawning(endpoint: Endpoint) -> Endpoint:
-    return lambda exchange: spawn(exchange, endpoint, exchange)
+def _spawned(endpoint: Endpoint, exchange: Exchange) -> None:
+    spawn(exchange, endpoint, exchange)
 
 
 def _is_text(character: str) -> bool:

@@ -8,21 +8,8 @@ from typing import cast
 
 from torchship.serve.http.coding import COMPRESS_FROM, dress, enter
 from torchship.serve.http.exchange import Exchange, Headers, HttpFault
+from torchship.serve.http.http2 import framing
 from torchship.serve.http.http2.calls import Call
-from torchship.serve.http.http2.framing import (
-    FRAME,
-    Fields,
-    Late,
-    Pace,
-    Reader,
-    Unfinished,
-    WrongHead,
-    are_trailers,
-    check,
-    head_of,
-    header_block,
-    unpad,
-)
 from torchship.serve.http.http2.outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.http.site import Site, is_reset
 from torchship.wire import frames as h2
@@ -34,19 +21,19 @@ _LINGER = 2.0  # seconds that a peer with a fault may go on sending
 
 
 class Connection2(asyncio.Protocol):
-    """One connection of HTTP/2."""
+    """One connection of HTTP/2. Sink and Peer say what its methods do."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._reader = Reader()
-        self._fields = Fields(limit=site.limits.head)
+        self._reader = framing.Reader()
+        self._fields = framing.Fields(limit=site.limits.head)
         self._streams: dict[int, Stream] = {}
-        self._late = Late()
+        self._late = framing.Late()
         self._last = 0
-        self._block: Unfinished | None = None  # a header block of which CONTINUATION is still to come
+        self._block: framing.Unfinished | None = None  # a header block of which CONTINUATION is still to come
         self._left = _WINDOW
         self._taken = 0
-        self._pace = Pace()
+        self._pace = framing.Pace()
         self._closing = False
         self._retiring = False
         self._half_closed = False
@@ -68,7 +55,7 @@ class Connection2(asyncio.Protocol):
             self._closing = True
             return
         self.site.connections.add(self)
-        pairs = ((3, self.site.limits.streams), (4, STREAM_WINDOW), (5, FRAME), (6, self.site.limits.head))
+        pairs = ((3, self.site.limits.streams), (4, STREAM_WINDOW), (5, framing.FRAME), (6, self.site.limits.head))
         self.transport.write(h2.settings(pairs) + h2.window_update(0, _WINDOW - 65535))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -132,16 +119,16 @@ class Connection2(asyncio.Protocol):
         elif kind == h2.HEADERS:
             self._on_headers(flags, number, data, start, end)
         elif kind in _CONTROL:
-            check(kind, flags, number, data[start:end])
+            framing.check(kind, flags, number, data[start:end])
             self._pace.count(kind, self.site.now)
             _CONTROL[kind](self, flags, number, data[start:end])
 
     def _on_headers(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
-        block = header_block(flags, number, data, start, end)
+        block = framing.header_block(flags, number, data, start, end)
         if flags & h2.END_HEADERS:
             self._head(number, flags, block)
         else:
-            self._block = Unfinished(number, flags, block, limit=self.site.limits.head)
+            self._block = framing.Unfinished(number, flags, block, limit=self.site.limits.head)
 
     def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
         if self._block is None or self._block.number != number:
@@ -161,8 +148,8 @@ class Connection2(asyncio.Protocol):
         if head is None:
             fields = self._fields.decode(block)
             try:
-                head = head_of(fields)
-            except WrongHead:
+                head = framing.head_of(fields)
+            except framing.WrongHead:
                 self._fields.remember(block)
                 self._last = number
                 raise StreamFault(number, h2.PROTOCOL_ERROR) from None
@@ -195,14 +182,14 @@ class Connection2(asyncio.Protocol):
             return
         if stream.ended:
             raise StreamFault(number, h2.STREAM_CLOSED)
-        if not ended or not are_trailers(fields):
+        if not ended or not framing.are_trailers(fields):
             raise StreamFault(number, h2.PROTOCOL_ERROR)
         self._ended(stream)
 
     def _on_data(self, flags: int, number: int, data: bytes, start: int, end: int) -> None:
         size = end - start
         if flags & h2.PADDED:
-            start, end = unpad(data, start, end)
+            start, end = framing.unpad(data, start, end)
         stream = self._flow(number, size)
         if stream is None:
             return
@@ -335,7 +322,6 @@ class Connection2(asyncio.Protocol):
             exchange.fail(error)
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
-        """A whole answer of REST."""
         if self.site.cors is None and len(body) < COMPRESS_FROM:
             self._send(exchange, status, content_type, body, headers)
         else:
@@ -358,18 +344,15 @@ class Connection2(asyncio.Protocol):
         return b"".join(fields)
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
-        """The head of a streamed answer of REST."""
         if self.site.cors is not None:
             headers = (*headers, *self.site.cors.headers(exchange.head))
         top = self._top(status, content_type, headers)
         self.put(exchange.stream, h2.frame(h2.HEADERS, h2.END_HEADERS, exchange.stream.number, top), b"", b"")
 
     def write(self, exchange: Exchange, data: bytes) -> None:
-        """A piece of a streamed answer of REST."""
         self.put(exchange.stream, b"", data, b"")
 
     def end(self, exchange: Exchange) -> None:
-        """The end of a streamed answer of REST."""
         self.put(exchange.stream, b"", b"", h2.frame(h2.DATA, h2.END_STREAM, exchange.stream.number))
 
     def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
@@ -458,7 +441,6 @@ class Connection2(asyncio.Protocol):
             self._hang_up(h2.NO_ERROR, "idle")
 
     def expire(self) -> None:
-        """Let the peer open a new connection for what comes next."""
         self._end_of_life = 0.0
 
     def retire(self) -> None:
