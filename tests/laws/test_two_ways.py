@@ -14,9 +14,8 @@ from torchship.errors import BadInput
 from torchship.tensors import Array, numpy_dtype
 from torchship.wire.messages import Batch, BatchSlice, Outline, RawInputs, Request, Response
 from torchship.wire.oip_grpc import InferCodec
-from torchship.wire.oip_json import decode_request, encode_response
+from torchship.wire.oip_json import TemplateCache, decode_request, encode_response
 from torchship.wire.schema import message
-from torchship.wire.templates import TemplateCache
 
 NUMBERS = ("FP16", "FP32", "FP64", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 

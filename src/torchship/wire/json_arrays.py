@@ -19,6 +19,7 @@ from torchship.wire.raw import LONG, Buffer, element_count
 # The largest double that still rounds to a finite number of the type.
 _FLOAT_MAX = {"FP16": 65519.99999999999, "BF16": 3.3961775292304601e38, "FP32": 3.4028235677973362e38}
 _MAX_DEPTH = 32
+_OPENING = re.compile(rb"[\[ \n\t\r]*")
 _PIECE = 1 << 18  # bytes of a long list that are read at a time
 _ELEMENTS = 1 << 14  # of a long output that are written at a time
 # How JSON, which has no such numbers, tells them: as the JSON mapping of protobuf does, whose messages these are.
@@ -152,14 +153,10 @@ def quote_constants(text: Buffer) -> bytes | None:
 
 
 def _depth(text: memoryview) -> int:
-    depth = 0
-    for position in range(min(len(text), 4096)):
-        if text[position] == 0x5B:
-            depth += 1
-            if depth > _MAX_DEPTH:
-                raise BadInput(f"data is nested deeper than {_MAX_DEPTH}", hint="send it flat")
-        elif text[position] not in b" \n\t\r":
-            break
+    opening = _OPENING.match(text, 0, 4096)
+    depth = bytes(opening[0]).count(b"[") if opening else 0
+    if depth > _MAX_DEPTH:
+        raise BadInput(f"data is nested deeper than {_MAX_DEPTH}", hint="send it flat")
     return max(depth, 1)
 
 

@@ -13,10 +13,10 @@ from torchship.serve.api.front import Front
 from torchship.serve.http.content import query_parameters
 from torchship.serve.http.exchange import JSON, Exchange, Head, Headers, spawn
 from torchship.stage import Value
+from torchship.wire import oip_json
 from torchship.wire.messages import Request, Response
-from torchship.wire.oip_json import Body, decode_plain, decode_request, encode_response, encode_slice, is_long
+from torchship.wire.oip_json import Body, TemplateCache, decode_plain, decode_request, encode_response, encode_slice
 from torchship.wire.raw import LONG, Buffer
-from torchship.wire.templates import TemplateCache
 
 _OCTETS = "application/octet-stream"
 _LENGTH = "inference-header-content-length"
@@ -114,7 +114,7 @@ class Inference:
             if not end.id:
                 end.id = request.id
             body = encode_slice(end, request)
-            if body is None and is_long(end, request):
+            if body is None and oip_json.is_long(end, request):
                 spawn(exchange, self._write_apart, exchange, request, end)
             else:
                 _send(exchange, body or encode_response(end, request, regions=self._regions), end.trace)

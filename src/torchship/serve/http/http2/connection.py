@@ -301,9 +301,6 @@ class Connection2(asyncio.Protocol):
         if (stream := self._streams.get(number)) is not None:
             self._drop(stream)
 
-    def _on_priority(self, flags: int, number: int, payload: bytes) -> None:
-        """Priorities are read for their faults only: every stream is as urgent as the next. So are pushes."""
-
     def _begin_exchange(self, stream: Stream, fault: HttpFault | None = None) -> None:
         """A request that is not gRPC: to its endpoint."""
         head = stream.head
@@ -455,10 +452,10 @@ class Connection2(asyncio.Protocol):
 
 
 _CONTROL = {
-    h2.PRIORITY: Connection2._on_priority,
+    h2.PRIORITY: lambda link, flags, number, payload: None,  # read for its faults only: no stream is more urgent
     h2.RST_STREAM: Connection2._on_reset,
     h2.SETTINGS: Connection2._on_settings,
-    h2.PUSH_PROMISE: Connection2._on_priority,
+    h2.PUSH_PROMISE: lambda link, flags, number, payload: None,
     h2.PING: Connection2._on_ping,
     h2.GOAWAY: lambda link, flags, number, payload: link.retire(),
     h2.WINDOW_UPDATE: Connection2._on_window,
