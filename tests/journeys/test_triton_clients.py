@@ -23,7 +23,7 @@ from tests.serving import Background
 from tests.unit.protocols.running import Running, running
 from torchship.client import Client
 from torchship.errors import BadInput
-from torchship.serve.api import grpc, rest
+from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.config import ModelConfig, convert
@@ -47,7 +47,7 @@ def _fake() -> Iterator[Doors]:
 
     async def listen(front: Front) -> Any:
         front = replace(front, regions=SharedMemory())
-        ports["grpc"] = await grpc.listen(front, port=0)
+        ports["grpc"] = await rest.listen(front, port=0, grpc_only=True)
         return await rest.listen(front, port=0)
 
     with running(listen) as found:
@@ -228,7 +228,7 @@ def test_where_the_channels_are() -> None:
     """The configuration over gRPC says the format of pictures, as clients that prepare them ask for it."""
 
     async def listen(front: Front) -> Any:
-        return await grpc.listen(front, port=0)
+        return await rest.listen(front, port=0, grpc_only=True)
 
     with running(listen) as found:
         found.run(found.service.catalog.load(ModelConfig(name="photos", run="tests.unit.protocols.stages:photos")))

@@ -20,7 +20,7 @@ from torchship.process import resolve
 from torchship.serve import config as configs
 from torchship.serve import logs
 from torchship.serve.access import check_places, gate
-from torchship.serve.api import grpc, rest
+from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import SharedMemory
 from torchship.serve.api.settings import Tracing
@@ -114,8 +114,8 @@ class Server:
         if http.own_port is not None:
             self.own = await rest.listen(front, port=http.own_port, **rest_only)
         if config.grpc:
-            host = config.grpc.host or http.host
-            self.grpc = await grpc.listen(front, host=host, port=config.grpc.port, shared=http.shared, **given)
+            host, port = config.grpc.host or http.host, config.grpc.port
+            self.grpc = await rest.listen(front, host=host, port=port, shared=http.shared, grpc_only=True, **given)
 
     @property
     def url(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchship import errors
 
@@ -16,7 +16,7 @@ class Status(NamedTuple):
 
 # gRPC codes: 1 CANCELLED, 3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, 5 NOT_FOUND, 7 PERMISSION_DENIED,
 # 8 RESOURCE_EXHAUSTED, 10 ABORTED, 11 OUT_OF_RANGE, 12 UNIMPLEMENTED, 13 INTERNAL, 14 UNAVAILABLE, 16 UNAUTHENTICATED.
-_TABLE: dict[type[BaseException], Status] = {
+_TABLE: dict[type[Any], Status] = {
     errors.BadInput: Status(400, 3),
     errors.BadConfig: Status(400, 3),
     errors.NotFound: Status(404, 5),
@@ -31,18 +31,13 @@ _TABLE: dict[type[BaseException], Status] = {
     errors.TorchshipError: Status(500, 13),
 }
 _UNKNOWN = Status(500, 13)
+# The way back: the first that stands above with a code, and what others say who know more codes.
 _BY_CODE: dict[int, type[errors.TorchshipError]] = {
-    1: errors.Cancelled,
-    3: errors.BadInput,
-    4: errors.Expired,
-    5: errors.NotFound,
-    7: errors.Denied,
+    **{status.grpc: kind for kind, status in reversed(_TABLE.items())},
     8: errors.Busy,
     10: errors.Unavailable,
     11: errors.BadInput,
-    12: errors.Unsupported,
     14: errors.Unavailable,
-    16: errors.Unauthenticated,
 }
 _BY_HTTP: dict[int, type[errors.TorchshipError]] = {
     401: errors.Unauthenticated,

@@ -25,7 +25,7 @@ from torchship.errors import (
     Unavailable,
     Unsupported,
 )
-from torchship.serve.api import grpc, rest
+from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.wire.messages import Request
 
@@ -49,7 +49,7 @@ def doors() -> Iterator[Doors]:
             raise Denied("model control needs a token")
 
     async def listen(front: Front) -> Any:
-        found["grpc"] = await grpc.listen(front, port=0, admit=admit)
+        found["grpc"] = await rest.listen(front, port=0, grpc_only=True, admit=admit)
         return await rest.listen(front, port=0, admit=admit)
 
     with running(listen) as server:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.protocols.peer import LIVE, Peer
 from tests.unit.protocols.running import STREAMS, Running, WatchedService, run, running
-from torchship.serve.api import grpc, rest
+from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.http.http2.framing import changes_table
 from torchship.serve.http.site import ConnectionLimits
@@ -29,7 +29,9 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        return await grpc.listen(front, port=0, limits=ConnectionLimits(body=300_000, head=8192, streams=20))
+        return await rest.listen(
+            front, port=0, grpc_only=True, limits=ConnectionLimits(body=300_000, head=8192, streams=20)
+        )
 
     with running(listen) as found:
         yield found
@@ -204,7 +206,7 @@ def test_more_than_the_stream_window(server: Running) -> None:
 
 def test_all_bodies_together_are_bounded() -> None:
     async def listen(front: Front) -> Any:
-        return await grpc.listen(front, port=0, limits=ConnectionLimits(bodies=50_000))
+        return await rest.listen(front, port=0, grpc_only=True, limits=ConnectionLimits(bodies=50_000))
 
     with running(listen) as found, Peer(found) as peer:
         blob = bytes(16_000)
@@ -364,7 +366,7 @@ def test_a_stream_waits_for_its_window(server: Running) -> None:
 
 def test_headers_are_forwarded_and_deadlines_kept() -> None:
     async def listen(front: Front) -> Any:
-        return await grpc.listen(replace(front, forward="x-.*"), port=0)
+        return await rest.listen(replace(front, forward="x-.*"), port=0, grpc_only=True)
 
     with running(listen) as found, Peer(found) as peer:
         blob = echo()
@@ -378,8 +380,8 @@ def test_headers_are_forwarded_and_deadlines_kept() -> None:
 
 def test_slow_peers_are_dropped() -> None:
     async def main(service: WatchedService) -> None:
-        listener = await grpc.listen(
-            Front(service), port=0, limits=ConnectionLimits(head_seconds=0.0, idle_seconds=0.0)
+        listener = await rest.listen(
+            Front(service), port=0, grpc_only=True, limits=ConnectionLimits(head_seconds=0.0, idle_seconds=0.0)
         )
         for start in (b"", h2.PREFACE[:9], h2.PREFACE + h2.settings(())):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.protocols.peer import Peer
 from tests.unit.protocols.running import Running, running
-from torchship.serve.api import grpc
+from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.http.site import ConnectionLimits
 from torchship.wire import frames as h2
@@ -19,7 +19,7 @@ from torchship.wire import frames as h2
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        return await grpc.listen(front, port=0, limits=ConnectionLimits(body=300_000))
+        return await rest.listen(front, port=0, grpc_only=True, limits=ConnectionLimits(body=300_000))
 
     with running(listen) as found:
         yield found

@@ -1,1 +1,1 @@
-"""Protocols: one module each; contract: listen(service, ...)."""
+"""The protocols over HTTP and gRPC, with what tells of a server and looks after it."""

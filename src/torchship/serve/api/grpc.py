@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -15,12 +14,9 @@ from google.protobuf.message import DecodeError
 from torchship.errors import BadInput, NotFound, TorchshipError
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import NO_CUDA, refuse_cuda
-from torchship.serve.http.exchange import Admit, spawn
+from torchship.serve.http.exchange import spawn
 from torchship.serve.http.http2.calls import Call
-from torchship.serve.http.http2.connection import Connection2
-from torchship.serve.http.listen import Listener, bind
-from torchship.serve.http.router import Router
-from torchship.serve.http.site import ConnectionLimits, Rpc, Site
+from torchship.serve.http.site import Rpc
 from torchship.wire.messages import Request, Response
 from torchship.wire.oip_grpc import InferCodec, plain_parameters
 from torchship.wire.raw import Buffer, varint
@@ -33,21 +29,6 @@ _FIELDS = {bool: "bool_param", int: "uint32_param", str: "string_param"}  # of a
 _INVALID, _NOT_FOUND, _UNIMPLEMENTED = 3, 5, 12
 _AT_ONCE = 64  # requests of one call
 Work = Callable[[Any], Any]
-
-
-async def listen(
-    front: Front,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8001,
-    limits: ConnectionLimits | None = None,
-    admit: Admit | None = None,
-    tls: ssl.SSLContext | None = None,
-    shared: bool = False,
-) -> Listener:
-    """Serve gRPC until the listener is closed. Raises Unavailable where the port cannot be bound."""
-    site = Site(Router(()), limits or ConnectionLimits(), admit, rpcs=all_rpcs(front))
-    return await bind(site, Connection2, host=host, port=port, tls=tls, shared=shared)
 
 
 def all_rpcs(front: Front) -> Mapping[str, Rpc]:

@@ -18,6 +18,7 @@ from torchship.serve.api.regions import NO_CUDA, refuse_cuda
 from torchship.serve.http.content import json_object, read_json
 from torchship.serve.http.exchange import Admit, Endpoint, Exchange, spawn
 from torchship.serve.http.http1 import Connection
+from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.listen import Listener, bind
 from torchship.serve.http.router import Route, Router
 from torchship.serve.http.site import ConnectionLimits, Cors, Site
@@ -34,14 +35,17 @@ async def listen(
     shared: bool = False,
     cors_origins: Sequence[str] = (),
     routes: Sequence[Route] = (),
+    grpc_only: bool = False,
 ) -> Listener:
-    """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter) until the listener is closed.
+    """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter, or nothing but that) until the listener is closed.
 
     `routes` adds endpoints of applications to the same port. Raises Unavailable where the port cannot be bound.
     """
     cors = Cors(cors_origins) if cors_origins else None
-    site = Site(Router(all_routes(front, routes)), limits or ConnectionLimits(), admit, rpcs=all_rpcs(front), cors=cors)
-    return await bind(site, Connection, host=host, port=port, tls=tls, shared=shared)
+    router = Router(() if grpc_only else all_routes(front, routes))
+    site = Site(router, limits or ConnectionLimits(), admit, rpcs=all_rpcs(front), cors=cors)
+    protocol = Connection2 if grpc_only else Connection
+    return await bind(site, protocol, host=host, port=port, tls=tls, shared=shared)
 
 
 def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:

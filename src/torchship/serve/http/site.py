@@ -159,12 +159,10 @@ class Site:
 
     def top(self, status: int, content_type: str, headers: Headers) -> bytes:
         """The head of an answer up to the number of its content-length, remembered for this second."""
-        found = self.tops.get((status, content_type, headers))
-        if found is None:
-            lines = header_lines((("content-type", content_type), *headers))
-            found = status_line(status) + self.date + lines + b"content-length: "
-            if len(self.tops) < 256:
-                self.tops[status, content_type, headers] = found
+        lines = header_lines((("content-type", content_type), *headers))
+        found = status_line(status) + self.date + lines + b"content-length: "
+        if len(self.tops) < 256:
+            self.tops[status, content_type, headers] = found
         return found
 
     def gone(self, connection: Peer) -> None:
