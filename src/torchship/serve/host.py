@@ -265,7 +265,11 @@ async def _run(config: ServerConfig) -> int:
         gc.collect()  # what is there now stays: it need not be looked at again, nor after every 700 new objects
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)
-        _announce(server)
+        if server.grpc and config.grpc:
+            host = config.grpc.host or config.http.host
+            _log.info("gRPC at %s:%d, and at %s", host, server.grpc.port, server.url)
+        for name in server.catalog.entries:
+            _log.info("serving %s at %s/v2/models/%s", name, server.url, name)
         await waiting
         await server.close()
         return 0
@@ -274,11 +278,3 @@ async def _run(config: ServerConfig) -> int:
         return 130
     finally:
         waiting.cancel()
-
-
-def _announce(server: Server) -> None:
-    if server.grpc and server.config.grpc:
-        host = server.config.grpc.host or server.config.http.host
-        _log.info("gRPC at %s:%d, and at %s", host, server.grpc.port, server.url)
-    for entry in server.catalog.entries.values():
-        _log.info("serving %s at %s/v2/models/%s", entry.config.name, server.url, entry.config.name)

@@ -154,8 +154,10 @@ class Service:
         """Everything measured, in Prometheus' text format."""
         return prometheus.render(self.catalog.lines())
 
-    def repository_index(self, *, ready: bool = False) -> list[dict[str, Any]]:
-        """`name`, `version`, `state` and `reason` of every known model version."""
+    def repository_index(self, *, ready: object = False) -> list[dict[str, Any]]:
+        """`name`, `version`, `state` and `reason` of every known model version. Raises BadInput for an odd `ready`."""
+        if type(ready) is not bool:
+            raise BadInput(f"ready is {ready!r:.60}, expected true or false")
         return [
             {"name": name, "version": version.name, "state": version.state, "reason": version.reason}
             for name, entry in self.catalog.entries.items()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torchship.errors import BadConfig, BadInput, Denied, Unsupported
+from torchship.errors import BadConfig, Denied, Unsupported
 from torchship.serve.api.regions import SharedMemory, SharedRegion
 from torchship.serve.api.settings import LogSettings, Tracing
 from torchship.serve.engine.queue import Job
@@ -79,12 +79,6 @@ class Front:
         if self.regions is None:
             raise Unsupported("shared memory is off", hint="set shared_memory = true in [control]")
         self.regions.register(name, key=key, offset=offset, size=size)
-
-    def index(self, *, ready: object = False) -> list[dict[str, Any]]:
-        """Every known model version. Raises BadInput where `ready` is no boolean."""
-        if type(ready) is not bool:
-            raise BadInput(f"ready is {ready!r:.60}, expected true or false")
-        return self.service.repository_index(ready=ready)
 
     def trace(self, changes: Mapping[str, Any], model: str = "") -> dict[str, Any]:
         """Change trace settings, of one model or of all; as they are then. Raises NotFound for an unknown model."""

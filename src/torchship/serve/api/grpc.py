@@ -80,7 +80,7 @@ def _admin(front: Front) -> dict[str, tuple[Work, str]]:
         return {"regions": {one["name"]: one for one in found}}
 
     works: dict[str, Work] = {
-        "RepositoryIndex": lambda ask: {"models": front.index(ready=ask.ready)},
+        "RepositoryIndex": lambda ask: {"models": service.repository_index(ready=ask.ready)},
         "RepositoryModelLoad": lambda ask: service.repository_load(ask.model_name, plain_parameters(ask.parameters)),
         "RepositoryModelUnload": lambda ask: service.repository_unload(
             ask.model_name, plain_parameters(ask.parameters)

@@ -141,12 +141,15 @@ def _admin_routes(front: Front) -> list[Route]:
         file = read_json(exchange, _SharedFile)
         front.register(place(exchange), key=file.key, offset=file.offset, size=file.byte_size)
 
+    def index(exchange: Exchange) -> list[dict[str, Any]]:
+        return service.repository_index(ready=json_object(exchange).get("ready", False))
+
     def model(exchange: Exchange) -> tuple[str, Any]:
         return place(exchange, "model"), json_object(exchange).get("parameters", {})
 
     repository = "/v2/repository"
     table: list[tuple[str, str, Callable[[Exchange], Any]]] = [
-        ("POST", f"{repository}/index", lambda exchange: front.index(ready=json_object(exchange).get("ready", False))),
+        ("POST", f"{repository}/index", index),
         ("POST", f"{repository}/models/{{model}}/load", lambda exchange: service.repository_load(*model(exchange))),
         ("POST", f"{repository}/models/{{model}}/unload", lambda exchange: service.repository_unload(*model(exchange))),
         ("POST", "/v2/drain", lambda _: front.finish()),

@@ -4,6 +4,7 @@ only so many are let onto a line at once."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,17 +108,15 @@ class RequestValidator:
         return found
 
 
+@dataclass(slots=True, kw_only=True)
 class AdmissionLimit:
     """Counts the rows and bytes that are on a line, and turns away what would be too much."""
 
-    __slots__ = ("jobs", "max_bytes", "max_rows", "rows", "size")
-
-    def __init__(self, *, max_rows: int, max_bytes: int) -> None:
-        self.max_rows = max_rows
-        self.max_bytes = max_bytes
-        self.jobs = 0
-        self.rows = 0
-        self.size = 0
+    max_rows: int
+    max_bytes: int
+    jobs: int = 0
+    rows: int = 0
+    size: int = 0
 
     def enter(self, job: Job) -> None:
         """Count a job in. Raises Busy when it does not fit; an empty line takes any job."""

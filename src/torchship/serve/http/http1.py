@@ -28,8 +28,6 @@ _DIGITS = re.compile(r"[0-9]{1,15}")
 class _Found:
     """What llhttp reports."""
 
-    __slots__ = ("complete", "extra", "headers", "url")
-
     def __init__(self) -> None:
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
@@ -121,8 +119,6 @@ _TRAILER_LIMIT = 8192
 class Chunks:
     """Reads one chunked body piece by piece. Source: RFC 9112 section 7.1; trailers are dropped."""
 
-    __slots__ = ("_left", "_limit", "_state", "_trailers")
-
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._left = 0
@@ -185,12 +181,6 @@ class Connection(asyncio.Protocol):
 
     Sink and Peer say what its methods do.
     """
-
-    __slots__ = (
-        "_again", "_body", "_buffer", "_chunks", "_closing", "_end_of_life", "_greeted", "_half_closed", "_head",
-        "_held", "_paused", "_pending", "_refused", "_room", "_since", "_site", "_size", "_top_again",
-        "_unsent", "_writable", "transport",
-    )  # fmt: skip
 
     def __init__(self, site: Site) -> None:
         self._site = site

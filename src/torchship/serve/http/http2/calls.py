@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 from torchship.serve.http.coding import INFLATE_OFF_LOOP_FROM, decompress
 from torchship.serve.http.exchange import HttpFault, spawn
@@ -18,6 +19,7 @@ from torchship.wire.status import status_of, text_of
 _OK, _INVALID, _EXHAUSTED, _UNIMPLEMENTED = 0, 3, 8, 12
 _TOP = h2.status_field(200) + b"\x0f\x10\x10application/grpc"  # content-type is number 31 of the static table
 _GOOD = h2.literal(b"grpc-status", b"0")
+_SAFE = "".join(chr(byte) for byte in range(0x20, 0x7F) if byte != 0x25)  # in grpc-message; the rest is percent-encoded
 _QUEUE = 16  # messages of a stream that are read ahead of their use
 
 
@@ -180,7 +182,7 @@ class Call:
         self._over = True
         fields = h2.literal(b"grpc-status", str(code).encode())
         if message:
-            fields += h2.literal(b"grpc-message", _percent(message))
+            fields += h2.literal(b"grpc-message", quote(message.encode()[:1024], safe=_SAFE).encode())
         fields += extra
         if not self._begun:
             fields = _TOP + fields
@@ -209,12 +211,6 @@ class Call:
         if self.job is not None:
             self.job.cancel()
         self._wake()
-
-
-def _percent(message: str) -> bytes:
-    """`grpc-message`: printable ASCII but the percent sign, the rest percent-encoded."""
-    raw = message.encode()[:1024]
-    return b"".join(bytes([byte]) if 0x20 <= byte < 0x7F and byte != 0x25 else b"%%%02X" % byte for byte in raw)
 
 
 def _template(flags: int, block: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from functools import partial
 from typing import cast
 
@@ -28,7 +29,7 @@ class Connection2(asyncio.Protocol):
         self._reader = framing.Reader()
         self._fields = framing.Fields(limit=site.limits.head)
         self._streams: dict[int, Stream] = {}
-        self._late = framing.Late()
+        self._late: deque[int] = deque(maxlen=1000)  # streams that we closed: what the peer still sends is no fault
         self._last = 0
         self._block: framing.Unfinished | None = None  # a header block of which CONTINUATION is still to come
         self._left = _WINDOW
@@ -128,7 +129,7 @@ class Connection2(asyncio.Protocol):
         if flags & h2.END_HEADERS:
             self._head(number, flags, block)
         else:
-            self._block = framing.Unfinished(number, flags, block, limit=self.site.limits.head)
+            self._block = framing.Unfinished(number, flags, block, self.site.limits.head)
 
     def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
         if self._block is None or self._block.number != number:
@@ -136,7 +137,7 @@ class Connection2(asyncio.Protocol):
         self._block.add(payload)
         if flags & h2.END_HEADERS:
             block, self._block = self._block, None
-            self._head(number, block.flags, bytes(block.data))
+            self._head(number, block.flags, block.data)
 
     def _head(self, number: int, flags: int, block: bytes) -> None:
         """A complete header block: a new stream, or trailers."""
@@ -172,12 +173,17 @@ class Connection2(asyncio.Protocol):
         if ended:
             self._ended(stream)
 
+    def _check_late(self, number: int) -> None:
+        """Raises ConnectionFault for a frame on any other stream that is over (RFC 9113 section 5.1)."""
+        if number not in self._late:
+            raise ConnectionFault(h2.STREAM_CLOSED, "a frame after the end of its stream")
+
     def _trailers(self, number: int, ended: bool, block: bytes) -> None:
         fields = self._fields.decode(block)
         self._fields.remember(block)
         stream = self._streams.get(number)
         if stream is None:
-            self._late.check(number)
+            self._check_late(number)
             self._pace.count(h2.RST_STREAM, self.site.now)
             return
         if stream.ended:
@@ -236,7 +242,7 @@ class Connection2(asyncio.Protocol):
         if stream is None:
             if number > self._last or not number:
                 raise ConnectionFault(h2.PROTOCOL_ERROR, "DATA before HEADERS")
-            self._late.check(number)
+            self._check_late(number)
             self._pace.count(h2.DATA, self.site.now)
             return None
         if stream.ended:
@@ -373,7 +379,7 @@ class Connection2(asyncio.Protocol):
     def _finished(self, stream: Stream) -> None:
         """All is sent: the stream is closed, whatever the peer still wanted to say."""
         if not stream.ended:
-            self._late.add(stream.number)
+            self._late.append(stream.number)
             self.transport.write(h2.reset(stream.number, h2.NO_ERROR))
             stream.hold(self.site, 0)
         self._streams.pop(stream.number, None)
@@ -385,7 +391,7 @@ class Connection2(asyncio.Protocol):
     def _reset(self, number: int, code: int) -> None:
         if (stream := self._streams.get(number)) is not None:
             self._drop(stream)
-        self._late.add(number)
+        self._late.append(number)
         self._pace.count(h2.RST_STREAM, self.site.now)
         self.transport.write(h2.reset(number, code))
 

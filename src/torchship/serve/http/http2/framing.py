@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import hpack
 
@@ -23,8 +24,6 @@ _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 class Reader:
     """Collects what comes until a frame is complete; a large one is joined once, not once per piece."""
 
-    __slots__ = ("_have", "_need", "_parts", "started")
-
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._have = 0
@@ -40,8 +39,12 @@ class Reader:
                 return
             data = b"".join(self._parts)
             self._parts.clear()
-        place = 0 if self.started else self._preface(data)
-        size = len(data)
+        place, size = 0, len(data)
+        if not self.started:
+            if not h2.PREFACE.startswith(data[: len(h2.PREFACE)]):
+                raise ConnectionFault(h2.PROTOCOL_ERROR, "this port speaks HTTP/2 with prior knowledge or ALPN")
+            if size >= len(h2.PREFACE):
+                self.started, place = True, len(h2.PREFACE)
         while size - place >= 9 and self.started:
             high, low, kind, flags, number = h2.TOP.unpack_from(data, place)
             end = place + 9 + (high << 16 | low)
@@ -57,14 +60,6 @@ class Reader:
             self._need = 9 + int.from_bytes(data[place : place + 3], "big")
         if self._have:
             self._parts.append(data[place:] if place else data)
-
-    def _preface(self, data: bytes) -> int:
-        if not h2.PREFACE.startswith(data[: len(h2.PREFACE)]):
-            raise ConnectionFault(h2.PROTOCOL_ERROR, "this port speaks HTTP/2 with prior knowledge or ALPN")
-        if len(data) < len(h2.PREFACE):
-            return 0
-        self.started = True
-        return len(h2.PREFACE)
 
 
 _SIZES = {h2.RST_STREAM: 4, h2.WINDOW_UPDATE: 4, h2.PING: 8}
@@ -112,41 +107,22 @@ def header_block(flags: int, number: int, data: bytes, start: int, end: int) -> 
     return data[start:end]
 
 
+@dataclass(slots=True)
 class Unfinished:
     """A header block that comes in several frames; how many and how long they are is bounded."""
 
-    __slots__ = ("_left", "_limit", "data", "flags", "number")
-
-    def __init__(self, number: int, flags: int, data: bytes, *, limit: int) -> None:
-        self.number, self.flags, self.data = number, flags, bytearray(data)
-        self._limit, self._left = limit, 64
+    number: int
+    flags: int
+    data: bytes
+    limit: int
+    left: int = 64
 
     def add(self, payload: bytes) -> None:
         """One more piece. Raises ConnectionFault."""
         self.data += payload
-        self._left -= 1
-        if len(self.data) > self._limit or self._left < 0:
+        self.left -= 1
+        if len(self.data) > self.limit or self.left < 0:
             raise ConnectionFault(h2.ENHANCE_YOUR_CALM, "the header block is too large")
-
-
-class Late:
-    """Streams that we have closed while the peer may not have known: what it sends on them is no fault."""
-
-    __slots__ = ("_numbers",)
-
-    def __init__(self) -> None:
-        self._numbers: dict[int, None] = {}
-
-    def add(self, number: int) -> None:
-        """One more; the last thousand are known."""
-        self._numbers[number] = None
-        if len(self._numbers) > 1000:
-            del self._numbers[next(iter(self._numbers))]
-
-    def check(self, number: int) -> None:
-        """Raises ConnectionFault for a frame on any other stream that is over (RFC 9113 section 5.1)."""
-        if number not in self._numbers:
-            raise ConnectionFault(h2.STREAM_CLOSED, "a frame after the end of its stream")
 
 
 # a second and connection, with a burst of ten times that
@@ -164,8 +140,6 @@ _ALLOWED = {
 
 class Pace:
     """Counts costly frames of one connection; each kind has a bucket that refills once a second."""
-
-    __slots__ = ("_counts", "_now")
 
     def __init__(self) -> None:
         self._counts: dict[int, float] = {}

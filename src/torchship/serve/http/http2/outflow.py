@@ -57,8 +57,6 @@ class Stream(msgspec.Struct, eq=False):
 class Outflow:
     """The sending half of a connection: frames are written at once where they fit, else in turn as windows open."""
 
-    __slots__ = ("_frame", "_transport", "_window", "blocked", "initial")
-
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._window = 65535
