@@ -6,12 +6,12 @@ import hashlib
 import hmac
 import ipaddress
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torchship.errors import BadConfig, Denied, Unauthenticated
 from torchship.serve.config import ServerConfig, Token
+from torchship.serve.http.exchange import Admit
 
-Admit = Callable[[str, Mapping[str, str]], None]
 _REMEMBERED = 256
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,11 @@ class Line:
                 node.station.before.append(self.stations[index])
         self._only = only = _shorten(plan, self.nodes)
         self._outline = Outline(())
-        self._sequences = self._sequential()
+        self._sequences: Sequences | None = None
+        if sequential := [node.station for node in self.nodes if node.sequential]:
+            self._sequences = Sequences([station.pins for station in sequential], idle=self.limits.sequence_idle)
+            for station in sequential:
+                station.on_lost = partial(self._on_lost, self._sequences)
         if only is not None and only.station.fits and not only.special:
             self.validator.order = only.takes
         plain = self._sequences is None and not plan.streams  # no answer needs a second look
@@ -160,26 +165,12 @@ class Line:
         self._ping()
         return self
 
-    def _sequential(self) -> Sequences | None:
-        """The book of sequences, where a stage asks for them by naming the parameter `sequence_id`."""
-        stations = [node.station for node in self.nodes if node.sequential]
-        if not stations:
-            return None
-
-        def forget(name: str) -> None:
-            for station in stations:
-                station.pins.forget(name)
-
-        def lost(names: list[str]) -> None:
-            for name in names:
-                fault = StageFailed(f"the state of sequence {name!r} is lost: its worker is gone", hint="start it anew")
-                for job in book.break_off(name):
-                    self._fail(job, fault)
-
-        book = Sequences(idle=self.limits.sequence_idle, forget=forget)
-        for station in stations:
-            station.on_lost = lost
-        return book
+    def _on_lost(self, sequences: Sequences, names: list[str]) -> None:
+        """The state of these sequences is gone with its worker: what waits in them cannot run."""
+        for name in names:
+            fault = StageFailed(f"the state of sequence {name!r} is lost: its worker is gone", hint="start it anew")
+            for job in sequences.break_off(name):
+                self._fail(job, fault)
 
     @property
     def ready(self) -> bool:

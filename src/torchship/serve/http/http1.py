@@ -392,9 +392,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, fault: TorchshipError) -> None:
         """What came is not HTTP that we take: say so after the answers that are due, then close."""
-        head = Head("", "", "", {})
-        head.keep_alive = False
-        exchange = Exchange(self, head, b"")
+        exchange = Exchange(self, Head("", "", "", {}, keep_alive=False), b"")
         self._pending.append(exchange)
         self._closing = self._refused = True
         self._head, self._buffer, self._body = None, b"", bytearray()
