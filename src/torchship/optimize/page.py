@@ -10,7 +10,7 @@ import msgspec
 from markupsafe import Markup
 
 from torchship.optimize import plots
-from torchship.optimize.choose import baseline
+from torchship.optimize.choose import baseline, is_valid
 from torchship.optimize.facts import Facts, at_batch, best_rate, left_in_float, megabytes, ms_text
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.plots import Mark
@@ -46,10 +46,16 @@ def render(facts: Facts) -> str:
 
 
 def _drawings(facts: Facts, measured: list[Trial], colours: dict[str, int]) -> dict[str, Markup]:
-    """The plots: error and size against latency with a dot for each trial, and both curves by batch size."""
+    """The plots: error and size against latency with a dot for each trial, both curves by batch size, and how the best
+    valid latency fell while the trials ran (what came out of the cache took no time)."""
     errors = [trial.verdict.error for trial in measured if trial.verdict]
     floor = min((error for error in errors if 0 < error < HOPELESS), default=1e-7) / 3
     by_error, by_size, rates, calls = list[Mark](), list[Mark](), list[Mark](), list[Mark]()
+    seconds, so_far = 1.0, list[tuple[float, float]]()
+    for trial in facts.trials:
+        seconds += 0 if trial.cached else trial.seconds
+        if is_valid(trial) and trial.timing:
+            so_far.append((seconds, min([trial.timing.curve[0].p50_ms, *(best for _, best in so_far)])))
     for trial in measured:
         assert trial.timing is not None  # noqa: S101  # it was measured
         assert trial.verdict is not None  # noqa: S101
@@ -69,6 +75,12 @@ def _drawings(facts: Facts, measured: list[Trial], colours: dict[str, int]) -> d
         "by_size": plots.plot(by_size, x_title=latency, y_title="size, MB"),
         "rates": plots.plot(rates, x_title="batch size", y_title="rows/s", joined=True),
         "calls": plots.plot(calls, x_title="batch size", y_title="p50, ms", joined=True),
+        "so_far": plots.plot(
+            [Mark("best so far", so_far, strong=True)] if len(so_far) > 1 else [],
+            x_title="seconds of trials",
+            y_title=latency,
+            joined=True,
+        ),
     }
 
 

@@ -34,7 +34,7 @@ from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard
 from torchship.optimize.loop import OnTrial
 from torchship.optimize.report import Report
-from torchship.optimize.strategies import Strategy
+from torchship.optimize.strategies import Strategy, winners
 from torchship.optimize.strategies.cutting import Cutting
 from torchship.optimize.strategies.finetuning import FineTuning
 from torchship.optimize.strategies.mixed_precision import MixedPrecision
@@ -167,7 +167,8 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     mixed, tuning = MixedPrecision(context), FineTuning(context)
     if config.recipes is None:
         cutting = Cutting(context)
-        proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead)
+        liked = winners.known(context)
+        proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead, favourites=liked)
         strategies: list[Strategy] = [proposals, cutting, mixed, tuning]
     else:  # what the caller lists is tried to its end, and nothing else but what mends it
         recipes = [baseline(), *(recipe for recipe in config.recipes if recipe != baseline())]
@@ -179,6 +180,9 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
             trials = remeasure.run(trials, first, context=context)
     except KeyboardInterrupt:
         interrupted = True
+    choice = choose(trials, goal=config.goal, constraints=config.constraints)
+    if choice.winner is not None and config.recipes is None and not interrupted:
+        winners.learn(trials[choice.winner], context=context)
     context.cache.trim()
     notes = [*getattr(context.model.module, "notes", ()), *context.doubts]
     load, cores = os.getloadavg()[1], context.hardware.cores
@@ -198,7 +202,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
         goal=config.goal,
         constraints=config.constraints,
         trials=tuple(trials),
-        choice=choose(trials, goal=config.goal, constraints=config.constraints),
+        choice=choice,
         left_out=left_out,
         notes=tuple(notes),
         command=config.command,

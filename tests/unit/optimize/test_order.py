@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import torch
 from rich.console import Console
 
 from tests.contracts.test_backends import HERE, picture
 from tests.unit.optimize.test_choose import trial
 from torchship.hardware import Gpu
+from torchship.optimize.cache import Cache
 from torchship.optimize.choose import Constraints, choose
 from torchship.optimize.facts import Facts
 from torchship.optimize.remeasure import close_ones
 from torchship.optimize.report import Report
 from torchship.optimize.sensitivity import LayerNoise
+from torchship.optimize.strategies import winners
 from torchship.optimize.strategies.mixed_precision import describe, gentler, worth_it
-from torchship.optimize.strategies.proposals import hopeless, next_up, propose
+from torchship.optimize.strategies.proposals import Proposals, hopeless, next_up, propose
 from torchship.optimize.trial import Trial
 from torchship.recipe import Option, Options, Recipe
 
@@ -163,3 +167,25 @@ def test_a_backend_that_was_only_refused_is_tried_again_before_slower_ones() -> 
     waiting = [Recipe("drifts"), Recipe("slow"), Recipe("fast")]
     assert next_up(waiting, done, goal="latency") == 0
     assert next_up(waiting[1:], done, goal="latency") == 1
+
+
+def test_what_won_before_is_tried_right_after_eager_and_only_where_it_is_proposed(tmp_path: Path) -> None:
+    def context(module: torch.nn.Module, goal: str = "latency") -> Any:
+        config, model = SimpleNamespace(goal=goal), SimpleNamespace(module=module, calibration=[])
+        return SimpleNamespace(cache=Cache(tmp_path), model=model, hardware=HERE, config=config)
+
+    seen, other = (context(torch.nn.Sequential(torch.nn.Conv2d(3, wide, 1))) for wide in (4, 8))
+    for name in ("rare", "often", "often", "gone", "gone", "gone"):
+        winners.learn(trial(name, p50=1), context=seen)
+    winners.learn(msgspec.structs.replace(trial("rare", p50=1), cached=True), context=seen)
+    assert winners.known(other) == ["gone", "often", "rare"]
+    assert (
+        winners.known(context(torch.nn.Linear(3, 4))) == winners.known(context(torch.nn.Conv1d(3, 4, 1), "size")) == []
+    )
+    proposals = Proposals(
+        [Recipe(name) for name in ("eager", "new", "rare", "often")], goal="latency", favourites=winners.known(other)
+    )
+    done: list[Trial] = []
+    while asked := proposals.ask(done):
+        done.append(trial(asked[0].recipe.backend, p50=1))
+    assert [each.recipe.backend for each in done] == ["eager", "often", "rare", "new"]

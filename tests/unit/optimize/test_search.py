@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,9 @@ def test_the_winner_is_published_with_all_that_was_measured(planted: Path) -> No
     assert artifact.manifest.timing == report.winner.timing
     assert artifact.manifest.verdict is not None
     assert artifact.manifest.verdict.passed
-    assert (artifact.path / "report" / "report.html").is_file()
+    assert "Best so far" in (artifact.path / "report" / "report.html").read_text()
+    (table,) = (planted / "cache" / "winners").iterdir()
+    assert json.loads(table.read_bytes())["won"] == {report.winner.recipe.label: 1}
     stage = artifact.open()
     answers = stage(artifact.inputs())
     np.testing.assert_allclose(answers["output"], artifact.outputs()["output"], rtol=1e-5)

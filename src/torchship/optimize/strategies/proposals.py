@@ -17,7 +17,7 @@ _HOPELESS = 8.0
 
 
 class Proposals:
-    """Asks for `recipes`, plain eager first, then best first.
+    """Asks for `recipes`, plain eager first, then those whose labels are among the `favourites`, then best first.
 
     `instead` says what to try too where eager ends badly; with it goes what cannot win any more. A list of the caller's
     own, which has none, is tried to its end.
@@ -29,8 +29,10 @@ class Proposals:
         *,
         goal: Goal,
         instead: Callable[[Sequence[Trial]], Sequence[Recipe]] | None = None,
+        favourites: Sequence[str] = (),
     ) -> None:
         self._waiting, self._goal, self._instead = list(recipes), goal, instead
+        self._favourites = favourites
 
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """What is left, the next one first."""
@@ -40,7 +42,9 @@ class Proposals:
             self._waiting = [*self._instead(results), *self._waiting]
         if not self._waiting:
             return []
-        first = self._waiting[next_up(self._waiting, results, goal=self._goal)]
+        liked = {recipe.label: recipe for recipe in self._waiting if results}
+        first = next((liked[label] for label in self._favourites if label in liked), None)
+        first = first or self._waiting[next_up(self._waiting, results, goal=self._goal)]
         why = hopeless(first, results, goal=self._goal) if self._instead else ""
         urgent = not results or stands_in(first, results)
         return [Asked(first, skip=why, urgent=urgent), *(Asked(r) for r in self._waiting if r is not first)]
