@@ -88,7 +88,7 @@ ROOMS = {
     "torchship.client": 1_412,
     "torchship.doctor": 1_617,
     "torchship.lowering": 2_862,
-    "torchship.optimize": 6_108,
+    "torchship.optimize": 6_185,
     "torchship.optimize.transforms": 340,
     "torchship.pipeline": 1_486,
     "torchship.serve": 1_907,

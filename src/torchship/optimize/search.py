@@ -91,6 +91,7 @@ def optimize(
         samples = () if calibration is None else calibration
         context = _prepare(model, samples, evaluate, config, work=work, cache=Cache(root), forks=forks)
         facts = _search(context, on_trial)
+        winners.learn(facts, context=context)
         if facts.winner is None or not settings.get("publish", True):
             return Report(facts)
         where = store if isinstance(store, Store) else Store(store)
@@ -180,9 +181,6 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
             trials = remeasure.run(trials, first, context=context)
     except KeyboardInterrupt:
         interrupted = True
-    choice = choose(trials, goal=config.goal, constraints=config.constraints)
-    if choice.winner is not None and config.recipes is None and not interrupted:
-        winners.learn(trials[choice.winner], context=context)
     context.cache.trim()
     notes = [*getattr(context.model.module, "notes", ()), *context.doubts]
     load, cores = os.getloadavg()[1], context.hardware.cores
@@ -202,7 +200,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
         goal=config.goal,
         constraints=config.constraints,
         trials=tuple(trials),
-        choice=choice,
+        choice=choose(trials, goal=config.goal, constraints=config.constraints),
         left_out=left_out,
         notes=tuple(notes),
         command=config.command,

@@ -171,13 +171,16 @@ def test_a_backend_that_was_only_refused_is_tried_again_before_slower_ones() -> 
 
 def test_what_won_before_is_tried_right_after_eager_and_only_where_it_is_proposed(tmp_path: Path) -> None:
     def context(module: torch.nn.Module, goal: str = "latency") -> Any:
-        config, model = SimpleNamespace(goal=goal), SimpleNamespace(module=module, calibration=[])
+        config, model = SimpleNamespace(goal=goal, recipes=None), SimpleNamespace(module=module, calibration=[])
         return SimpleNamespace(cache=Cache(tmp_path), model=model, hardware=HERE, config=config)
+
+    def found(winner: Trial) -> Any:
+        return SimpleNamespace(winner=winner, interrupted=False)
 
     seen, other = (context(torch.nn.Sequential(torch.nn.Conv2d(3, wide, 1))) for wide in (4, 8))
     for name in ("rare", "often", "often", "gone", "gone", "gone"):
-        winners.learn(trial(name, p50=1), context=seen)
-    winners.learn(msgspec.structs.replace(trial("rare", p50=1), cached=True), context=seen)
+        winners.learn(found(trial(name, p50=1)), context=seen)
+    winners.learn(found(msgspec.structs.replace(trial("rare", p50=1), cached=True)), context=seen)
     assert winners.known(other) == ["gone", "often", "rare"]
     assert (
         winners.known(context(torch.nn.Linear(3, 4))) == winners.known(context(torch.nn.Conv1d(3, 4, 1), "size")) == []

@@ -13,7 +13,7 @@ import msgspec
 from torchship.model import Model
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import digest
-from torchship.optimize.trial import Trial
+from torchship.optimize.facts import Facts
 
 # the first kind that has one of these words in a class name of the model
 _KINDS = {"recurrent": ("LSTM", "GRU", "RNN"), "attention": ("Attention", "Transformer"), "convolution": ("Conv",)}
@@ -40,12 +40,14 @@ def known(context: SearchContext) -> list[str]:
     return [label for label, _ in Counter(_table(context).won).most_common()]
 
 
-def learn(winner: Trial, *, context: SearchContext) -> None:
-    """Count a recipe that has won; one out of the cache has been counted before."""
-    if not winner.cached:
-        table = _table(context)
-        won = table.won | {winner.recipe.label: table.won.get(winner.recipe.label, 0) + 1}
-        context.cache.keep("winners", _key(table), msgspec.structs.replace(table, won=won))
+def learn(facts: Facts, *, context: SearchContext) -> None:
+    """Count what won a whole search; not a winner out of the cache, which has been counted, nor a caller's own list."""
+    winner = facts.winner
+    if winner is None or winner.cached or facts.interrupted or context.config.recipes is not None:
+        return
+    table = _table(context)
+    won = table.won | {winner.recipe.label: table.won.get(winner.recipe.label, 0) + 1}
+    context.cache.keep("winners", _key(table), msgspec.structs.replace(table, won=won))
 
 
 def _table(context: SearchContext) -> Winners:
