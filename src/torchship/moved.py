@@ -39,33 +39,28 @@ class MovedNames:
             sys.meta_path.insert(0, MovedNames(self._claims))
         for old, new in self._claims.items():
             if fullname == old or fullname.startswith(f"{old}."):
-                alias = _Alias(new + fullname.removeprefix(old))
-                return ModuleSpec(fullname, alias)  # type: ignore[arg-type]  # importlib.abc would be slow to load
+                name = new + fullname.removeprefix(old)
+                return ModuleSpec(fullname, self, loader_state=name)  # type: ignore[arg-type]  # importlib.abc is slow
         if not self._last or not any(old.startswith(f"{fullname}.") for old in self._claims):
             return None
         found = ModuleSpec(fullname, None, is_package=True)  # a package above a claimed module, gone as well
         found.submodule_search_locations = []
         return found
 
-
-class _Alias:
-    """Loads a module under its old name: the very module of the new name, so that its classes exist once."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._spec: ModuleSpec | None = None
-
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The very module of the new name, so that its classes exist once."""
         import logging
         from importlib import import_module
 
-        module = import_module(self._name)
-        self._spec = module.__spec__
-        logging.getLogger("torchship").warning("%s has moved: write %s", spec.name, self._name)
+        module = import_module(spec.loader_state)
+        logging.getLogger("torchship").warning("%s has moved: write %s", spec.name, spec.loader_state)
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # it ran under its new name; the import system has just given it the old one
+        """It ran under its new name; the import system has just given it the old one."""
+        assert module.__spec__ is not None  # noqa: S101  # the import system has made one
+        module.__spec__ = module.__spec__.loader_state
 
 
 def follow() -> None:

@@ -81,8 +81,8 @@ ENGINE = 31_750
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_800,
-    "torchship.artifact": 1_373,
+    "torchship": 1_795,
+    "torchship.artifact": 1_370,
     "torchship.backends": 1_440,
     "torchship.cli": 1_683,
     "torchship.client": 1_412,

@@ -139,10 +139,7 @@ class Store:
 
     def current(self, name: str) -> int:
         """The version that `name` alone means. Raises NotFound."""
-        versions = self.versions(name)
-        if not versions:
-            raise self._unknown(name)
-        return self._version(name, "current", versions)
+        return int(self.resolve(f"{check_name(name)}@current").name)
 
     def set_current(self, name: str, *, version: int) -> None:
         """Make `version` the one that `name` alone means. Raises NotFound."""
