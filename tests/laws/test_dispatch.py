@@ -101,7 +101,7 @@ class Slots(RuleBasedStateMachine):
     def acquire(self, mark: int) -> Any:
         if not self.arena.free:
             return multiple()
-        slot = self.arena.acquire()
+        slot = self.arena.free.pop()
         assert slot not in self.held
         for start, end in (self.arena.input_span(slot), self.arena.output_span(slot)):
             self.arena.region.memory[start:end] = bytes([mark]) * (end - start)
@@ -113,14 +113,14 @@ class Slots(RuleBasedStateMachine):
         mark = self.held.pop(slot)
         for start, end in (self.arena.input_span(slot), self.arena.output_span(slot)):
             assert set(self.arena.region.memory[start:end]) == {mark}  # nobody else wrote here
-        self.arena.release(slot)
+        self.arena.free.append(slot)
 
     @invariant()
     def none_is_lost(self) -> None:
-        assert self.arena.free + len(self.held) == self.arena.depth
+        assert len(self.arena.free) + len(self.held) == self.arena.depth
 
     def teardown(self) -> None:
-        self.arena.close()
+        self.arena.region.close()
 
 
 TestQueueing = Queueing.TestCase

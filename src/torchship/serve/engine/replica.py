@@ -141,7 +141,7 @@ class LocalReplica:
         try:
             input_size, output_size = model.slot_sizes
             self._arena = Arena.make(depth=spec.depth, input_size=input_size, output_size=output_size)
-            undo.append(self._arena.close)
+            undo.append(self._arena.region.close)
             self._output = WorkerOutput(loop=self._loop, on_line=partial(self._events.on_log, self))
             undo += [self._output.close, lambda: os.close(self._output.inlet)]
             self._child, self._sock = process.converse(
@@ -178,10 +178,10 @@ class LocalReplica:
 
     @property
     def room(self) -> int:
-        return self._arena.free if self.state == "ready" else 0
+        return len(self._arena.free) if self.state == "ready" else 0
 
     def give(self, calls: list[StageCall], *, now: float) -> None:
-        slot = self._arena.acquire()
+        slot = self._arena.free.pop()
         self._number += 1
         region = None
         try:
@@ -190,7 +190,7 @@ class LocalReplica:
         except ConnectionError:  # it died a moment ago: its end is on the way and takes the batch with it
             pass
         except Exception as fault:
-            self._arena.release(slot)
+            self._arena.free.append(slot)
             if isinstance(fault, TorchshipError):
                 raise
             raise Unavailable(f"a batch cannot be handed to a worker: {type(fault).__name__}: {fault}") from fault
@@ -281,7 +281,7 @@ class LocalReplica:
         if not done.more:
             self.in_flight.popleft()
             self.served += 1
-            self._arena.release(batch.slot)
+            self._arena.free.append(batch.slot)
         self._events.on_result(self, batch, done, outputs)
 
     def _read(self, blocks: Sequence[ArenaBlock], memory: memoryview) -> list[Array]:
@@ -347,7 +347,7 @@ class LocalReplica:
         process.stop(self._child)
         os.close(self._pidfd)
         self._sock.close()
-        self._arena.close()
+        self._arena.region.close()
         batches, self.in_flight = list(self.in_flight), deque()
         self._events.on_end(self, batches, "" if wanted else self._why())
         self.ended.set_result(None)

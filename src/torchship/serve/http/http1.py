@@ -202,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._since = site.now
         self._unsent = 0  # bytes that the transport held a second ago
         self._half_closed = 0.0  # when the peer said that it sends no more
-        self._end_of_life = site.end_of_life()
+        self.end_of_life = site.end_of_life()
         self.transport: asyncio.Transport
 
     # -- the socket -----------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ class Connection(asyncio.Protocol):
         exchange, site = Exchange(self, head, body), self._site
         self._pending.append(exchange)
         self._since = site.now
-        if not head.keep_alive or site.now > self._end_of_life:
+        if not head.keep_alive or site.now > self.end_of_life:
             self._closing = True
         if len(self._pending) >= site.limits.pipelined:
             self._hold()
@@ -543,9 +543,6 @@ class Connection(asyncio.Protocol):
             self._half_closed = math.inf  # asked once
             if not self._pending[0].started and not self._pending[0].head.old:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def expire(self) -> None:
-        self._end_of_life = 0.0
 
     def retire(self) -> None:
         """The server stops: close now, or as soon as the answers that are due have been sent."""

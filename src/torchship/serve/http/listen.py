@@ -39,7 +39,7 @@ class Listener:
         """Take requests as before, but let callers come back by new connections, which may lead to another server."""
         self._site.draining = True
         for connection in tuple(self._site.connections):
-            connection.expire()
+            connection.end_of_life = 0.0
 
     async def close(self, *, grace: float = 10.0) -> None:
         """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""

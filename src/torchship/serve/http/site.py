@@ -34,12 +34,10 @@ class Peer(Protocol):
     """A connection, as its listener sees it."""
 
     transport: asyncio.Transport
+    end_of_life: float  # the time after which it goes on, but lets the peer open a new one for what comes next
 
     def overdue(self, now: float) -> None:
         """Hang up when the other side has kept us waiting for too long."""
-
-    def expire(self) -> None:
-        """Go on, but let the peer open a new connection for what comes next."""
 
     def retire(self) -> None:
         """Hang up as soon as the answers that are due have been sent."""

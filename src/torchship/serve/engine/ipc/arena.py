@@ -92,14 +92,15 @@ class MemoryRegion:
 
 
 class Arena:
-    """`depth` slots of an input and an output half each, in one MemoryRegion; the owner hands out the slots."""
+    """`depth` slots of an input and an output half each, in one MemoryRegion. `free` are those that hold no batch: the
+    owner pops one off, and appends it when it is free again."""
 
     def __init__(self, region: MemoryRegion, *, depth: int, input_size: int, output_size: int) -> None:
         self.region = region
         self.depth = depth
         self.input_size = input_size
         self.output_size = output_size
-        self._free = list(range(depth))
+        self.free = list(range(depth))
 
     @classmethod
     def make(cls, *, depth: int, input_size: int, output_size: int) -> Arena:
@@ -107,19 +108,6 @@ class Arena:
         input_size, output_size = aligned(input_size), aligned(output_size)
         region = MemoryRegion.make(depth * (input_size + output_size))
         return cls(region, depth=depth, input_size=input_size, output_size=output_size)
-
-    @property
-    def free(self) -> int:
-        """How many slots hold no batch."""
-        return len(self._free)
-
-    def acquire(self) -> int:
-        """A slot that holds no batch. Raises IndexError when there is none: ask `free` first."""
-        return self._free.pop()
-
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
-        self._free.append(slot)
 
     def input_span(self, slot: int) -> tuple[int, int]:
         """Where the input half of a slot begins and ends."""
@@ -130,10 +118,6 @@ class Arena:
         """Where the output half of a slot begins and ends."""
         start = slot * (self.input_size + self.output_size) + self.input_size
         return start, start + self.output_size
-
-    def close(self) -> None:
-        """Give the memory back; may be called twice."""
-        self.region.close()
 
 
 def aligned(size: int) -> int:

@@ -41,7 +41,7 @@ class Connection2(asyncio.Protocol):
         self._writable = True
         self._since = site.now
         self._unsent = 0  # bytes that the transport held a second ago
-        self._end_of_life = site.end_of_life()
+        self.end_of_life = site.end_of_life()
         self._room = asyncio.Event()  # set when there may be room for more of a streamed answer
         self._out: Outflow
         self.transport: asyncio.Transport
@@ -426,7 +426,7 @@ class Connection2(asyncio.Protocol):
             self._since = now if self._unsent < before else self._since  # the peer reads, though slowly
         if self._half_closed and is_reset(self.transport):
             self.transport.abort()
-        if now > self._end_of_life and not self._retiring:
+        if now > self.end_of_life and not self._retiring:
             self.retire()
         if self._closing and now - self._since > _LINGER:
             self.transport.abort()
@@ -442,9 +442,6 @@ class Connection2(asyncio.Protocol):
             self._hang_up(h2.ENHANCE_YOUR_CALM, "the header block did not arrive in time")
         elif not self._streams and now - self._since > max(limits.idle_seconds, 0.0) * 4:
             self._hang_up(h2.NO_ERROR, "idle")
-
-    def expire(self) -> None:
-        self._end_of_life = 0.0
 
     def retire(self) -> None:
         """Take no new streams (RFC 9113 section 6.8); hang up when the last one is answered."""
