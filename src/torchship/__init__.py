@@ -18,7 +18,7 @@ _ROOMS = {
     "Guard": "torchship.optimize.guard:Guard",
     "Recipe": "torchship.recipe:Recipe",
     "Report": "torchship.optimize.report:Report",
-    "build": "torchship.optimize.single:build",
+    "build": "torchship.optimize.search:build",
     "open": "torchship.pipeline:open_target",
     "Artifact": "torchship.artifact:Artifact",
     "Store": "torchship.artifact.store:Store",

@@ -93,14 +93,7 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what the user's code prints is no JSON
         wish = read_wish(target, **given)
         with _progress(quiet=as_json) as show:
-            report = search.optimize(
-                wish.module,
-                wish.inputs,
-                publish=not no_publish,
-                on_trial=show,
-                command=wish.command,
-                **wish.options,
-            )
+            report = search.optimize(**wish, publish=not no_publish, on_trial=show)
     if report_dir:
         report.save(report_dir)
     if as_json:

@@ -53,11 +53,6 @@ class SearchContext:
         """Where the model lies for the children."""
         return self.work / ("tuned.pkl" if self.tuned else "model.pkl")
 
-    @property
-    def reference(self) -> Path:
-        """Inputs and outputs of the eager reference."""
-        return self.work / "reference"
-
 
 def attempt(recipe: Recipe, *, context: SearchContext, left: float, done: Sequence[Trial] = ()) -> Trial:
     """One recipe as a Trial: from the cache, or built and proven within `left` seconds. Never raises for its faults."""
@@ -152,7 +147,7 @@ def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence
     config = context.config
     task = ProofTask(
         artifact=trial.artifact,
-        reference=str(context.reference),
+        reference=str(context.work / "reference"),
         recipe=trial.recipe,
         guard=config.guard,
         effort=_effort(trial.recipe, context),

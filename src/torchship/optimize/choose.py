@@ -115,9 +115,14 @@ def choose(trials: Sequence[Trial], *, goal: Goal, constraints: Constraints | No
     outside = {index: "; ".join(words for _, words in found) for index, found in broken.items()}
     costs = {index: cost(trials[index], goal=goal) for index in valid}
     ranking = sorted((index for index in valid if index not in outside), key=lambda index: costs[index])
+    if not ranking and outside:
+        nearest = min(outside, key=lambda index: max(broken[index]))
+        many = f"{len(outside)} valid candidates break" if len(outside) > 1 else "the only valid candidate breaks"
+        why = f"{many} a limit; the nearest is {trials[nearest].recipe.label}: {outside[nearest]}"
+        return Choice(None, (), why, outside)
     if not ranking:
-        nearest = min(outside, key=lambda index: max(broken[index]), default=None)
-        return Choice(None, (), _nobody(trials, outside, nearest), outside)
+        cause = next((f"; {trial.recipe.label}: {trial.failure}" for trial in trials if trial.failure), "")
+        return Choice(None, (), f"no candidate was valid{cause}", outside)
     equal = [index for index in ranking if costs[index] <= costs[ranking[0]] * _CLOSE]
 
     def exactness(index: int) -> tuple[bool, float, float]:
@@ -140,14 +145,6 @@ def is_valid(trial: Trial) -> bool:
     """Whether a trial ran, was measured and passed the guard."""
     measured = trial.status == "ok" and trial.timing is not None and bool(trial.timing.curve)
     return measured and trial.verdict is not None and trial.verdict.passed
-
-
-def _nobody(trials: Sequence[Trial], outside: dict[int, str], nearest: int | None) -> str:
-    if nearest is not None:
-        many = f"{len(outside)} valid candidates break" if len(outside) > 1 else "the only valid candidate breaks"
-        return f"{many} a limit; the nearest is {trials[nearest].recipe.label}: {outside[nearest]}"
-    causes = [f"{trial.recipe.label}: {trial.failure}" for trial in trials if trial.failure]
-    return "no candidate was valid" + (f"; {causes[0]}" if causes else "")
 
 
 def _why(trials: Sequence[Trial], ranking: Sequence[int], costs: dict[int, float], goal: Goal) -> str:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchship.optimize.places import Place, is_installed, place_now
+from torchship.optimize.places import Place, place_now
 
 _LEAVES = ("numpy", "tolist", "__array__")  # they read the memory past the dispatcher
 _SHOWN = ("__format__", "__repr__")  # printing decides nothing
@@ -36,11 +36,6 @@ def decisions(
     except Exception:  # noqa: S110  # higher-order operators do not run under a mode; a trial says the rest
         pass
     return [place for place in watch.places if not place.code.startswith("assert")]
-
-
-def own(places: Sequence[Place]) -> list[Place]:
-    """Those in the user's own files: packages take short cuts by data that leave the answer as it is."""
-    return [place for place in places if not is_installed(place.file)]
 
 
 class _Watch:

@@ -68,19 +68,15 @@ def judge(found: Verdict, *, guard: Guard, recipe: Recipe) -> Verdict:
     if found.evidence is None and not found.passed:
         return found
     reasons = _broken_limits(found, evidence, guard, recipe) if guard.enabled else []
-    proved = _is_proved(found, evidence, guard)
+    same = found.error == 0 and evidence.drift == 0 and evidence.made == 0 and evidence.measure != "metric"
+    enough = bool(evidence.measure) and evidence.groups >= FEWEST_GROUPS
+    proved = same or (enough and evidence.bound <= guard.max_drop + 1e-12)
     if guard.enabled and guard.strict and not proved and not reasons:
         reasons.append(f"only plausible: {sentence(found, evidence, guard=guard)}")
     state: Literal["proved", "plausible", "refused"] = "refused" if reasons else "proved" if proved else "plausible"
     judged = msgspec.structs.replace(evidence, state=state)
     told = "; ".join(reasons) or f"{sentence(found, judged, guard=guard)}"
     return msgspec.structs.replace(found, passed=not reasons, reason=told, evidence=judged)
-
-
-def _is_proved(found: Verdict, evidence: Evidence, guard: Guard) -> bool:
-    same = found.error == 0 and evidence.drift == 0 and evidence.made == 0 and evidence.measure != "metric"
-    enough = bool(evidence.measure) and evidence.groups >= FEWEST_GROUPS and evidence.bound <= guard.max_drop + 1e-12
-    return same or enough
 
 
 def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Recipe) -> list[str]:

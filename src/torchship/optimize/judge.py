@@ -77,7 +77,9 @@ def judged(stage: Stage, folder: Path, *, signature: Signature, law_limit: float
         if entry.law is None:
             if odd := fault_of(reference, answer, signature=signature):
                 return msgspec.structs.replace(found, passed=False, error=HOPELESS, reason=odd, evidence=None)
-            made = max(made, _error_of(reference, answer, signature)) if entry.kind == "made" else made
+            floats = [spec.name for spec in signature.outputs if spec.dtype in FLOATS and entry.kind == "made"]
+            # of each output as a whole: made-up rows have no scale of their own
+            made = max([made, *(difference.relative_error(reference[name], answer[name]) for name in floats)])
         elif base is None:
             base = answer
         else:
@@ -159,19 +161,15 @@ class Meter:
         measure = {"scores": "top-1", "embedding": "neighbours", "labels": "equality", "values": "variation"}[yard.kind]
         if yard.kind == "scores":  # one column
             charged = np.where(costs[:, 0] > 0, np.maximum(costs[:, 0], _FLIP), 0.0)
-            worst = bounded(charged, groups=groups, event=self._event(charged))
+            flips, gaps = charged[charged > 0], np.sort(np.concatenate(self.gaps))
+            # a flip costs what those that were seen do, else what the rows that are nearest to a tie would
+            event = flips.mean() if len(flips) else max(_FLIP, gaps[: max(1, int(len(gaps) * _CLOSEST))].mean())
+            worst = bounded(charged, groups=groups, event=float(event))
             worst = msgspec.structs.replace(worst, cost=float(costs.mean()))
         else:
             found = [bounded(column, groups=groups, event=float(yard.kind == "labels")) for column in costs.T]
             worst = max(found, key=lambda part: part.bound)
         return msgspec.structs.replace(worst, measure=measure, output=yard.name, drift=drift, broken=broken)
-
-    def _event(self, costs: Array) -> float:
-        """What one flip costs: the mean of those that were seen, else of the rows that are nearest to a tie."""
-        if (costs > 0).any():
-            return float(costs[costs > 0].mean())
-        gaps = np.sort(np.concatenate(self.gaps))
-        return max(_FLIP, float(gaps[: max(1, int(len(gaps) * _CLOSEST))].mean()))
 
     def _broken(self) -> str:
         """Which row or channel is lost altogether, whatever the mean says."""
@@ -325,9 +323,3 @@ def fault_of(expected: Tensors, given: Tensors, *, signature: Signature) -> str:
             words = "where the reference has none" if new else "fewer than the reference"
             return f"output {spec.name!r} holds NaN or infinity in {count} {words}"
     return ""
-
-
-def _error_of(wanted: Tensors, found: Tensors, signature: Signature) -> float:
-    """The largest relative error of a floating-point output as a whole: made-up rows have no scale of their own."""
-    arrays = [(wanted[spec.name], found[spec.name]) for spec in signature.outputs if spec.dtype in FLOATS]
-    return max((difference.relative_error(*pair) for pair in arrays), default=0.0)

@@ -45,11 +45,6 @@ class Probe(msgspec.Struct, frozen=True):
     outputs: Tensors
 
 
-def base_of(batch: Tensors, *, signature: Signature) -> Tensors:
-    """Four rows of real data (the same ones again where there are fewer), or as many as the signature takes."""
-    return resized(batch, rows=min(BASE_ROWS, signature.max_rows)) if signature.batched else batch
-
-
 def probes(base: Tensors, *, signature: Signature, answer: Answer) -> list[Probe]:
     """What the reference, asked by `answer`, keeps beside the base batch. A probe that it refuses is none."""
     found, expected = [], answer(base)

@@ -34,15 +34,6 @@ class Effort(msgspec.Struct, frozen=True):
     longest: float = 6.0
 
 
-class Contestant(msgspec.Struct, frozen=True):
-    """What one child of an interleaved benchmark is told at its start."""
-
-    artifact: str
-    batch: int
-    device: str
-    threads: int
-
-
 _ROUNDS = 7
 _TURN = Effort(seconds=0.25, calls=200, fewest=2, warm_up=0.02)
 _OPENING = 120.0  # seconds
@@ -134,7 +125,7 @@ def interleaved(
         for path, batch in contestants:
             child, sock = process.converse(
                 "torchship.optimize.measure:contest_here",
-                argument=Contestant(str(path), batch, device, threads),
+                argument=[str(path), batch, device, threads],
                 output=subprocess.DEVNULL,
                 threads=threads,
                 cpus=hardware.cpus(threads),
@@ -167,12 +158,12 @@ def _answer(sock: socket.socket, deadline: float, *, sign: bytes = b"") -> list[
 
 def contest_here(argument: Any, sock: socket.socket) -> None:
     """The child's side: open, warm up, say so; then run for a moment at each sign."""
-    contestant = msgspec.convert(argument, Contestant)
-    artifact = open_artifact(Path(contestant.artifact), verify=False)
-    stage = artifact.open(device=contestant.device, threads=contestant.threads, trust=True)
-    tensors = artifact.inputs()
+    path, batch, device, threads = argument
+    artifact = open_artifact(path, verify=False)
+    stage = artifact.open(device=device, threads=threads, trust=True)
+    tensors: Tensors = artifact.inputs()
     if artifact.manifest.signature.batched:
-        tensors = dict(resized(tensors, rows=contestant.batch))
+        tensors = resized(tensors, rows=batch)
     warm_up(stage, tensors, seconds=0.5)
     sock.send(b"[]")
     while sock.recv(1):

@@ -11,6 +11,18 @@ from types import FrameType
 
 import msgspec
 
+_TOOLS = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch_onnx",
+    "openvino",
+    "nncf",
+    "numpy",
+    "torchao",
+    "functorch",
+)
 _EDGE = str(Path(__file__).with_name("flatten.py"))  # it calls the user's module
 
 
@@ -41,19 +53,7 @@ def is_users(file: str) -> bool:
     stdlib = sysconfig.get_path("stdlib")
     if path.startswith(stdlib) and "-packages" not in path:
         return False
-    tools = (
-        "torch",
-        "onnx",
-        "onnxruntime",
-        "onnxscript",
-        "torch_onnx",
-        "openvino",
-        "nncf",
-        "numpy",
-        "torchao",
-        "functorch",
-    )
-    packages = any(f"-packages/{name}/" in path for name in tools)
+    packages = any(f"-packages/{name}/" in path for name in _TOOLS)
     return not packages and not path.startswith(str(Path(__file__).parents[1]))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from torchship.artifact import tensorfile
 from torchship.errors import BadInput, CaptureFailed
+from torchship.lowering.program import as_error
 from torchship.model import Model, to_numpy
 from torchship.optimize import cache as caching
 from torchship.optimize import laws
@@ -119,7 +120,9 @@ def prepare(
     if signature.batched and signature.max_rows > 1:
         made += [resized(real[0], rows=rows) for rows in (1, min(5, signature.max_rows))]
     made += [] if held_back else _random(model)
-    base = laws.base_of(real[0], signature=signature)
+    base = real[0]
+    if signature.batched:  # four rows of real data, the same ones again where there are fewer
+        base = resized(base, rows=min(laws.BASE_ROWS, signature.max_rows))
     probes = [Probe(Law(""), base, stage(base)), *laws.probes(base, signature=signature, answer=stage)]
     entries = [
         *[JudgedBatch("real")] * len(outputs),
@@ -211,14 +214,10 @@ def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors], rows: 
     for index, batch in enumerate(batches):
         if kept > _KEPT_BYTES or done >= rows or (done >= _FEWEST and time.monotonic() - started > _SECONDS):
             break
-        try:
+        shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
+        hint = "call the module with that data in plain Python first"
+        with as_error(BadInput, f"the model itself fails on data to judge by ({shapes})", hint=hint):
             answer = stage(batch)
-        except Exception as fault:
-            shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
-            raise BadInput(
-                f"the model itself fails on data to judge by ({shapes}): {type(fault).__name__}: {fault}",
-                hint="call the module with that data in plain Python first",
-            ) from fault
         outputs.append(answer)
         done += rows_of(batch, signature=stage.signature)
         kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 _HEADS = ("b1 p50", "p99", "b8 p50", "p99", "rows/s", "MB", "mem MB", "error", "agree", "x")
-_NARROW = (0, 4, 5, 7, 8, 9)
+_NARROW = (0, 4, 5, 7, 8, 9)  # what a small terminal has room for, beside what the caller asked about
 _WIDE = 112  # columns of a terminal that holds all of them beside the recipes
 _STYLES = {"winner": "bold green", "ok": "", "refused": "yellow", "failed": "red"}
 
@@ -75,17 +75,13 @@ class Table:
 
         idle = f"; {self.facts.idle}" if self.facts.idle else ""
         yield Text(f"{self.facts.name}: goal {self.facts.goal}{idle}", style="italic")
-        yield self._measured(range(len(_HEADS)) if options.max_width >= _WIDE else self._narrow())
+        columns = {*range(len(_HEADS))} if options.max_width >= _WIDE else {*_NARROW}
+        if self.facts.constraints.max_latency_p99 is not None:
+            columns.add(_HEADS.index("p99"))
+        if self.facts.constraints.max_memory is not None or self.facts.goal == "memory":
+            columns.add(_HEADS.index("mem MB"))
+        yield self._measured(sorted(columns))
         yield self._others()
-
-    def _narrow(self) -> list[int]:
-        """The columns that a small terminal has room for, and those that the caller asked about."""
-        asked, limits = set[int](), self.facts.constraints
-        if limits.max_latency_p99 is not None:
-            asked.add(_HEADS.index("p99"))
-        if limits.max_memory is not None or self.facts.goal == "memory":
-            asked.add(_HEADS.index("mem MB"))
-        return sorted({*_NARROW, *asked})
 
     def _measured(self, columns: Sequence[int]) -> rich.table.Table:
         from rich.table import Table

@@ -1,4 +1,4 @@
-"""`optimize`: from a module and example inputs to a published artifact and a report."""
+"""From a module and example inputs to a published artifact: `optimize` by a search with a report, `build` without."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
 import msgspec
@@ -20,10 +21,12 @@ from torchship import __version__, home, plugins
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, package, tensorfile
 from torchship.artifact import folder as folders
-from torchship.errors import BadInput
+from torchship.artifact.manifest import Provenance
+from torchship.errors import BadInput, GuardRefused
+from torchship.lowering.program import as_error
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import loop, reference, remeasure, workspace
+from torchship.optimize import loop, reference, workspace
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
@@ -31,7 +34,8 @@ from torchship.optimize.choose import Goal, baseline, choose
 from torchship.optimize.config import Metric, SearchConfig, Settings, read
 from torchship.optimize.facts import Facts
 from torchship.optimize.forkserver import Forkserver
-from torchship.optimize.guard import Guard
+from torchship.optimize.guard import Guard, judge
+from torchship.optimize.judge import compare
 from torchship.optimize.loop import OnTrial
 from torchship.optimize.report import Report
 from torchship.optimize.strategies import Strategy, winners
@@ -39,8 +43,9 @@ from torchship.optimize.strategies.cutting import Cutting
 from torchship.optimize.strategies.finetuning import FineTuning
 from torchship.optimize.strategies.mixed_precision import MixedPrecision
 from torchship.optimize.strategies.proposals import Proposals, propose
-from torchship.optimize.trial import METRIC, Trial, read_metric
-from torchship.optimize.yardstick import told
+from torchship.optimize.trial import METRIC, Trial, packed, read_metric
+from torchship.optimize.yardstick import study, told
+from torchship.recipe import Recipe
 
 _SLOW_IMPORTS = ("torch", "torch.export", "onnxscript", "torchship.optimize.trial", "torchship.artifact.package")
 _OFTEN_MEANT = frozenset(("torchvision", "timm", "transformers"))  # where the user's module comes from
@@ -148,13 +153,9 @@ def _prepare(
 
 def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Path) -> float:
     """The reference's own value; its values by row, where there are such, are kept in `folder`."""
-    try:
+    hint = "it takes a Stage, calls it with a dict of arrays, and returns one number"
+    with as_error(BadInput, "the evaluate function fails on the eager model", hint=hint):
         given = evaluate(eager)
-    except Exception as fault:
-        raise BadInput(
-            f"the evaluate function fails on the eager model: {type(fault).__name__}: {fault}",
-            hint="it takes a Stage, calls it with a dict of arrays, and returns one number",
-        ) from fault
     found, rows = read_metric(given)
     if rows is not None:
         (folder / METRIC).write_bytes(tensorfile.encode({"rows": rows}))
@@ -178,7 +179,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     try:
         if not interrupted:
             first = choose(trials, goal=config.goal, constraints=config.constraints)
-            trials = remeasure.run(trials, first, context=context)
+            trials = loop.remeasured(trials, first, context=context)
     except KeyboardInterrupt:
         interrupted = True
     context.cache.trim()
@@ -247,3 +248,36 @@ def portable(ranking: Sequence[Trial]) -> Trial | None:
     if kinds[0] != "native":
         return None
     return next((trial for trial, kind in zip(ranking, kinds, strict=True) if kind != "native"), None)
+
+
+def build(
+    module: torch.nn.Module,
+    example_inputs: Any,
+    *,
+    recipe: Recipe,
+    name: str,
+    store: Store | str | Path | None = None,
+    guard: Guard | None = None,
+) -> Artifact:
+    """Publish `module` by `recipe`, in this process: nothing else is tried and nothing is measured.
+
+    `example_inputs`: see `capture`; on them the artifact, opened from disk, must agree with the module as `guard` says.
+    Transforms are the search's business: `recipe` has none. Raises CaptureFailed, BuildFailed, GuardRefused.
+    """
+    model = capture(module, example_inputs, name=name)
+    example = model.examples[0]
+    wanted = reference.EagerStage(model)(example)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    provenance = Provenance(__version__, created, f"torchship.build:{name}", caching.hash_model(model))
+    with TemporaryDirectory(prefix="torchship-build-") as scratch:
+        folder = Path(scratch) / "artifact"
+        packed(model, folder, recipe=recipe, name=name, provenance=provenance, outputs=wanted)
+        with closing(open_artifact(folder).open(trust=True)) as stage:
+            yards = study([wanted], signature=model.signature)
+            found = compare([wanted], [stage(example)], signature=model.signature, yards=yards)
+            found = judge(found, guard=guard or Guard(), recipe=recipe)
+        if not found.passed:
+            raise GuardRefused(f"{name}: {recipe.label}: {found.reason}", hint="try another recipe, or let it search")
+        where = store if isinstance(store, Store) else Store(store)
+        number = where.publish(folder, name=name)
+    return open_artifact(where.resolve(f"{name}@{number}"), verify=False)

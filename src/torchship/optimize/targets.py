@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,18 +32,8 @@ _FIRST = ("weights", "data", "evaluate", "finetune", "backends", "max_latency_p9
 _DEFAULTS = {"goal": "latency", "budget": "10m", "threads": 0, "device": "cpu"}
 
 
-@dataclass(frozen=True)
-class CommandWish:
-    """A command line, read: module, example inputs, keyword arguments of `optimize`, and the line itself."""
-
-    module: torch.nn.Module
-    inputs: Any
-    options: dict[str, Any]
-    command: str
-
-
-def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **given: Any) -> CommandWish:
-    """What `torchship optimize` was given, by the names of its options; None for what was left out.
+def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **given: Any) -> dict[str, Any]:
+    """The arguments of `optimize`, from those of the command line by the names of its options; None: left out.
 
     Raises BadConfig or NotFound naming the argument that is wrong.
     """
@@ -77,7 +66,13 @@ def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **g
         raise BadConfig(
             "no inputs are given", hint='add --input "image:FP32[-1,3,224,224]", or --data with real inputs'
         )
-    return CommandWish(module, specs or calibration[:4], {**options, "source": target}, command)
+    return {
+        **options,
+        "module": module,
+        "example_inputs": specs or calibration[:4],
+        "source": target,
+        "command": command,
+    }
 
 
 def _command(target: str, given: dict[str, Any]) -> str:

@@ -27,7 +27,13 @@ def load_weights(module: torch.nn.Module, path: Path) -> int:
     ones, `FILE#KEY` says which. Returns how many tensors were loaded. Nothing but tensors is unpickled.
     Raises NotFound or BadConfig.
     """
-    path, chosen = _chosen(path)
+    name, _, chosen = path.name.rpartition("#")
+    if path.is_file() or not name:
+        chosen = ""
+    else:
+        path = path.with_name(name)
+    if not path.is_file():
+        raise NotFound(f"--weights: no file {path}")
     wanted = {_plain(name): tensor for name, tensor in module.state_dict().items()}
     found = {key: _shared(state, wanted) for key, state in _candidates(_states(_read(path)), wanted).items()}
     if not found:
@@ -53,18 +59,6 @@ def load_weights(module: torch.nn.Module, path: Path) -> int:
         )
     module.load_state_dict(found[right[0]], strict=False)
     return len(found[right[0]])
-
-
-def _chosen(path: Path) -> tuple[Path, str]:
-    """The file and the key of `FILE#KEY`. Raises NotFound."""
-    name, _, key = path.name.rpartition("#")
-    if path.is_file() or not name:
-        key = ""
-    else:
-        path = path.with_name(name)
-    if not path.is_file():
-        raise NotFound(f"--weights: no file {path}")
-    return path, key
 
 
 def _plain(name: str) -> str:

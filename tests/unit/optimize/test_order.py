@@ -17,7 +17,7 @@ from torchship.hardware import Gpu
 from torchship.optimize.cache import Cache
 from torchship.optimize.choose import Constraints, choose
 from torchship.optimize.facts import Facts
-from torchship.optimize.remeasure import close_ones
+from torchship.optimize.loop import close_ones
 from torchship.optimize.report import Report
 from torchship.optimize.sensitivity import LayerNoise
 from torchship.optimize.strategies import winners

@@ -102,14 +102,14 @@ def test_a_row_is_run_again_by_the_words_that_concern_it() -> None:
         max_latency_p99="3ms", max_memory=None, max_size=None, goal="size", threads=2, device="cpu", batched=True,
     )  # fmt: skip
     start = f"torchship optimize {HERE}:make --input 'x:FP32[-1,4]'"
-    assert given.command.startswith(f"{start} --recipe '{{")
-    assert given.command.endswith(
+    assert given["command"].startswith(f"{start} --recipe '{{")
+    assert given["command"].endswith(
         "--backends openvino --max-latency-p99 3ms --budget 5s --goal size --threads 2 --batched"
     )
     asked = facts.Facts(
         name="net", created="", torchship="", source="", signature="", hardware="", fingerprint="", threads=2,
         device="cpu", goal="size", constraints=Constraints(), trials=(), choice=Choice(None, (), ""),
-        command=given.command,
+        command=given["command"],
     )  # fmt: skip
     tuned = Recipe("openvino", {"precision": "int8"}, (Step("finetune"), Step("fuse")))
     again = page.reproduce(asked, Trial(tuned, "ok"))

@@ -24,6 +24,7 @@ from torchship import process
 from torchship.artifact import folder as folders
 from torchship.artifact import tensorfile
 from torchship.errors import OptimizeError
+from torchship.lowering.program import as_error
 from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import cache as caching
 from torchship.optimize import workspace
@@ -102,14 +103,9 @@ def tune(model: Model, loop: Loop) -> Model:
     for part in student.modules():
         if isinstance(part, _NORMS):
             part.eval()
-    with _simulated_int8(student):
-        try:
-            loop(student, _distillation(teacher))
-        except Exception as fault:
-            raise OptimizeError(
-                f"the fine-tuning loop failed: {type(fault).__name__}: {fault}",
-                hint="it is called as loop(student, distill)",
-            ) from fault
+    failed = as_error(OptimizeError, "the fine-tuning loop failed", hint="it is called as loop(student, distill)")
+    with _simulated_int8(student), failed:
+        loop(student, _distillation(teacher))
     bad = [name for name, tensor in student.named_parameters() if not torch.isfinite(tensor).all()]
     if bad:
         raise OptimizeError(f"fine-tuning left NaN or infinity in {bad[0]}", hint="lower the learning rate")
@@ -142,12 +138,11 @@ def _simulated_int8(student: nn.Module) -> Iterator[None]:
 
 
 def _round_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    def rounded(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        return value + (round_unsigned(value.detach()) - value.detach())
-
-    return tuple(map(rounded, inputs))
+    floats = [isinstance(value, torch.Tensor) and value.is_floating_point() for value in inputs]
+    return tuple(
+        value + (round_unsigned(value.detach()) - value.detach()) if its else value
+        for value, its in zip(inputs, floats, strict=True)
+    )
 
 
 def _distillation(teacher: Any) -> Distill:

@@ -50,13 +50,10 @@ class MixedPrecision:
     def __init__(self, context: SearchContext) -> None:
         self._context = context
         self._steps: Generator[Asked, Trial, None] | None = None
-        self._done = False
         self.layers: tuple[LayerNoise, ...] = ()
 
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """The next form, which depends on what became of the last."""
-        if self._done:
-            return []
         try:
             if self._steps is not None:
                 return [self._steps.send(results[-1])]
@@ -68,7 +65,6 @@ class MixedPrecision:
             self._steps = self._forms(candidates, {trial.recipe.key for trial in results})
             return [next(self._steps)]
         except StopIteration:
-            self._done = True
             return []
 
     def _forms(self, candidates: Sequence[Trial], keys: set[str]) -> Generator[Asked, Trial, None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchship.errors import BadConfig, BuildFailed
+from torchship.errors import BuildFailed
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.plugins import missing
-from torchship.recipe import Options
+from torchship.recipe import Options, choice
 
 if TYPE_CHECKING:
     import torch
@@ -29,25 +29,18 @@ def apply(model: Model, *, options: Options) -> Model:
     patterns of what stays in float, see `paths.rules`. Raises BadConfig, or BuildFailed with the quantizer's reason.
     """
     from torchship.lowering import paths
-    from torchship.lowering.program import one_line
+    from torchship.lowering.program import as_error
 
-    scheme = options.get("scheme", "dynamic")
-    if scheme not in _SCHEMES:
-        raise BadConfig(f"quantize: scheme {scheme!r} is unknown", hint=f"use one of {', '.join(_SCHEMES)}")
+    scheme = choice(options, "scheme", _SCHEMES, of="quantize")
     if absent := missing(NEEDS):
         raise BuildFailed(f"quantize: {absent}")
     rules = paths.rules(options, narrow=("int8",), module=model.module)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _static(model, rules) if scheme == "static" else _linear(model, scheme, rules)
-    except (BadConfig, BuildFailed):
-        raise
-    except Exception as fault:
-        raise BuildFailed(f"torchao cannot quantize this model: {one_line(fault)}") from fault
+    with as_error(BuildFailed, "torchao cannot quantize this model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _static(model, rules) if scheme == "static" else _linear(model, scheme, rules)
 
 
-def _linear(model: Model, scheme: Any, rules: Rules) -> Model:
+def _linear(model: Model, scheme: str, rules: Rules) -> Model:
     import torch
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     from torchao.utils import unwrap_tensor_subclass

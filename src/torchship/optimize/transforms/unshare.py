@@ -30,7 +30,7 @@ def apply(model: Model, *, options: Options) -> Model:
     from torch import fx
 
     from torchship.lowering import surgery
-    from torchship.lowering.program import one_line
+    from torchship.lowering.program import as_error
     from torchship.lowering.variants import KeepFloat
 
     class Tracer(fx.Tracer):
@@ -40,10 +40,8 @@ def apply(model: Model, *, options: Options) -> Model:
 
     own = getattr(model.module, "inner", None)
     inner = copy.deepcopy(own if isinstance(own, torch.nn.Module) else model.module)
-    try:
+    with as_error(BuildFailed, "unshare: torch.fx cannot trace this model"):
         graph: Any = fx.GraphModule(inner, Tracer().trace(inner))
-    except Exception as fault:
-        raise BuildFailed(f"unshare: torch.fx cannot trace this model: {one_line(fault)}") from fault
     called: Counter[int] = Counter()
     for node in graph.graph.nodes:
         node.meta.pop("nn_module_stack", None)  # it still tells the shared module's path
