@@ -264,7 +264,8 @@ class Connection2(asyncio.Protocol):
     def _ended(self, stream: Stream) -> None:
         """The peer has said all."""
         stream.ended = True
-        stream.hold(self.site, 0)
+        if stream.held:
+            stream.hold(self.site, 0)
         head = stream.head
         if head.length >= 0 and head.length != stream.size:  # RFC 9113 section 8.1.1
             raise StreamFault(stream.number, h2.PROTOCOL_ERROR)

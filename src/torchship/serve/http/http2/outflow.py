@@ -50,8 +50,7 @@ class Stream(msgspec.Struct, eq=False):
         waited = now - self.since
         if self.waiting is not None:
             return waited > limits.write_seconds
-        sending = self.head.rpc is None and not self.ended
-        return sending and waited > limits.body_seconds
+        return self.head.rpc is None and not self.ended and waited > limits.body_seconds
 
 
 class Outflow:
