@@ -64,14 +64,10 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            abouts = _abouts()
+            # an application's is the summary of its package, so that nothing of it is imported
+            points = metadata.entry_points(group="torchship.commands")
+            abouts = {point.name: point.dist.metadata["Summary"] for point in points if point.dist} | _ABOUT
             formatter.write_dl([(name, abouts.get(name, "")) for name in self.list_commands(ctx)])
-
-
-def _abouts() -> dict[str, str]:
-    """A line for each command; an application's is the summary of its package, so that nothing of it is imported."""
-    points = metadata.entry_points(group="torchship.commands")
-    return {point.name: point.dist.metadata["Summary"] for point in points if point.dist} | _ABOUT
 
 
 def _extra(name: str) -> str:

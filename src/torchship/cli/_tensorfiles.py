@@ -43,12 +43,7 @@ def read_any(path: Path) -> Tensors:
     suffix = path.suffix.lower()
     if suffix not in (".npz", ".safetensors"):
         raise BadInput(f"{path.name}: named tensors are needed", hint="use .npz or .safetensors")
-    return _named(path.read_bytes(), suffix)
-
-
-def _named(data: bytes, suffix: str) -> Tensors:
-    tensors: Tensors = tensorfile.decode(data) if suffix == ".safetensors" else _numpy(data, suffix)
-    return tensors
+    return _loaded(path.read_bytes(), suffix)
 
 
 def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float], std: Sequence[float]) -> Tensors:
@@ -60,13 +55,13 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     if only and only.dtype == "BYTES" and suffix not in (".npy", ".npz", ".json", ".safetensors"):
         return {only.name: bytes_array([data]).reshape([1] * len(only.shape))}
     if suffix in (".npz", ".safetensors"):
-        return _named(data, suffix)
+        return _loaded(data, suffix)
     if suffix == ".json":
         return _json(textfiles.decode(data, where=path.name), signature)
     if only is None:
         raise BadInput(f"one tensor for {len(signature.required)} inputs", hint="use .npz, .json or .safetensors")
     if suffix == ".npy":
-        return {only.name: _numpy(data, suffix)}
+        return {only.name: _loaded(data, suffix)[""]}
     if suffix in SUFFIXES:
         return {only.name: reader(only, mean=mean, std=std)(data)[None]}
     raise BadInput(
@@ -74,11 +69,13 @@ def _decode(path: Path, data: bytes, signature: Signature, mean: Sequence[float]
     )
 
 
-def _numpy(data: bytes, suffix: str) -> Any:
-    """The array of an .npy file, the arrays by name of an .npz file."""
+def _loaded(data: bytes, suffix: str) -> Tensors:
+    """The arrays by name of an .npz or .safetensors file; the only one of an .npy file has no name."""
+    if suffix == ".safetensors":
+        return tensorfile.decode(data)
     try:
         found = np.load(io.BytesIO(data), allow_pickle=False)
-        return found if suffix == ".npy" else {name: found[name] for name in found.files}
+        return {"": found} if suffix == ".npy" else {name: found[name] for name in found.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as fault:
         how = "save" if suffix == ".npy" else "savez"
         raise BadInput(f"not a readable {suffix} file: {fault}", hint=f"write it with numpy.{how}") from None

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import uvloop
 
+from torchship import process
 from torchship.cli import _shown
+from torchship.client import Client, load
+from torchship.client.address import caller_context, parse
+from torchship.client.load import CallOutcome, Target
+from torchship.client.report import render
 from torchship.errors import BadConfig, Unavailable
-
-if TYPE_CHECKING:
-    from torchship.client.load import CallOutcome, Target
 
 
 @click.command(
@@ -52,25 +60,17 @@ at random moments whatever the server does, and a latency counts from the moment
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a plot.")
 def command(*, target: str, store: str, as_json: bool, html: Path | None, **options: Any) -> int:
     """Load a served model (a URL) or an artifact (served for the time of the test), and tell rate and latencies."""
-
-    import uvloop
-
     with _served(target, store=store) as url:
         rows = uvloop.run(_measure(url, quiet=as_json, **options))
     plain = [row.plain() for row in rows]
     if as_json:
         _shown.print_json({"target": target, "runs": plain})
     if html is not None:
-        from torchship.client.report import render
-
         html.write_text(render(plain, title=f"torchship bench {target}"))
     return 0 if all(row.latencies for row in rows) else 1
 
 
 async def _measure(url: str, *, quiet: bool, **options: Any) -> list[CallOutcome]:
-    from torchship.client import load
-    from torchship.client.address import caller_context, parse
-
     address = parse(url)
     if not address.model:
         raise BadConfig(f"{url} names no model", hint="as in http://127.0.0.1:8000/resnet18")
@@ -90,14 +90,11 @@ async def _measure(url: str, *, quiet: bool, **options: Any) -> list[CallOutcome
     if options["sweep"] and not quiet:
         percent, limit = _goal(options["sweep"])
         good = [row.rate for row in rows if row.kind == "open" and row.meets(percent=percent, limit=limit)]
-        most = max(good, default=0.0)
-        click.echo(f"within {options['sweep']}: {most:.0f} requests/s")
+        click.echo(f"within {options['sweep']}: {max(good, default=0.0):.0f} requests/s")
     return rows
 
 
 async def _runs(target: Target, payload: bytes, **options: Any) -> AsyncIterator[CallOutcome]:
-    from torchship.client import load
-
     times = {"seconds": options["seconds"], "warm_up": options["warm_up"]}
     if options["sweep"]:
         percent, limit = _goal(options["sweep"])
@@ -142,13 +139,6 @@ def _served(target: str, *, store: str) -> Iterator[str]:
     if "://" in target:
         yield target
         return
-    import socket
-    import subprocess
-    import sys
-    import tempfile
-
-    from torchship import process
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,10 +154,6 @@ def _served(target: str, *, store: str) -> Iterator[str]:
 
 def _await_model(port: int, server: Any, log: Any) -> str:
     """The name of the model, once the server is ready. Raises Unavailable with its last words where it ends."""
-    import time
-
-    from torchship.client import Client
-
     with Client(f"http://127.0.0.1:{port}") as client:
         end = time.monotonic() + 180
         while time.monotonic() < end and server.poll() is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
+import msgspec
+from rich.text import Text
 
+from torchship import hardware
+from torchship.artifact import Store, open_artifact
 from torchship.cli import _shown
 from torchship.errors import BadConfig
-
-if TYPE_CHECKING:
-    from torchship.optimize.compare import Comparison
+from torchship.optimize import compare
+from torchship.optimize.compare import Comparison
 
 
 @click.command(
@@ -40,12 +43,6 @@ def command(
     A and B are names in the store (resnet18, resnet18@3), folders, or manifest.json files from other machines; or
     report.json files: then every recipe that either search tried is compared (an artifact brings its own report).
     """
-    from pathlib import Path
-
-    from torchship import hardware
-    from torchship.artifact import Store, open_artifact
-    from torchship.optimize import compare
-
     shelf = Store(store)
     if measure:
         if a.endswith(".json") or b.endswith(".json"):
@@ -68,12 +65,8 @@ def command(
 
 def _show(rows: Sequence[Comparison], a: str, b: str, *, as_json: bool) -> None:
     if as_json:
-        import msgspec
-
         click.echo(msgspec.json.encode({"a": a, "b": b, "rows": rows}).decode())
         return
-    from rich.text import Text
-
     shown = []
     for row in rows:
         style = "" if row.better is None or 0.95 < row.better < 1.05 else "green" if row.better > 1 else "red"

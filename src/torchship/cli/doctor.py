@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from torchship.cli._shown import console, human_size, print_json, table
+from torchship.doctor.diagnose import Diagnosis
+from torchship.doctor.explain import Explanation, explain
+from torchship.doctor.machine import Machine, examine
 from torchship.errors import Unavailable
 
 if TYPE_CHECKING:
-    from torchship.doctor.diagnose import Diagnosis
     from torchship.doctor.examination import Examination
-    from torchship.doctor.explain import Explanation
-    from torchship.doctor.machine import Machine
 
 _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "info": "dim"}
 
@@ -59,16 +59,12 @@ def command(**given: Any) -> int:
     """
     page: Callable[[Any], Iterator[RenderableType]]
     if given["log"] is not None:
-        from torchship.doctor.explain import explain
-
         found: Any = explain(given["log"].read())
         page, code = _explanations, 0 if found else 1
     elif given["target"] is not None:
         found = _examined(given["target"], given["inputs"], given["routes"], given["timeout"])
         page, code = _examination, 0 if found.healthy else 1
     else:
-        from torchship.doctor.machine import examine
-
         found, page, code = examine(), _machine, 0
     if given["as_json"]:
         print_json(found)
@@ -100,17 +96,11 @@ def _machine(found: Machine) -> Iterator[RenderableType]:
     facts += [(Text("packages", "bold"), Text(packages or "-")), (Text("fingerprint", "bold"), Text(found.fingerprint))]
     yield from (table(("", ""), facts, title="This machine"), "")
     features = [
-        (
-            feature.name if feature.device == "cpu" else f"{feature.name} ({feature.device})",
-            Text("yes", "green") if feature.present else Text("no", "dim"),
-            feature.use,
-        )
-        for feature in found.features
+        (f.name if f.device == "cpu" else f"{f.name} ({f.device})", _yes(f.present, no="dim"), f.use)
+        for f in found.features
     ]
     yield from (table(("feature", "here", "good for"), features, title="Features"), "")
-    backends = [
-        (row.name, Text("no", "yellow") if row.reason else Text("yes", "green"), row.reason) for row in found.backends
-    ]
+    backends = [(row.name, _yes(not row.reason, no="yellow"), row.reason) for row in found.backends]
     yield table(("backend", "runs here", "why not"), backends, title="Backends")
     yield from _listed("Advice", found.advice)
 
@@ -123,7 +113,7 @@ def _examination(found: Examination) -> Iterator[RenderableType]:
         seen = row.summary or (f"outputs agree to {row.error:.1g}" if row.error is not None else "")
         if row.diagnosis is not None and seen == row.diagnosis.words:
             seen = row.diagnosis.construct  # its words follow below
-        rows.append((row.route, Text("yes", "green") if row.ok else Text("no", "red"), row.opens, seen))
+        rows.append((row.route, _yes(row.ok, no="red"), row.opens, seen))
     yield table(("route", "takes it", "opens the way to", "what was seen"), rows, title="Routes out of Python")
     yield from _refusals(found)
     if found.findings:
@@ -197,6 +187,11 @@ def _explanations(found: list[Explanation]) -> Iterator[RenderableType]:
         yield f"[bold red]{escape(explanation.name)}[/]: {escape(explanation.words)}"
         yield _whole(f"  seen: {explanation.line}", "dim")
         yield from (_hang("- ", escape(line), indent=2) for line in explanation.mend)
+
+
+def _yes(is_so: bool, *, no: str) -> Text:
+    """`yes` in green, or `no` in its colour."""
+    return Text("yes", "green") if is_so else Text("no", no)
 
 
 def _listed(title: str, lines: Iterable[str]) -> Iterator[RenderableType]:

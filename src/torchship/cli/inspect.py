@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from torchship import hardware, home
+from torchship.artifact import Artifact, Store, archive, open_artifact, signing
 from torchship.cli import _shown
 from torchship.cli._shown import human_size, table
-
-if TYPE_CHECKING:
-    from torchship.artifact import Artifact
 
 
 @click.command(
@@ -32,9 +31,6 @@ def command(*, target: str, store: str | None, no_verify: bool, as_json: bool) -
 
     ARTIFACT is a name in the store (resnet18, resnet18@3), a folder, or an archive of one (.tar, .tar.gz, .zip).
     """
-    from torchship import home
-    from torchship.artifact import Store, archive, open_artifact
-
     with ExitStack() as stack:
         if target.lower().endswith(archive.SUFFIXES) and home.expand(target).is_file():
             artifact = stack.enter_context(archive.extracted(target))
@@ -45,7 +41,9 @@ def command(*, target: str, store: str | None, no_verify: bool, as_json: bool) -
             return
         out = _shown.console()
         for number, shown in enumerate(_tables(artifact)):
-            out.print(*[""][:number], shown)
+            if number:
+                out.print()
+            out.print(shown)
 
 
 def _tables(artifact: Artifact) -> Iterator[Any]:
@@ -74,8 +72,6 @@ def _tables(artifact: Artifact) -> Iterator[Any]:
 
 
 def _facts(artifact: Artifact) -> Iterator[tuple[str, object]]:
-    from torchship import hardware
-
     manifest, made = artifact.manifest, artifact.manifest.provenance
     same = "this machine" if manifest.fingerprint == hardware.here().fingerprint else "another machine"
     yield "name", manifest.name
@@ -97,8 +93,6 @@ def _facts(artifact: Artifact) -> Iterator[tuple[str, object]]:
 
 
 def _signature(artifact: Artifact) -> str:
-    from torchship.artifact import signing
-
     try:
         found = signing.signer(artifact.path, digest=artifact.digest)
     except ImportError:

@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from torchship.cli import _shown
 from torchship.errors import NoWinner
@@ -97,7 +99,9 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
     if report_dir:
         report.save(report_dir)
     if as_json:
-        click.echo(_json(report))
+        path = "" if report.artifact is None else str(report.artifact.path)
+        facts = {"artifact": path, "version": report.version, "winner": report.winner, "speedup": report.speedup}
+        click.echo(msgspec.json.encode({**facts, "report": report.facts}).decode())
     else:
         _tell(report, report_dir, given["store"])
     if report.winner is None:
@@ -109,8 +113,6 @@ def command(target: str, as_json: bool, report_dir: str | None, no_publish: bool
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Trial, int, int], None]]:
     """A progress bar on stderr, and what is to be called as trials finish: it prints a line for each above the bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from torchship.optimize.report import line
 
     out = _shown.console(stderr=True, quiet=quiet and not sys.stderr.isatty())
@@ -152,11 +154,3 @@ def _tell(report: Report, report_dir: str | None, store: str | None) -> None:
         out.print(f"next:     torchship inspect {words}   |   {serve}", soft_wrap=True)
     if report_dir:
         out.print(f"report:   {report_dir}/report.html", soft_wrap=True)
-
-
-def _json(report: Report) -> str:
-    import msgspec
-
-    path = "" if report.artifact is None else str(report.artifact.path)
-    content = {"artifact": path, "version": report.version, "winner": report.winner, "speedup": report.speedup}
-    return msgspec.json.encode({**content, "report": report.facts}).decode()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from torchship.cli import _shown
+from torchship.artifact import Store, folder
+from torchship.cli import _shown, _tensorfiles
 from torchship.errors import BadInput
-
-if TYPE_CHECKING:
-    from torchship.artifact import Store
-    from torchship.pipeline import Plan
+from torchship.pipeline import Composed, Plan, config, drawing, pack_pipeline, plan, plan_target
+from torchship.pipeline.opening import open_stage
+from torchship.pipeline.packing import check_parity
 
 _store = click.option("--store", "root", default=None, metavar="DIR", help="Where artifacts are found by name.")
 
@@ -31,8 +32,6 @@ def command() -> None:
 
 def _made(plan: Plan, store: Store) -> None:
     """Make every Python stage once, as a worker would: what its options name must be there. Raises what it raises."""
-    from torchship.pipeline.opening import open_stage
-
     for node in plan.nodes:
         if node.config.run:
             open_stage(node.config, store).close()
@@ -40,11 +39,6 @@ def _made(plan: Plan, store: Store) -> None:
 
 def _planned(target: str, root: str | None) -> tuple[Plan, Store]:
     """The plan of a TOML file or of what is published."""
-    import sys
-
-    from torchship.artifact import Store
-    from torchship.pipeline import config, plan, plan_target
-
     sys.path.insert(0, "")  # Python stages of the user's lie where the command is typed
     if target.endswith(".toml"):
         store = Store(root or config.store_of(target))
@@ -81,9 +75,6 @@ def check(*, target: str, root: str | None, as_json: bool) -> None:
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write a drawing there, too.")
 def draw(*, target: str, root: str | None, svg: Path | None) -> None:
     """Show which tensor goes where: as text, and as an SVG."""
-    from torchship.artifact import folder
-    from torchship.pipeline import drawing
-
     plan, _ = _planned(target, root)
     click.echo(drawing.as_text(plan))
     if svg:
@@ -107,11 +98,6 @@ def publish(
 
     With --expect it is published only when its tensors, also those between its stages, agree with yours.
     """
-    import tempfile
-
-    from torchship.cli import _tensorfiles
-    from torchship.pipeline import Composed, pack_pipeline
-
     plan, store = _planned(file, root)
     _made(plan, store)
     examples = {}
@@ -124,15 +110,13 @@ def publish(
     if expect and not example:
         raise BadInput("--expect needs --example", hint="give the input that the expected tensors belong to")
     if expect:
-        from torchship.pipeline.packing import check_parity
-
         expected = _tensorfiles.read_any(expect)
         errors = check_parity(plan, inputs=inputs, expected=expected, store=store, tolerance=tolerance)
         for tensor, error in errors.items():
             click.echo(f"{tensor}: relative error {error:.1e}")
     with tempfile.TemporaryDirectory(prefix="torchship-") as place:
-        folder = Path(place) / "artifact"
-        pack_pipeline(plan, folder, store=store, **examples)
+        made = Path(place) / "artifact"
+        pack_pipeline(plan, made, store=store, **examples)
         given = name or plan.name
-        version = store.publish(folder, name=given)
+        version = store.publish(made, name=given)
     click.echo(f"published {given}@{version}: {plan.signature}")

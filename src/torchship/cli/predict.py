@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import numpy as np
 
-from torchship.cli import _shown
+from torchship.cli import _shown, _tensorfiles
 from torchship.errors import BadInput
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torchship.stage import Stage, Value
-    from torchship.tensors import Tensors
+from torchship.stage import Stage, Value
+from torchship.tensors import Tensors, dtype_name
 
 
 @click.command(
@@ -48,8 +46,6 @@ def command(
 
     A picture for a model that takes FP32[-1,3,H,W] is resized, cut and normalized as torchvision's classifiers are.
     """
-    from torchship.cli import _tensorfiles
-
     chosen = dict(map(_parameter, parameters))
     read = partial(_tensorfiles.read, file, mean=_numbers(mean), std=_numbers(std))
     labels: tuple[str, ...] = ()
@@ -124,8 +120,6 @@ def _numbers(text: str) -> list[float]:
 
 
 def _show(outputs: Tensors, labels: tuple[str, ...], *, top: int, as_json: bool) -> None:
-    from torchship.cli import _tensorfiles
-
     names = _names(outputs, labels, top)
     if as_json:
         _shown.print_json({"outputs": _tensorfiles.as_json(outputs), **({"top": names} if names else {})})
@@ -137,10 +131,6 @@ def _show(outputs: Tensors, labels: tuple[str, ...], *, top: int, as_json: bool)
             click.echo(f"  {score:7.2%}  {name}")
     if names:
         return
-    import numpy as np
-
-    from torchship.tensors import dtype_name
-
     out = _shown.console()
     for name, array in outputs.items():
         out.print(f"[bold]{name}[/bold] {dtype_name(array.dtype)}{list(array.shape)}")

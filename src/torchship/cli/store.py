@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import click
 
+from torchship.artifact import Store, archive, open_artifact, signing
 from torchship.cli import _shown
 from torchship.errors import BadConfig
-
-if TYPE_CHECKING:
-    from torchship.artifact import Store
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
 
@@ -35,8 +33,6 @@ Examples:
 @click.pass_context
 def command(ctx: click.Context, *, root: str | None) -> None:
     """Look after published artifacts: NAME means its current version, NAME@3 version 3."""
-    from torchship.artifact import Store
-
     ctx.obj = Store(root)
 
 
@@ -62,8 +58,6 @@ def list_(store: Store, *, as_json: bool) -> None:
 @click.pass_obj
 def show(store: Store, *, name: str, as_json: bool) -> None:
     """The versions of NAME: when and how they were made, how fast they are."""
-    from torchship.artifact import open_artifact
-
     current = store.current(name)
     artifacts = {n: open_artifact(store.resolve(f"{name}@{n}"), verify=False) for n in store.versions(name)}
     if as_json:
@@ -125,8 +119,6 @@ def publish(store: Store, *, folder: str, name: str) -> None:
 @click.pass_obj
 def export(store: Store, *, target: str, file: str) -> None:
     """Write an artifact to one FILE (.tar or .zip) that `import` takes on another machine."""
-    from torchship.artifact import archive
-
     path = archive.export(store.resolve(target), to=file)
     click.echo(f"wrote {path} ({_shown.human_size(path.stat().st_size)})")
 
@@ -135,10 +127,6 @@ def export(store: Store, *, target: str, file: str) -> None:
 @click.argument("file", type=click.Path(dir_okay=False))
 def keygen(*, file: str) -> None:
     """Make a key to sign with: FILE holds the private key, FILE.pub the public one."""
-    from pathlib import Path
-
-    from torchship.artifact import signing
-
     signing.need_library()
     public = signing.make_key(Path(file))
     click.echo(f"wrote {file} (keep it secret) and {file}.pub")
@@ -151,10 +139,6 @@ def keygen(*, file: str) -> None:
 @click.pass_obj
 def sign(store: Store, *, target: str, key: str) -> None:
     """Check every file of an artifact and sign its manifest."""
-    from pathlib import Path
-
-    from torchship.artifact import open_artifact, signing
-
     signing.need_library()
     artifact = open_artifact(store.resolve(target))
     seal = signing.sign(artifact.path, digest=artifact.digest, key=Path(key))
@@ -167,10 +151,6 @@ def sign(store: Store, *, target: str, key: str) -> None:
 @click.pass_obj
 def verify(store: Store, *, target: str, key: str | None) -> None:
     """Check every file of an artifact, and that a trusted key signed it."""
-    from pathlib import Path
-
-    from torchship.artifact import open_artifact, signing
-
     signing.need_library()
     artifact = open_artifact(store.resolve(target))
     public = signing.read_public(Path(key)) if key else ""
@@ -184,8 +164,6 @@ def verify(store: Store, *, target: str, key: str | None) -> None:
 @click.pass_obj
 def import_(store: Store, *, file: str, name: str | None) -> None:
     """Check an archive of an artifact (.tar, .tar.gz, .zip) and publish what it holds."""
-    from torchship.artifact import archive
-
     with archive.extracted(file) as artifact:
         given = name or artifact.manifest.name
         version = store.publish(artifact.path, name=given)

@@ -73,6 +73,7 @@ class DoctorTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     construct: list[Row]
     finding: list[Row]
     failure: list[Row]
+    routes: dict[str, str]
     advice: dict[str, str]
     features: dict[str, dict[str, str]]
     fast: dict[str, list[str]]
@@ -96,12 +97,6 @@ def constructs() -> dict[str, Row]:
         )
         for row in tables().construct
     }
-
-
-@cache
-def findings() -> dict[str, Row]:
-    """The findings by key."""
-    return {row.key or row.name: row for row in tables().finding}
 
 
 def recognise(text: str, code: str) -> Row:

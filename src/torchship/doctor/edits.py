@@ -86,33 +86,26 @@ def _where(condition: ast.expr, a: str, b: str) -> str:
 
 
 def branch(statement: ast.stmt, following: ast.stmt | None) -> str | None:
-    """`if c: return a` then `return b`, `if c: v = a` else `v = b`, or `v = a if c else b`, as one torch.where."""
-    if not isinstance(statement, ast.If):
-        return _choice(statement) or None
-    if not _decides(statement.test):
+    """`if c: return a` then `return b`, `if c: v = a` else `v = b`, or the only `v = a if c else b`, as torch.where."""
+    if isinstance(statement, ast.If):
+        yes, no = _outcome(statement.body), _outcome(statement.orelse or ([following] if following else []))
+        if yes and not statement.orelse and yes[0] != "return ":
+            no = yes[0], yes[0].removesuffix(" = ")
+        fits = yes and no and yes[0] == no[0] and _decides(statement.test)
+        return f"{yes[0]}{_where(statement.test, yes[1], no[1])}" if fits and yes and no else None
+    copy = ast.parse(ast.unparse(statement))
+    choices = [node for node in ast.walk(copy) if isinstance(node, ast.IfExp)]
+    sides = [side for choice in choices for side in (choice.body, choice.orelse) if _is_tensor(side)]
+    if hasattr(statement, "body") or len(choices) != 1 or len(sides) != 2 or not _decides(choices[0].test):
         return None
-    yes, no = _outcome(statement.body), _outcome(statement.orelse or ([following] if following else []))
-    if yes and not statement.orelse and yes[0] != "return ":
-        no = yes[0], yes[0].removesuffix(" = ")
-    return f"{yes[0]}{_where(statement.test, yes[1], no[1])}" if yes and no and yes[0] == no[0] else None
+    new = _where(choices[0].test, *map(ast.unparse, sides))
+    return ast.unparse(ast.parse(ast.unparse(copy).replace(ast.unparse(choices[0]), new)))
 
 
 def _decides(test: ast.expr) -> bool:
     """Whether a test is one value of a tensor: lengths, `is`, `and` and `not` are Python's own."""
     own = any(isinstance(part, ast.BoolOp | ast.Not | ast.Is | ast.IsNot) for part in ast.walk(test))
     return not own and not re.search(r"\blen\(|\.shape\b|\.size\(", ast.unparse(test))
-
-
-def _choice(statement: ast.stmt) -> str:
-    """A statement whose only `a if c else b` becomes torch.where."""
-    if not isinstance(statement, ast.Assign | ast.Return | ast.Expr | ast.AugAssign):
-        return ""
-    copy = ast.parse(ast.unparse(statement)).body[0]
-    found = [node for node in ast.walk(copy) if isinstance(node, ast.IfExp)]
-    if len(found) != 1 or not _decides(found[0].test) or not all(map(_is_tensor, (found[0].body, found[0].orelse))):
-        return ""
-    new = _where(found[0].test, ast.unparse(found[0].body), ast.unparse(found[0].orelse))
-    return ast.unparse(ast.parse(ast.unparse(copy).replace(ast.unparse(found[0]), new)))
 
 
 def _is_tensor(value: ast.expr) -> bool:

@@ -14,11 +14,12 @@ import msgspec
 
 from torchship import process
 from torchship.doctor import failure, routes
+from torchship.doctor.catalog import tables
 from torchship.doctor.cost import Cost, estimate
 from torchship.doctor.diagnose import Diagnosis, diagnose
 from torchship.doctor.failure import Failure
 from torchship.doctor.findings import Finding, examine
-from torchship.doctor.routes import OPENS, ROUTES, RouteAnswer, RouteRow
+from torchship.doctor.routes import ROUTES, RouteAnswer, RouteRow
 from torchship.doctor.subject import Subject, admit
 from torchship.errors import BadConfig, CaptureFailed, NotFound
 from torchship.hardware import here
@@ -97,7 +98,6 @@ def diagnose_target(
     with ThreadPoolExecutor(len(_GROUPS)) as pool:
         done = {part: outcome for found in pool.map(walked, _GROUPS) for part, outcome in found.items()}
     seen = _seen(done.pop(_MODULE))
-    _stop_if_nothing(seen)
     answers = [_answer(name, done[name]) for name in routes]
     return Examination(
         target,
@@ -134,16 +134,14 @@ def look(subject: Subject) -> Seen:
 
 
 def _seen(done: process.Outcome) -> Seen:
-    if done.value is not None:
-        return msgspec.convert(done.value, Seen)
-    last = done.log.splitlines()[-1] if done.log else ""
-    return Seen(notes=[f"the module's own examination {done.fault}{f': {last}' if last else ''}"])
-
-
-def _stop_if_nothing(seen: Seen) -> None:
+    """What was found about the module itself. Raises the error that stopped it, with the user's line."""
+    if done.value is None:
+        last = done.log.splitlines()[-1] if done.log else ""
+        return Seen(notes=[f"the module's own examination {done.fault}{f': {last}' if last else ''}"])
+    seen = msgspec.convert(done.value, Seen)
     fault = seen.failed
     if fault is None:
-        return
+        return seen
     kind, place, words, hint = _OURS.get(fault.kind, CaptureFailed), fault.place, fault.words, fault.hint
     if kind is CaptureFailed and place is not None:
         found = diagnose(fault)
@@ -159,4 +157,4 @@ def _answer(name: str, done: process.Outcome) -> RouteAnswer:
     last = next((line for line in reversed(done.log.splitlines()) if line.strip()), "")
     words = f"the exporter {done.fault}" if not done.fault[:1].isupper() else f"the exporter failed: {done.fault}"
     summary = f"{words}{f' ({last.strip()[:120]})' if last else ''}"
-    return RouteAnswer(RouteRow(name, False, OPENS[name], summary, seconds=done.seconds))
+    return RouteAnswer(RouteRow(name, False, tables().routes[name], summary, seconds=done.seconds))

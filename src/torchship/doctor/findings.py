@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -39,7 +39,7 @@ def examine(subject: Subject) -> list[Finding]:
 
 def _told(key: str, place: Place | None = None, **facts: object) -> Finding:
     """The finding of the catalog's row, with what the check found out."""
-    row = catalog.findings()[key]
+    row = next(row for row in catalog.tables().finding if key == (row.key or row.name))
     return Finding(row.name, row.level, row.seen.format(**facts), row.edit.format(**facts), place)
 
 
@@ -67,8 +67,7 @@ def _sharing(subject: Subject) -> Iterator[Finding]:
     shared = _doubled(module.named_modules(remove_duplicate=False))
     if shared:
         yield _told("shared module", found="; ".join(" = ".join(group[:3]) for group in shared[:3]))
-    calls: Counter[str] = Counter()
-    _watch(subject, lambda name, part, _: calls.update(() if any(part.children()) else (name,)))
+    calls = Counter(name for name, part, _ in _calls(subject) if not any(part.children()))
     # as torchvision's ResNet blocks do their ReLU
     yield from _listed("module used twice", (f"{name} ({count} times)" for name, count in calls.items() if count > 1))
     weights = _doubled(module.named_parameters(remove_duplicate=False))
@@ -90,18 +89,21 @@ def _doubled(named: Iterable[tuple[str, object]]) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _watch(subject: Subject, note: Callable[[str, torch.nn.Module, Any], object], *, seed: int = 0) -> None:
-    """Run the example, and call `note(name, part, output)` as each part of the module comes to its end."""
+def _calls(subject: Subject, *, seed: int = 0, keep: bool = False) -> list[tuple[str, torch.nn.Module, Any]]:
+    """What one forward calls, in the order in which it ends: name, part, and its output where that is to be kept."""
     inner: Any = subject.model.module
-    hooks = [
-        part.register_forward_hook(lambda part, _, output, name=name: note(name, part, output) and None)
-        for name, part in inner.inner.named_modules()
-        if name
-    ]
+    seen: list[tuple[str, torch.nn.Module, Any]] = []
+
+    def note(part: torch.nn.Module, output: Any, name: str) -> None:
+        seen.append((name, part, output.clone() if keep and isinstance(output, torch.Tensor) else None))
+
+    named = [(name, part) for name, part in inner.inner.named_modules() if name]
+    hooks = [part.register_forward_hook(lambda part, _, output, n=name: note(part, output, n)) for name, part in named]
     torch.manual_seed(seed)
     call(inner, subject.tensors())
     for hook in hooks:
         hook.remove()
+    return seen
 
 
 def _weights(subject: Subject) -> Iterator[Finding]:
@@ -158,15 +160,9 @@ def _runs(subject: Subject) -> Iterator[Finding]:
 
 def _unstable(subject: Subject, error: float) -> Finding:
     """Random numbers where two runs from one seed agree; else something that outlives the call."""
-    outputs: list[list[tuple[str, torch.Tensor]]] = [[], []]
-    for seed, seen in enumerate(outputs):
-
-        def keep(name: str, _: object, output: Any, seen: list[tuple[str, torch.Tensor]] = seen) -> None:
-            if isinstance(output, torch.Tensor):
-                seen.append((name, output.clone()))
-
-        _watch(subject, keep, seed=seed)
-    part = next((a[0] for a, b in zip(*outputs, strict=False) if not torch.equal(a[1], b[1])), "")
+    pairs = zip(_calls(subject, seed=0, keep=True), _calls(subject, seed=1, keep=True), strict=False)
+    tensors = ((a[0], a[2], b[2]) for a, b in pairs if a[2] is not None and b[2] is not None)
+    part = next((name for name, one, other in tensors if not torch.equal(one, other)), "")
     runs = []
     for _ in range(2):
         torch.manual_seed(1)

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from torchship.doctor import failure, source
+from torchship.doctor.catalog import tables
 from torchship.doctor.diagnose import Diagnosis, Suspects, diagnose, suspected
 from torchship.doctor.failure import Failure
 from torchship.doctor.subject import Subject, call, worst_error
@@ -63,12 +64,13 @@ def walk(subject: Subject, name: str) -> RouteAnswer:
         if name == "trace" and decided and not wrong:
             wrong = f"traces, but freezes what this example decided at {decided[0]}"
     suspects: Suspects = tuple(source.scan(subject.module)) if fault or wrong else ()
+    opens = tables().routes[name]
     if fault or wrong:
         diagnosis = diagnose(fault, suspects=suspects) if fault else suspected(suspects)
-        row = RouteRow(name, False, OPENS[name], wrong or (diagnosis.words if diagnosis else ""), error, diagnosis)
+        row = RouteRow(name, False, opens, wrong or (diagnosis.words if diagnosis else ""), error, diagnosis)
     else:
         summary = f"with fullgraph=True; in {graphs} graphs without" if graphs > 1 else "in 1 graph"
-        row = RouteRow(name, True, OPENS[name], summary if name == "compile" else "", error)
+        row = RouteRow(name, True, opens, summary if name == "compile" else "", error)
     return RouteAnswer(row, [diagnose(found, suspects=suspects) for found in breaks], graphs)
 
 
@@ -171,14 +173,6 @@ ROUTES: dict[str, Callable[[Subject], Any]] = {
     "trace": _trace,
     "script": _script,
     "compile": _compile,
-}
-OPENS = {
-    "export": "aoti, executorch, int8 by PT2E",
-    "export strict": "the same, with Python's side effects checked",
-    "onnx": "onnxruntime, openvino, tensorrt",
-    "trace": "torchscript",
-    "script": "torchscript with control flow kept",
-    "compile": "inductor in one graph",
 }
 
 

@@ -185,7 +185,7 @@ def test_what_cannot_even_run_is_an_error_with_line_and_edit() -> None:
     with pytest.raises(CaptureFailed) as raised:
         _subject("WrongDtype")
     with pytest.raises(CaptureFailed, match=r"doctor_patients\.py:\d+") as caught:
-        examination._stop_if_nothing(Seen(failed=failure.of(raised.value)))
+        examination._seen(Outcome(msgspec.to_builtins(Seen(failed=failure.of(raised.value)))))
     assert "module.float()" in caught.value.hint
 
 
