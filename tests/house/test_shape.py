@@ -93,7 +93,7 @@ ROOMS = {
     "torchship.pipeline": 1_486,
     "torchship.serve": 1_907,
     "torchship.serve.api": 1_350,
-    "torchship.serve.engine": 2_703,
+    "torchship.serve.engine": 2_700,
     "torchship.serve.http": 2_446,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,

@@ -259,7 +259,8 @@ class Line:
             call.values = select(planned.parameters, job.parameters, planned.defaults)
         if node.padding is not None:
             call.arrays, lengths = node.padding.widen(call.arrays)
-            call.finish = node.padding.narrowing(lengths, self._on_done)
+            narrow = partial(node.padding.narrow, lengths=lengths)
+            call.finish = lambda call, outputs: self._on_done(call, narrow(outputs))
         if node.loose or call.values:
             shapes = [None if call.arrays[i] is None else call.arrays[i].shape[1:] for i in node.loose]
             call.key = (*shapes, *call.values.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,13 +53,9 @@ class Padding:
             found.append(array if tuple(wider) == array.shape else _filled(array, wider))
         return found, lengths
 
-    def narrowing(self, lengths: Mapping[str, int], finish: Callable[[Any, list[Array]], None]) -> Callable[..., None]:
-        """`finish`, called with the outputs cut back."""
-
-        def narrow(call: Any, outputs: list[Array]) -> None:
-            finish(call, [_cut(array, axes, lengths) for array, axes in zip(outputs, self._outputs, strict=True)])
-
-        return narrow
+    def narrow(self, outputs: Sequence[Array], lengths: Mapping[str, int]) -> list[Array]:
+        """The outputs, cut back."""
+        return [_cut(array, axes, lengths) for array, axes in zip(outputs, self._outputs, strict=True)]
 
 
 def _named(spec: TensorSpec, buckets: Mapping[str, Any]) -> list[tuple[int, str, Free]]:
