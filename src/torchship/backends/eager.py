@@ -62,11 +62,13 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     """Load the program as plain data. Raises UnsafeArtifact, CorruptArtifact, NotFound or Unavailable."""
     device = torch_stage.device_of(options, device=device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=signature.fixed)
+    tables: dict[int, int] = {}
     if (path / program.PROGRAM).exists():
         module = program.load(path)
+        tables = program.table_sizes(module)
     elif (path / SCRIPT).exists():
         module = script.load(path / SCRIPT)
     else:
         raise NotFound(f"{path} holds neither {program.PROGRAM} nor {SCRIPT}")
     graphs = bool(options.get("graphs"))
-    return torch_stage.staged(module.to(device), signature=signature, device=device, graphs=graphs)
+    return torch_stage.staged(module.to(device), signature=signature, device=device, graphs=graphs, tables=tables)

@@ -65,7 +65,9 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     torch._inductor.config.freezing = True
     mode = choice(options, "compile_mode", _COMPILE_MODES, of="inductor")
     graphs = mode == "reduce-overhead" and device != "cpu"
-    compiled = torch.compile(program.straighten(program.load(path)).to(device), mode=mode)
+    module = program.load(path)
+    tables = program.table_sizes(module)
+    compiled = torch.compile(program.straighten(module).to(device), mode=mode)
 
     def body(*inputs: torch.Tensor) -> Any:
         if graphs:
@@ -73,7 +75,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         return compiled(*inputs)
 
     _warm(body, signature, device, repeats=3 if graphs else 1)
-    return torch_stage.staged(body, signature=signature, device=device)
+    return torch_stage.staged(body, signature=signature, device=device, tables=tables)
 
 
 def _warm(body: Callable[..., Any], signature: Signature, device: str, *, repeats: int) -> None:

@@ -177,8 +177,9 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             f"the kernels cannot be loaded: {program.one_line(fault)}",
             hint="they were compiled by another version of torch: optimize the model again",
         ) from fault
-    plain: Body = exported.module(check_guards=False)
-    bodies = dict.fromkeys(plan.sizes, plain)
+    plain: Any = exported.module(check_guards=False)
+    tables = program.table_sizes(plain)
+    bodies: dict[int, Body] = dict.fromkeys(plan.sizes, plain)
     bodies |= {size: _bound(compiled, exported) for size, compiled in read.items()}
     if _FUSED in plan.sizes.values():
         convs, fused = _fused(exported)
@@ -186,7 +187,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             conv.choices.update(plan.choices)
         bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
     every = bodies.pop(_ANY, plain) if not signature.fixed else plain
-    return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies)
+    return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies, tables=tables)
 
 
 def _on_first(device: str) -> None:

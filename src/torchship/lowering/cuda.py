@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from torchship.errors import BuildFailed, Unavailable
+from torchship.lowering.torch_stage import check_indices
 from torchship.model import to_numpy, to_torch
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
@@ -56,6 +57,7 @@ class CudaStage:
         check: bool = False,
         graphs: bool = False,
         bodies: Mapping[int, Body] = {},
+        tables: Mapping[int, int] = {},
     ) -> None:
         self.signature = signature
         self.max_batch = signature.max_rows
@@ -64,6 +66,7 @@ class CudaStage:
         self._bodies = bodies
         self._device = torch.device(device)
         self._check = check
+        self._tables = tables
         self._graphs = graphs
         self._sizes = (sorted(bodies) or batch_sizes(signature.max_rows)) if signature.batched else []
         self._dtypes = [to_torch(np.zeros(1, numpy_dtype(spec.dtype))).dtype for spec in signature.inputs]
@@ -86,6 +89,7 @@ class CudaStage:
             raise Unavailable("the stage is closed")
         if self._check:
             self.signature.check(tensors)
+        check_indices(self.signature, tensors, self._tables)
         arrays = [tensors[spec.name] for spec in self.signature.inputs]
         with self._lock, torch.inference_mode(), torch.cuda.device(self._device):
             answers = self._in_pieces(arrays) if self.signature.batched else self._guarded(arrays)

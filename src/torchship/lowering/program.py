@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import operator
 import re
 import warnings
 import zipfile
@@ -147,6 +148,22 @@ def register_operators(path: Path) -> None:
             f"{path.name} calls operators of {unknown[0]!r}, which nothing has registered in this process",
             hint="import the module that defines them before the artifact is opened",
         )
+
+
+def table_sizes(module: torch.nn.Module) -> dict[int, int]:
+    """For each input of the program's module that is looked up in tables (embeddings) as it comes: by its place, the
+    rows of the smallest. An index beyond costs a CUDA process its life, so it must be refused before."""
+    import torch
+
+    made: Any = module
+    places = {node: place for place, node in enumerate(n for n in made.graph.nodes if n.op == "placeholder")}
+    found: dict[int, int] = {}
+    for node in made.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1] in places:
+            rows = int(operator.attrgetter(node.args[0].target)(made).shape[0])
+            place = places[node.args[1]]
+            found[place] = min(rows, found.get(place, rows))
+    return found
 
 
 def straighten(module: _ModuleT) -> _ModuleT:

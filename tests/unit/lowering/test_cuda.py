@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchship.errors import Unavailable
+from torchship.errors import BadInput, Unavailable
+from torchship.lowering import program, torch_stage
 from torchship.lowering.cuda import CudaStage, batch_sizes
 from torchship.tensors import Signature
 
@@ -71,3 +72,32 @@ def test_a_closed_stage_refuses() -> None:
     stage.close()
     with pytest.raises(Unavailable, match="closed"):
         stage({"x": np.zeros((1, 3), np.float32)})
+
+
+class Sentence(torch.nn.Module):
+    """Looks words and kinds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds = torch.nn.Embedding(50, 4), torch.nn.Embedding(2, 4)
+
+    def forward(self, ids: torch.Tensor, kinds: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.words(ids) + self.kinds(kinds) + shift
+        return answer
+
+
+def test_an_index_beyond_the_table_is_refused_before_the_card_sees_it() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    exported = torch.export.export(Sentence(), (ids, ids.clone(), torch.zeros(1)), strict=False)
+    module = exported.module(check_guards=False)
+    tables = program.table_sizes(module)
+    assert tables == {0: 50, 1: 2}
+    signature = Signature.parse("ids:INT64[2,3], kinds:INT64[2,3], shift:FP32[1] -> y:FP32[2,3,4]", batched=False)
+    stage = torch_stage.staged(module, signature=signature, tables=tables)
+    given = {"ids": np.full((2, 3), 49), "kinds": np.ones((2, 3), np.int64), "shift": np.zeros(1, np.float32)}
+    assert stage(given)["y"].shape == (2, 3, 4)
+    with pytest.raises(BadInput, match="'ids' holds 50, which is no row of a table with 50 rows") as caught:
+        stage(given | {"ids": np.full((2, 3), 50)})
+    assert "from 0 to 49" in caught.value.hint
+    with pytest.raises(BadInput, match="'kinds' holds -1"):
+        stage(given | {"kinds": np.full((2, 3), -1)})
