@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from torchship.errors import BuildFailed, Unavailable
-from torchship.lowering.torch_stage import check_indices
+from torchship.lowering import program
 from torchship.model import to_numpy, to_torch
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
@@ -89,7 +89,7 @@ class CudaStage:
             raise Unavailable("the stage is closed")
         if self._check:
             self.signature.check(tensors)
-        check_indices(self.signature, tensors, self._tables)
+        program.check_indices(self.signature, tensors, self._tables)
         arrays = [tensors[spec.name] for spec in self.signature.inputs]
         with self._lock, torch.inference_mode(), torch.cuda.device(self._device):
             answers = self._in_pieces(arrays) if self.signature.batched else self._guarded(arrays)

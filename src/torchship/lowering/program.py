@@ -10,14 +10,15 @@ import operator
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, TorchshipError, Unavailable
+from torchship.errors import BadConfig, BadInput, BuildFailed, CorruptArtifact, TorchshipError, Unavailable
 from torchship.lowering.safety import refuse_code_in_program
 from torchship.model import Model
+from torchship.tensors import Signature, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -164,6 +165,22 @@ def table_sizes(module: torch.nn.Module) -> dict[int, int]:
             place = places[node.args[1]]
             found[place] = min(rows, found.get(place, rows))
     return found
+
+
+def check_indices(signature: Signature, tensors: Tensors, tables: Mapping[int, int]) -> None:
+    """Raise BadInput where an input holds an index that a table of the model has no row for.
+
+    `tables` gives the rows of the smallest table by the input's place, see `table_sizes`.
+    """
+    for place, rows in tables.items():
+        name = signature.inputs[place].name
+        array = tensors[name]
+        if array.size and (int(array.max()) >= rows or int(array.min()) < 0):
+            wrong = int(array.max()) if int(array.max()) >= rows else int(array.min())
+            raise BadInput(
+                f"tensor {name!r} holds {wrong}, which is no row of a table with {rows} rows",
+                hint=f"send values from 0 to {rows - 1}: is the tokenizer that of the model?",
+            )
 
 
 def straighten(module: _ModuleT) -> _ModuleT:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from torchship import hardware, home
-from torchship.errors import BadInput, BuildFailed, Unavailable
+from torchship.errors import BuildFailed, Unavailable
+from torchship.lowering import program
 from torchship.model import Model, to_numpy, to_torch
 from torchship.recipe import Options, choice
 from torchship.stage import EngineStage, Stage
@@ -32,7 +33,7 @@ def staged(
     """`body(*inputs) -> tuple of tensors`, both in the order of the signature, as a Stage on `device`.
 
     `check`: against the signature, for an engine that checks nothing; `graphs`: see `lowering.cuda`; `tables`: see
-    `check_indices`.
+    `program.check_indices`.
     """
     if device != "cpu":
         from torchship.lowering.cuda import CudaStage
@@ -45,7 +46,7 @@ def staged(
     def run(tensors: Tensors) -> list[Array]:
         if check:
             signature.check(tensors)
-        check_indices(signature, tensors, tables)
+        program.check_indices(signature, tensors, tables)
         inputs = [to_torch(tensors[spec.name]) for spec in signature.inputs]
         with torch.inference_mode():
             answers = body(*inputs)
@@ -53,22 +54,6 @@ def staged(
         return [to_numpy(one).astype(dtype, copy=False) for one, dtype in zip(given, dtypes, strict=True)]
 
     return EngineStage(run, signature=signature)
-
-
-def check_indices(signature: Signature, tensors: Tensors, tables: Mapping[int, int]) -> None:
-    """Raise BadInput where an input holds an index that a table of the model has no row for.
-
-    `tables` gives the rows of the smallest table by the input's place, see `program.table_sizes`.
-    """
-    for place, rows in tables.items():
-        name = signature.inputs[place].name
-        array = tensors[name]
-        if array.size and (int(array.max()) >= rows or int(array.min()) < 0):
-            wrong = int(array.max()) if int(array.max()) >= rows else int(array.min())
-            raise BadInput(
-                f"tensor {name!r} holds {wrong}, which is no row of a table with {rows} rows",
-                hint=f"send values from 0 to {rows - 1}: is the tokenizer that of the model?",
-            )
 
 
 @contextlib.contextmanager
