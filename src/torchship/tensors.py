@@ -95,9 +95,9 @@ def bytes_array(items: Sequence[Any]) -> Array:
 def as_array(value: Any) -> Array:
     """What callers give for a tensor (nested lists, numbers, bytes, arrays of other libraries) as an array.
 
-    Raises BadInput for a masked array: what is under its mask is no value.
+    Raises BadInput for a masked array: what is under its mask is no value. numpy.ma, 5 MiB, is loaded for these only.
     """
-    if isinstance(value, np.ma.MaskedArray) and value.mask.any():
+    if type(value) is not np.ndarray and isinstance(value, np.ndarray) and np.ma.is_masked(value):
         raise BadInput("a masked array has elements without a value", hint="give array.filled(value)")
     array = np.asarray(value)
     if array.dtype.kind in "SU" and not isinstance(value, np.ndarray):

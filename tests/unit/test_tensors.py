@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -175,3 +178,11 @@ def test_optional_inputs_that_cannot_be_are_refused(text: str, fault: str) -> No
         Signature.parse(text)
     if "every" in fault:
         assert Signature.parse(text, batched=False).check({}) == 1
+
+
+def test_plain_arrays_and_lists_load_no_masked_arrays() -> None:
+    code = (
+        "import sys, numpy\nfrom torchship.tensors import as_array\n"
+        "as_array(numpy.ones(3)), as_array([1, 2]), as_array(b'x')\nassert 'numpy.ma' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
