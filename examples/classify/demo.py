@@ -42,7 +42,7 @@ def optimize() -> None:
         "--data", "examples.classify.model:calibration",
         "--labels", "examples.classify.model:labels",
         "--backends", "onnxruntime,openvino",
-        "--strict",
+        "--strict", "--budget", "3m",
         "--name", NAME,
         "--store", str(STORE.relative_to(ROOT)),
         "--report", str(REPORT.relative_to(ROOT)),

@@ -72,13 +72,14 @@ def test_tensorrt_plans_for_the_lengths_of_the_signature() -> None:
 def test_a_gpu_brings_recipes_for_it() -> None:
     recipes = [
         recipe
-        for name in ("eager", "inductor", "aoti", "torchscript", "tensorrt")
+        for name in ("eager", "kernels", "aoti", "torchscript", "tensorrt")
         for recipe in plugins.load("backends", name=name).propose(picture(), hardware=with_gpu(H100))
     ]
     on_card = {recipe.backend for recipe in recipes if recipe.options.get("device") == "cuda"}
-    assert on_card == {"eager", "inductor", "aoti", "torchscript", "tensorrt"}
-    graphs = [recipe for recipe in recipes if recipe.options.get("compile_mode") == "reduce-overhead"]
-    assert {recipe.options["precision"] for recipe in graphs} == {"fp16", "bf16", "tf32"}
+    assert on_card == {"eager", "kernels", "aoti", "torchscript", "tensorrt"}
+    kernels = [recipe for recipe in recipes if recipe.backend == "kernels"]
+    assert [recipe.options["precision"] for recipe in kernels] == ["fp16", "bf16", "tf32"]
+    assert Recipe("eager", {"device": "cuda"}) in recipes, "what gains on the card are told against"
 
 
 def test_the_device_of_the_caller_wins_over_the_recipe() -> None:
