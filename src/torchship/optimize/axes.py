@@ -267,6 +267,7 @@ class Lengths:
                     self.places.setdefault(axis.name, []).append((i, p))
         seen = {name: [call[i].shape[p] for call in calls] for name, ((i, p), *_) in self.places.items()}
         self.now = {name: lengths[0] for name, lengths in seen.items()}
+        self._longest = {name: max(lengths) for name, lengths in seen.items()}
         self.tied: dict[str, dict[str, int]] = {}  # to each free axis those that go with it, and how much longer
         for name, own in seen.items():
             longer = {other: {a - b for a, b in zip(own, seen[other], strict=True)} for other in self.tied}
@@ -325,7 +326,9 @@ class Lengths:
             if not refused:
                 return least, axis.max
             most = self._last(name, top, refused)
-            return (least, most) if most == 1 or self.accepts(name, most - 1) else (least, axis.max)
+            # what the caller's own example exceeds was refused for its values, not for its length
+            believed = most >= self._longest[name] and (most == 1 or self.accepts(name, most - 1))
+            return (least, most) if believed else (least, axis.max)
         except TimeoutError:
             return least, axis.max
 

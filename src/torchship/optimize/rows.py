@@ -146,9 +146,15 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def resized(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    """The tensor with other lengths of some axes, repeated from the start."""
+    """The tensor with other lengths of some axes, repeated from the start; integers that never fall along an axis, as
+    offsets and positions do, go on with their last."""
     for position, length in lengths.items():
-        index = torch.arange(length, device=tensor.device) % tensor.shape[position]
+        index = torch.arange(length, device=tensor.device)
+        whole = not tensor.is_floating_point() and tensor.dtype != torch.bool and not tensor.is_complex()
+        if whole and tensor.shape[position] > 1 and bool((tensor.diff(dim=position) >= 0).all()):
+            index = index.clamp(max=tensor.shape[position] - 1)
+        else:
+            index = index % tensor.shape[position]
         tensor = tensor.index_select(position, index)
     return tensor
 

@@ -65,6 +65,29 @@ def test_a_bound_that_the_module_has_is_found_and_told() -> None:
     assert max(lengths(model, "ids", 1)) == 24
 
 
+class Bags(nn.Module):
+    """Sums of ids in bags, which begin at offsets: these never fall, and the last lies within the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(50, 4)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.bag(ids, offsets)  # type: ignore[no-any-return]
+
+
+def test_offsets_that_never_fall_are_tried_as_such_and_have_no_bound() -> None:
+    def bags(*sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ends = torch.tensor(sizes).cumsum(0)
+        return torch.randint(0, 50, (sum(sizes),)), torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+
+    for examples in ([bags(3, 2, 4), bags(5, 1, 2, 6)], [bags(5, 1, 2, 6), bags(3, 2, 4)]):
+        model = capture(Bags().eval(), examples)
+        offsets = model.signature.inputs[1].shape[0]
+        assert not isinstance(offsets, int)
+        assert offsets.max is None
+
+
 def test_a_bound_that_torch_suggests_is_taken() -> None:
     model = capture(Tabled(), (torch.zeros(2, 7, dtype=torch.int64),), free={"ids": {1: "seq"}})
     free = TensorSpec.parse("ids:INT64[-1,seq]")
