@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_385
+ENGINE = 31_394
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -88,7 +88,7 @@ ROOMS = {
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
     "torchship.lowering": 2_909,
-    "torchship.optimize": 6_088,
+    "torchship.optimize": 6_097,
     "torchship.optimize.transforms": 331,
     "torchship.pipeline": 1_486,
     "torchship.serve": 1_907,
