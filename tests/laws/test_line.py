@@ -44,16 +44,21 @@ def background() -> Iterator[Background]:
     made.close()
 
 
-@pytest.fixture(scope="module", params=PLANS)
-def trio(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Line, Composed]]:
-    """A line of processes, one of replicas in this process, and no line at all."""
-    plan = planned(*PLANS[request.param])
+def three_ways(plan: Plan, background: Background) -> Iterator[tuple[Line, Line, Composed]]:
+    """A line with worker processes, one with replicas inside this process, and all stages in a row."""
     line, inside = background.run(opened(plan)), background.run(opened(plan, start=InProcessReplica))
     composed = Composed(plan)
     yield line, inside, composed
     background.run(line.close())
     background.run(inside.close())
     composed.close()
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def trio(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Line, Composed]]:
+    """A line of processes, one of replicas in this process, and no line at all."""
+    plan = planned(*PLANS[request.param])
+    yield from three_ways(plan, background)
 
 
 async def opened(plan: Plan, *, start: StartReplica = LocalReplica) -> Line:
@@ -103,12 +108,7 @@ def test_line_equals_composed(
 @pytest.fixture(scope="module")
 def disguised(background: Background) -> Iterator[tuple[Line, Line, Composed]]:
     plan = planned({"run": "disguised"}, {"run": "disguised", "name": "again", "inputs": {"x": "y", "word": "said"}})
-    line, inside = background.run(opened(plan)), background.run(opened(plan, start=InProcessReplica))
-    composed = Composed(plan)
-    yield line, inside, composed
-    background.run(line.close())
-    background.run(inside.close())
-    composed.close()
+    yield from three_ways(plan, background)
 
 
 @settings(RELAXED, max_examples=40)
@@ -153,12 +153,7 @@ def test_line_equals_composed_whatever_the_arrays_are_made_of(
 )
 def partial(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Line, Composed]]:
     plan = planned(*request.param)
-    line, inside = background.run(opened(plan)), background.run(opened(plan, start=InProcessReplica))
-    composed = Composed(plan)
-    yield line, inside, composed
-    background.run(line.close())
-    background.run(inside.close())
-    composed.close()
+    yield from three_ways(plan, background)
 
 
 @settings(RELAXED, max_examples=15)
