@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from torchship.lowering.cuda import Body
-    from torchship.lowering.fused_conv import FusedConv
 
 KIND = "native"
 TRIED = 1  # in this order among the backends: on a card nothing else wins as often
@@ -89,8 +88,8 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
     from torchship.lowering import cuda
 
     bodies: dict[str, Body] = {_PLAIN: exported.module(check_guards=False)}
-    convs, fused = _fused(exported)
-    if convs:
+    choices: dict[str, str] = {}
+    if (fused := _fused(exported, choices)) is not None:
         bodies[_FUSED] = fused
     sizes: dict[int, str] = {}
     for size in cuda.batch_sizes(signature.max_rows) if signature.batched else [_ANY]:
@@ -100,15 +99,14 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
             compiled = _compiled(exported, inputs, "from_example_inputs")
             bodies[_INDUCTOR] = _bound(compiled, exported)
             tried = {name: body for name, body in bodies.items() if name != _FUSED or size in _FUSED_SIZES}
-            times = {name: cuda.seconds(body, inputs) for name, body in tried.items()}
+            times = {name: cuda.graph_ms(body, inputs) for name, body in tried.items()}
         except torch.OutOfMemoryError:
             break
         best = min(times, key=times.__getitem__)
         sizes[size] = best if times[best] < times[_PLAIN] * _GAIN else _PLAIN
         if sizes[size] == _INDUCTOR:
             _keep(compiled, out, size)
-    used = _FUSED in sizes.values()
-    return KernelPlan(sizes, {key: name for conv in convs for key, name in conv.choices.items()} if used else {})
+    return KernelPlan(sizes, choices if _FUSED in sizes.values() else {})
 
 
 def _compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
@@ -145,14 +143,14 @@ def _bound(compiled: Callable[..., Any], exported: ExportedProgram) -> Body:
     return lambda *inputs: compiled(*weights, *inputs)
 
 
-def _fused(exported: ExportedProgram) -> tuple[list[FusedConv], Body]:
-    """The program with fused convolutions; none without cuDNN's frontend and Triton."""
+def _fused(exported: ExportedProgram, choices: dict[str, str]) -> Body | None:
+    """The program with fused convolutions; None where there are none, or without cuDNN's frontend and Triton."""
     if importlib.util.find_spec("cudnn") is None or importlib.util.find_spec("triton") is None:
-        return [], exported.module
+        return None
     from torchship.lowering import fused_conv
 
     module: Any = exported.module(check_guards=False)
-    return fused_conv.fuse(module), module
+    return module if fused_conv.fuse(module, choices) else None
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
@@ -182,9 +180,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     bodies: dict[int, Body] = dict.fromkeys(plan.sizes, plain)
     bodies |= {size: _bound(compiled, exported) for size, compiled in read.items()}
     if _FUSED in plan.sizes.values():
-        convs, fused = _fused(exported)
-        for conv in convs:
-            conv.choices.update(plan.choices)
+        fused = _fused(exported, dict(plan.choices)) or plain
         bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
     every = bodies.pop(_ANY, plain) if not signature.fixed else plain
     return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies, tables=tables)

@@ -92,7 +92,7 @@ class CudaStage:
         program.check_indices(self.signature, tensors, self._tables)
         arrays = [tensors[spec.name] for spec in self.signature.inputs]
         with self._lock, torch.inference_mode(), torch.cuda.device(self._device):
-            answers = self._in_pieces(arrays) if self.signature.batched else self._guarded(arrays)
+            answers = self._in_pieces(arrays)
         return {
             spec.name: np.asarray(to_numpy(answer)).astype(numpy_dtype(spec.dtype), copy=False)
             for spec, answer in zip(self.signature.outputs, answers, strict=True)
@@ -120,23 +120,15 @@ class CudaStage:
         torch.cuda.empty_cache()
 
     def _in_pieces(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
-        rows = arrays[0].shape[0]
-        limit = self._sizes[-1]
-        if rows <= limit:
+        rows = arrays[0].shape[0] if self._sizes else 1
+        if not self._sizes or rows <= self._sizes[-1]:
             try:
                 return self._run(arrays)
             except torch.OutOfMemoryError as fault:
                 self._make_room(fault, rows)
-                limit = self._sizes[-1]
+        limit = self._sizes[-1]
         pieces = [self._in_pieces([a[at : at + limit] for a in arrays]) for at in range(0, rows, limit)]
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
-
-    def _guarded(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
-        try:
-            return self._run(arrays)
-        except torch.OutOfMemoryError as fault:
-            self._make_room(fault, 1)
-            raise
 
     def _make_room(self, fault: BaseException, rows: int) -> None:
         """After a lack of memory: forget what is cached, and take at most half of `rows` from now on."""
@@ -250,25 +242,26 @@ def capture(run: Callable[[Sequence[torch.Tensor]], Any], inputs: list[torch.Ten
     return Captured(graph, inputs, outputs)
 
 
-def seconds(body: Body, inputs: list[torch.Tensor]) -> float:
-    """The median time of `body(*inputs)` as a CUDA graph, by the card's own clock."""
+def graph_ms(body: Body, inputs: list[torch.Tensor]) -> float:
+    """The median milliseconds of `body(*inputs)` as a CUDA graph."""
     with torch.inference_mode():
-        graph = capture(lambda given: body(*given), inputs).graph
+        return median_ms(capture(lambda given: body(*given), inputs).graph.replay, runs=21)
+
+
+def median_ms(run: Callable[[], object], *, runs: int) -> float:
+    """The median milliseconds of `run` by the card's own clock, after one run that does not count; `runs` is odd."""
+    event: Any = torch.cuda.Event
+    run()
+    torch.cuda.synchronize()
     found = []
-    for _ in range(23):
-        start, end = events()
+    for _ in range(runs):
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
-        graph.replay()
+        run()
         end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return float(sorted(found[3:])[10])
-
-
-def events() -> tuple[Any, Any]:
-    """Two marks in a stream, and the milliseconds between them: `start.elapsed_time(end)`."""
-    made: Any = torch.cuda.Event
-    return made(enable_timing=True), made(enable_timing=True)
+        found.append(float(start.elapsed_time(end)))
+    return sorted(found)[runs // 2]
 
 
 def _runtime() -> Any:

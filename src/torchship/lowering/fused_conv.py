@@ -18,6 +18,7 @@ import triton
 from torch.fx import GraphModule, Node
 
 from torchship.lowering import cuda, triton_kernels
+from torchship.lowering.surgery import Wiring
 
 Run = Callable[[torch.Tensor, "torch.Tensor | None", torch.Tensor], None]  # input, residual, where the answer goes
 Choices = dict[str, str]  # what is fastest for a convolution and a shape
@@ -33,14 +34,23 @@ _DEPTH = 64  # of a tile of the product
 class FusedConv(torch.nn.Module):
     """relu(conv2d(x, weight) + bias + residual), the last two where there are such, in channels-last half precision."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, wiring: tuple[Any, ...], relu: bool) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        wiring: tuple[Any, ...],
+        relu: bool,
+        choices: Choices,
+    ) -> None:
+        """`choices` is read and written: all layers of a model share it, so that equal ones are timed once."""
         super().__init__()
         self.stride, self.padding, self.dilation = wiring
         self.relu = relu
         self.weight = torch.nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         made = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
         self.bias = torch.nn.Parameter(made, requires_grad=False)
-        self.choices: Choices = {}
+        self.choices = choices
         self._ready: dict[str, Run] = {}
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -77,7 +87,7 @@ class FusedConv(torch.nn.Module):
         times: dict[str, float] = {}
         for name, run in self._candidates(x, residual, out):
             try:
-                times[name] = _time(functools.partial(run, x, residual, out))
+                times[name] = cuda.median_ms(functools.partial(run, x, residual, out), runs=7)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # an engine that does not take this shape says so when it runs
@@ -200,21 +210,6 @@ def _handle(index: int) -> Any:
         return _cudnn().create_handle()
 
 
-def _time(run: Callable[[], None]) -> float:
-    """The median of a few runs in milliseconds, by the card's own clock."""
-    run()
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(7):
-        start, end = cuda.events()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end))
-    return float(sorted(found)[3])
-
-
 class MaxPool(torch.nn.Module):
     """torch.max_pool2d in channels-last memory; torch's own kernel reads it seven times slower than the card could."""
 
@@ -243,15 +238,16 @@ class MaxPool(torch.nn.Module):
         return out
 
 
-def fuse(module: GraphModule) -> list[FusedConv]:
+def fuse(module: GraphModule, choices: Choices) -> list[FusedConv]:
     """Put fused convolutions and pooling into an exported graph module in half precision, in place; returns the former.
 
-    What reads or writes an intermediate value, groups, or pads by a word is left alone.
+    What was fastest before is taken from `choices`, and what is found out is added. What reads or writes an
+    intermediate value, groups, or pads by a word is left alone.
     """
     made: list[FusedConv] = []
     graph = module.graph
     for node in list(graph.nodes):
-        if node.target is _aten.conv2d.default and (found := _fused(module, node)) is not None:
+        if node.target is _aten.conv2d.default and (found := _fused(module, node, choices)) is not None:
             conv, chain, residual = found
             name = f"fused_conv_{len(made)}"
             module.add_submodule(name, conv)
@@ -266,7 +262,7 @@ def fuse(module: GraphModule) -> list[FusedConv]:
     return made
 
 
-def _fused(module: GraphModule, node: Node) -> tuple[FusedConv, list[Node], Node | None] | None:
+def _fused(module: GraphModule, node: Node, choices: Choices) -> tuple[FusedConv, list[Node], Node | None] | None:
     """The layer in the place of a convolution and what follows it alone, all these nodes, and the residual."""
     given: list[Any] = [*node.args, *[None] * (7 - len(node.args))]
     _, weight, bias, stride, padding, dilation, groups = given
@@ -274,18 +270,20 @@ def _fused(module: GraphModule, node: Node) -> tuple[FusedConv, list[Node], Node
     if not _is_half(node) or not tensors or not all(tensors) or (groups or 1) != 1 or isinstance(padding, str):
         return None
     chain, residual = [node], None
-    add = _only_user(node)
+    add = Wiring.only_user(node)
     if add is not None and add.target in _ADDS and add.args[0] is node and len(add.args) == 2 and not add.kwargs:
         other = add.args[1]
         if isinstance(other, Node) and _shape(other) == _shape(node) and _is_half(other):
             chain, residual = [node, add], other
-    relu = _only_user(chain[-1])
+    relu = Wiring.only_user(chain[-1])
     if relu is not None and relu.target in _RELUS:
         chain.append(relu)
     wiring = (_pair(stride) or (1, 1), _pair(padding) or (0, 0), _pair(dilation) or (1, 1))
-    values = [None if part is None else _attribute(module, part) for part in (weight, bias)]
-    assert values[0] is not None  # noqa: S101  # a convolution has a weight
-    return FusedConv(values[0], values[1], wiring=wiring, relu=chain[-1].target in _RELUS), chain, residual
+    values: list[Any] = [
+        None if part is None else operator.attrgetter(part.target)(module).detach() for part in (weight, bias)
+    ]
+    relu_last = chain[-1].target in _RELUS
+    return FusedConv(*values, wiring=wiring, relu=relu_last, choices=choices), chain, residual
 
 
 def _replace(graph: Any, chain: list[Node], name: str, args: tuple[Any, ...]) -> None:
@@ -297,15 +295,6 @@ def _replace(graph: Any, chain: list[Node], name: str, args: tuple[Any, ...]) ->
     last.replace_all_uses_with(made)
     for node in reversed(chain):
         graph.erase_node(node)
-
-
-def _attribute(module: GraphModule, node: Any) -> torch.Tensor:
-    found: Any = functools.reduce(getattr, str(node.target).split("."), module)
-    return torch.as_tensor(found).detach()
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_half(node: Node) -> bool:

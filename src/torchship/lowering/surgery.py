@@ -46,7 +46,8 @@ class Wiring:
                 return path.rpartition(".")[0]
         return ""
 
-    def only_user(self, node: Node) -> Node | None:
+    @staticmethod
+    def only_user(node: Node) -> Node | None:
         """The one node that uses this one's answer, if there is just one."""
         return next(iter(node.users)) if len(node.users) == 1 else None
 

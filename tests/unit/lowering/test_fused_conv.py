@@ -41,7 +41,7 @@ def test_a_fused_graph_answers_as_before() -> None:
     module, x = exported(Block())
     with torch.inference_mode():
         expected = module(x)
-        convs = fused_conv.fuse(module)
+        convs = fused_conv.fuse(module, {})
         found = module(x)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     assert [(conv.relu, tuple(conv.stride)) for conv in convs] == [(True, (2, 2)), (True, (1, 1)), (True, (1, 1))]
@@ -65,7 +65,7 @@ def test_a_value_that_others_read_is_not_swallowed() -> None:
     module, x = exported(Twice())
     with torch.inference_mode():
         expected = module(x)
-        (conv,) = fused_conv.fuse(module)
+        (conv,) = fused_conv.fuse(module, {})
         assert not conv.relu
         torch.testing.assert_close(module(x), expected)
 
@@ -74,4 +74,4 @@ def test_full_precision_is_left_alone() -> None:
     program = torch.export.export(Block().eval(), (torch.randn(2, 3, 32, 32),), strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
-    assert fused_conv.fuse(module) == []
+    assert fused_conv.fuse(module, {}) == []
