@@ -33,6 +33,11 @@ demo: $(VENV)/.demo  ## optimize, pack, serve and ask a real model, start to end
 test: $(VENV)/.dev  ## run all tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# A card's machine may have no network: what is installed there is used as it is. Beside torch, pytest and pytest-timeout
+# the tests need msgspec, numpy, psutil, safetensors, onnx, click, rich, uvloop, httptools and hpack.
+gpu:  ## run the tests that need a CUDA card, with the Python that is there (PYTHON=..., ARGS=...)
+	@PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/gpu -m gpu $(ARGS)
+
 lint: $(VENV)/.dev  ## format, lint, types, room contracts
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
@@ -46,4 +51,4 @@ bench: $(VENV)/.dev  ## measure the speed claims against peers (long; ARGS="reci
 clean:  ## remove the environment and caches of the tools
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test gpu lint bench clean

@@ -1,0 +1,72 @@
+"""Models on a real card behind a real server: faults cost the guilty one only, and a killed worker comes back."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.gpu.models import ON_CARD, WORDS, Lookup, Perceptron, expected, packed, rows_for
+from tests.journeys.test_server_process import Running, gone, serving, workers_of
+from torchship.recipe import Options
+from torchship.tensors import Array
+
+pytestmark = ON_CARD
+
+
+def infer(server: Running, model: str, name: str, array: Array) -> tuple[int, Any]:
+    kind = {"f": "FP32", "i": "INT64"}[array.dtype.kind]
+    given = {"name": name, "shape": list(array.shape), "datatype": kind, "data": array.ravel().tolist()}
+    status, answer = server.ask(f"/v2/models/{model}/infer", {"inputs": [given]})
+    return status, answer["outputs"][0]["data"] if status == 200 else answer["error"]
+
+
+def test_a_killed_worker_comes_back_and_the_server_stops_cleanly(tmp_path: Path) -> None:
+    options: Options = {"device": "cuda", "precision": "fp16", "graphs": True}
+    packed(Perceptron, tmp_path / "mlp", backend="eager", options=options)
+    with serving(f'[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n', tmp_path) as server:
+        x = rows_for(Perceptron, 3)
+        for _ in range(2):
+            status, answer = infer(server, "mlp", "x", x)
+            assert status == 200, answer
+            np.testing.assert_allclose(np.reshape(answer, (3, 8)), expected(Perceptron, x), atol=1e-2)
+            workers = workers_of(server)
+            for worker in workers:
+                worker.kill()
+            assert gone(workers)
+        workers = workers_of(server)
+        server.child.send_signal(signal.SIGTERM)
+        log = server.finish()
+        assert server.child.returncode == 0
+        assert "Traceback" not in log
+        assert gone(workers)
+
+
+def test_an_assert_on_the_card_costs_the_guilty_one_its_request_and_nobody_else(tmp_path: Path) -> None:
+    example = torch.arange(8).reshape(2, 4)
+    packed(Lookup, tmp_path / "lookup", backend="hybrid", options={"device": "cuda"}, example=example)
+    text = f'[[model]]\nname = "lookup"\nartifact = "{tmp_path / "lookup"}"\ntrust = true\n'
+    with serving(text, tmp_path) as server, ThreadPoolExecutor(6) as callers:
+        end = time.monotonic() + 8
+
+        def ask(number: int) -> list[tuple[int, Any]]:
+            found = []
+            while time.monotonic() < end:
+                found.append(infer(server, "lookup", "ids", np.full((1, 4), number)))
+            return found
+
+        good = [callers.submit(ask, number) for number in range(4)]
+        time.sleep(1)
+        status, words = infer(server, "lookup", "ids", np.full((1, 4), WORDS + 7))
+        assert status == 500
+        assert "CUDA error" in words
+        for number, asked in enumerate(good):
+            assert {(status, *answer) for status, answer in asked.result()} == {(200, number * 4)}
+        server.child.send_signal(signal.SIGTERM)
+        log = server.finish()
+        assert log.count("Assertion") < 20, "a thousand threads assert, one line tells it"
