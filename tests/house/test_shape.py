@@ -77,17 +77,17 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_373
+ENGINE = 31_406
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_795,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_441,
+    "torchship.backends": 1_463,
     "torchship.cli": 1_583,
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
-    "torchship.lowering": 2_892,
+    "torchship.lowering": 2_903,
     "torchship.optimize": 6_097,
     "torchship.optimize.transforms": 331,
     "torchship.pipeline": 1_486,

@@ -8,14 +8,13 @@ minute and more, again after every restart; here opening reads what was compiled
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from torchship.errors import BuildFailed, CorruptArtifact, Unsupported
+from torchship.errors import BuildFailed, CorruptArtifact, Unavailable, Unsupported
 from torchship.hardware import Hardware
 from torchship.lowering import program, torch_stage
 from torchship.lowering.torch_stage import prepare, takes_pictures
@@ -30,23 +29,26 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from torchship.lowering.cuda import Body
+    from torchship.lowering.fused_conv import Tuned
 
 KIND = "native"
 TRIED = 1  # in this order among the backends: on a card nothing else wins as often
 PACKAGES = ("torch", "nvidia-cudnn-frontend")
 OPTIONS = torch_stage.OPTIONS
 PLAN = "kernels.json"
+CUDNN_PLANS = "cudnn.msgpack"  # cuDNN's compiled plans by the key of the convolution
 _ANY = 0  # stands for every batch size, and for what has no rows
+_OTHER = "they were compiled by another version of torch or cuDNN: optimize the model again"
 _GAIN = 0.99  # of plain torch's time; what is not faster than this is not kept
 _PLAIN, _INDUCTOR, _FUSED = "torch", "inductor", "fused"
-_FUSED_SIZES = (64, 256, 1024)  # a small batch gains nothing from fused convolutions, and tuning takes half a minute
+_FUSED_FROM = 64  # rows; a smaller batch gains nothing from fused convolutions, and tuning a size takes ten seconds
 
 
 class KernelPlan(msgspec.Struct, frozen=True):
-    """The kind of code for each batch size (0: all), and what was fastest for each fused convolution and shape."""
+    """The kind of code for each batch size (0: all), and what is fastest for each fused convolution and shape."""
 
     sizes: dict[int, str]
-    choices: dict[str, str]
+    tuned: dict[str, str] = {}
 
 
 def probe(*, hardware: Hardware) -> str:
@@ -77,7 +79,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
         plan = _fastest(exported, inputs, model.signature, out)
     else:
         _keep(_compiled(exported, inputs, "from_graph"), out, _ANY)
-        plan = KernelPlan({_ANY: _INDUCTOR}, {})
+        plan = KernelPlan({_ANY: _INDUCTOR})
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
 
 
@@ -88,9 +90,9 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
     from torchship.lowering import cuda
 
     bodies: dict[str, Body] = {_PLAIN: exported.module(check_guards=False)}
-    choices: dict[str, str] = {}
-    if (fused := _fused(exported, choices)) is not None:
-        bodies[_FUSED] = fused
+    fused = None if _lacking() else _fused(exported)
+    if fused is not None:
+        bodies[_FUSED] = fused[0]
     sizes: dict[int, str] = {}
     for size in cuda.batch_sizes(signature.max_rows) if signature.batched else [_ANY]:
         rows = torch.arange(size, device=example[0].device)
@@ -98,7 +100,7 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
         try:
             compiled = _compiled(exported, inputs, "from_example_inputs")
             bodies[_INDUCTOR] = _bound(compiled, exported)
-            tried = {name: body for name, body in bodies.items() if name != _FUSED or size in _FUSED_SIZES}
+            tried = {name: body for name, body in bodies.items() if name != _FUSED or size >= _FUSED_FROM}
             times = {name: cuda.graph_ms(body, inputs) for name, body in tried.items()}
         except torch.OutOfMemoryError:
             break
@@ -106,7 +108,10 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
         sizes[size] = best if times[best] < times[_PLAIN] * _GAIN else _PLAIN
         if sizes[size] == _INDUCTOR:
             _keep(compiled, out, size)
-    return KernelPlan(sizes, choices if _FUSED in sizes.values() else {})
+    if fused is None or _FUSED not in sizes.values():
+        return KernelPlan(sizes)
+    (out / CUDNN_PLANS).write_bytes(msgspec.msgpack.encode(fused[1].plans))
+    return KernelPlan(sizes, fused[1].names)
 
 
 def _compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
@@ -143,14 +148,17 @@ def _bound(compiled: Callable[..., Any], exported: ExportedProgram) -> Body:
     return lambda *inputs: compiled(*weights, *inputs)
 
 
-def _fused(exported: ExportedProgram, choices: dict[str, str]) -> Body | None:
-    """The program with fused convolutions; None where there are none, or without cuDNN's frontend and Triton."""
-    if importlib.util.find_spec("cudnn") is None or importlib.util.find_spec("triton") is None:
-        return None
-    from torchship.lowering import fused_conv
+def _lacking() -> str:
+    return missing("cudnn triton", pip="nvidia-cudnn-frontend triton")
+
+
+def _fused(exported: ExportedProgram, tuned: Tuned | None = None) -> tuple[Body, Tuned] | None:
+    """The program with fused convolutions and what is known of them; None where there are none."""
+    from torchship.lowering.fused_conv import Tuned, fuse
 
     module: Any = exported.module(check_guards=False)
-    return module if fused_conv.fuse(module, choices) else None
+    tuned = tuned or Tuned()
+    return (module, tuned) if fuse(module, tuned) else None
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
@@ -171,19 +179,33 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         files = {size: str(path / f"{size}.bin") for size, kind in plan.sizes.items() if kind == _INDUCTOR}
         read = {size: CompiledArtifact.load(path=file, format="binary") for size, file in files.items()}
     except Exception as fault:
-        raise CorruptArtifact(
-            f"the kernels cannot be loaded: {program.one_line(fault)}",
-            hint="they were compiled by another version of torch: optimize the model again",
-        ) from fault
+        raise CorruptArtifact(f"the kernels cannot be loaded: {program.one_line(fault)}", hint=_OTHER) from fault
     plain: Any = exported.module(check_guards=False)
     tables = program.table_sizes(plain)
     bodies: dict[int, Body] = dict.fromkeys(plan.sizes, plain)
     bodies |= {size: _bound(compiled, exported) for size, compiled in read.items()}
     if _FUSED in plan.sizes.values():
-        fused = _fused(exported, dict(plan.choices)) or plain
+        fused = _tuned(path, plan, exported)
         bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
     every = bodies.pop(_ANY, plain) if not signature.fixed else plain
     return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies, tables=tables)
+
+
+def _tuned(path: Path, plan: KernelPlan, exported: ExportedProgram) -> Body:
+    """The program with fused convolutions as it was tuned when it was built. Raises Unavailable, CorruptArtifact."""
+    if lacking := _lacking():
+        raise Unavailable(f"this artifact's kernels need it: {lacking}")
+    from torchship.lowering.fused_conv import Tuned
+
+    try:
+        plans = msgspec.msgpack.decode((path / CUDNN_PLANS).read_bytes(), type=dict[str, bytes])
+        tuned = Tuned(plan.tuned, plans)
+    except Exception as fault:
+        raise CorruptArtifact(f"cuDNN's plans cannot be loaded: {program.one_line(fault)}", hint=_OTHER) from fault
+    found = _fused(exported, tuned)
+    if found is None:
+        raise CorruptArtifact("there are plans, but no convolutions that they fit", hint=_OTHER)
+    return found[0]
 
 
 def _on_first(device: str) -> None:

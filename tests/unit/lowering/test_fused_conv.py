@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_a_fused_graph_answers_as_before() -> None:
     module, x = exported(Block())
     with torch.inference_mode():
         expected = module(x)
-        convs = fused_conv.fuse(module, {})
+        convs = fused_conv.fuse(module, fused_conv.Tuned())
         found = module(x)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     assert [(conv.relu, tuple(conv.stride)) for conv in convs] == [(True, (2, 2)), (True, (1, 1)), (True, (1, 1))]
@@ -65,7 +67,7 @@ def test_a_value_that_others_read_is_not_swallowed() -> None:
     module, x = exported(Twice())
     with torch.inference_mode():
         expected = module(x)
-        (conv,) = fused_conv.fuse(module, {})
+        (conv,) = fused_conv.fuse(module, fused_conv.Tuned())
         assert not conv.relu
         torch.testing.assert_close(module(x), expected)
 
@@ -74,4 +76,37 @@ def test_full_precision_is_left_alone() -> None:
     program = torch.export.export(Block().eval(), (torch.randn(2, 3, 32, 32),), strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
-    assert fused_conv.fuse(module, {}) == []
+    assert fused_conv.fuse(module, fused_conv.Tuned()) == []
+
+
+def test_equal_layers_are_timed_once_and_what_was_found_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, read = list[str](), list[bytes]()
+
+    def run(*_: Any) -> None: ...
+
+    def candidates(*_: Any) -> Any:
+        for name, plan in (("torch", b""), ("cudnn 3", b"plan"), ("triton 0", b"")):
+            timed.append(name)
+            yield name, run, plan
+
+    def planned(plan: bytes, device: torch.device) -> Any:
+        read.append(plan)
+        return run
+
+    times = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(fused_conv, "_candidates", candidates)
+    monkeypatch.setattr(fused_conv, "_planned", planned)
+    monkeypatch.setattr(fused_conv.cuda, "median_ms", lambda work, runs: next(times))
+    tuned = fused_conv.Tuned()
+    module, _ = exported(Block())
+    first, second, *_ = fused_conv.fuse(module, tuned)
+    x, out = torch.randn(2, 3, 8, 8), torch.empty(0)
+    assert tuned.run_for(first, x, None, out) is run
+    assert tuned.run_for(first, x, None, out) is run
+    assert (timed, read) == (["torch", "cudnn 3", "triton 0"], [b"plan"])
+    key = first.key(x, None)
+    assert (tuned.names, tuned.plans) == ({key: "cudnn 3"}, {key: b"plan"})
+    again = fused_conv.Tuned(tuned.names, tuned.plans)
+    assert again.run_for(first, x, None, out) is run
+    assert read == [b"plan", b"plan"] and len(timed) == 3
+    assert second.key(x, None) != key
