@@ -78,7 +78,7 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     if model.signature.fixed:
         plan = _fastest(exported, inputs, model.signature, out)
     else:
-        _keep(_compiled(exported, inputs, "from_graph"), out, _ANY)
+        _keep(compiled(exported, inputs, "from_graph"), out, _ANY)
         plan = KernelPlan({_ANY: _INDUCTOR})
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
 
@@ -98,8 +98,8 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
         rows = torch.arange(size, device=example[0].device)
         inputs = [tensor[rows % tensor.shape[0]] for tensor in example] if size else list(example)
         try:
-            compiled = _compiled(exported, inputs, "from_example_inputs")
-            bodies[_INDUCTOR] = _bound(compiled, exported)
+            made = compiled(exported, inputs, "from_example_inputs")
+            bodies[_INDUCTOR] = _bound(made, exported)
             tried = {name: body for name, body in bodies.items() if name != _FUSED or size >= _FUSED_FROM}
             times = {name: cuda.graph_ms(body, inputs) for name, body in tried.items()}
         except torch.OutOfMemoryError:
@@ -107,15 +107,15 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
         best = min(times, key=times.__getitem__)
         sizes[size] = best if times[best] < times[_PLAIN] * _GAIN else _PLAIN
         if sizes[size] == _INDUCTOR:
-            _keep(compiled, out, size)
+            _keep(made, out, size)
     if fused is None or _FUSED not in sizes.values():
         return KernelPlan(sizes)
     (out / CUDNN_PLANS).write_bytes(msgspec.msgpack.encode(fused[1].plans))
     return KernelPlan(sizes, fused[1].names)
 
 
-def _compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
-    """One graph by inductor, with the weights as inputs."""
+def compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
+    """One graph by inductor, with the weights as inputs. Raises BuildFailed, torch.OutOfMemoryError."""
     import torch
     from torch._inductor import config, standalone_compile
 

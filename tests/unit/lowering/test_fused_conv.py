@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from torchship.lowering import fused_conv
+from torchship.lowering import cuda, fused_conv
 
 
 class Block(torch.nn.Module):
@@ -96,7 +96,7 @@ def test_equal_layers_are_timed_once_and_what_was_found_is_read_again(monkeypatc
     times = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(fused_conv, "_candidates", candidates)
     monkeypatch.setattr(fused_conv, "_planned", planned)
-    monkeypatch.setattr(fused_conv.cuda, "median_ms", lambda work, runs: next(times))
+    monkeypatch.setattr(cuda, "median_ms", lambda work, runs: next(times))
     tuned = fused_conv.Tuned()
     module, _ = exported(Block())
     first, second, *_ = fused_conv.fuse(module, tuned)
@@ -108,5 +108,6 @@ def test_equal_layers_are_timed_once_and_what_was_found_is_read_again(monkeypatc
     assert (tuned.names, tuned.plans) == ({key: "cudnn 3"}, {key: b"plan"})
     again = fused_conv.Tuned(tuned.names, tuned.plans)
     assert again.run_for(first, x, None, out) is run
-    assert read == [b"plan", b"plan"] and len(timed) == 3
+    assert read == [b"plan", b"plan"]
+    assert len(timed) == 3
     assert second.key(x, None) != key
