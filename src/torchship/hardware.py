@@ -23,6 +23,7 @@ import msgspec
 _INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8",
                 "amx_bf16", "asimddp", "i8mm", "bf16", "sve", "sve2")  # fmt: skip
 
+MEMORY_SHARE = "TORCHSHIP_MEMORY_SHARE"  # of a card's memory, of 1, that torch may take in this process
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _ROOT = Path("/")
 

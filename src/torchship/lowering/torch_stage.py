@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torchship.tensors import Array, Free, Signature, Tensors, numpy_dtype
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 OPTIONS = ("device", "precision", "mode", "channels_last", "keep", "modules")
+_LEAST_SHARE = 1e-3  # of a card's memory; nothing runs in less
 _FEEDING = 8  # threads that copy to a card; more wait for one another
 
 
@@ -79,7 +81,8 @@ def prepare(*, device: str, threads: int, tf32: bool = False, tune: bool = True)
     """Set the threads of torch (0: every core that this process may use) and make sure that `device` is there.
 
     On a card, fp32 is fp32 unless `tf32` says otherwise, in convolutions too; `tune` times cuDNN's algorithms for each
-    new shape, which pays where shapes come again. Raises Unavailable.
+    new shape, which pays where shapes come again. No more of its memory is taken than the environment's
+    TORCHSHIP_MEMORY_SHARE allows. Raises Unavailable.
     """
     import torch
 
@@ -93,6 +96,14 @@ def prepare(*, device: str, threads: int, tf32: bool = False, tune: bool = True)
     torch.backends.cudnn.benchmark = tune
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+    share = float(os.environ.get(hardware.MEMORY_SHARE, "1"))
+    if share < _LEAST_SHARE:
+        raise Unavailable(
+            f"the shares of other models leave nothing of {device}",
+            hint="lower their memory_share, or give this model one",
+        )
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, torch.device(device).index)
 
 
 def blank(signature: Signature, *, rows: int) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,7 +28,7 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     one stage), `outputs` its own output names to the names under which later stages find them. `parameters` are this
     pipeline's defaults for values that a request may set. `buckets` are lengths by the name of an axis: a server fills
     rows up to the next one, so that rows of different lengths share a batch. Several `device`s are dealt out to the
-    copies in turn.
+    copies in turn. `memory_share` is what each copy may take of its card's memory, of 1; 0: what others leave.
     """
 
     run: str = ""
@@ -42,15 +42,17 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     signature: str = ""
     copies: int = 1
     device: str | tuple[str, ...] = "cpu"
+    memory_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     threads: int = 0
     max_batch: int = 0
     buckets: dict[str, tuple[int, ...]] = {}
     trust: bool = False
 
     @property
-    def first_device(self) -> str:
-        """The device of whoever opens one copy only."""
-        return self.device if isinstance(self.device, str) else self.device[0]
+    def devices(self) -> tuple[str, ...]:
+        """The device of each copy; the first is that of whoever opens one copy only."""
+        named = (self.device,) if isinstance(self.device, str) else self.device
+        return tuple(named[copy % len(named)] for copy in range(self.copies if named else 0))
 
 
 class PipelineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

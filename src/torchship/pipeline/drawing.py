@@ -26,7 +26,7 @@ def _kind(node: Node) -> str:
     """One line on how a node runs."""
     words = [f"rows, up to {node.max_batch} at once" if node.signature.batched else "one job at a time"]
     words += [f"{node.config.copies} copies"] if node.config.copies != 1 else []
-    words += [node.config.first_device] if node.config.device != "cpu" else []
+    words += [node.config.devices[0]] if node.config.device != "cpu" else []
     return ", ".join(words)
 
 

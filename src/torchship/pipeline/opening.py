@@ -37,7 +37,8 @@ class Description(msgspec.Struct, frozen=True):
 _DEFAULT = StageConfig()
 _DATA_TYPES = {str, int, float, bool, list, dict, tuple, type(None), Any, object, Sequence, Mapping, typing.Union,
           types.UnionType}  # fmt: skip
-_UNUSED = {"run": ("device", "signature"), "artifact": ("options", "signature"), "remote": ("device", "threads")}
+_UNUSED = {"run": ("device", "memory_share", "signature"), "artifact": ("options", "signature"),
+           "remote": ("device", "memory_share", "threads")}  # fmt: skip
 
 
 def describe(config: StageConfig, store: Store) -> Description:
@@ -171,7 +172,7 @@ def open_stage(config: StageConfig, store: Store | None = None) -> Stage:
             raise StageFailed(f"{config.run} cannot be made: {named(fault)}") from fault
     if config.artifact:
         return open_artifact_stage(
-            config.artifact, store=store, device=config.first_device, threads=config.threads, trust=config.trust
+            config.artifact, store=store, device=config.devices[0], threads=config.threads, trust=config.trust
         )
     return open_remote(config)
 

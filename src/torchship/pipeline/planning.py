@@ -246,11 +246,12 @@ class Layout:
 
 
 def _as_asked(part: StageConfig, stage: StageConfig) -> StageConfig:
-    """A stage of a published pipeline with the copies, device and threads that the stage which names it asks for."""
+    """A stage of a published pipeline with the copies and the places that the stage which names it asks for."""
     asked: dict[str, Any] = {"copies": stage.copies} if stage.copies != 1 else {}
     if part.artifact:
         asked |= {"device": stage.device} if stage.device != "cpu" else {}
         asked |= {"threads": stage.threads} if stage.threads else {}
+        asked |= {"memory_share": stage.memory_share} if stage.memory_share else {}
     return msgspec.structs.replace(part, **asked)
 
 

@@ -21,7 +21,7 @@ from torchship.errors import NotFound, StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.config import PipelineConfig
 from torchship.pipeline.opening import describe_apart
 from torchship.pipeline.planning import Node, Plan, plan
-from torchship.serve.config import ModelConfig
+from torchship.serve.config import ModelConfig, card_of, claimed_shares
 from torchship.serve.engine.line import Line
 from torchship.stages.labels import read_labels
 
@@ -100,6 +100,7 @@ class Catalog:
         entry = self.entries[config.name]
         async with entry.busy:
             try:
+                claimed = self._claimed(config)
                 plans = await asyncio.to_thread(wanted, config, self.store)
             except TorchshipError as fault:
                 entry.reason = fault.line
@@ -108,11 +109,18 @@ class Catalog:
             opened: dict[str, Version] = {}
             for version in plans:
                 same = [] if fresh else [known for known in entry.versions.values() if known.serves(version)]
-                now = same[0] if same else await self._open(entry, config, version)
+                now = same[0] if same else await self._open(entry, config, version, claimed)
                 opened[now.name] = now
             await self._switch(entry, config, opened)
 
-    async def _open(self, entry: CatalogEntry, config: ModelConfig, version: Wanted) -> Version:
+    def _claimed(self, config: ModelConfig) -> dict[str, float]:
+        """The shares of cards that are claimed with this configuration of one model beside the others."""
+        others = [known.config for name, known in self.entries.items() if name != config.name]
+        return claimed_shares([*(other for other in others if self.entries[other.name].reason != "unloaded"), config])
+
+    async def _open(
+        self, entry: CatalogEntry, config: ModelConfig, version: Wanted, claimed: Mapping[str, float]
+    ) -> Version:
         name = version.number or "1"  # what is not in a store has no versions
         made = Version(name, version.files)
         before = entry.versions.get(name)
@@ -121,6 +129,7 @@ class Catalog:
         try:
             names = await asyncio.to_thread(read_labels, config.labels)
             plan = await asyncio.to_thread(lay_out, version, self.store, target=config.latency_target, labels=names)
+            plan = replace(plan, nodes=tuple(bounded(node, claimed) for node in plan.nodes))
             made.line = await Line(plan, store=self.store, limits=config.limits(), turns=self._turns).open()
         except Exception as fault:
             ours = isinstance(fault, TorchshipError)
@@ -297,6 +306,14 @@ def _batched(node: Node, target: float) -> Node:
     if timing is None or node.config.max_batch or not node.signature.batched:
         return node
     return replace(node, max_batch=best_batch(timing.curve, most=node.max_batch, target=target))
+
+
+def bounded(node: Node, claimed: Mapping[str, float]) -> Node:
+    """A stage that has no share of its card gets what others leave of it; cards that nobody claims are open to all."""
+    left = 1 - max((claimed.get(card_of(device), 0.0) for device in node.config.devices), default=0.0)
+    if not node.config.artifact or node.config.memory_share or left == 1:
+        return node
+    return replace(node, config=msgspec.structs.replace(node.config, memory_share=max(left, 1e-6)))
 
 
 def best_batch(curve: Sequence[BatchPoint], *, most: int, target: float = 0.0) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,6 +137,7 @@ class ModelConfig(LineLimits, frozen=True, forbid_unknown_fields=True, kw_only=T
     outputs: tuple[str, ...] = ()
     copies: Annotated[int, msgspec.Meta(ge=0)] = 0
     device: str | tuple[str, ...] = "cpu"
+    memory_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     threads: int = 0
     max_batch: Annotated[int, msgspec.Meta(ge=0)] = 0
     trust: bool = False
@@ -144,7 +147,7 @@ class ModelConfig(LineLimits, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def pipeline(self) -> PipelineConfig:
         """The model as a pipeline: `artifact` and `run` are a single stage."""
-        shared = ("run", "artifact", "options", "device", "threads", "max_batch", "trust")
+        shared = ("run", "artifact", "options", "device", "memory_share", "threads", "max_batch", "trust")
         stages = self.stages or (StageConfig(**{name: getattr(self, name) for name in shared}),)
         if self.copies:
             stages = tuple(msgspec.structs.replace(stage, copies=self.copies) for stage in stages)
@@ -191,10 +194,42 @@ def convert(data: object) -> ServerConfig:
             raise BadConfig(f"{path}.name: /v2/models/stats is the statistics of all", hint="take another name")
         if model.name in names:
             raise BadConfig(f"{path}.name: {model.name!r} is taken", hint="each model needs a name of its own")
-        if model.stages and (model.options or model.max_batch or model.threads):
-            raise BadConfig(f"{path}: options, max_batch and threads belong to a stage", hint="write them into it")
+        if model.stages and (model.options or model.max_batch or model.threads or model.memory_share):
+            raise BadConfig(
+                f"{path}: options, max_batch, threads and memory_share belong to a stage", hint="write them into it"
+            )
         names.add(model.name)
+    claimed_shares(config.model)
     return config
+
+
+def claimed_shares(models: Iterable[ModelConfig]) -> dict[str, float]:
+    """What models claim of the memory of each card, of 1: each copy of a stage its `memory_share`, in each version.
+
+    A device that is not named is the first card: an artifact may choose one itself. Raises BadConfig with names and
+    numbers where it is more than there is.
+    """
+    claims: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for model in models:
+        versions = max(1, model.versions.latest, len(model.versions.listed))
+        for stage in model.pipeline().stages:
+            for device in stage.devices if stage.memory_share else ():
+                claims[card_of(device)][model.name] += [stage.memory_share] * versions
+    found = {}
+    for card, named in claims.items():
+        total = found[card] = sum(share for shares in named.values() for share in shares)
+        if total > 1 + 1e-6:
+            parts = ", ".join(f"{name} {' + '.join(f'{one:g}' for one in shares)}" for name, shares in named.items())
+            raise BadConfig(
+                f"the memory shares of {card} add up to {total:.2f}, more than all of it: {parts}",
+                hint="lower memory_share or copies; each copy, stage and version counts",
+            )
+    return found
+
+
+def card_of(device: str) -> str:
+    """The card that a device means, as `cuda:0`: the first where none is named."""
+    return "cuda:0" if device in ("cpu", "cuda") else device
 
 
 def read(path: Path | str) -> ServerConfig:

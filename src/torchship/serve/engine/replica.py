@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 import numpy as np
 
-from torchship import process
+from torchship import hardware, process
 from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.faults import revive
 from torchship.serve.engine.ipc import arena, messages
@@ -151,7 +151,7 @@ class LocalReplica:
                 output=self._output.inlet,
                 threads=spec.placement.threads or None,
                 cpus=spec.placement.cpus,
-                env={"PYTHONUNBUFFERED": "1"},
+                env={"PYTHONUNBUFFERED": "1", hardware.MEMORY_SHARE: str(spec.placement.memory_share)},
             )
             undo += [self._sock.close, lambda: process.stop(self._child)]
             self._pidfd = os.pidfd_open(self._child.pid)

@@ -110,9 +110,8 @@ def placements(config: StageConfig, limits: LineLimits) -> tuple[Placement, ...]
 
     A Python stage has one thread unless it asks for more: what it calls often starts as many as there are cores.
     """
-    devices = (config.device,) if isinstance(config.device, str) else config.device
-    threads = config.threads or (1 if config.run else 0)
+    threads, share = config.threads or (1 if config.run else 0), config.memory_share or 1.0
     return tuple(
-        Placement(device=devices[copy % len(devices)], threads=threads, cpus=limits.cpus, nice=limits.nice)
-        for copy in range(config.copies)
+        Placement(device=device, memory_share=share, threads=threads, cpus=limits.cpus, nice=limits.nice)
+        for device in config.devices
     )
