@@ -77,23 +77,23 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_406
+ENGINE = 31_473
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_795,
+    "torchship": 1_796,
     "torchship.artifact": 1_370,
     "torchship.backends": 1_463,
     "torchship.cli": 1_583,
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
-    "torchship.lowering": 2_903,
+    "torchship.lowering": 2_914,
     "torchship.optimize": 6_097,
     "torchship.optimize.transforms": 331,
-    "torchship.pipeline": 1_486,
-    "torchship.serve": 1_907,
+    "torchship.pipeline": 1_490,
+    "torchship.serve": 1_959,
     "torchship.serve.api": 1_350,
-    "torchship.serve.engine": 2_700,
+    "torchship.serve.engine": 2_699,
     "torchship.serve.http": 2_446,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
