@@ -7,13 +7,14 @@ package must be installed there; what a script defines itself goes along as sour
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import itertools
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import msgspec
 from torchship import plugins, process
 from torchship.errors import BuildFailed, CorruptArtifact, NotFound
 from torchship.hardware import Hardware
-from torchship.lowering import blueprint, torch_stage
+from torchship.lowering import blueprint, program, torch_stage
 from torchship.lowering.blueprint import Blueprint, Cut
 from torchship.lowering.torch_stage import no_fast_path, prepare
 from torchship.model import Model
@@ -38,11 +39,12 @@ KIND = "native"
 PLAIN = ("source",)  # with no more options than these it is the module as it is
 PACKAGES = ("torch",)
 probe = needs("torch")
-OPTIONS = ("source", "parts", "precision", "device")
+OPTIONS = ("source", "parts", "precision", "mode", "device")
 PLAN = "hybrid.json"
 WEIGHTS = "weights.safetensors"
 SCRIPT = "script.py"
 _PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_MODES = ("autocast", "cast")
 _VERSIONED = (*sys.stdlib_module_names, "torch", "torchvision", "torchaudio", "torchship")
 
 
@@ -78,13 +80,19 @@ def stand_in(model: Model, *, source: str, hardware: Hardware, among: Sequence[s
         blueprint.draw(model.module.inner)
     except BuildFailed:
         own = {"source": source} if ":" in source else {}
-    engines = [name for name in among if plugins.fact("backends", name, "PARTS", False)]
+    engines = [
+        name
+        for name in sorted(among, key=lambda name: int(plugins.fact("backends", name, "TRIED", 9)))
+        if plugins.fact("backends", name, "PARTS", ())
+        and not plugins.reason_against("backends", name=name, hardware=hardware)
+    ]
     found = [own]
     if hardware.gpus:
-        found += [{**own, "device": "cuda", "precision": word} for word in ("fp16", "tf32", "fp32")]
-    for name in sorted(engines, key=lambda name: int(plugins.fact("backends", name, "TRIED", 9))):
-        if not plugins.reason_against("backends", name=name, hardware=hardware):
-            found.append({**own, "parts": name})
+        card: Options = {**own, "device": "cuda"}
+        half = {**card, "precision": "fp16"}
+        parts = [{**half, "parts": name} for name in engines if "cuda" in plugins.fact("backends", name, "PARTS")]
+        found += [card, half, *parts[:1], {**half, "mode": "cast"}, {**card, "precision": "tf32"}]
+    found += [{**own, "parts": name} for name in engines if "cpu" in plugins.fact("backends", name, "PARTS")]
     if hardware.has_bf16:
         found.append({**own, "precision": "bf16"})
     return [Recipe("hybrid", options) for options in found]
@@ -92,14 +100,15 @@ def stand_in(model: Model, *, source: str, hardware: Hardware, among: Sequence[s
 
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Write blueprint, weights and parts. Options: parts (the backend of the submodules; none: all stays eager),
-    precision (of the parts; where all stays eager fp32, tf32, or bf16 and fp16 by autocast), device, source
-    (module:function that makes the module, for one that cannot be written down). Raises BuildFailed.
+    precision (of the parts; where all stays eager fp32, tf32, bf16, fp16), mode (autocast or cast), device, source
+    (module:function that makes the module, for one that cannot be written down). Raises BuildFailed or BadConfig.
     """
     import torch
     from safetensors.torch import save_file
 
     flat: Any = model.module
     source = str(options.get("source") or "")
+    choice(options, "mode", _MODES, of="hybrid")
     if not options.get("parts"):
         choice(options, "precision", _PRECISIONS, of="hybrid")
     drawing = None if source else blueprint.draw(flat.inner)
@@ -129,7 +138,7 @@ def _cut(model: Model, options: Options, out: Path) -> list[Cut]:
     from torchship.lowering import cutting
 
     backend = str(options["parts"])
-    recipe = Recipe(backend, {"precision": options["precision"]} if options.get("precision") else {})
+    recipe = Recipe(backend, {key: options[key] for key in ("precision", "device") if options.get(key)})
     return cutting.cut(model, recipe, build=plugins.load("backends", name=backend).build, out=out / "parts")
 
 
@@ -197,6 +206,8 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
 
     Raises NotFound when a class is not installed, CorruptArtifact when its code or the weights do not fit.
     """
+    import torch
+
     from torchship.lowering import cutting
 
     device = torch_stage.device_of(options, device=device)
@@ -209,7 +220,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             f"{PLAN} is not what this version of torchship writes: {fault}",
             hint="it was made by another version: optimize the model again, or open it with that one",
         ) from fault
-    module, call = _raised(plan, path)
+    module, call = _raised(plan, path, device)
     module.eval().requires_grad_(False)
     for number, cut in enumerate(plan.cuts):
         backend = plugins.load("backends", name=cut.recipe.backend)
@@ -223,16 +234,22 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         module.set_submodule(cut.path, cutting.CutModule(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
     word = "" if plan.cuts else str(options.get("precision", ""))
-    body = _body(module, plan, call, narrow=word if word in ("bf16", "fp16") else "", device=device)
-    return torch_stage.staged(body, signature=signature, device=device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(word)
+    cast = dtype is not None and options.get("mode") == "cast"
+    body = _body(module, plan, call, narrow=None if cast else dtype, device=device)
+    if dtype is not None and cast:
+        module.to(dtype)
+        body = _cast(body, signature, dtype)
+    return torch_stage.staged(_on_one_device(body, device), signature=signature, device=device)
 
 
-def _raised(plan: HybridPlan, path: Path) -> tuple[torch.nn.Module, Any]:
-    """The module, and the arguments and keyword arguments of its call."""
+def _raised(plan: HybridPlan, path: Path, device: str) -> tuple[torch.nn.Module, Any]:
+    """The module, and the arguments and keyword arguments of its call, with their tensors on `device`: those too that
+    are plain attributes, which `Module.to` does not move."""
     import torch
     from safetensors import safe_open
 
-    with safe_open(str(path / WEIGHTS), "pt") as file:
+    with safe_open(str(path / WEIGHTS), "pt", device=device) as file:
         names = (file.metadata() or {}).get("complex", "").split()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     named: dict[str, Any] = {}
@@ -275,21 +292,62 @@ def _run_script(path: Path) -> types.ModuleType:
     return module
 
 
-def _body(module: torch.nn.Module, plan: HybridPlan, call: Any, *, narrow: str, device: str) -> Any:
+def _body(
+    module: torch.nn.Module, plan: HybridPlan, call: Any, *, narrow: torch.dtype | None, device: str
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The flat call; under autocast to `narrow` where that is given."""
     import torch
 
     from torchship.lowering import tree
 
     moves = plan.moves or [0] * len(plan.paths)
-    dtype = torch.float16 if narrow == "fp16" else torch.bfloat16
     kind = torch.device(device).type
 
     def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tensors = tuple(tensor.clone() if i in plan.written else tensor for i, tensor in enumerate(tensors))
         args, kwargs = tree.fill(call, tensors)
-        with torch.autocast(kind, dtype=dtype, enabled=bool(narrow)), no_fast_path():
+        with torch.autocast(kind, dtype=narrow, enabled=narrow is not None), no_fast_path():
             answer = module(*args, **kwargs)
         found = (tree.follow(answer, tuple(path)) for path in plan.paths)
         return tuple(out.movedim(axis, 0) if axis else out for out, axis in zip(found, moves, strict=True))
 
     return body
+
+
+def _cast(
+    body: Callable[..., tuple[torch.Tensor, ...]], signature: Signature, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """`body` of a module whose weights are of `dtype`: what goes in is made to fit, what comes out is as promised."""
+    from torchship.lowering.variants import to_torch_dtype
+
+    wanted = [to_torch_dtype(spec.dtype) for spec in signature.outputs]
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        answers = body(*(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors))
+        return tuple(answer.to(kind) for answer, kind in zip(answers, wanted, strict=True))
+
+    return run
+
+
+def _on_one_device(body: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`body`; where it makes tensors on the processor (`torch.arange(n)`) and joins them with those on a card, it is
+    run again with the card as the place of new tensors, and so from then on, at some microseconds for each operator."""
+    import torch
+
+    if device == "cpu":
+        return body
+    place: Any = contextlib.nullcontext()
+
+    def run(*tensors: torch.Tensor) -> Any:
+        nonlocal place
+        try:
+            with place:
+                return body(*tensors)
+        except RuntimeError as fault:
+            if isinstance(place, torch.device) or not program.on_two_devices(fault):
+                raise
+        place = torch.device(device)
+        with place:
+            return body(*tensors)
+
+    return run

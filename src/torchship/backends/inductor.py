@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 KIND = "data"
-PARTS = True  # runs parts of a model that stays Python
+PARTS = ("cpu", "cuda")  # where it runs parts of a model that stays Python
 TRIED = 3  # in this order among the backends: how often it wins
 TAKES = ("quantize",)
 # where there is data; a module called twice, as torchvision's ReLUs are, stops the quantizer

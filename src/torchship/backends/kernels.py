@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torchship.lowering.fused_conv import Tuned
 
 KIND = "native"
+PARTS = ("cuda",)  # where it runs parts of a model that stays Python
 TRIED = 1  # in this order among the backends: on a card nothing else wins as often
 PACKAGES = ("torch", "nvidia-cudnn-frontend")
 OPTIONS = torch_stage.OPTIONS

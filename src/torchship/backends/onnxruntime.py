@@ -17,7 +17,7 @@ from torchship.stage import EngineStage, Stage
 from torchship.tensors import Array, Signature, Tensors
 
 KIND = "data"
-PARTS = True  # runs parts of a model that stays Python
+PARTS = ("cpu",)  # where it runs parts of a model that stays Python
 TRIED = 0  # in this order among the backends: how often it wins
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 probe = needs("onnxruntime")
@@ -141,6 +141,8 @@ def _provider(options: Options, device: str) -> tuple[str, dict[str, str]]:
             hint=f"here are {', '.join(there)}; only one build can be installed at a time",
         )
     place = {"device_id": number} if number and "provider" not in options else {}
+    if provider == "CUDAExecutionProvider":
+        place["use_tf32"] = "0"  # fp32 is fp32; who wants tf32 says so
     return provider, {**place, **{key: str(value) for key, value in own.items()}}
 
 

@@ -19,7 +19,7 @@ from torchship.stage import EngineStage, Stage
 from torchship.tensors import Array, Free, Signature, Tensors, numpy_dtype
 
 KIND = "data"
-PARTS = True  # runs parts of a model that stays Python
+PARTS = ("cpu",)  # where it runs parts of a model that stays Python
 TRIED = 1  # in this order among the backends: how often it wins
 PACKAGES = ("openvino", "nncf", "onnx", "onnxscript")
 probe = needs("openvino", pip="openvino nncf")

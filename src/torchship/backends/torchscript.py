@@ -24,8 +24,9 @@ FILE = "script.ts"
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
-    """Plain; and in half precision on a GPU."""
-    gpu: Options = {"device": "cuda", "precision": "fp16"}
+    """In half precision on a GPU, pictures channels-last; and plain."""
+    layout: Options = {"channels_last": True} if torch_stage.takes_pictures(model) else {}
+    gpu: Options = {"device": "cuda", "precision": "fp16", **layout}
     wishes: list[Options] = [gpu, {}] if hardware.gpus else [{}]
     return [Recipe("torchscript", wish) for wish in wishes]
 

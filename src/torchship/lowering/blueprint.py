@@ -275,7 +275,7 @@ _READERS: dict[str, Callable[[Any, _Hand], Any]] = {
     "package": lambda content, hand: importlib.import_module(content),
     "device": lambda content, hand: process.resolve("torch:device")(content),
     "size": lambda content, hand: process.resolve("torch:Size")(content),
-    "array": lambda content, hand: hand.tensors[content].numpy()[()],  # a number where it has no axes
+    "array": lambda content, hand: hand.tensors[content].cpu().numpy()[()],  # a number where it has no axes
     "tensor": lambda content, hand: hand.tensors[content],
     "weight": lambda content, hand: hand.weights[content],
 }

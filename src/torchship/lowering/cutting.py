@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 from torchship.errors import BadInput, BuildFailed
 from torchship.lowering.blueprint import Cut
 from torchship.lowering.program import one_line
-from torchship.lowering.variants import Wrapped
+from torchship.lowering.variants import Wrapped, to_torch_dtype
 from torchship.model import Model, to_numpy, to_torch
 from torchship.recipe import Recipe
 from torchship.stage import Stage
-from torchship.tensors import Array, Axis, Free, Signature, Tensors, TensorSpec, dtype_name
+from torchship.tensors import Array, Axis, Free, Signature, Tensors, TensorSpec, dtype_name, numpy_dtype
 
 _MOST_CALLS = 8
 
@@ -156,6 +156,7 @@ class CutModule(nn.Module):
         super().__init__()
         self.eager, self._stage, self._signature = eager, stage, cut.signature
         self._spec = pytree.treespec_loads(cut.spec)
+        self._on_card: Any = getattr(stage, "on_card", None)  # a stage of a card takes and gives tensors that are there
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -167,11 +168,28 @@ class CutModule(nn.Module):
         """Cross over to the stage and back."""
         if named or not all(isinstance(tensor, torch.Tensor) for tensor in given):
             return self.eager(*given, **named)
-        feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(given)}
-        try:
-            self._signature.check(feed)
-        except BadInput:
+        if not _fits(self._signature, given):
             return self.eager(*given)
+        if self._on_card is not None:
+            return pytree.tree_unflatten(self._on_card(*given), self._spec)
+        feed: Any = {f"x{i}": to_numpy(tensor) for i, tensor in enumerate(given)}
         answers = self._stage(feed)
         tensors = [to_torch(answers[out.name]).to(given[0].device) for out in self._signature.outputs]
         return pytree.tree_unflatten(tensors, self._spec)
+
+
+def _fits(signature: Signature, given: Sequence[torch.Tensor]) -> bool:
+    """Whether a stage of this signature takes these tensors, wherever they are."""
+    if len(given) != len(signature.inputs):
+        return False
+    # an array of zeros that takes no memory has all that is checked
+    shapes = {
+        spec.name: np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), tensor.shape)
+        for spec, tensor in zip(signature.inputs, given, strict=True)
+        if tensor.dtype == to_torch_dtype(spec.dtype)
+    }
+    try:
+        signature.check(shapes)
+    except BadInput:
+        return False
+    return True

@@ -56,7 +56,8 @@ def as_error(kind: type[TorchshipError], words: str, *, hint: str = "") -> Itera
 def export(model: Model, *, device: str = "cpu", ceiling: int | None = None) -> ExportedProgram:
     """`torch.export` on `device` with a Dim for every free axis (at most `ceiling` where unbounded).
 
-    The example must have two rows or more: torch specialises on one. Raises BuildFailed with torch's reason.
+    The example must have two rows or more: torch specialises on one. A module that makes tensors on the processor
+    itself (`torch.arange(n)`) is exported there, and the program moved. Raises BuildFailed with torch's reason.
     """
     import torch
 
@@ -66,9 +67,23 @@ def export(model: Model, *, device: str = "cpu", ceiling: int | None = None) -> 
     inputs = model.torch_inputs(model.examples[0], device=device)
     hint = "torchship doctor says where and why"
     with as_error(BuildFailed, "torch.export cannot capture this model", hint=hint), torch.no_grad():
-        return within_bounds(
-            model, lambda shapes: torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False), ceiling
-        )
+        try:
+            return within_bounds(
+                model, lambda shapes: torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False), ceiling
+            )
+        except Exception as fault:
+            if device == "cpu" or not on_two_devices(fault):
+                raise
+            from torch.export.passes import move_to_device_pass
+
+            return move_to_device_pass(export(model, ceiling=ceiling), device)
+
+
+def on_two_devices(fault: BaseException) -> bool:
+    """Whether this is torch's word for tensors that are not on one device."""
+    return any(
+        words in str(fault) for words in ("on the same device", "different devices", "not on the expected device")
+    )
 
 
 def within_bounds(model: Model, exporting: Callable[[Any], Made], ceiling: int | None = None) -> Made:

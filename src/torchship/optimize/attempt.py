@@ -17,7 +17,7 @@ from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
 from torchship.optimize.cache import Cache, digest
-from torchship.optimize.choose import baseline, is_valid
+from torchship.optimize.choose import is_plain, is_valid
 from torchship.optimize.config import SearchConfig
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import judge
@@ -134,9 +134,9 @@ def _built(recipe: Recipe, key: str, context: SearchContext, left: float) -> Pat
 
 
 def _effort(recipe: Recipe, context: SearchContext) -> Effort:
-    """Where there is a card, the processor's baseline gives values; its speed is of interest at batch 1 alone."""
+    """Where there is a card, the module as it is gives values on the processor; its speed matters at batch 1 alone."""
     effort = context.config.effort
-    if recipe != baseline() or not context.hardware.gpus or context.config.device != "cpu":
+    if not is_plain(recipe) or not context.hardware.gpus or context.config.device != "cpu":
         return effort
     return msgspec.structs.replace(effort, max_batch=1, calls=min(effort.calls, 10))
 

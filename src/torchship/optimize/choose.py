@@ -66,19 +66,26 @@ def baseline(device: str = "cpu") -> Recipe:
 
 
 def baseline_place(trials: Sequence[Trial], ranking: Sequence[int]) -> int | None:
-    """The place of the valid trial that the first of `ranking` is told against: plain eager on its device, else on the
-    processor; None where neither ran."""
-    device = str(trials[ranking[0]].recipe.options.get("device", "cpu")) if ranking else "cpu"
-    for wanted in (baseline(device), baseline()):
-        if (found := next((place for place in ranking if trials[place].recipe == wanted), None)) is not None:
-            return found
+    """The place of the valid trial that the first of `ranking` is told against: the module as it is on its device,
+    saved or kept as Python, else on the processor; None where neither ran."""
+    device = device_of(trials[ranking[0]].recipe) if ranking else "cpu"
+    for wanted in (device, "cpu"):
+        plain = [place for place in ranking if is_plain(trials[place].recipe, device=wanted)]
+        if plain:
+            return min(plain, key=lambda place: trials[place].recipe != baseline(wanted))
     return None
 
 
-def is_plain(recipe: Recipe) -> bool:
-    """Whether this is the user's own module, unchanged: the baseline, or the backend that stands in for it."""
+def device_of(recipe: Recipe) -> str:
+    """The device that a recipe names, else the processor."""
+    return str(recipe.options.get("device", "cpu"))
+
+
+def is_plain(recipe: Recipe, *, device: str = "cpu") -> bool:
+    """Whether this is the user's own module, unchanged, on `device`: the baseline, or what stands in for it."""
     own = plugins.fact("backends", recipe.backend, "PLAIN", None)
-    return own is not None and not recipe.transforms and recipe.options.keys() <= set(own)
+    unchanged = own is not None and not recipe.transforms and recipe.options.keys() <= {"device", *own}
+    return unchanged and device_of(recipe) == device
 
 
 def accelerated(recipe: Recipe) -> bool:

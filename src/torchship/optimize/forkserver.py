@@ -119,6 +119,7 @@ class _Forked:
 
 def serve_forks(imports: Any, control: socket.socket) -> None:
     """The server's side: import, then fork whenever asked to, until the other end of the control socket is closed."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a card must not start CUDA before a fork
     for name in imports:
         with contextlib.suppress(Exception):
             importlib.import_module(name)

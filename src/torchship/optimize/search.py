@@ -30,7 +30,7 @@ from torchship.optimize import loop, reference, workspace
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
-from torchship.optimize.choose import Goal, baseline, choose
+from torchship.optimize.choose import Goal, accelerated, baseline, choose
 from torchship.optimize.config import Metric, SearchConfig, Settings, read
 from torchship.optimize.facts import Facts
 from torchship.optimize.forkserver import Forkserver
@@ -165,7 +165,9 @@ def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Pat
 def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     """The loop, then the close ones again, and what came of it all."""
     config = context.config
-    recipes, left_out = propose(context.model, hardware=context.hardware, backends=config.backends)
+    recipes, left_out = propose(
+        context.model, hardware=context.hardware, backends=config.backends, device=config.device
+    )
     mixed, tuning = MixedPrecision(context), FineTuning(context)
     if config.recipes is None:
         cutting = Cutting(context)
@@ -243,11 +245,13 @@ def _publish(facts: Facts, winner: Trial, store: Store, *, labels: Sequence[str]
 
 
 def portable(ranking: Sequence[Trial]) -> Trial | None:
-    """The best trial that opens on any machine, where the winner (the first) is native code."""
-    kinds = [plugins.load("backends", name=trial.recipe.backend).KIND for trial in ranking]
-    if kinds[0] != "native":
-        return None
-    return next((trial for trial, kind in zip(ranking, kinds, strict=True) if kind != "native"), None)
+    """The best trial that opens on any machine, where the winner (the first) does not: it is native, or needs a card."""
+    found = next((trial for trial in ranking if _opens_anywhere(trial.recipe)), None)
+    return None if found is ranking[0] else found
+
+
+def _opens_anywhere(recipe: Recipe) -> bool:
+    return plugins.load("backends", name=recipe.backend).KIND != "native" and not accelerated(recipe)
 
 
 def build(

@@ -10,7 +10,7 @@ from torchship.hardware import Hardware
 from torchship.lowering.program import PROGRAM
 from torchship.model import Model
 from torchship.optimize.attempt import SearchContext
-from torchship.optimize.choose import baseline, is_plain
+from torchship.optimize.choose import device_of, is_plain
 from torchship.optimize.strategies import Asked
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
@@ -40,8 +40,11 @@ class Cutting:
 
 
 def stands_in(recipe: Recipe, results: Sequence[Trial]) -> bool:
-    """Whether this is the user's own Python, whole, and there is nothing valid yet."""
-    return is_plain(recipe) and recipe != baseline() and not any(trial.status == "ok" for trial in results)
+    """Whether this is the user's own module, unchanged, and nothing valid has run yet: on its device where that is an
+    accelerator, for an artifact is never to be slower than that."""
+    device = device_of(recipe)
+    ran = any(trial.status == "ok" and device in ("cpu", device_of(trial.recipe)) for trial in results)
+    return is_plain(recipe, device=device) and not ran
 
 
 def cut(

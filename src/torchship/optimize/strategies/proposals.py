@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torchship import plugins
 from torchship.hardware import Hardware
 from torchship.model import Model
-from torchship.optimize.choose import Goal, accelerated, baseline, cost, is_valid
+from torchship.optimize.choose import Goal, accelerated, baseline, cost, device_of, is_plain, is_valid
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.cutting import stands_in
 from torchship.optimize.trial import Trial
@@ -43,16 +43,22 @@ class Proposals:
         if not self._waiting:
             return []
         liked = {recipe.label: recipe for recipe in self._waiting if results}
-        first = next((liked[label] for label in self._favourites if label in liked), None)
-        first = first or self._waiting[next_up(self._waiting, results, goal=self._goal)]
+        first = self._waiting[next_up(self._waiting, results, goal=self._goal)]
+        if not stands_in(first, results):
+            first = next((liked[label] for label in self._favourites if label in liked), first)
         why = hopeless(first, results, goal=self._goal) if self._instead else ""
-        urgent = not results or stands_in(first, results)
-        return [Asked(first, skip=why, urgent=urgent), *(Asked(r) for r in self._waiting if r is not first)]
+        return [
+            Asked(first, skip=why, urgent=stands_in(first, results)),
+            *(Asked(r) for r in self._waiting if r is not first),
+        ]
 
 
-def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None) -> tuple[list[Recipe], dict[str, str]]:
+def propose(
+    model: Model, *, hardware: Hardware, backends: Sequence[str] | None, device: str = "cpu"
+) -> tuple[list[Recipe], dict[str, str]]:
     """Recipes in the order to try them, eager first, then each backend's best guess; and why backends are left out.
 
+    `device` is where the caller has all of them run: they name it, for what is measured there is to be served there.
     Raises BadConfig for a backend that does not exist.
     """
     for name in backends or ():
@@ -71,14 +77,26 @@ def propose(model: Model, *, hardware: Hardware, backends: Sequence[str] | None)
         except Exception as fault:
             reasons[name] = f"its proposals failed: {type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
             continue
-        ranked += [(rank, place, recipe) for rank, recipe in enumerate(found)]
+        on_card = [recipe for recipe in found if accelerated(recipe) and not _plain(recipe)]
+        others = [recipe for recipe in found if recipe not in on_card]
+        ranked += [(rank, place, recipe) for group in (on_card, others) for rank, recipe in enumerate(group)]
         ranked += [(rank, place, recipe) for rank, recipe in combined(model, hardware=hardware, backend=name)]
     for name in plugins.names("transforms"):
         if reason := _reason_against(name):
             reasons[plugins.fact("transforms", name, "TITLE", name)] = reason
     ranked.sort(key=lambda item: item[:2])
-    recipes = [baseline(), *(recipe for _, _, recipe in ranked)]
+    recipes = [baseline(), *(_placed(recipe, device) for _, _, recipe in ranked)]
     return list({recipe.key: recipe for recipe in recipes}.values()), reasons
+
+
+def _placed(recipe: Recipe, device: str) -> Recipe:
+    if (
+        device == "cpu"
+        or accelerated(recipe)
+        or "device" not in plugins.fact("backends", recipe.backend, "OPTIONS", ())
+    ):
+        return recipe
+    return Recipe(recipe.backend, {**recipe.options, "device": device}, recipe.transforms)
 
 
 def combined(model: Model, *, hardware: Hardware, backend: str) -> list[tuple[int, Recipe]]:
@@ -123,8 +141,8 @@ def _proposals(name: str, model: Model, hardware: Hardware) -> list[Options]:
 def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> int:
     """The place in `waiting` of the recipe to try next.
 
-    The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not, plain
-    eager on it before all, which gains are told against. Among those, the first proposal of each engine that builds in
+    The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not, and the
+    module as it is before all, which gains are told against. Among those, the first proposal of each engine that builds in
     seconds, in the given order; what else the best of these proposes; the first proposal of each compiler; then the
     proposals of the engine whose best valid trial was best for the goal. An engine that was only refused so far counts
     as the best, one that only failed comes last. Pure.
@@ -132,11 +150,13 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
     if not done:
         return 0
     places = [place for place, recipe in enumerate(waiting) if accelerated(recipe)] or list(range(len(waiting)))
+    failed = {trial.recipe.backend for trial in done if trial.status == "failed"}
     for place in places:
-        if accelerated(waiting[place]) and waiting[place] == baseline(str(waiting[place].options.get("device", "cpu"))):
+        recipe = waiting[place]
+        if stands_in(recipe, done) and recipe.backend not in failed:
             return place
     best = _best(done, goal)
-    leader = min(best.values())
+    leader = min(best.values(), default=0.0)
     quick = [place for place in places if not plugins.fact("backends", waiting[place].backend, "COMPILES", False)]
     for found in (
         [place for place in quick if _engine(waiting[place]) not in best],
@@ -149,25 +169,42 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
 
 
 def _best(done: Sequence[Trial], goal: Goal) -> dict[tuple[str, bool], float]:
-    """The best cost of each engine; of one that only drifted, that of the best of all: another precision may win."""
+    """The best cost of each engine; of one that only drifted, that of the best of all: another precision may win.
+
+    The module as it is on an accelerator is what gains are told against: it says nothing about its engine.
+    """
     found: dict[tuple[str, bool], float] = {}
     for trial in done:
+        if accelerated(trial.recipe) and _plain(trial.recipe):
+            continue
         price = cost(trial, goal=goal) if is_valid(trial) else float("inf")
         found[_engine(trial.recipe)] = min(found.get(_engine(trial.recipe), price), price)
-    leader = min(found.values())
+    leader = min(found.values(), default=0.0)
     return found | {_engine(trial.recipe): leader for trial in done if trial.status == "refused"}
 
 
 def hopeless(recipe: Recipe, done: Sequence[Trial], *, goal: Goal) -> str:
     """Why `recipe` is not worth a trial: the best of its engine so far is eight times worse than the best of all, more
-    than precision or layout ever make up for. Empty when it is worth one. Pure.
+    than precision or layout ever make up for; or the engine, as the reference, failed to build this model at all.
+    Empty when it is worth one. Pure.
     """
+    own_trials = [trial for trial in done if trial.recipe.backend == recipe.backend]
+    if own_trials and all(_not_built(trial) for trial in (done[0], *own_trials)):
+        return f"not tried: {recipe.backend} cannot build this model, see {own_trials[0].recipe.label}"
     measured = [trial for trial in done if trial.timing is not None and trial.timing.curve]
     own = min((cost(t, goal=goal) for t in measured if _engine(t.recipe) == _engine(recipe)), default=None)
     best = min((cost(t, goal=goal) for t in measured if is_valid(t)), default=None)
     if own is None or best is None or own < _HOPELESS * best:
         return ""
     return f"not tried: the best of {recipe.backend} so far is {own / best:.0f} times worse than the best of all"
+
+
+def _plain(recipe: Recipe) -> bool:
+    return is_plain(recipe, device=device_of(recipe))
+
+
+def _not_built(trial: Trial) -> bool:
+    return trial.status == "failed" and trial.failure.startswith("build: ")
 
 
 def _engine(recipe: Recipe) -> tuple[str, bool]:
