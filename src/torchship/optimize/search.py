@@ -245,7 +245,7 @@ def _publish(facts: Facts, winner: Trial, store: Store, *, labels: Sequence[str]
 
 
 def portable(ranking: Sequence[Trial]) -> Trial | None:
-    """The best trial that opens on any machine, where the winner (the first) does not: it is native, or needs a card."""
+    """The best trial that opens on any machine, where the winner (the first) is native or needs a card."""
     found = next((trial for trial in ranking if _opens_anywhere(trial.recipe)), None)
     return None if found is ranking[0] else found
 

@@ -142,10 +142,10 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
     """The place in `waiting` of the recipe to try next.
 
     The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not, and the
-    module as it is before all, which gains are told against. Among those, the first proposal of each engine that builds in
-    seconds, in the given order; what else the best of these proposes; the first proposal of each compiler; then the
-    proposals of the engine whose best valid trial was best for the goal. An engine that was only refused so far counts
-    as the best, one that only failed comes last. Pure.
+    module as it is before all, which gains are told against. Among those, the first proposal of each engine that
+    builds in seconds, in the given order; what else the best of these proposes; the first proposal of each compiler;
+    then the proposals of the engine whose best valid trial was best for the goal. An engine that was only refused so
+    far counts as the best, one that only failed comes last. Pure.
     """
     if not done:
         return 0
