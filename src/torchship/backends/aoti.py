@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from torchship.errors import BuildFailed, CorruptArtifact
@@ -20,6 +21,7 @@ PACKAGES = ("torch",)
 probe = needs("torch", compiler_of="AOTInductor")
 OPTIONS = torch_stage.OPTIONS
 FILE = "model.pt2"
+TRIED_OUT = "torchship.backends.aoti:run_tiny"  # on a card, before any recipe: its libraries may end who loads them
 
 
 def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
@@ -61,3 +63,16 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         body = torch._inductor.aoti_load_package(str(path / FILE))
     # the library checks nothing: a wrong shape or dtype would be answered with garbage
     return torch_stage.staged(body, signature=signature, device=device, check=True)
+
+
+def run_tiny(device: str) -> None:
+    """Compile, load and run one small layer on `device`, in a child of its own; raises where that fails."""
+    import torch
+    import torch._inductor
+
+    layer, given = torch.nn.Linear(4, 4).eval().to(device), torch.ones(2, 4, device=device)
+    with tempfile.TemporaryDirectory(prefix="torchship-aoti-") as folder, torch.no_grad():
+        made = torch._inductor.aoti_compile_and_package(
+            torch.export.export(layer, (given,)), package_path=str(Path(folder) / FILE)
+        )
+        torch.testing.assert_close(torch._inductor.aoti_load_package(made)(given), layer(given), rtol=1e-2, atol=1e-2)

@@ -16,6 +16,7 @@ from torchship.artifact.manifest import Provenance, Timing, Verdict
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
+from torchship.optimize import probes
 from torchship.optimize.cache import Cache, digest
 from torchship.optimize.choose import is_plain, is_valid
 from torchship.optimize.config import SearchConfig
@@ -58,8 +59,12 @@ def attempt(recipe: Recipe, *, context: SearchContext, left: float, done: Sequen
     """One recipe as a Trial: from the cache, or built and proven within `left` seconds. Never raises for its faults."""
     if (before := known(recipe, context)) is not None:
         return before
-    built_key, proof_key = _keys(recipe, context)
     started = time.monotonic()
+    if why := probes.verdict(recipe, cache=context.cache, hardware=context.hardware, left=left):
+        return Trial(recipe, "failed", failure=why, seconds=time.monotonic() - started)
+    if why is None:
+        return Trial(recipe, "skipped", failure="the budget is too short to try this backend out on the card")
+    built_key, proof_key = _keys(recipe, context)
     found = Trial(recipe, "failed", proof_key)
     folder = context.cache.built(built_key) or _built(recipe, built_key, context, left)
     build_s = time.monotonic() - started

@@ -26,7 +26,7 @@ from torchship.errors import BadInput, GuardRefused
 from torchship.lowering.program import as_error
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import loop, reference, workspace
+from torchship.optimize import loop, probes, reference, workspace
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
@@ -168,6 +168,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     recipes, left_out = propose(
         context.model, hardware=context.hardware, backends=config.backends, device=config.device
     )
+    recipes, refused = probes.without_refused(recipes, cache=context.cache, hardware=context.hardware)
     mixed, tuning = MixedPrecision(context), FineTuning(context)
     if config.recipes is None:
         cutting = Cutting(context)
@@ -204,7 +205,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
         constraints=config.constraints,
         trials=tuple(trials),
         choice=choose(trials, goal=config.goal, constraints=config.constraints),
-        left_out=left_out,
+        left_out=left_out | refused,
         notes=tuple(notes),
         command=config.command,
         rows=context.rows,

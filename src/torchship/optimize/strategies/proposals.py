@@ -8,6 +8,7 @@ from torchship import plugins
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize.choose import Goal, accelerated, baseline, cost, device_of, is_plain, is_valid
+from torchship.optimize.probes import needs_one
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.cutting import stands_in
 from torchship.optimize.trial import Trial
@@ -145,7 +146,7 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
     module as it is before all, which gains are told against. Among those, the first proposal of each engine that
     builds in seconds, in the given order; what else the best of these proposes; the first proposal of each compiler;
     then the proposals of the engine whose best valid trial was best for the goal. An engine that was only refused so
-    far counts as the best, one that only failed comes last. Pure.
+    far counts as the best, one that only failed, or must be tried out on the card first, comes last. Pure.
     """
     if not done:
         return 0
@@ -161,11 +162,11 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
     for found in (
         [place for place in quick if _engine(waiting[place]) not in best],
         [place for place in quick if best.get(_engine(waiting[place])) == leader],
-        [place for place in places if _engine(waiting[place]) not in best],
+        [place for place in places if _engine(waiting[place]) not in best and not needs_one(waiting[place])],
     ):
         if found:
             return found[0]
-    return min(places, key=lambda place: (best[_engine(waiting[place])], place))
+    return min(places, key=lambda place: (best.get(_engine(waiting[place]), float("inf")), place))
 
 
 def _best(done: Sequence[Trial], goal: Goal) -> dict[tuple[str, bool], float]:
