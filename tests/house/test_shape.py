@@ -77,18 +77,18 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_473
+ENGINE = 31_711
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_796,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_463,
+    "torchship.backends": 1_540,
     "torchship.cli": 1_583,
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
-    "torchship.lowering": 2_914,
-    "torchship.optimize": 6_097,
+    "torchship.lowering": 2_962,
+    "torchship.optimize": 6_210,
     "torchship.optimize.transforms": 331,
     "torchship.pipeline": 1_490,
     "torchship.serve": 1_959,
