@@ -165,10 +165,7 @@ def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Pat
 def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     """The loop, then the close ones again, and what came of it all."""
     config = context.config
-    recipes, left_out = propose(
-        context.model, hardware=context.hardware, backends=config.backends, device=config.device
-    )
-    recipes, refused = probes.without_refused(recipes, cache=context.cache, hardware=context.hardware)
+    recipes, left_out = _proposed(context)
     mixed, tuning = MixedPrecision(context), FineTuning(context)
     if config.recipes is None:
         cutting = Cutting(context)
@@ -205,7 +202,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
         constraints=config.constraints,
         trials=tuple(trials),
         choice=choose(trials, goal=config.goal, constraints=config.constraints),
-        left_out=left_out | refused,
+        left_out=left_out,
         notes=tuple(notes),
         command=config.command,
         rows=context.rows,
@@ -215,6 +212,14 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
         packages=caching.versions(["torch", "onnxruntime", "openvino", "nncf", "torchao"]),
         sensitivity=tuple((layer.path, layer.db) for layer in mixed.layers),
     )
+
+
+def _proposed(context: SearchContext) -> tuple[list[Recipe], dict[str, str]]:
+    """Recipes in the order to try them, and why backends are left out, here or on this machine's card."""
+    config, hardware = context.config, context.hardware
+    found, left_out = propose(context.model, hardware=hardware, backends=config.backends, device=config.device)
+    recipes, refused = probes.without_refused(found, cache=context.cache, hardware=hardware)
+    return recipes, left_out | refused
 
 
 def _publish(facts: Facts, winner: Trial, store: Store, *, labels: Sequence[str], work: Path) -> tuple[Artifact, int]:
