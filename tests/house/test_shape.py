@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_711
+ENGINE = 31_716
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -88,7 +88,7 @@ ROOMS = {
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
     "torchship.lowering": 2_962,
-    "torchship.optimize": 6_210,
+    "torchship.optimize": 6_215,
     "torchship.optimize.transforms": 331,
     "torchship.pipeline": 1_490,
     "torchship.serve": 1_959,
