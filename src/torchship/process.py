@@ -266,6 +266,10 @@ def perform(given: int, *, parent: int = 0, answer: int | None = None) -> NoRetu
         line = [] if talk is None else [socket.socket(fileno=talk)]
         result = _ChildAnswer(value=resolve(target)(argument, *line))
         code = 0
+    except SystemExit as end:  # as Python takes it
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        answer, code = None, end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as fault:
         import traceback
 

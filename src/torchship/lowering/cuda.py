@@ -24,6 +24,10 @@ Body = Callable[..., Any]
 _SMALL = 1 << 20  # bytes; below this a page-locked buffer saves nothing
 _PIECE = 1 << 22  # bytes that are sent while the next ones are copied
 _KEPT = 32  # graphs for lengths that were seen before, the oldest goes first
+_AGAIN = 1.0  # seconds after which there may be memory again
+_CONTEXT = 2**29  # bytes of the card that CUDA takes for each process, beside torch
+_IDLE = 2**28  # bytes that may stay cached while nothing runs
+_LACK = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 _OFTEN = 2  # a shape is captured when it comes for the second time
 
 
@@ -122,6 +126,17 @@ class CudaStage:
             if int(_runtime().cudaHostRegister(address, size, 0)) == 0:
                 self._registered.append((address, size))
 
+    def card_memory(self) -> tuple[int, int, int]:
+        """Bytes of the card: what this process holds, what is free, and all."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        return torch.cuda.memory_reserved(self._device) + _CONTEXT, free, total
+
+    def trim(self) -> None:
+        """Give the card back what a spike has needed and nothing uses now. Called while nothing runs."""
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if cached > _IDLE:
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Forget the model, and give the card's memory back."""
         if self._body is None:
@@ -139,7 +154,9 @@ class CudaStage:
         if not self._sizes or rows <= self._sizes[-1]:
             try:
                 return self._run(arrays)
-            except torch.OutOfMemoryError as fault:
+            except RuntimeError as fault:
+                if not lacks_memory(fault):
+                    raise
                 self._make_room(fault, rows)
         limit = self._sizes[-1]
         pieces = [self._in_pieces([a[at : at + limit] for a in arrays]) for at in range(0, rows, limit)]
@@ -152,7 +169,9 @@ class CudaStage:
         torch.cuda.empty_cache()
         if rows <= 1:
             raise Unavailable(
-                "the card has no memory left for this input", hint="send a smaller one, or try again later"
+                "the card has no memory left for this input",
+                hint="send a smaller one, or try again later",
+                retry_after=_AGAIN,
             ) from fault
         self._sizes = [size for size in self._sizes if size <= rows // 2] or [1]
 
@@ -247,14 +266,23 @@ def capture(run: Callable[[Sequence[torch.Tensor]], Any], inputs: list[torch.Ten
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = _as_list(run(inputs))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as fault:
+        if lacks_memory(fault):
+            raise torch.OutOfMemoryError("the card has no memory for this graph") from fault
         raise BuildFailed(
             f"this model cannot be captured as a CUDA graph: {' '.join(str(fault).split())[:300]}",
             hint="a recipe without graphs runs it",
         ) from fault
     return Captured(graph, inputs, outputs)
+
+
+def lacks_memory(fault: BaseException | None) -> bool:
+    """Whether a card has no memory left: torch says so, a library that it calls, or what came before this error."""
+    while fault is not None:
+        if isinstance(fault, torch.OutOfMemoryError) or any(word in str(fault) for word in _LACK):
+            return True
+        fault = fault.__cause__ or fault.__context__
+    return False
 
 
 def graph_ms(body: Body, inputs: list[torch.Tensor]) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from torchship.errors import BadInput, Unavailable
 from torchship.lowering import program, torch_stage
-from torchship.lowering.cuda import CudaStage, batch_sizes
+from torchship.lowering.cuda import CudaStage, batch_sizes, lacks_memory
 from torchship.tensors import Signature
 
 
@@ -62,8 +62,48 @@ def test_one_row_without_memory_says_so_and_nothing_about_others() -> None:
         stage({"x": np.zeros((4, 3), np.float32)})
     assert "4711" not in caught.value.line
     assert "no memory left" in caught.value.line
+    assert caught.value.retry_after > 0
     stage.room = 4
     assert stage({"x": np.ones((1, 3), np.float32)})["y"].tolist() == [[2.0, 2.0, 2.0]], "it lives on"
+
+
+def told_by(kind: type[BaseException], text: str, *, before: BaseException | None = None) -> BaseException:
+    fault = kind(text)
+    fault.__context__ = before
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "lacks"),
+    [
+        (torch.OutOfMemoryError("whatever"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (told_by(RuntimeError, "operation failed in capture", before=torch.OutOfMemoryError("no")), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (told_by(BadInput, "no", before=KeyError("x")), False),
+    ],
+)
+def test_what_is_a_lack_of_memory(fault: BaseException, lacks: bool) -> None:
+    assert lacks_memory(fault) is lacks
+
+
+def test_other_errors_of_a_card_are_no_lack_of_memory() -> None:
+    stage = Small(SIGNATURE, room=4)
+    stage._run = lambda arrays: (_ for _ in ()).throw(RuntimeError("CUDA error: lost"))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="lost"):
+        stage({"x": np.zeros((4, 3), np.float32)})
+    assert stage._sizes[-1] == 64
+
+
+@pytest.mark.parametrize(("cached", "given_back"), [(2**20, 0), (2**30, 1)])
+def test_a_spike_is_given_back_when_nothing_runs(cached: int, given_back: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * 2**30 + cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5 * 2**30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    Small(SIGNATURE, room=4).trim()
+    assert len(freed) == given_back
 
 
 def test_a_closed_stage_refuses() -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from torchship.errors import BadInput, StageFailed, TorchshipError
-from torchship.pipeline.faults import describe, revive, words_of
+from torchship.errors import BadInput, StageFailed, TorchshipError, Unavailable
+from torchship.pipeline.faults import describe, is_device_lost, revive, words_of
 from torchship.serve.engine.ipc.arena import MemoryRegion
 from torchship.serve.engine.ipc.messages import (
     INLINE,
@@ -114,6 +114,42 @@ def test_whatever_a_stage_raises_travels(fault: BaseException, kind: type[Torchs
     error = revive(found.faults[0], stage="s")
     assert type(error) is kind
     assert str(error) == says
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch has it."""
+
+
+def test_a_device_without_memory_is_unavailable_for_a_while_and_says_nothing_of_others() -> None:
+    text = "CUDA out of memory. Tried to allocate 596.05 GiB. Process 4711 has 3.1 GiB memory in use."
+    for raised, says in ((OutOfMemoryError(text), "no memory left"), (Unavailable("full", retry_after=2.5), "full")):
+        found = decode_report(encode(BatchDone(1, 0, 0, [], [describe(raised)])))
+        assert isinstance(found, BatchDone)
+        error = revive(found.faults[0], stage="s")
+        assert isinstance(error, Unavailable)
+        assert error.retry_after == (2.5 if says == "full" else 1.0)
+        assert says in error.line
+        assert "4711" not in error.line
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA error: unspecified launch failure", True),
+        ("CUDA error: misaligned address", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("CUDA failure 710: device-side assert triggered ; GPU=0", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
+        ("CUDA error: out of memory", False),
+        ("CUDA out of memory. Tried to allocate 596.05 GiB", False),
+        ("index out of range in self", False),
+    ],
+)
+def test_which_errors_cost_a_process_its_device(text: str, lost: bool) -> None:
+    assert is_device_lost(text) is lost
 
 
 def test_a_message_of_any_length_is_cut() -> None:

@@ -69,3 +69,25 @@ def test_a_line_without_end_is_cut_into_pieces() -> None:
     lines, _ = printed([b"x" * 300_000])
     assert lines
     assert max(map(len, lines)) == 2000
+
+
+def test_an_assertion_of_many_threads_is_told_once_and_counted() -> None:
+    where = "/pytorch/aten/src/ATen/native/cuda/Indexing.cu:1553: indexSelectLargeIndex"
+    flood = [
+        f"{where}: block: [{n // 32},0,0], thread: [{n % 32},0,0] Assertion `i < size` failed." for n in range(300)
+    ]
+    other = f"{where}: block: [1,0,0], thread: [2,0,0] Assertion `i >= 0` failed."
+    advice = "CUDA kernel errors might be asynchronously reported at some other API call."
+    end = "RuntimeError: CUDA error: device-side assert triggered"
+    text = "\n".join(["start", *flood, other, other, "x", "x", end, advice, ""]).encode()
+    lines, last = printed([text[:5000], text[5000:]])
+    told = "(the same of 299 more threads)", other, "(the same of 1 more threads)"
+    assert lines == ["start", flood[0], *told, "x", "x", end, advice]
+    assert last[-5:] == [last[0], other, "x", "x", end]
+    assert "`i < size`" in last[0]
+
+
+def test_an_assertion_at_the_very_end_is_counted_too() -> None:
+    line = b"a.cu:1: f: block: [0,0,0], thread: [%d,0,0] Assertion `ok` failed.\n"
+    lines, _ = printed([b"".join(line % n for n in range(4))])
+    assert lines[1:] == ["(the same of 3 more threads)"]

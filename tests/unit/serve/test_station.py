@@ -14,6 +14,8 @@ from tests.replicas import Steered
 from tests.serving import planned
 from torchship.errors import StageFailed, Unavailable
 from torchship.pipeline import opening
+from torchship.pipeline.faults import Fault
+from torchship.serve.engine.ipc.messages import BatchDone
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.replica import ReplicaEvents
 from torchship.serve.engine.spec import LineLimits, WorkerSpec
@@ -95,6 +97,30 @@ def test_after_a_crash_each_suspect_runs_alone_and_who_kills_again_is_blamed() -
             await turns()
         assert [np.array_equal((await future)["y"], ROW * 2 * number) for number, future in enumerate(asked) if number]
         assert station.meter.restarts == 3
+
+    run(work, {"run": "double"})
+
+
+def test_what_waits_behind_a_process_that_says_it_ends_is_not_suspected() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        guilty = line.submit({"x": ROW})
+        await turns()
+        behind = [line.submit({"x": ROW * number}) for number in range(2, 5)]
+        await turns()
+        first, second = staff.all[0].in_flight
+        staff.all[0].in_flight.remove(first)
+        ended = BatchDone(first.number, 0, 0, [], [Fault(0, "StageFailed", "lost")], last=True)
+        station.on_result(staff.all[0], first, ended, [])
+        with pytest.raises(StageFailed, match="lost"):
+            await guilty
+        staff.all[0].kill("lost")
+        await until(lambda: len(staff.all) == 2 and bool(staff.all[1].in_flight))
+        (again,) = staff.all[1].in_flight
+        assert again.calls == second.calls, "they share a batch as before"
+        assert not any(call.crashes or call.alone for call in again.calls)
+        staff.all[1].go()
+        for number, future in enumerate(behind, start=2):
+            assert np.array_equal((await future)["y"], ROW * 2 * number)
 
     run(work, {"run": "double"})
 

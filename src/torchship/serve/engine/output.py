@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,11 +15,15 @@ _PAUSE = 0.01  # seconds between two looks
 _RATE = 200  # lines a second, once the burst is used up
 _BURST = 1000
 _LINE = 2000  # characters
+_THREAD = re.compile(rb"block: \[[\d,]+\], thread: \[[\d,]+\] ")  # in CUDA's line for each thread that asserts
+_ADVICE = (b"CUDA kernel errors might be", b"For debugging consider", b"Compile with `TORCH_USE_CUDA_DSA`",
+           b"Search for `cudaError")  # fmt: skip
 _TAIL = 2**14  # bytes that are kept for whoever asks for the last lines
 
 
 class WorkerOutput:
-    """The pipe that holds a worker's stdout and stderr. `on_line` gets each line; what is too much is counted."""
+    """The pipe that holds a worker's stdout and stderr. `on_line` gets each line; what is too much is counted, and so
+    are the threads of a card that fail one assertion."""
 
     def __init__(self, *, loop: asyncio.AbstractEventLoop, on_line: Callable[[str], None]) -> None:
         """`inlet` is the worker's end, to be closed when the worker has it. Raises OSError."""
@@ -30,6 +35,8 @@ class WorkerOutput:
         self._credit = float(_BURST)
         self._at = time.monotonic()
         self._dropped = 0
+        self._asserted = b""
+        self._repeated = 0
         self._pause: asyncio.TimerHandle | None = None
         os.set_blocking(self._fd, False)
         with suppress(OSError):  # this user has too many large ones: the usual size does too
@@ -38,9 +45,12 @@ class WorkerOutput:
 
     @property
     def last_lines(self) -> list[str]:
-        """The last five lines."""
-        lines = self._tail.decode(errors="replace").split("\n")
-        return [line[:_LINE].rstrip() for line in lines if line.strip()][-5:]
+        """The last five lines; of an assertion on a card only the first thread's, and not CUDA's general advice."""
+        told: dict[bytes, str] = {}
+        for number, line in enumerate(self._tail.split(b"\n")):
+            if line.strip() and not line.startswith(_ADVICE):
+                told.setdefault(_asserted(line) or b"%d" % number, line[:_LINE].decode(errors="replace").rstrip())
+        return list(told.values())[-5:]
 
     def _read(self) -> None:
         """Take what is there, then pause: a worker that prints without end costs one look in a while."""
@@ -70,8 +80,23 @@ class WorkerOutput:
         self._dropped += max(0, len(lines) - int(self._credit) - 1)
         self._credit -= len(lines)
         for line in lines:
-            self._on_line(line[:_LINE].decode(errors="replace").rstrip())
+            self._tell(line)
         return bool(data)
+
+    def _tell(self, line: bytes) -> None:
+        """Pass a line on, unless it is one more thread's of an assertion that was told."""
+        asserted = _asserted(line)
+        if asserted and asserted == self._asserted:
+            self._repeated += 1
+            return
+        self._tell_repeated()
+        self._asserted = asserted
+        self._on_line(line[:_LINE].decode(errors="replace").rstrip())
+
+    def _tell_repeated(self) -> None:
+        if self._repeated:
+            self._on_line(f"(the same of {self._repeated} more threads)")
+        self._asserted, self._repeated = b"", 0
 
     def close(self) -> None:
         """Pass on what is left, and close the pipe."""
@@ -82,4 +107,10 @@ class WorkerOutput:
             before = self._tail
             if not self._take() or self._tail is before:
                 break
+        self._tell_repeated()
         os.close(self._fd)
+
+
+def _asserted(line: bytes) -> bytes:
+    """What fails on a card, without the thread that says it; empty for any other line."""
+    return _THREAD.sub(b"", line) if _THREAD.search(line) else b""

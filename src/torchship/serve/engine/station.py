@@ -76,6 +76,7 @@ class Station:
         self._timer_at = FOREVER
         self._opening: dict[Replica, asyncio.Future[None]] = {}
         self._leaving: set[Replica] = set()
+        self._spent: set[Replica] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -213,6 +214,8 @@ class Station:
         """Hand the answers to the calls of a batch, and look for the next one."""
         if self.queue.rows or self.pins.queues:
             self.pump_soon()
+        if done.last:
+            self._spent.add(replica)
         try:
             self._hand_out(batch, done, outputs)
         except Exception as fault:  # whatever is wrong with an answer: nobody may wait for it forever
@@ -288,9 +291,10 @@ class Station:
         names, waiting = self.pins.lose(replica)
         self.on_lost(names)
         self._again(waiting)
-        for batch in reversed(batches[1:]):
+        ran = 0 if replica in self._spent else 1  # batches that it had begun
+        for batch in reversed(batches[ran:]):
             self._again(batch.calls)
-        for batch in batches[:1]:
+        for batch in batches[:ran]:
             self._suspect(batch, text)
         if not self._closing:
             self.meter.restarts += 1
@@ -298,6 +302,7 @@ class Station:
                 self._crashes = 0 if replica.served else self._crashes + 1
                 self._spawn(self._replace(replica.spec, text))
         self._leaving.discard(replica)
+        self._spent.discard(replica)
         self.pump_soon()
 
     def _again(self, calls: list[StageCall]) -> None:

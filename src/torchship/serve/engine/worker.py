@@ -18,7 +18,7 @@ import numpy as np
 from torchship import hardware
 from torchship.artifact import Store
 from torchship.errors import TorchshipError
-from torchship.pipeline.faults import Fault, describe, words_of
+from torchship.pipeline.faults import Fault, describe, is_device_lost, words_of
 from torchship.pipeline.opening import open_stage
 from torchship.pipeline.rows import check_outputs, check_rows
 from torchship.pipeline.wiring import relax
@@ -142,10 +142,10 @@ class StageRunner:
         return answers, faults
 
     def _check_device(self, fault: BaseException, *, company: bool) -> None:
-        """After a CUDA error nothing works in this process any more: it ends. In company it ends without an answer, so
+        """A process that has lost its device ends. In company it ends without an answer, so
         that the host runs each of these jobs by itself in a fresh process and only the guilty one fails."""
         text = words_of(fault)
-        if "CUDA error" not in text:
+        if not is_device_lost(text):
             return
         self.lost = f"this process ends after a {text}"
         if company:
@@ -169,6 +169,11 @@ class StageRunner:
             self._check_device(fault, company=False)
             _print(fault)
             return describe(fault)
+
+    def rest(self) -> None:
+        """Nothing is to be done: give back memory of a card that only a spike has needed."""
+        if (trim := getattr(self._stage, "trim", None)) is not None:
+            trim()
 
     def end(self, answers: Generator[Tensors]) -> None:
         """Close a generator; what it raises in its `finally` concerns nobody but the log."""
@@ -277,8 +282,9 @@ class WorkerLoop:
 
     def _answer(self, order: Order) -> None:
         """What can be done at once, whatever else is under way."""
-        if isinstance(order, messages.Ping):
+        if isinstance(order, messages.Ping):  # the host asks whom it has not heard for seconds
             send(self._sock, encode(messages.Pong(order.number)))
+            self._runner.rest()
         elif isinstance(order, messages.Drop):  # it may be of a stream that has not begun, or has ended
             self._dropped.add(order.number)
 
@@ -312,7 +318,7 @@ class WorkerLoop:
                     blocks.append(arena.write([array], memory=memory, offset=start))
                     start += arena.aligned(blocks[-1].size)
                 results.append(messages.Result(first, rows, blocks))
-            done = encode(BatchDone(number, *times, results, faults, more))
+            done = encode(BatchDone(number, *times, results, faults, more, bool(self._runner.lost)))
             send(self._sock, done, fd=region.fd if region else -1)
         finally:
             if region:

@@ -76,7 +76,8 @@ class Result(msgspec.Struct, array_like=True, frozen=True):
 
 
 class BatchDone(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """Worker to host: what became of a RunBatch; `more` announces further answers of a stream.
+    """Worker to host: what became of a RunBatch; `more` announces further answers of a stream, `last` that the process
+    ends: what waits behind has not run.
 
     `began` and `ended` are nanoseconds of the system's monotonic clock, which all processes share.
     """
@@ -87,6 +88,7 @@ class BatchDone(msgspec.Struct, array_like=True, frozen=True, tag=1):
     results: list[Result]
     faults: list[Fault] = []
     more: bool = False
+    last: bool = False
 
 
 class Pong(msgspec.Struct, array_like=True, frozen=True, tag=2):
