@@ -77,23 +77,23 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_716
+ENGINE = 31_815
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_796,
+    "torchship": 1_800,
     "torchship.artifact": 1_370,
     "torchship.backends": 1_540,
     "torchship.cli": 1_583,
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
-    "torchship.lowering": 2_962,
+    "torchship.lowering": 2_990,
     "torchship.optimize": 6_215,
     "torchship.optimize.transforms": 331,
-    "torchship.pipeline": 1_490,
+    "torchship.pipeline": 1_513,
     "torchship.serve": 1_959,
     "torchship.serve.api": 1_350,
-    "torchship.serve.engine": 2_699,
+    "torchship.serve.engine": 2_743,
     "torchship.serve.http": 2_446,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
