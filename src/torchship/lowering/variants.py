@@ -85,7 +85,7 @@ def in_precision(
     flat = copy.deepcopy(model.module)
     outputs = [to_torch_dtype(spec.dtype) for spec in model.signature.outputs]
     cast = mode == "cast"
-    keep_float(flat.to(dtype) if cast else flat, keep, device=device, back=dtype if cast else None)
+    keep_float(flat, keep, device=device, narrow=dtype if cast else None)
 
     def run(flat: torch.nn.Module, tensors: TorchTensors) -> TorchTensors:
         if cast:
@@ -121,24 +121,28 @@ def _channels_last(tensor: torch.Tensor) -> torch.memory_format:
     return formats.get(tensor.ndim, torch.contiguous_format)
 
 
-def keep_float(flat: torch.nn.Module, rules: Rules, *, device: str, back: torch.dtype | None) -> None:
-    """Put every topmost submodule of `flat` that is spared, with all inside it, into float32, in place.
+def keep_float(flat: torch.nn.Module, rules: Rules, *, device: str, narrow: torch.dtype | None) -> None:
+    """Put every topmost submodule of `flat` that is spared, with all inside it, into float32, in place, and cast all
+    else to `narrow` where that is given. What is spared keeps its own weights: a large one is none any more once it was
+    cast.
 
     A list or table of modules is never called itself: what it holds is put into float32.
     """
-    narrow = [path for path, _ in flat.named_modules() if path and not rules.spares(path)]
+    others = [path for path, _ in flat.named_modules() if path and not rules.spares(path)]
     whole = [
         path
         for path, module in flat.named_modules()
         if paths.user_path(path)
         and rules.spares(path)
         and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
-        and not any(other.startswith(f"{path}.") for other in narrow)
+        and not any(other.startswith(f"{path}.") for other in others)
     ]
-    for path in whole:
-        if not any(path.startswith(f"{other}.") for other in whole):
-            kept = KeepFloat(flat.get_submodule(path).float(), device=device, back=back)
-            flat.set_submodule(path, kept)
+    tops = [path for path in whole if not any(path.startswith(f"{other}.") for other in whole)]
+    kept = {path: copy.deepcopy(flat.get_submodule(path)).float() for path in tops}
+    if narrow is not None:
+        flat.to(narrow)
+    for path, module in kept.items():
+        flat.set_submodule(path, KeepFloat(module, device=device, back=narrow))
 
 
 def to_torch_dtype(name: str) -> torch.dtype:

@@ -32,8 +32,8 @@ def run(
 ) -> tuple[list[Trial], bool]:
     """The trials in their order, and whether the user interrupted; what the budget did not reach is skipped.
 
-    The first strategy that wants something has its way. Once time is up, what the first one still wants is told as
-    skipped, and the second is asked where nothing is valid yet.
+    The first strategy that wants something has its way, those before all others that are `at_once`. Once time is up,
+    what the first one still wants is told as skipped, and the second is asked where nothing is valid yet.
     """
     done: list[Trial] = []
     interrupted = False
@@ -62,7 +62,8 @@ def run(
 def _asked(strategies: Sequence[Strategy], done: Sequence[Trial], context: SearchContext) -> list[Asked]:
     late = time.monotonic() > context.deadline
     won = any(trial.status == "ok" for trial in done)
-    for strategy in strategies[: (1 if won else 2) if late else None]:
+    hurried = [] if late else [strategy for strategy in strategies if getattr(strategy, "at_once", False)]
+    for strategy in (*hurried, *strategies[: (1 if won else 2) if late else None]):
         if asked := strategy.ask(done):
             return asked
     return []

@@ -42,6 +42,7 @@ from torchship.optimize.strategies import Strategy, winners
 from torchship.optimize.strategies.cutting import Cutting
 from torchship.optimize.strategies.finetuning import FineTuning
 from torchship.optimize.strategies.mixed_precision import MixedPrecision
+from torchship.optimize.strategies.overflow import Overflow
 from torchship.optimize.strategies.proposals import Proposals, propose
 from torchship.optimize.trial import METRIC, Trial, packed, read_metric
 from torchship.optimize.yardstick import study, told
@@ -166,15 +167,15 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     """The loop, then the close ones again, and what came of it all."""
     config = context.config
     recipes, left_out = _proposed(context)
-    mixed, tuning = MixedPrecision(context), FineTuning(context)
+    mixed, overflow, tuning = MixedPrecision(context), Overflow(context), FineTuning(context)
     if config.recipes is None:
         cutting = Cutting(context)
         liked = winners.known(context)
         proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead, favourites=liked)
-        strategies: list[Strategy] = [proposals, cutting, mixed, tuning]
+        strategies: list[Strategy] = [proposals, cutting, overflow, mixed, tuning]
     else:  # what the caller lists is tried to its end, and nothing else but what mends it
         recipes = [baseline(), *(recipe for recipe in config.recipes if recipe != baseline())]
-        strategies = [Proposals(recipes, goal=config.goal), mixed, tuning]
+        strategies = [Proposals(recipes, goal=config.goal), overflow, mixed, tuning]
     trials, interrupted = loop.run(strategies, context=context, on_trial=on_trial)
     try:
         if not interrupted:
