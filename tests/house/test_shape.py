@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 31_815
+ENGINE = 31_984
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -87,8 +87,8 @@ ROOMS = {
     "torchship.cli": 1_583,
     "torchship.client": 1_412,
     "torchship.doctor": 1_593,
-    "torchship.lowering": 2_990,
-    "torchship.optimize": 6_215,
+    "torchship.lowering": 2_994,
+    "torchship.optimize": 6_380,
     "torchship.optimize.transforms": 331,
     "torchship.pipeline": 1_513,
     "torchship.serve": 1_959,
