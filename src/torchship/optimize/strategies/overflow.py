@@ -119,7 +119,7 @@ def beyond(model: Model, *, limit: float) -> list[str]:
     where it is read, on the model's examples. Empty where there is none, or where only the whole model does.
     """
     graph: Any = program.export(model).module(check_guards=False)
-    watch = _Watch(graph, limit)
+    watch = _RangeWatch(graph, limit)
     batches = [*model.examples, *model.edges, *model.calibration][:_MOST_BATCHES]
     with torch.inference_mode():
         for batch in batches:
@@ -130,7 +130,7 @@ def beyond(model: Model, *, limit: float) -> list[str]:
     return sorted(path for path in found if not any(path.startswith(f"{other}.") for other in found))
 
 
-class _Watch(Interpreter):
+class _RangeWatch(Interpreter):
     """Computes in fp32, and notes the nodes whose values are finite and beyond the limit."""
 
     def __init__(self, graph: torch.fx.GraphModule, limit: float) -> None:
