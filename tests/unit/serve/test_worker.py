@@ -50,10 +50,10 @@ class Worker:
 
     def __init__(self) -> None:
         self.stage, self.ended = Spiky(), ""
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.arena = Arena.make(depth=1, input_size=64, output_size=64)
         self.inbox = Inbox(self.sock)
-        loop = WorkerLoop(StageRunner(self.stage), arena=self.arena, sock=theirs, private=False)
+        loop = WorkerLoop(StageRunner(self.stage), arena=self.arena, sock=self.theirs, private=False)
         self.thread = threading.Thread(target=self._work, args=(loop,))
         self.thread.start()
 
@@ -85,6 +85,8 @@ def worker() -> Iterator[Worker]:
         send(made.sock, encode(Stop()))
     made.thread.join(10)
     made.sock.close()
+    made.theirs.close()
+    made.arena.region.close()
 
 
 def test_memory_is_given_back_when_the_host_asks_for_a_sign_of_life_and_never_between_batches(worker: Worker) -> None:
