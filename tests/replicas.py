@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torchship.errors import TorchshipError
 from torchship.pipeline.faults import Fault, describe, revive
-from torchship.serve.engine.ipc.messages import BatchDone, Result
+from torchship.serve.engine.ipc.messages import BatchDone, CardMemory, Result
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.replica import InFlightBatch, Replica, ReplicaEvents
 from torchship.serve.engine.spec import WorkerSpec
@@ -28,6 +28,7 @@ class InProcessReplica:
         self.heard = time.monotonic()
         self.served = 0
         self.fault: TorchshipError | None = None
+        self.card: CardMemory | None = None
         self.pid = os.getpid()
         self.slots = spec.depth
         self.size = self.shared = 0

@@ -114,6 +114,20 @@ def long_words(x: Array, *, prompt: str = "", seed: int = 0) -> Array:
     return np.array([len(prompt)])
 
 
+@stage("x:FP32[1] -> pid:INT64[1]")
+class Slow:
+    """Takes its time to open: as long as there is a file `.closed`. Each of its processes leaves its number first."""
+
+    def __init__(self, *, file: str) -> None:
+        with open(file, "a") as seen:
+            seen.write(f"{os.getpid()}\n")
+        while os.path.exists(f"{file}.closed"):
+            time.sleep(0.01)
+
+    def __call__(self, x: Array) -> Array:
+        return np.array([os.getpid()])
+
+
 @stage("mib:INT32[1] -> pid:INT64[1]")
 class Hog:
     """Keeps as many MiB as it is asked for; pretends a lost device for a negative number."""

@@ -28,7 +28,8 @@ class Node:
     `takes[i]` and `gives[i]` are the slots of input and output i of `signature`, `after` the nodes it waits for,
     `keeps` the slots that must outlive it: they feed later nodes or are outputs of the pipeline. `defaults` are the
     pipeline's values for its `parameters`. The artifact in `config` is a folder. Axis 0 of a row stage's `signature`
-    has no upper bound. Where `checked` is false, the taken tensors must be checked at run time.
+    has no upper bound. Where `checked` is false, the taken tensors must be checked at run time. `load_s` is how long
+    opening was measured to take, in seconds.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Node:
     checked: bool
     keeps: tuple[str, ...] = ()
     streams: bool = False
+    load_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class Layout:
             after=tuple(sorted({slot.node for slot in slots if slot.node >= 0})),
             checked=all(is_proven(slot.spec, spec) for slot, spec in zip(slots, signature.inputs, strict=True)),
             streams=described.streams,
+            load_s=described.load_s,
         )
         self.nodes.append(node)
         return gives

@@ -94,7 +94,7 @@ class Server:
             drain=self.drain,
             forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
         )
-        workers = sum(stage.copies for model in config.model for stage in model.pipeline().stages)
+        workers = sum(stage.copies + 1 for model in config.model for stage in model.pipeline().stages)
         given: dict[str, Any] = {
             "admit": gate(config.token),
             "tls": self._certificates.context if self._certificates else None,

@@ -75,8 +75,8 @@ _OF_STATIONS: tuple[tuple[str, str, str, Any], ...] = (
     ("torchship_workers_ready", "gauge", "Workers that can take a batch", _ready),
     ("torchship_arena_slots", "gauge", "Slots of shared memory", "replicas.slots"),
     ("torchship_arena_slots_used", "gauge", "Slots with a batch", "replicas.in_flight"),
-    ("torchship_arena_bytes", "gauge", "Shared memory reserved", "replicas.shared"),
-    ("torchship_workers_resident_bytes", "gauge", "Memory of the workers", "replicas.size"),
+    ("torchship_arena_bytes", "gauge", "Shared memory reserved", "processes.shared"),
+    ("torchship_workers_resident_bytes", "gauge", "Memory of the workers", "processes.size"),
 )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -551,5 +552,34 @@ def test_calls_with_other_inputs_share_no_batch() -> None:
             with pytest.raises(BadInput, match=r"missing \['x'\]"):
                 line.submit({"bias": ROW})
         assert line.admission.jobs == 0
+
+    run(work)
+
+
+def test_a_killed_worker_is_replaced_by_the_spare_one_that_has_opened_already(tmp_path: Path) -> None:
+    """Opening ends only where no file says wait: who is asked after the kill was open before it."""
+    file = tmp_path / "opened"
+
+    def pids() -> list[int]:
+        return [int(word) for word in file.read_text().split()] if file.exists() else []
+
+    async def work() -> None:
+        async with Opened({"run": "Slow", "options": {"file": str(file)}}, spare=True) as line:
+            (station,) = line.stations
+            await until(lambda: len(station.processes) == 2 and station.processes[1].state == "ready")
+            gate = tmp_path / "opened.closed"
+            gate.touch()  # from now on nobody opens
+            first, spare = pids()
+            assert (await line.submit({"x": np.ones(1, np.float32)}))["pid"] == [first]
+            os.kill(first, signal.SIGKILL)
+            assert (await line.submit({"x": np.ones(1, np.float32)}))["pid"] == [spare]
+            await until(lambda: len(pids()) == 3)  # another spare has begun to open
+            assert line.ready
+            gate.unlink()
+            await until(lambda: len(station.processes) == 2 and station.processes[1].state == "ready")
+            os.kill(spare, signal.SIGKILL)
+            assert (await line.submit({"x": np.ones(1, np.float32)}))["pid"] == [pids()[2]]
+        assert not station.processes
+        assert not any(map(psutil.pid_exists, pids()))
 
     run(work)

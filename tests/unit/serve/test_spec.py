@@ -57,3 +57,11 @@ def test_each_copy_has_its_place() -> None:
     assert {(place.threads, place.nice) for place in found} == {(2, 1)}
     (python,) = placements(StageConfig(run="a:b"), LineLimits())
     assert python.threads == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "measured", "allowed"), [(0.0, 0.0, 120.0), (0.0, 8.0, 120.0), (0.0, 50.0, 200.0), (7.0, 50.0, 7.0)]
+)
+def test_how_long_a_stage_may_take_to_open(said: float, measured: float, allowed: float) -> None:
+    made = msgspec.structs.replace(model("x:FP32[-1] -> y:FP32[-1]"), load_s=measured)
+    assert WorkerSpec(model=made, limits=LineLimits(open_timeout=said)).open_timeout == allowed

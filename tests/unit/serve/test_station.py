@@ -15,7 +15,7 @@ from tests.serving import planned
 from torchship.errors import StageFailed, Unavailable
 from torchship.pipeline import opening
 from torchship.pipeline.faults import Fault
-from torchship.serve.engine.ipc.messages import BatchDone
+from torchship.serve.engine.ipc.messages import BatchDone, CardMemory
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.replica import ReplicaEvents
 from torchship.serve.engine.spec import LineLimits, WorkerSpec
@@ -25,23 +25,31 @@ ROW = np.array([[1, 2, 3, 4]], np.float32)
 
 
 class Staff:
-    """Starts steered replicas and keeps them; the next `missing` starts fail."""
+    """Starts steered replicas, as if on a `card`, and keeps them; the next `missing` starts fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, card: CardMemory | None = None) -> None:
         self.all: list[Steered] = []
         self.missing = 0
+        self.card = card
 
     def start(self, spec: WorkerSpec, events: ReplicaEvents) -> Steered:
         if self.missing:
             self.missing -= 1
             raise Unavailable("no more processes")
         self.all.append(Steered(spec, events))
+        self.all[-1].card = self.card
         return self.all[-1]
 
 
-def run(work: Callable[[Line, Station, Staff], Awaitable[None]], stage: dict[str, Any], **limits: Any) -> None:
+def run(
+    work: Callable[[Line, Station, Staff], Awaitable[None]],
+    stage: dict[str, Any],
+    *,
+    card: CardMemory | None = None,
+    **limits: Any,
+) -> None:
     async def bounded() -> None:
-        staff = Staff()
+        staff = Staff(card)
         async with asyncio.timeout(60):
             line = await Line(planned(stage), limits=LineLimits(**limits), start=staff.start).open()
             try:
@@ -148,7 +156,7 @@ def test_what_hangs_alone_is_blamed_at_once_and_not_run_again() -> None:
     [({}, 0.0, 60.0), ({"timeout": 540.0}, 0.0, 540.0), ({"run_timeout": 5.0}, 0.0, 5.0),
      ({"run_timeout": 5.0}, 90.0, 90.0), ({"run_timeout": 5.0}, 2.0, 5.0), ({}, 9e9, 3600.0)],
 )  # fmt: skip
-def test_how_long_a_batch_may_run(limits: dict[str, float], deadline: float, allowed: float) -> None:
+def test_how_long_a_batch_may_run(limits: dict[str, Any], deadline: float, allowed: float) -> None:
     """`run_timeout`; where it is not set, the model's time-out; and a request's own time-out where that is longer."""
 
     async def work(line: Line, station: Station, staff: Staff) -> None:
@@ -245,3 +253,79 @@ def test_replicas_of_all_lines_open_in_turns() -> None:
     asyncio.run(work())
     assert len(opening) == 8
     assert max(opening) == 2
+
+
+def roomy(free: int) -> CardMemory:
+    return CardMemory(held=2**30, free=free, total=16 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "card", "copies", "kept"),
+    [
+        (None, None, 1, False),
+        (True, None, 1, True),
+        (True, None, 2, False),
+        (None, roomy(2**31), 1, True),
+        (None, roomy(2**31 - 1), 1, False),
+        (True, roomy(2**30), 1, False),
+        (False, roomy(2**34), 1, False),
+    ],
+)
+def test_when_a_spare_worker_is_kept(wanted: bool | None, card: CardMemory | None, copies: int, kept: bool) -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        await turns()
+        assert len(staff.all) == copies + kept
+        assert len(station.replicas) == copies
+        station.ping(time.monotonic() + 40, 2)
+        await turns()
+        assert len(staff.all) == copies + kept
+
+    run(work, {"run": "double", "copies": copies}, card=card, spare=wanted)
+
+
+def test_two_processes_have_to_fit_into_the_share() -> None:
+    assert roomy(2**34).holds_another(share=0.125)
+    assert not roomy(2**34).holds_another(share=0.124)
+
+
+def test_a_spare_worker_takes_over_and_another_one_is_opened() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        await until(lambda: len(staff.all) == 2 and staff.all[1].state == "ready")
+        first, spare = staff.all
+        asked = [line.submit({"x": ROW * number}) for number in range(3)]
+        await turns()
+        first.kill("crashed")
+        await until(lambda: bool(spare.in_flight))
+        assert station.replicas == [spare]
+        assert len(staff.all) == 2, "nobody had to open anything"
+        for _ in range(4):
+            while spare.in_flight:
+                spare.go()
+            await turns()
+        assert [np.array_equal((await future)["y"], ROW * 2 * number) for number, future in enumerate(asked)]
+        station.ping(time.monotonic(), 2)
+        await until(lambda: len(staff.all) == 3 and staff.all[2].state == "ready")
+        assert station.replicas == [spare]
+        assert station.meter.restarts == 1
+        staff.all[2].kill("crashed while it waits")
+        await until(lambda: staff.all[2].state == "ended")
+        assert line.ready
+        await line.close()
+        assert {replica.state for replica in staff.all} == {"ended"}
+
+    run(work, {"run": "double"}, spare=True)
+
+
+def test_a_spare_worker_that_is_opening_is_waited_for_and_one_that_fails_is_not() -> None:
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        staff.all[0].kill("crashed")  # its spare has not begun to open
+        await until(lambda: staff.all[0].state == "ended" and line.ready)
+        assert len(staff.all) == 2
+        assert station.replicas == [staff.all[1]]
+        staff.missing = 1
+        station.ping(time.monotonic(), 2)
+        staff.all[1].kill("crashed")
+        await until(lambda: staff.all[1].state == "ended" and line.ready)
+        assert station.replicas == [staff.all[2]]
+
+    run(work, {"run": "double"}, spare=True)

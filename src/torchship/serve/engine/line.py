@@ -136,7 +136,12 @@ class Line:
         """The node of the line for one of the plan, its station not yet open."""
         config, signature, limits = node.config, node.signature, self.limits
         model = StageModel(
-            name=node.name, config=config, store=store.named, signature=signature, max_batch=node.max_batch
+            name=node.name,
+            config=config,
+            store=store.named,
+            signature=signature,
+            max_batch=node.max_batch,
+            load_s=node.load_s,
         )
         specs = [WorkerSpec(model=model, placement=place, limits=limits) for place in placements(config, limits)]
         defaults = select(node.parameters, {}, node.defaults)
@@ -386,7 +391,7 @@ class Line:
         """The time. When we were held up ourselves, workers are not blamed for what we did not hear meanwhile."""
         before, self._beat = self._beat, time.monotonic()
         if (late := self._beat - before) > _LATE:
-            for replica in [replica for station in self.stations for replica in station.replicas]:
+            for replica in [replica for station in self.stations for replica in station.processes]:
                 replica.heard += late
         return self._beat
 

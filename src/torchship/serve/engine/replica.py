@@ -22,7 +22,7 @@ from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.faults import revive
 from torchship.serve.engine.ipc import arena, messages
 from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
-from torchship.serve.engine.ipc.messages import BatchDone, Inbox, RunBatch, decode_report, encode, send
+from torchship.serve.engine.ipc.messages import BatchDone, CardMemory, Inbox, RunBatch, decode_report, encode, send
 from torchship.serve.engine.output import WorkerOutput
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.spec import WorkerSpec
@@ -66,7 +66,7 @@ class Replica(Protocol):
     Batches come back in the order in which they were given. `heard` is when it last gave a sign of life, `served` how
     many batches it has answered, `fault` why its stage could not be opened; `ended` is done when it is gone. It takes
     `slots` batches altogether, and has reserved `shared` bytes of memory to hand them over; `pid` is its process id,
-    for logs, or 0 where it has none.
+    for logs, or 0 where it has none. `card` is the memory of the card that it has opened its stage on, if any.
     """
 
     spec: WorkerSpec
@@ -78,6 +78,7 @@ class Replica(Protocol):
     heard: float
     served: int
     fault: TorchshipError | None
+    card: CardMemory | None
     ended: asyncio.Future[None]
 
     @property
@@ -120,6 +121,7 @@ class LocalReplica:
         self.in_flight: deque[InFlightBatch] = deque()
         self.heard = time.monotonic()
         self.fault: TorchshipError | None = None
+        self.card: CardMemory | None = None
         self.served = 0
         self._reason = ""
         self._events = events
@@ -132,7 +134,7 @@ class LocalReplica:
         self._raw_inputs = [(numpy_dtype(given.dtype), tuple(given.wire_shape[1:])) for given in signature.inputs]
         self._outputs = [numpy_dtype(given.dtype) for given in signature.outputs]
         self._start()
-        self._timer = self._loop.call_later(spec.limits.open_timeout, self._late)
+        self._timer = self._loop.call_later(spec.open_timeout, self._late)
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def _start(self) -> None:
@@ -265,7 +267,7 @@ class LocalReplica:
                     self.kill(f"opened with signature {report.signature}, planned {planned}")
                 elif self.state == "opening":
                     self._timer.cancel()
-                    self.state = "ready"
+                    self.state, self.card = "ready", report.card
                     self._events.on_open(self)
             elif isinstance(report, messages.OpenFailed):
                 self.fault = revive(report.fault, stage=self.spec.model.name)
@@ -330,7 +332,7 @@ class LocalReplica:
             self._timer = self._loop.call_later(waited - self._waited, self._late)
             self._waited = waited
         else:
-            self.kill(f"did not open within {self.spec.limits.open_timeout:g} s")
+            self.kill(f"did not open within {self.spec.open_timeout:g} s")
 
     def _end(self) -> None:
         """The process is gone: read what it had still to say, give everything back, tell the station."""

@@ -17,6 +17,8 @@ from torchship.tensors import NanPolicy, Signature, TensorSpec, numpy_dtype
 _SLOT_LIMIT = 2**28  # bytes; a bigger batch travels in memory of its own
 _SLOT_FREE = 2**20  # bytes of a slot for each tensor whose size is not known
 _ALIGN = 64
+_OPEN = 120.0  # seconds to open a stage at least
+_LOADS = 4.0  # times what was measured
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -26,8 +28,10 @@ class LineLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a model's line takes, and how patient it is; times in seconds, sizes in bytes.
 
     A batch may run for `run_timeout`, or for the time-out of a request in it that asks for longer; 0 is a minute, or
-    `timeout` where that is longer. `nice` lets other models go first where they share cores, `cpus` pins the workers
-    to some, and a worker that takes more than `memory` bytes is replaced.
+    `timeout` where that is longer. A stage may take `open_timeout` to open; 0 is what was measured, several times over,
+    and two minutes at least. `spare`: keep one more process open, which takes over where the only copy is lost; None
+    does so on a card with room for it. `nice` lets other models go first where they share cores, `cpus` pins the
+    workers to some, and a worker that takes more than `memory` bytes is replaced.
     """
 
     queue_rows: Count = 4096
@@ -35,7 +39,8 @@ class LineLimits(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Seconds = 60.0
     max_wait: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
     run_timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    open_timeout: Seconds = 120.0
+    open_timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    spare: bool | None = None
     sequence_idle: Seconds = 60.0
     priority: Count = 2
     memory: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -56,13 +61,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageModel(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage of a plan as a worker opens it; `store` is the folder in which its artifact's name is looked up."""
+    """One stage of a plan as a worker opens it; `store` is the folder in which its artifact's name is looked up, and
+    `load_s` how long opening was measured to take."""
 
     name: str
     config: StageConfig
     store: str
     signature: Signature
     max_batch: int
+    load_s: float = 0.0
 
     @property
     def loose(self) -> tuple[int, ...]:
@@ -103,6 +110,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     placement: Placement = Placement()
     limits: LineLimits = LineLimits()
     depth: int = 2
+
+    @property
+    def open_timeout(self) -> float:
+        """Seconds that the worker may take to open its stage: compilers and cold disks make it vary."""
+        return self.limits.open_timeout or max(_OPEN, _LOADS * self.model.load_s)
 
 
 def placements(config: StageConfig, limits: LineLimits) -> tuple[Placement, ...]:

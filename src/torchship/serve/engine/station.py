@@ -28,6 +28,7 @@ _LIVES = 2  # crashes that a job survives alone before it is blamed
 _LOOP = 5  # quick crashes in a row that open the circuit
 _PING_EVERY = 5.0  # seconds
 _PING_TIMEOUT = 15.0
+_SPARE_EVERY = 30.0  # seconds between two attempts to open a spare replica
 _BACKLOG = 4  # batches that may wait at the next station before this one pauses
 
 
@@ -78,6 +79,9 @@ class Station:
         self._leaving: set[Replica] = set()
         self._spent: set[Replica] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._spare: Replica | None = None
+        self._spare_at = 0.0
+        self._sparing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Start all replicas and wait until they are ready. Raises what the stage raised when it was opened."""
@@ -87,11 +91,14 @@ class Station:
             await self.close()
             raise
 
-    async def _open_one(self, spec: WorkerSpec) -> None:
+    async def _open_one(self, spec: WorkerSpec, *, spare: bool = False) -> None:
         """Start one replica when it is its turn, so that its time-out is its own. Raises TorchshipError."""
         async with self._turns:
             replica = self._start_replica(spec, self)
-            self.replicas.append(replica)
+            if spare:
+                self._spare = replica
+            else:
+                self.replicas.append(replica)
             opened = self._opening[replica] = self._loop.create_future()
             await opened
 
@@ -99,6 +106,11 @@ class Station:
     def ready(self) -> bool:
         """Whether a replica is there to take a batch."""
         return not self._closing and any(replica.state == "ready" for replica in self.replicas)
+
+    @property
+    def processes(self) -> list[Replica]:
+        """The replicas, and the one that is kept to spare."""
+        return self.replicas if self._spare is None else [*self.replicas, self._spare]
 
     @property
     def idle(self) -> bool:
@@ -279,7 +291,11 @@ class Station:
 
     def on_end(self, replica: Replica, batches: list[InFlightBatch], reason: str) -> None:
         """A replica is gone: replace it, and run again what it held; the batch that it ran is under suspicion."""
-        self.replicas.remove(replica)
+        spare = replica is self._spare
+        if spare:
+            self._spare = None
+        else:
+            self.replicas.remove(replica)
         text = f"worker {replica.pid} {reason or 'stopped'}"
         if reason and replica.fault is None:  # a stage that cannot be opened is told by whoever wanted it
             _log.warning("station %s: %s", self.name, text, extra={"station": self.name, "pid": replica.pid})
@@ -287,6 +303,8 @@ class Station:
         if opened is not None:
             if not opened.done():
                 opened.set_exception(replica.fault or Unavailable(f"stage {self.name!r} did not open: {text}"))
+            return
+        if spare:
             return
         names, waiting = self.pins.lose(replica)
         self.on_lost(names)
@@ -300,7 +318,8 @@ class Station:
             self.meter.restarts += 1
             if replica not in self._leaving:
                 self._crashes = 0 if replica.served else self._crashes + 1
-                self._spawn(self._replace(replica.spec, text))
+                if not self._promote():
+                    self._spawn(self._replace(replica.spec, text))
         self._leaving.discard(replica)
         self._spent.discard(replica)
         self.pump_soon()
@@ -328,14 +347,49 @@ class Station:
                 innocent.append(call)
         self._again(innocent)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _keep_spare(self, now: float) -> None:
+        """Where the only copy may be lost, have another one open and waiting, if that is wanted and there is room."""
+        wanted = self.limits.spare
+        if self._spare or now < self._spare_at or wanted is False or self.copies > 1 or not self.ready:
+            return
+        self._spare_at = now + _SPARE_EVERY
+        card, share = self.replicas[0].card, self._specs[0].placement.memory_share
+        if wanted if card is None else card.holds_another(share=share):
+            self._sparing = self._spawn(self._open_spare())
+        elif wanted and card is not None:
+            self._spare_at = FOREVER
+            numbers = f"{card.held / 2**30:.1f} GiB each, {card.free / 2**30:.1f} GiB of the card are free"
+            _log.warning("station %s: no room for a spare worker: %s, its share is %g", self.name, numbers, share)
+
+    async def _open_spare(self) -> None:
+        try:
+            await self._open_one(self._specs[0], spare=True)
+        except TorchshipError as fault:
+            _log.warning("station %s: no spare worker: %s", self.name, fault.line)
+
+    def _promote(self) -> bool:
+        """Let the spare replica take a place, if it is ready; the next ping opens another."""
+        spare = self._spare
+        if spare is None or spare.state != "ready":
+            return False
+        self._spare, self._spare_at = None, 0.0
+        self.replicas.append(spare)
+        self.pump_soon()
+        return True
 
     async def _replace(self, spec: WorkerSpec, text: str) -> None:
         """Start a replica again and again until one opens, after longer and longer pauses."""
         while not self._closing:
+            if self._sparing is not None:
+                await asyncio.wait([self._sparing])
+                if self._promote():
+                    return
             pause = min(30.0, 0.05 * 2**self._crashes) if self._crashes else 0.0
             if self._crashes >= _LOOP and not self.ready:
                 self._break(text, pause)
@@ -353,7 +407,8 @@ class Station:
         self._leaving.add(replica)
         _log.warning("station %s: worker %s %s", self.name, replica.pid, reason, extra={"station": self.name})
         try:
-            await self._open_one(replica.spec)
+            if not self._promote():
+                await self._open_one(replica.spec)
         except TorchshipError as fault:
             self._leaving.discard(replica)
             if replica.state == "ended":
@@ -402,10 +457,12 @@ class Station:
     def ping(self, now: float, number: int) -> None:
         """Ask idle workers for a sign of life, kill those that gave none, replace those that took too much memory."""
         most = self.limits.memory
+        self._keep_spare(now)
         for replica in self.replicas:
             if most and replica.state == "ready" and replica not in self._leaving and (size := replica.size) > most:
                 text = f"took {size / 2**20:.0f} MiB, more than its limit of {most / 2**20:.0f} MiB"
                 self._spawn(self._succeed(replica, text))
+        for replica in self.processes:
             if replica.state != "ready" or replica.in_flight:
                 continue
             if now - replica.heard > _PING_TIMEOUT:
@@ -420,7 +477,7 @@ class Station:
             task.cancel()
         if self._timer:
             self._timer.cancel()
-        replicas = list(self.replicas)
+        replicas = list(self.processes)
         for replica in replicas:
             if replica.state == "opening":
                 replica.kill("closed before it was open")

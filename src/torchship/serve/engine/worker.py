@@ -59,7 +59,9 @@ def main(argument: Any, sock: socket.socket) -> None:
     if (register := getattr(stage, "register", None)) is not None:
         register(np.frombuffer(memory.region.memory, np.uint8).ctypes.data, len(memory.region.memory))
     signature = stage.signature.taking([spec.name for spec in model.signature.inputs])
-    send(sock, encode(messages.Opened(str(relax(signature)))))
+    measure = getattr(stage, "card_memory", None)
+    card = messages.CardMemory(*measure()) if measure is not None else None
+    send(sock, encode(messages.Opened(str(relax(signature)), card)))
     WorkerLoop(StageRunner(stage, signature), arena=memory, sock=sock, private=bool(model.config.run)).work()
     stage.close()
 

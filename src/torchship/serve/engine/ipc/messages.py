@@ -97,10 +97,24 @@ class Pong(msgspec.Struct, array_like=True, frozen=True, tag=2):
     number: int
 
 
+class CardMemory(msgspec.Struct, array_like=True, frozen=True):
+    """Bytes of a card when a stage had opened there: what its process held, what was free, and all."""
+
+    held: int
+    free: int
+    total: int
+
+    def holds_another(self, *, share: float) -> bool:
+        """Whether what is free holds two more like it, one of them for a reload, and this share of the card two."""
+        return 2 * self.held <= min(self.free, share * self.total)
+
+
 class Opened(msgspec.Struct, array_like=True, frozen=True, tag=3):
-    """Worker to host: the stage is open and warm. `signature` is its own, as text, to be compared."""
+    """Worker to host: the stage is open and warm, on a `card` where it has one. `signature` is its own, as text, to be
+    compared."""
 
     signature: str
+    card: CardMemory | None = None
 
 
 class OpenFailed(msgspec.Struct, array_like=True, frozen=True, tag=4):
