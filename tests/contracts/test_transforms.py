@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -14,8 +15,11 @@ from tests.contracts.test_backends import HERE, error, expected, picture, senten
 from torchship import plugins
 from torchship.backends import eager, onnxruntime
 from torchship.errors import BadConfig, BuildFailed
+from torchship.hardware import Gpu
 from torchship.model import Model
 from torchship.optimize.capture import capture
+from torchship.optimize.guard import precision_of
+from torchship.optimize.strategies.proposals import propose
 from torchship.recipe import Options
 
 TRANSFORMS = plugins.names("transforms")
@@ -27,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
 ]
 # what each may lose: nothing, or eight bits
-LOSS = {"quantize": 0.1}
+LOSS = {"quantize": 0.1, "rowwise": 0.1}
 
 
 def cases() -> Sequence[tuple[str, str, Options]]:
@@ -64,6 +68,8 @@ def test_a_new_model_answers_alike_and_the_old_one_is_unchanged(
         ("quantize", {"scheme": "magic"}),
         ("quantize", {"exclude": "head"}),
         ("equalize", {"rounds": 0}),
+        ("rowwise", {"format": "fp4"}),
+        ("rowwise", {"least": "all"}),
     ],
 )
 def test_a_wrong_option_is_named(transform: str, options: Options) -> None:
@@ -210,3 +216,69 @@ def test_quantize_leaves_out_what_it_is_told_to() -> None:
     assert {key.split(".parametrizations")[0] for key, value in made.items() if value.dtype == torch.int8} == {"mix"}
     with pytest.raises(BuildFailed, match="no linear layer"):
         apply(model, options={"exclude": ["head"], "modules": {"mix": "fp32"}})
+
+
+def by_hand(x: torch.Tensor, layer: nn.Linear, kind: str) -> torch.Tensor:
+    """What eight bits with a scale for each row answer, by sums in double precision."""
+
+    def rounded(rows: torch.Tensor) -> torch.Tensor:
+        largest = 448.0 if kind == "fp8" else 127.0
+        scale = rows.abs().amax(1, keepdim=True) / largest
+        unit = rows / scale
+        return (unit.to(torch.float8_e4m3fn).double() if kind == "fp8" else unit.round().double()) * scale.double()
+
+    return rounded(x) @ rounded(layer.weight.detach()).t() + layer.bias.detach().double()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_rowwise_computes_in_eight_bits_with_a_scale_for_each_row(kind: str, rows: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 40)
+    x = torch.randn(rows, 64) * torch.logspace(-3, 3, rows).unsqueeze(1)  # rows of very different sizes
+    model = capture(layer, torch.randn(4, 64))
+    changed = plugins.load("transforms", name="rowwise").apply(model, options={"format": kind})
+    with torch.no_grad():
+        found, wanted = changed.module(x)[0].double(), by_hand(x, layer, kind)
+    assert float((found - wanted).norm() / wanted.norm()) < (5e-3 if kind == "fp8" else 1e-6)  # fp8 answers in bf16
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_rowwise_keeps_its_bits_where_the_model_is_cast(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = capture(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)), torch.randn(4, 3, 64))
+    changed = plugins.load("transforms", name="rowwise").apply(model, options={"format": kind, "exclude": ["2"]})
+    kinds = [type(module).__name__ for module in changed.module.modules()]
+    assert (kinds.count("Rowwise"), kinds.count("Linear")) == (1, 1)
+    options: Options = {"precision": "bf16", "mode": "cast"}
+    eager.build(changed, options=options, out=tmp_path)
+    stage = eager.open(tmp_path, signature=model.signature, options=options, threads=1)
+    name = model.signature.inputs[0].name
+    for rows in (1, 6):
+        given = {name: torch.randn(rows, 3, 64).numpy()}
+        assert error(stage(given), expected(model, given)) < 0.06
+    stage.close()
+
+
+def test_rowwise_is_proposed_where_wide_linear_layers_hold_the_weights_and_the_card_has_the_format() -> None:
+    def proposed(capability: str, module: nn.Module, width: int) -> list[Options]:
+        model = capture(module, torch.randn(2, width))
+        card = msgspec.structs.replace(HERE, gpus=(Gpu("a card", 2**34, capability),) if capability else ())
+        found: list[Options] = plugins.load("transforms", name="rowwise").propose(model, hardware=card)
+        return found
+
+    wide = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 16))
+    assert proposed("9.0", wide, 1024) == [{"format": "fp8", "least": 1024}]
+    assert proposed("8.0", wide, 1024) == [{"format": "int8", "least": 1024}]
+    assert proposed("7.0", wide, 1024) == proposed("", wide, 1024) == []
+    assert proposed("9.0", nn.Sequential(nn.Linear(768, 768)), 768) == []
+    embedded = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 900))
+    assert proposed("9.0", embedded, 1024) == [], "most weights are in layers that gain nothing"
+
+
+def test_rowwise_goes_to_the_kernels_of_a_card_in_bf16_and_is_judged_as_eight_bits() -> None:
+    card = msgspec.structs.replace(HERE, gpus=(Gpu("NVIDIA H200", 2**34, "9.0"),))
+    model = capture(nn.Linear(1024, 1024), torch.randn(2, 1024))
+    found = [recipe for recipe in propose(model, hardware=card, backends=["kernels"])[0] if recipe.transforms]
+    assert [recipe.label for recipe in found] == ["kernels device=cuda precision=bf16 + rowwise format=fp8 least=1024"]
+    assert precision_of(found[0]) == "int8"

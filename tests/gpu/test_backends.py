@@ -6,10 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from tests.gpu.models import ON_CARD, Convolutions, Perceptron, Wavering, answer_of, error, expected, packed, rows_for
+from tests.gpu.models import (
+    ON_CARD,
+    Convolutions,
+    Perceptron,
+    Wavering,
+    answer_of,
+    error,
+    expected,
+    module,
+    packed,
+    rows_for,
+)
 from torchship import process
+from torchship.backends import kernels
+from torchship.optimize.capture import capture
+from torchship.optimize.transforms import rowwise
 from torchship.recipe import Options
+from torchship.tensors import Free
 
 pytestmark = ON_CARD
 GPU: Options = {"device": "cuda"}
@@ -52,3 +68,16 @@ def test_kernels_open_in_a_fresh_process_without_compiling(
     answer, compiled = outcome.value
     assert compiled == 0
     assert error(np.array(answer), expected(kind, x)) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_eight_bits_in_rows_run_on_the_card(kind: str, tmp_path: Path) -> None:
+    model = capture(module(Perceptron), torch.randn(4, 32), free={"x": {0: Free(1, 4, "n")}})
+    changed = rowwise.apply(model, options={"format": kind})
+    options = GPU | {"precision": "bf16"}
+    kernels.build(changed, options=options, out=tmp_path)
+    stage = kernels.open(tmp_path, signature=model.signature, options=options, device="cuda")
+    for rows in (1, 3, 4):
+        x = rows_for(Perceptron, rows)
+        assert error(answer_of(stage, {"x": x}), expected(Perceptron, x)) < 0.1
+    stage.close()

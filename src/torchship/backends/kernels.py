@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 KIND = "native"
 PARTS = ("cuda",)  # where it runs parts of a model that stays Python
 TRIED = 1  # in this order among the backends: on a card nothing else wins as often
+TAKES = ("rowwise",)  # transforms that it gains from
 PACKAGES = ("torch", "nvidia-cudnn-frontend")
 OPTIONS = torch_stage.OPTIONS
 PLAN = "kernels.json"

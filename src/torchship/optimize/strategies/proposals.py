@@ -113,7 +113,15 @@ def combined(model: Model, *, hardware: Hardware, backend: str) -> list[tuple[in
         if any(step.transform == name for step in calibrated):
             found.append((rank, calibrated))
         found += [(rank, (Step(name, options),)) for options in _proposals(name, model, hardware)]
-    return [(rank, Recipe(backend, {}, steps)) for rank, steps in found]
+    return [(rank, Recipe(backend, _beside(steps), steps)) for rank, steps in found]
+
+
+def _beside(steps: Sequence[Step]) -> Options:
+    """What the transforms want a backend's recipe to say beside them."""
+    found: Options = {}
+    for step in steps:
+        found |= plugins.fact("transforms", step.transform, "RUNS_WITH") or {}
+    return found
 
 
 def _reason_against(transform: str) -> str:
