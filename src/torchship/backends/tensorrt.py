@@ -38,14 +38,18 @@ _CEILING = 512
 
 def probe(*, hardware: Hardware) -> str:
     """Why it cannot run here, with the mend; empty when it can. Building needs only the libraries."""
-    found = _module()
+    found, refusal = _module(), ""
+    for card in hardware.gpus[:1]:
+        if card.capability not in _RTX_CARDS:
+            refusal = f"TensorRT-RTX does not run on {card.name} (compute {card.capability})"
+    if not found and refusal:
+        return f"tensorrt is not installed: pip install tensorrt; {refusal}"
     if not found:
         return f"neither tensorrt nor TensorRT-RTX is installed: pip install {_PIP}"
     if not hardware.gpus:
         return "TensorRT runs on NVIDIA GPUs, and this machine shows none: engines can be built here, not run"
-    card = hardware.gpus[0]
-    if found == "tensorrt_rtx_bindings" and card.capability not in _RTX_CARDS:
-        return f"TensorRT-RTX does not run on {card.name} (compute {card.capability}); it takes {' '.join(_RTX_CARDS)}"
+    if found == "tensorrt_rtx_bindings" and refusal:
+        return f"{refusal}; it takes {' '.join(_RTX_CARDS)}"
     return missing("torch")
 
 

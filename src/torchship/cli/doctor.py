@@ -102,6 +102,9 @@ def _machine(found: Machine) -> Iterator[RenderableType]:
     yield from (table(("feature", "here", "good for"), features, title="Features"), "")
     backends = [(row.name, _yes(not row.reason, no="yellow"), row.reason) for row in found.backends]
     yield table(("backend", "runs here", "why not"), backends, title="Backends")
+    checks = [(c.name, _yes(not c.fault, no="red"), f"{c.seconds:.1f} s", c.fault or c.said) for c in found.checks]
+    if checks:
+        yield from ("", table(("step", "works", "took", "what was seen"), checks, title="Self-test of the card"))
     yield from _listed("Advice", found.advice)
 
 

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 Level: TypeAlias = Literal["info", "warn", "bad"]
+PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")
 UNKNOWN = "unknown"  # the construct that takes what no other does
 
 
@@ -66,6 +67,16 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return bool(self.search(text, re.I) and re.search(self.code, code))
 
 
+class CardPackage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A package that a machine with a card may lack, what it `brings`, and the words after `pip install`; told only
+    where the package `beside` is installed, if one is named."""
+
+    package: str
+    brings: str
+    pip: str
+    beside: str = ""
+
+
 class DoctorTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All tables of `catalog.toml`, as it describes them."""
 
@@ -73,6 +84,7 @@ class DoctorTables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     construct: list[Row]
     finding: list[Row]
     failure: list[Row]
+    card: list[CardPackage]
     routes: dict[str, str]
     advice: dict[str, str]
     features: dict[str, dict[str, str]]

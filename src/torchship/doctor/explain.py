@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import msgspec
 
 from torchship.doctor import catalog, failure
-from torchship.doctor.machine import PACKAGES
 from torchship.hardware import here, version
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -65,7 +64,7 @@ def _machine() -> dict[str, str | None]:
         "features": ", ".join(hardware.features) or "none that torchship knows",
         "driver": next((gpu.driver for gpu in hardware.gpus), None),
         "shared_memory": shared_memory,
-    } | {name: f"{name} {number}" for name in ("numpy", *PACKAGES) if (number := version(name))}
+    } | {name: f"{name} {number}" for name in ("numpy", *catalog.PACKAGES) if (number := version(name))}
 
 
 def _cuda_memory(text: str) -> dict[str, str]:

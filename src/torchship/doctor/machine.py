@@ -14,10 +14,12 @@ import msgspec
 import psutil
 
 from torchship import plugins
-from torchship.doctor.catalog import tables
+from torchship.doctor import card as cards
+from torchship.doctor.card import CardCheck, CardReport, CardUse
+from torchship.doctor.catalog import PACKAGES, tables
+from torchship.doctor.explain import explain
 from torchship.hardware import THREAD_VARIABLES, Gpu, Hardware, free_memory, here, quota, version
 
-PACKAGES = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "executorch", "tensorrt")
 _GIB = 2**30
 _SHM = "/dev/shm"  # noqa: S108  # nothing is written there, its size is what we are after
 
@@ -57,12 +59,17 @@ class Machine(msgspec.Struct, frozen=True):
     backends: list[BackendRow]
     packages: dict[str, str]
     advice: list[str]
+    checks: list[CardCheck] = []
 
 
 def examine() -> Machine:
-    """Look at this machine. Reads the kernel's files and package metadata; imports no torch, opens no device."""
+    """Look at this machine. Reads the kernel's files and package metadata, imports no torch, and opens no device: where
+    there are cards, a child process tries them."""
     hardware = here()
     facts = list(_facts(hardware))
+    report = cards.look() if hardware.gpus and version("torch") else CardReport()
+    if hardware.gpus:
+        facts += [*_memory_of_cards(hardware, cards.uses()), *_torch_on(hardware, report)]
     rows = [
         BackendRow(name, plugins.reason_against("backends", name=name, hardware=hardware))
         for name in plugins.names("backends")
@@ -71,9 +78,52 @@ def examine() -> Machine:
     advice = [fact.advice for fact in facts if fact.advice]
     if "torch" not in packages:
         advice.append(tables().advice["torch"])
-    if "openvino" not in packages and platform.machine() == "x86_64":
+    if hardware.gpus:
+        advice += [*_lacking(), *(words for check in report.checks for words in _mends(check.fault))]
+    elif "openvino" not in packages and platform.machine() == "x86_64":
         advice.append(tables().advice["openvino"])
-    return Machine(hardware, hardware.fingerprint, facts, features(hardware), rows, packages, advice)
+    return Machine(hardware, hardware.fingerprint, facts, features(hardware), rows, packages, advice, report.checks)
+
+
+def _memory_of_cards(hardware: Hardware, uses: list[CardUse]) -> Iterator[Fact]:
+    """What is free on each card, and who holds the rest."""
+    for number, (gpu, use) in enumerate(zip(hardware.gpus, uses, strict=False)):
+        text = f"{use.free / _GIB:.1f} of {gpu.memory / _GIB:.1f} GiB free"
+        text += f"; held by {', '.join(use.holders)}" if use.holders else ""
+        text += "; cut into MIG instances" if use.mig else ""
+        yield _judged(f"memory of card {number}", text, use.free < 2 * _GIB, key="card memory")
+
+
+def _torch_on(hardware: Hardware, report: CardReport) -> Iterator[Fact]:
+    """Whether torch sees the cards, and why not."""
+    if not (report.torch or report.fault):
+        return
+    name, advice, visible = "torch on cards", tables().advice, os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(hardware.gpus)
+    text = f"torch {report.torch} for CUDA {report.cuda}, sees {report.cards} of {there}"
+    if not report.torch:
+        yield Fact(name, f"the self-test ended: {report.fault}", "bad", "; ".join(_mends(report.fault)))
+    elif not report.cuda:
+        yield Fact(name, f"torch {report.torch} is a build for the processor", "bad", advice["torch cpu build"])
+    elif report.cards < there and visible is not None:
+        told = advice["hidden cards"].format(visible=visible)
+        yield Fact(name, f"{text}: CUDA_VISIBLE_DEVICES={visible}", "warn" if report.cards else "bad", told)
+    elif report.cards < there:
+        yield Fact(name, f"{text}: {report.fault}", "bad", "; ".join(_mends(report.fault)) or advice["unseen cards"])
+    else:
+        yield Fact(name, text)
+
+
+def _mends(fault: str) -> list[str]:
+    """What to do about a fault that the catalog knows."""
+    return explain(fault)[0].mend if fault and explain(fault) else []
+
+
+def _lacking() -> Iterator[str]:
+    """What a machine with a card could have, and what it would bring."""
+    for row in tables().card:
+        if not version(row.package) and (not row.beside or version(row.beside)):
+            yield f"{row.brings}: pip install {row.pip}"
 
 
 def _judged(name: str, value: str, trouble: bool, *, key: str = "", **facts: object) -> Fact:

@@ -51,6 +51,10 @@ def test_missing_packages_are_named_with_the_pip_line() -> None:
 def test_tensorrt_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tensorrt, "_module", lambda: "")
     assert "pip install tensorrt-rtx" in tensorrt.probe(hardware=HERE)
+    assert "pip install tensorrt-rtx" in tensorrt.probe(hardware=with_gpu(ADA))
+    refused = tensorrt.probe(hardware=with_gpu(H100))
+    assert "pip install tensorrt;" in refused
+    assert "TensorRT-RTX does not run on NVIDIA H100 (compute 9.0)" in refused
     with pytest.raises(BuildFailed, match="installed"):
         tensorrt.build(picture(), options={}, out=tmp_path)
     with pytest.raises(Unavailable, match="installed"):
