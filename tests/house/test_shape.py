@@ -77,16 +77,16 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 32_213
+ENGINE = 32_437
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_541,
-    "torchship.cli": 1_583,
+    "torchship.backends": 1_545,
+    "torchship.cli": 1_586,
     "torchship.client": 1_412,
-    "torchship.doctor": 1_593,
+    "torchship.doctor": 1_810,
     "torchship.lowering": 2_994,
     "torchship.optimize": 6_388,
     "torchship.optimize.transforms": 453,
