@@ -22,18 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 from torchship import process
-from torchship.serve.engine.ipc.arena import ArenaBlock, MemoryRegion
+from torchship.serve.engine.ipc.arena import ArenaBlock
 from torchship.serve.engine.ipc.messages import (
     BatchDone,
-    Inbox,
     PackedCall,
     Result,
     RunBatch,
     decode_order,
     decode_report,
     encode,
-    send,
 )
+from torchship.serve.ipc.channel import Inbox, send
+from torchship.serve.ipc.memory import MemoryRegion
 
 ROUNDS, TRIPS, DEPTH = 5, 2000, 64
 RUN = RunBatch(1, 0, [PackedCall([1] * 32, [ArenaBlock((32, 16), 0, 2048)])])

@@ -26,7 +26,7 @@ from tests.gpu.models import (
 from torchship.errors import BadInput, Unavailable
 from torchship.lowering import torch_stage
 from torchship.lowering.cuda import CudaStage
-from torchship.serve.engine.ipc.arena import MemoryRegion
+from torchship.serve.ipc.memory import MemoryRegion
 from torchship.tensors import Signature
 
 pytestmark = ON_CARD

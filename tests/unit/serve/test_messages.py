@@ -11,18 +11,16 @@ import pytest
 
 from torchship.errors import BadInput, StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.faults import describe, is_device_lost, revive, words_of
-from torchship.serve.engine.ipc.arena import MemoryRegion
 from torchship.serve.engine.ipc.messages import (
-    INLINE,
     BatchDone,
-    Inbox,
     PackedCall,
     RunBatch,
     decode_order,
     decode_report,
     encode,
-    send,
 )
+from torchship.serve.ipc.channel import INLINE, Inbox, send
+from torchship.serve.ipc.memory import MemoryRegion
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 
-from torchship.serve.engine.output import WorkerOutput
+from torchship.serve.ipc.output import WorkerOutput
 
 
 def printed(

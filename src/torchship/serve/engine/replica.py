@@ -21,11 +21,13 @@ from torchship import hardware, process
 from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.faults import revive
 from torchship.serve.engine.ipc import arena, messages
-from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
-from torchship.serve.engine.ipc.messages import BatchDone, CardMemory, Inbox, RunBatch, decode_report, encode, send
-from torchship.serve.engine.output import WorkerOutput
+from torchship.serve.engine.ipc.arena import Arena, ArenaBlock
+from torchship.serve.engine.ipc.messages import BatchDone, CardMemory, RunBatch, decode_report, encode
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.spec import WorkerSpec
+from torchship.serve.ipc.channel import INLINE, Inbox, send
+from torchship.serve.ipc.memory import MemoryRegion
+from torchship.serve.ipc.output import WorkerOutput
 from torchship.tensors import Array, numpy_dtype
 
 _log = logging.getLogger("torchship.serve")
@@ -166,7 +168,7 @@ class LocalReplica:
         self._arena.region.drop_descriptor()
         self._inbox = Inbox(self._sock)
         self._sock.setblocking(False)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * messages.INLINE)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * INLINE)
         self._loop.add_reader(self._sock.fileno(), self._hear)
         self._loop.add_reader(self._pidfd, self._end)
 

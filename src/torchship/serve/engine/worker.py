@@ -23,9 +23,11 @@ from torchship.pipeline.opening import open_stage
 from torchship.pipeline.rows import check_outputs, check_rows
 from torchship.pipeline.wiring import relax
 from torchship.serve.engine.ipc import arena, messages
-from torchship.serve.engine.ipc.arena import Arena, ArenaBlock, MemoryRegion
-from torchship.serve.engine.ipc.messages import BatchDone, Inbox, Order, RunBatch, encode, send
+from torchship.serve.engine.ipc.arena import Arena, ArenaBlock
+from torchship.serve.engine.ipc.messages import BatchDone, Order, RunBatch, encode
 from torchship.serve.engine.spec import WorkerSpec
+from torchship.serve.ipc.channel import Inbox, send
+from torchship.serve.ipc.memory import MemoryRegion
 from torchship.stage import Stage, Value
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
 

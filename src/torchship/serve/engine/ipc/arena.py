@@ -3,30 +3,21 @@
 It has `depth` slots; a slot has an input half, written by the host only, and an output half, written by the worker
 only, so that a batch in flight owns one slot. The rows of a batch lie in it as one contiguous slice per tensor.
 What does not fit into a slot travels in a `MemoryRegion` of its own that goes with the message.
-
-Nothing has a name: nothing can clash, be found by others or be left behind in /dev/shm. The file is sealed against
-resizing and its pages are reserved when it is made, so that a full memory is an error here and not a bus error later.
 """
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 
 import msgspec
 import numpy as np
 
-from torchship.errors import BadInput, StageFailed, Unavailable
-from torchship.hardware import free_memory
+from torchship.errors import BadInput, StageFailed
+from torchship.serve.ipc.memory import MemoryRegion
 from torchship.tensors import Array
 from torchship.wire.raw import decode_raw, encode_raw
 
 ALIGN = 64
-_PAGE = mmap.PAGESIZE
-_HEADROOM = 64 * 2**20
 _LENGTH = 4  # bytes before each element of BYTES
 
 
@@ -36,59 +27,6 @@ class ArenaBlock(msgspec.Struct, array_like=True, frozen=True):
     shape: tuple[int, ...]
     offset: int
     size: int
-
-
-class MemoryRegion:
-    """One piece of anonymous shared memory, mapped here and handed to another process by its descriptor."""
-
-    def __init__(self, fd: int, *, size: int) -> None:
-        self.fd = fd
-        self.size = size
-        self.map = mmap.mmap(fd, size)
-        self.memory = memoryview(self.map)
-
-    @classmethod
-    def make(cls, size: int) -> MemoryRegion:
-        """Reserve `size` bytes. Raises Unavailable when this machine or container has not that much memory left."""
-        size = max(_PAGE, -(-size // _PAGE) * _PAGE)
-        free = free_memory()
-        if size + _HEADROOM > free:
-            raise Unavailable(
-                f"{size / 2**20:.0f} MiB of shared memory are needed, {free / 2**20:.0f} MiB are free",
-                hint="lower max_batch, copies or the queue, or give the container more memory",
-            )
-        fd = os.memfd_create("torchship-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.posix_fallocate(fd, 0, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return cls(fd, size=size)
-        except OSError as fault:
-            os.close(fd)
-            raise Unavailable(f"cannot reserve {size} bytes of shared memory: {fault.strerror}") from None
-
-    @classmethod
-    def take(cls, fd: int) -> MemoryRegion:
-        """Map what another process made; the descriptor becomes ours. Raises StageFailed when it is not sealed."""
-        try:
-            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                raise OSError("it is not sealed")  # a file that can shrink under us would kill us by a bus error
-            return cls(fd, size=os.fstat(fd).st_size)
-        except OSError as fault:
-            os.close(fd)
-            raise StageFailed(f"a worker handed over memory that cannot be used: {fault}") from None
-
-    def drop_descriptor(self) -> None:
-        """Keep the memory, but not the descriptor that hands it on: descriptors are few."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def close(self) -> None:
-        """Give the memory back; may be called twice. Views that still live keep their pages until they die."""
-        self.drop_descriptor()
-        self.memory.release()
-        with suppress(BufferError):  # the last view unmaps it
-            self.map.close()
 
 
 class Arena:
