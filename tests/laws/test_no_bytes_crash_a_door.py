@@ -77,7 +77,7 @@ def talk(kind: type[Connection] | type[Connection2], pieces: list[bytes]) -> byt
 
     async def main(front: Front) -> bytes:
         limits = ConnectionLimits(body=10_000, head=2000, streams=5, pipelined=3)
-        site = Site(Router(rest.all_routes(front)), limits, rpcs=grpc.all_rpcs(front))
+        site = Site(Router(rest.all_routes(front)).resolve, limits, rpcs=grpc.all_rpcs(front))
         site.tick(1.0)
         wire = Wire()
         connection = kind(site)

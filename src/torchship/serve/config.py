@@ -43,6 +43,7 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forward_headers: str = ""
     shared: bool = False
     own_port: Port | None = None
+    receivers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     cors_origins: tuple[str, ...] = ()
     idle: Seconds = 75.0
     head_timeout: Seconds = 10.0

@@ -28,6 +28,7 @@ from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.container import become_init, check_system_calls, room_for_connections
 from torchship.serve.http.listen import Certificates, Listener
+from torchship.serve.http.pool import ReceiverPool
 from torchship.serve.http.router import Route
 from torchship.serve.http.site import ConnectionLimits
 from torchship.serve.service import Service
@@ -49,6 +50,7 @@ class Server:
         self.http: Listener | None = None
         self.grpc: Listener | None = None
         self.own: Listener | None = None
+        self.receivers: ReceiverPool | None = None
         tls = config.tls
         self._certificates = Certificates(tls.certificate, key=tls.key, clients=tls.clients) if tls else None
         self._tasks: list[asyncio.Task[None]] = []
@@ -95,8 +97,12 @@ class Server:
             forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
         )
         workers = sum(stage.copies + 1 for model in config.model for stage in model.pipeline().stages)
+        if http.receivers:
+            files = (config.tls.certificate, config.tls.key, config.tls.clients) if config.tls else None
+            self.receivers = await ReceiverPool(http.receivers, files=files).open()
         given: dict[str, Any] = {
             "admit": gate(config.token),
+            "receivers": self.receivers,
             "tls": self._certificates.context if self._certificates else None,
             "limits": ConnectionLimits(
                 body=http.max_body,
@@ -146,6 +152,8 @@ class Server:
             task.cancel()
         await self.drain(patience=patience)
         await asyncio.gather(*(listener.close(grace=grace) for listener in self._listeners))
+        if self.receivers:
+            await self.receivers.close()
         await self.catalog.close(grace=grace)
         if self._traces:
             await asyncio.to_thread(self._traces.close)

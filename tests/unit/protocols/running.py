@@ -18,6 +18,7 @@ from torchship.serve.api.front import Front
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import ModelConfig
 from torchship.serve.http.listen import Listener
+from torchship.serve.http.pool import ReceiverPool
 from torchship.serve.service import Answer, Service
 from torchship.wire.messages import Request, Response
 
@@ -90,6 +91,17 @@ def backend() -> tuple[Background, WatchedService]:
     return background, background.run(opened())
 
 
+_pools: list[ReceiverPool] = []
+WAYS = ("here", "receivers")  # where a listener's connections are run
+
+
+async def receivers(way: str) -> ReceiverPool | None:
+    """Two receivers, started once for all tests; None where connections are run here."""
+    if way == "receivers" and not _pools:
+        _pools.append(await ReceiverPool(2).open())
+    return _pools[0] if way == "receivers" else None
+
+
 def close() -> None:
     """Stop the workers and the loop, if they were ever started."""
     if backend.cache_info().currsize:
@@ -97,6 +109,8 @@ def close() -> None:
 
         async def closed() -> None:
             await service.catalog.close()
+            for pool in _pools:
+                await pool.close()
             await asyncio.get_running_loop().shutdown_default_executor()
 
         background.run(closed())

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.unit.protocols.running import MODELS, STREAMS, Running, running
+from tests.unit.protocols.running import MODELS, STREAMS, WAYS, Running, receivers, running
 from torchship.errors import BadConfig, BadInput, StageFailed, Unsupported
 from torchship.serve.api import rest
 from torchship.serve.api.docs import examples, models
@@ -29,12 +29,13 @@ from torchship.serve.http.exchange import Head
 from torchship.wire.messages import Request, WantedOutput
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=WAYS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("traces")
 
     async def listen(front: Front) -> Any:
-        return await rest.listen(replace(front, tracing=Tracing(folder=folder), forward="x-.*"), port=0)
+        front = replace(front, tracing=Tracing(folder=folder), forward="x-.*")
+        return await rest.listen(front, port=0, receivers=await receivers(request.param))
 
     with running(listen) as found:
         found.service.folder = folder  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.protocols.running import Running, WatchedService, run, running
+from tests.unit.protocols.running import WAYS, Running, WatchedService, receivers, run, running
 from torchship.errors import Busy, Expired, StageFailed, Unauthenticated, Unavailable
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front
@@ -29,8 +29,8 @@ BYE = b"GET /bye HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 ECHO = "/v2/models/echo/infer"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=WAYS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     async def hello(exchange: Any) -> None:
         exchange.begin(content_type="text/plain")
         for word in (b"one ", b"two"):
@@ -43,7 +43,8 @@ def server() -> Iterator[Running]:
 
     async def listen(front: Front) -> Listener:
         extra = [Route("GET", "/hello", hello), Route("GET", "/bye", bye)]
-        return await rest.listen(front, port=0, limits=LIMITS, routes=extra)
+        pool = await receivers(request.param)
+        return await rest.listen(front, port=0, limits=LIMITS, routes=extra, receivers=pool)
 
     with running(listen) as found:
         yield found

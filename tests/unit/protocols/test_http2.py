@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.unit.protocols.peer import LIVE, Peer
-from tests.unit.protocols.running import STREAMS, Running, WatchedService, run, running
+from tests.unit.protocols.running import STREAMS, WAYS, Running, WatchedService, receivers, run, running
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.http.http2.framing import changes_table
@@ -26,12 +26,11 @@ PACKED = [("accept-encoding", "br, gzip"), ("content-encoding", "gzip")]
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=WAYS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        return await rest.listen(
-            front, port=0, grpc_only=True, limits=ConnectionLimits(body=300_000, head=8192, streams=20)
-        )
+        limits, pool = ConnectionLimits(body=300_000, head=8192, streams=20), await receivers(request.param)
+        return await rest.listen(front, port=0, grpc_only=True, limits=limits, receivers=pool)
 
     with running(listen) as found:
         yield found

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from tests.unit.protocols.peer import Peer
-from tests.unit.protocols.running import Running, running
+from tests.unit.protocols.running import WAYS, Running, receivers, running
 from torchship.serve.api import rest
 from torchship.serve.api.front import Front
 from torchship.serve.http.site import ConnectionLimits
 from torchship.wire import frames as h2
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
+@pytest.fixture(scope="module", params=WAYS)
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        return await rest.listen(front, port=0, grpc_only=True, limits=ConnectionLimits(body=300_000))
+        limits, pool = ConnectionLimits(body=300_000), await receivers(request.param)
+        return await rest.listen(front, port=0, grpc_only=True, limits=limits, receivers=pool)
 
     with running(listen) as found:
         yield found

@@ -19,7 +19,8 @@ from torchship.serve.http.content import json_object, read_json
 from torchship.serve.http.exchange import Admit, Endpoint, Exchange, spawn
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.connection import Connection2
-from torchship.serve.http.listen import Listener, bind
+from torchship.serve.http.listen import Listener, LocalListener, bind
+from torchship.serve.http.pool import PooledListener, ReceiverPool
 from torchship.serve.http.router import Route, Router
 from torchship.serve.http.site import ConnectionLimits, Cors, Site
 
@@ -36,16 +37,22 @@ async def listen(
     cors_origins: Sequence[str] = (),
     routes: Sequence[Route] = (),
     grpc_only: bool = False,
+    receivers: ReceiverPool | None = None,
 ) -> Listener:
     """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter, or nothing but that) until the listener is closed.
 
-    `routes` adds endpoints of applications to the same port. Raises Unavailable where the port cannot be bound.
+    `routes` adds endpoints of applications to the same port. `receivers`, which have the certificate themselves, run
+    the connections instead of this process. Raises Unavailable where the port cannot be bound.
     """
     cors = Cors(cors_origins) if cors_origins else None
     router = Router(() if grpc_only else all_routes(front, routes))
-    site = Site(router, limits or ConnectionLimits(), admit, rpcs=all_rpcs(front), cors=cors)
+    site = Site(router.resolve, limits or ConnectionLimits(), admit, rpcs=all_rpcs(front), cors=cors)
     protocol = Connection2 if grpc_only else Connection
-    return await bind(site, protocol, host=host, port=port, tls=tls, shared=shared)
+    if receivers is None:
+        return LocalListener(site, await bind(site, protocol, host=host, port=port, tls=tls, shared=shared))
+    server = await bind(site, protocol, host=host, port=port, shared=shared, serve=False)
+    site.cors = None  # the receivers see to that
+    return PooledListener(receivers, receivers.serve(site, grpc_only=grpc_only, origins=cors_origins), server)
 
 
 def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:

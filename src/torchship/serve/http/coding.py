@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from torchship.serve.http.exchange import Exchange, Headers, HttpFault, spawn
-from torchship.serve.http.site import Cors
+from torchship.serve.http.site import Cors, Site
 from torchship.wire.raw import Buffer
 
 CODINGS = ("gzip", "deflate")
@@ -90,8 +90,22 @@ def dress(
     work.add_done_callback(packed)
 
 
-def enter(exchange: Exchange, *, limit: int) -> None:
-    """Hand a request to its endpoint, its body decompressed: a large one by a thread. Raises HttpFault."""
+def enter(exchange: Exchange, site: Site) -> None:
+    """A request is complete: hand it to its endpoint, if its caller may ask; what that raises is the answer."""
+    head = exchange.head
+    try:
+        if site.admit is not None:
+            site.admit(head.scope, head.headers)
+        if head.encoding and exchange.body:
+            _unpack(exchange, site.limits.body)
+        else:
+            head.endpoint(exchange)
+    except Exception as fault:
+        exchange.fail(fault)
+
+
+def _unpack(exchange: Exchange, limit: int) -> None:
+    """Hand on a request with its body decompressed: a large one by a thread. Raises HttpFault."""
     if len(exchange.body) < INFLATE_OFF_LOOP_FROM:
         exchange.body = decompress(exchange.body, coding=exchange.head.encoding, limit=limit)
         exchange.head.endpoint(exchange)

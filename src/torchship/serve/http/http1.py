@@ -380,15 +380,7 @@ class Connection(asyncio.Protocol):
             self._closing = True
         if len(self._pending) >= site.limits.pipelined:
             self._hold()
-        try:
-            if site.admit is not None:
-                site.admit(head.scope, head.headers)
-            if head.encoding and body:
-                enter(exchange, limit=site.limits.body)
-            else:
-                head.endpoint(exchange)
-        except Exception as fault:
-            exchange.fail(fault)
+        enter(exchange, site)
 
     def _refuse(self, fault: TorchshipError) -> None:
         """What came is not HTTP that we take: say so after the answers that are due, then close."""

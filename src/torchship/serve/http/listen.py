@@ -7,17 +7,31 @@ import logging
 import os
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torchship.errors import BadConfig, Unavailable
 from torchship.serve.http.site import Site
 
 _log = logging.getLogger("torchship.serve")
-_HANDSHAKE = 10.0  # seconds
+HANDSHAKE = 10.0  # seconds
 
 
-class Listener:
-    """An open port with its connections."""
+class Listener(Protocol):
+    """An open port."""
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+
+    def drain(self) -> None:
+        """Take requests as before, but let callers come back by new connections, which may lead to another server."""
+
+    async def close(self, *, grace: float = 10.0) -> None:
+        """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""
+
+
+class LocalListener:
+    """A Listener whose connections are run in this process; Listener says what its methods do."""
 
     def __init__(self, site: Site, server: asyncio.Server) -> None:
         self._site, self._server = site, server
@@ -26,7 +40,6 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port that is bound."""
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
@@ -36,42 +49,38 @@ class Listener:
         self._clock = loop.call_later(1.0, self._tick)
 
     def drain(self) -> None:
-        """Take requests as before, but let callers come back by new connections, which may lead to another server."""
-        self._site.draining = True
-        for connection in tuple(self._site.connections):
-            connection.end_of_life = 0.0
+        self._site.drain()
 
     async def close(self, *, grace: float = 10.0) -> None:
-        """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""
         self._server.close()
-        self._site.closing = True
-        for connection in tuple(self._site.connections):
-            connection.retire()
-        if self._site.connections:
-            self._site.empty = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._site.empty], timeout=grace)
-        for connection in tuple(self._site.connections):
-            connection.transport.abort()
+        await self._site.close(grace=grace)
         if self._clock is not None:
             self._clock.cancel()
         await asyncio.sleep(0)
 
 
 async def bind(
-    site: Site, protocol: Any, *, host: str, port: int, tls: ssl.SSLContext | None, shared: bool = False
-) -> Listener:
-    """Listen; on a `shared` port together with others. Raises Unavailable where the port cannot be bound."""
+    site: Site,
+    protocol: Any,
+    *,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None = None,
+    shared: bool = False,
+    serve: bool = True,
+) -> asyncio.Server:
+    """Bind, on a `shared` port together with others, and listen where it should `serve`. Raises Unavailable where the
+    port cannot be bound."""
     loop = asyncio.get_running_loop()
     site.tick(loop.time())
     try:
-        server = await loop.create_server(
-            lambda: protocol(site), host, port,
-            ssl=tls, ssl_handshake_timeout=_HANDSHAKE if tls else None, backlog=1024, reuse_port=shared,
+        return await loop.create_server(
+            lambda: protocol(site), host, port, ssl=tls, ssl_handshake_timeout=HANDSHAKE if tls else None,
+            backlog=1024, reuse_port=shared, start_serving=serve,
         )  # fmt: skip
     except OSError as fault:
         text = f"cannot listen on {host}:{port}: {fault.strerror}"
         raise Unavailable(text, hint="is it in use? choose another port") from None
-    return Listener(site, server)
 
 
 def tls_context(certificate: Path | str, *, key: Path | str, clients: Path | str = "") -> ssl.SSLContext:

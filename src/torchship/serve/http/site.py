@@ -13,7 +13,6 @@ from email.utils import formatdate
 from typing import Any, NamedTuple, Protocol
 
 from torchship.serve.http.exchange import Admit, Exchange, Head, Headers, HttpFault, header_lines, status_line
-from torchship.serve.http.router import Router
 from torchship.wire.raw import Buffer
 
 
@@ -26,7 +25,7 @@ class Rpc(NamedTuple):
     scope: str = ""
 
 
-_NO_RPC = Rpc()
+NO_RPC = Rpc()
 _NAMES = re.compile(r"[A-Za-z0-9\-_, ]{0,1024}")
 
 
@@ -101,7 +100,7 @@ class Cors:
 class Site:
     """What the connections of one listener share."""
 
-    router: Router
+    find: Callable[[Head], None]  # gives a head its endpoint: the `resolve` of a Router
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     admit: Admit | None = None
     connections: set[Peer] = field(default_factory=set)
@@ -115,6 +114,7 @@ class Site:
     rpcs: Mapping[str, Rpc] = field(default_factory=dict)
     cors: Cors | None = None
     empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
+    on_gone: Callable[[], None] | None = None  # called after each connection
 
     def hold(self, before: int, after: int) -> int:
         """A body that is still arriving has grown, or is complete (0). Raises HttpFault when all are too much."""
@@ -128,7 +128,7 @@ class Site:
         """Give the head of a request over HTTP/2 its gRPC method, or its endpoint."""
         kind = head.headers.get("content-type", "")
         if kind.startswith("application/grpc") and head.method == "POST":
-            head.rpc = self.rpcs.get(head.path, _NO_RPC)
+            head.rpc = self.rpcs.get(head.path, NO_RPC)
         else:
             self.resolve(head)
 
@@ -138,7 +138,7 @@ class Site:
         if self.cors is not None and asks:
             head.endpoint = self.cors.preflight
         else:
-            self.router.resolve(head)
+            self.find(head)
 
     def end_of_life(self) -> float:
         """When a connection that begins now should be replaced by a new one."""
@@ -163,9 +163,28 @@ class Site:
             self.tops[status, content_type, headers] = found
         return found
 
+    def drain(self) -> None:
+        """Let callers come back by new connections."""
+        self.draining = True
+        for connection in tuple(self.connections):
+            connection.end_of_life = 0.0
+
+    async def close(self, *, grace: float) -> None:
+        """Take no more connections, answer what is due for at most `grace` seconds, then hang up."""
+        self.closing = True
+        for connection in tuple(self.connections):
+            connection.retire()
+        if self.connections:
+            self.empty = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self.empty], timeout=grace)
+        for connection in tuple(self.connections):
+            connection.transport.abort()
+
     def gone(self, connection: Peer) -> None:
         """A connection has ended."""
         self.connections.discard(connection)
+        if self.on_gone is not None:
+            self.on_gone()
         if self.empty is not None and not self.connections and not self.empty.done():
             self.empty.set_result(None)
 

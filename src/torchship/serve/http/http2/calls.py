@@ -17,7 +17,7 @@ from torchship.wire.raw import Buffer
 from torchship.wire.status import status_of, text_of
 
 _OK, _INVALID, _EXHAUSTED, _UNIMPLEMENTED = 0, 3, 8, 12
-_TOP = h2.status_field(200) + b"\x0f\x10\x10application/grpc"  # content-type is number 31 of the static table
+TOP = h2.status_field(200) + b"\x0f\x10\x10application/grpc"  # content-type is number 31 of the static table
 _GOOD = h2.literal(b"grpc-status", b"0")
 _SAFE = "".join(chr(byte) for byte in range(0x20, 0x7F) if byte != 0x25)  # in grpc-message; the rest is percent-encoded
 _QUEUE = 16  # messages of a stream that are read ahead of their use
@@ -29,7 +29,8 @@ class Call:
     __slots__ = ("_begun", "_link", "_over", "_queue", "_waiter", "gone", "head", "job", "stream")
 
     def __init__(self, link: Any, stream: Stream) -> None:
-        """`link` is the Connection2 that the stream belongs to."""
+        """`link` is the Connection2 that the stream belongs to, or what stands for it (its `reply`, `message`,
+        `trailers`, `drained`, `give` and `site`)."""
         self._link = link
         self.stream = stream
         self.head = stream.head
@@ -77,6 +78,12 @@ class Call:
             self._link.give(self.stream)
         self._wake()
 
+    def put(self, message: Buffer) -> None:
+        """One more message of the client, behind its prefix."""
+        if self._queue is not None:
+            self._queue.append(message)
+            self._wake()
+
     def complete(self) -> None:
         """The client has said all: run a call of one message."""
         if self._queue is not None:
@@ -85,7 +92,11 @@ class Call:
         body = self.stream.body
         if len(body) < 5 or int.from_bytes(body[1:5], "big") != len(body) - 5:
             self.finish(_INVALID, "the call needs exactly one message")
-            return
+        else:
+            self.enter(body)
+
+    def enter(self, body: Buffer) -> None:
+        """Run a call of one message, if its caller may ask; what that raises is the answer."""
         if not self._admitted():
             return
         try:
@@ -154,22 +165,14 @@ class Call:
             self.finish(extra=h2.literal(b"traceparent", trace.encode()))
             return
         self._over = True
-        number = self.stream.number
-        size = len(data)
-        self._link.put(
-            self.stream,
-            _TOP_FRAME % number.to_bytes(4, "big"),
-            b"".join((b"\0", size.to_bytes(4, "big"), data)),
-            _GOOD_FRAME % number.to_bytes(4, "big"),
-        )
+        self._link.reply(self, data)
 
     def write(self, data: bytes) -> None:
         """Send one of several answers."""
         if self._over or self.gone:
             return
-        top = b"" if self._begun else _TOP_FRAME % self.stream.number.to_bytes(4, "big")
-        self._begun = True
-        self._link.put(self.stream, top, b"".join((b"\0", len(data).to_bytes(4, "big"), data)), b"")
+        first, self._begun = not self._begun, True
+        self._link.message(self, data, first=first)
 
     async def drained(self) -> None:
         """Wait until the client has taken most of what was written."""
@@ -177,21 +180,17 @@ class Call:
 
     def finish(self, code: int = _OK, message: str = "", *, extra: bytes = b"") -> None:
         """End the call with a status; `extra` are encoded trailers."""
-        if self._over or self.gone:
-            return
-        self._over = True
         fields = h2.literal(b"grpc-status", str(code).encode())
         if message:
             fields += h2.literal(b"grpc-message", quote(message.encode()[:1024], safe=_SAFE).encode())
-        fields += extra
-        if not self._begun:
-            fields = _TOP + fields
-        self._link.put(
-            self.stream,
-            b"",
-            b"",
-            h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, self.stream.number, fields),
-        )
+        self.end(fields + extra)
+
+    def end(self, fields: bytes) -> None:
+        """End the call with encoded trailers, its status among them."""
+        if self._over or self.gone:
+            return
+        self._over = True
+        self._link.trailers(self, fields, first=not self._begun)
         self._wake()
 
     def fail(self, error: BaseException) -> None:
@@ -218,5 +217,5 @@ def _template(flags: int, block: bytes) -> bytes:
     return h2.frame(h2.HEADERS, flags, 0, block)[:5].replace(b"%", b"%%") + b"%b" + block.replace(b"%", b"%%")
 
 
-_TOP_FRAME = _template(h2.END_HEADERS, _TOP)
-_GOOD_FRAME = _template(h2.END_HEADERS | h2.END_STREAM, _GOOD)
+TOP_FRAME = _template(h2.END_HEADERS, TOP)
+GOOD_FRAME = _template(h2.END_HEADERS | h2.END_STREAM, _GOOD)

@@ -10,7 +10,7 @@ from typing import cast
 from torchship.serve.http.coding import COMPRESS_FROM, dress, enter
 from torchship.serve.http.exchange import Exchange, Headers, HttpFault
 from torchship.serve.http.http2 import framing
-from torchship.serve.http.http2.calls import Call
+from torchship.serve.http.http2.calls import GOOD_FRAME, TOP, TOP_FRAME, Call
 from torchship.serve.http.http2.outflow import STREAM_WINDOW, Outflow, Stream
 from torchship.serve.http.site import Site, is_reset
 from torchship.wire import frames as h2
@@ -310,20 +310,12 @@ class Connection2(asyncio.Protocol):
 
     def _begin_exchange(self, stream: Stream, fault: HttpFault | None = None) -> None:
         """A request that is not gRPC: to its endpoint."""
-        head = stream.head
-        exchange = Exchange(self, head, stream.body)
+        exchange = Exchange(self, stream.head, stream.body)
         exchange.stream, stream.partner = stream, exchange
-        try:
-            if fault is not None:
-                raise fault
-            if self.site.admit is not None:
-                self.site.admit(head.scope, head.headers)
-            if head.encoding and stream.body:
-                enter(exchange, limit=self.site.limits.body)
-            else:
-                head.endpoint(exchange)
-        except Exception as error:
-            exchange.fail(error)
+        if fault is not None:
+            exchange.fail(fault)
+        else:
+            enter(exchange, self.site)
 
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         if self.site.cors is None and len(body) < COMPRESS_FROM:
@@ -358,6 +350,23 @@ class Connection2(asyncio.Protocol):
 
     def end(self, exchange: Exchange) -> None:
         self.put(exchange.stream, b"", b"", h2.frame(h2.DATA, h2.END_STREAM, exchange.stream.number))
+
+    def reply(self, call: Call, data: bytes) -> None:
+        """The only answer of a gRPC call, and that all is well."""
+        number = call.stream.number.to_bytes(4, "big")
+        message = b"".join((b"\0", len(data).to_bytes(4, "big"), data))
+        self.put(call.stream, TOP_FRAME % number, message, GOOD_FRAME % number)
+
+    def message(self, call: Call, data: bytes, *, first: bool) -> None:
+        """One of several answers of a gRPC call."""
+        top = TOP_FRAME % call.stream.number.to_bytes(4, "big") if first else b""
+        self.put(call.stream, top, b"".join((b"\0", len(data).to_bytes(4, "big"), data)), b"")
+
+    def trailers(self, call: Call, fields: bytes, *, first: bool) -> None:
+        """The encoded status of a gRPC call, which ends it; `first`: there was no answer."""
+        block = TOP + fields if first else fields
+        end = h2.frame(h2.HEADERS, h2.END_HEADERS | h2.END_STREAM, call.stream.number, block)
+        self.put(call.stream, b"", b"", end)
 
     def put(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
         """Send ready header frames `head`, then `data` in DATA frames, then the ready frames `tail`.
