@@ -33,8 +33,9 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[http]`: where REST listens (gRPC too, over HTTP/2); port 0 takes a free one; `max_body` in bytes.
 
     A `shared` port is listened on by several servers of one user, among whom the kernel deals out connections; at its
-    `own_port` each of them can be asked alone. Times are seconds without progress; a server that is told to stop is
-    not ready, but takes requests, for `drain_delay`; connections end after `max_connection_age` (0: never).
+    `own_port` each of them can be asked alone. `receivers` are processes that run the connections instead of the host:
+    by default there are some where a model runs on a card. Times are seconds without progress; a server that is told to
+    stop is not ready, but takes requests, for `drain_delay`; connections end after `max_connection_age` (0: never).
     """
 
     host: str = _LOOPBACK
@@ -43,7 +44,7 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forward_headers: str = ""
     shared: bool = False
     own_port: Port | None = None
-    receivers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    receivers: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
     cors_origins: tuple[str, ...] = ()
     idle: Seconds = 75.0
     head_timeout: Seconds = 10.0

@@ -8,12 +8,14 @@ import logging
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import msgspec
 import uvloop
 
+from torchship import hardware
 from torchship.artifact import Store, open_artifact
 from torchship.errors import BadConfig, TorchshipError
 from torchship.process import resolve
@@ -97,9 +99,9 @@ class Server:
             forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
         )
         workers = sum(stage.copies + 1 for model in config.model for stage in model.pipeline().stages)
-        if http.receivers:
+        if count := default_receivers(config, self.catalog.store) if http.receivers is None else http.receivers:
             files = (config.tls.certificate, config.tls.key, config.tls.clients) if config.tls else None
-            self.receivers = await ReceiverPool(http.receivers, files=files).open()
+            self.receivers = await ReceiverPool(count, files=files).open()
         given: dict[str, Any] = {
             "admit": gate(config.token),
             "receivers": self.receivers,
@@ -169,6 +171,26 @@ def _mounted(mount: Mount, service: Service) -> list[Route]:
     return found
 
 
+def default_receivers(config: ServerConfig, store: Store) -> int:
+    """A quarter of the cores, at most four, where a model runs on a card: there one process cannot receive as much as
+    its worker takes. None elsewhere: the workers need the cores."""
+    return min(4, hardware.cores() // 4) if any(_on_a_card(model, store) for model in config.model) else 0
+
+
+def _on_a_card(model: ModelConfig, store: Store) -> bool:
+    """Whether a stage of a model asks for a card, or its artifact was made for one."""
+    for stage in model.pipeline().stages:
+        devices: list[object] = [*stage.devices]
+        with suppress(TorchshipError):  # an artifact that cannot be read is told when it is loaded
+            if stage.artifact:
+                devices.append(
+                    open_artifact(store.resolve(stage.artifact), verify=False).manifest.recipe.options.get("device")
+                )
+        if any(str(device).startswith("cuda") for device in devices):
+            return True
+    return False
+
+
 class ServeOptions(TypedDict, total=False):
     """What a command line may say beside its targets; it wins over the file.
 
@@ -178,6 +200,7 @@ class ServeOptions(TypedDict, total=False):
     http_host: str
     http_port: int
     grpc_port: int
+    receivers: int
     store: str
     log_level: str
     log_format: str
@@ -215,7 +238,12 @@ def configure(*targets: str, **options: Unpack[ServeOptions]) -> ServerConfig:
     root = str(Path(options["store"]).resolve()) if options.get("store") else config.store.root
     return change(
         config,
-        http=change(http, host=options.get("http_host") or http.host, port=options.get("http_port", http.port)),
+        http=change(
+            http,
+            host=options.get("http_host") or http.host,
+            port=options.get("http_port", http.port),
+            receivers=options.get("receivers", http.receivers),
+        ),
         grpc=rpc,
         store=change(config.store, root=root),
         log=change(log, level=options.get("log_level") or log.level, format=options.get("log_format") or log.format),

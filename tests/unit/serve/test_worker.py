@@ -13,7 +13,6 @@ from torchship.serve.engine.ipc import arena
 from torchship.serve.engine.ipc.arena import Arena
 from torchship.serve.engine.ipc.messages import (
     BatchDone,
-    Inbox,
     Order,
     PackedCall,
     Ping,
@@ -22,9 +21,9 @@ from torchship.serve.engine.ipc.messages import (
     Stop,
     decode_report,
     encode,
-    send,
 )
 from torchship.serve.engine.worker import StageRunner, WorkerLoop
+from torchship.serve.ipc.channel import Inbox, send
 from torchship.stage import EngineStage
 from torchship.tensors import Array, Signature, Tensors
 

@@ -34,7 +34,7 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
 
 
 class NewHead(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """Receiver to host: a head that was not there before, or not among the last; `call`: its requests are gRPC."""
+    """To the host: a head that was not there before, or not among the last; `call`: its requests are gRPC."""
 
     number: int
     site: int
@@ -47,85 +47,74 @@ class NewHead(msgspec.Struct, array_like=True, frozen=True, tag=1):
 
 
 class Asked(msgspec.Struct, array_like=True, frozen=True, tag=2):
-    """Receiver to host: a request is complete, or a call begins whose messages follow."""
+    """To the host: a request is complete, or a call begins whose messages follow."""
 
     number: int
     head: int
-    body: bytes | Span = b""
-
-
-class Said(msgspec.Struct, array_like=True, frozen=True, tag=3):
-    """Receiver to host: one of the messages of a call, behind its prefix."""
-
-    number: int
     body: bytes | Span
 
 
-class SaidAll(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """Receiver to host: the client will say no more."""
+class Said(msgspec.Struct, array_like=True, frozen=True, tag=3):
+    """To the host: one of the messages of a call, behind its prefix; None after the last."""
+
+    number: int
+    body: bytes | Span | None = None
+
+
+class Left(msgspec.Struct, array_like=True, frozen=True, tag=4):
+    """To the host: the caller went away."""
 
     number: int
 
 
-class Left(msgspec.Struct, array_like=True, frozen=True, tag=5):
-    """Receiver to host: the caller went away."""
+class HungUp(msgspec.Struct, array_like=True, frozen=True, tag=5):
+    """To the host: a connection has ended, or all those of a site that should be closed."""
+
+    site: int = -1
+
+
+class Beat(msgspec.Struct, array_like=True, frozen=True, tag=6):
+    """To the host, at first and then once a second: I am here."""
+
+
+class Taken(msgspec.Struct, array_like=True, frozen=True, tag=7):
+    """Either way: one more message of a stream has been taken."""
 
     number: int
-
-
-class Taken(msgspec.Struct, array_like=True, frozen=True, tag=6):
-    """Either way: so many messages of a stream have been taken."""
-
-    number: int
-    count: int = 1
-
-
-class Beat(msgspec.Struct, array_like=True, frozen=True, tag=7):
-    """Receiver to host, once a second and at first: I am here."""
-
-
-class HungUp(msgspec.Struct, array_like=True, frozen=True, tag=8):
-    """Receiver to host: a connection has ended."""
-
-
-class SiteClosed(msgspec.Struct, array_like=True, frozen=True, tag=9):
-    """Receiver to host: all connections of a site have ended."""
-
-    site: int
 
 
 class Serve(msgspec.Struct, array_like=True, frozen=True, tag=1):
-    """Host to receiver: there is one more site."""
+    """To a receiver: there is one more site."""
 
     site: ReceiverSite
 
 
 class Connect(msgspec.Struct, array_like=True, frozen=True, tag=2):
-    """Host to receiver: serve the connection whose descriptor comes along."""
+    """To a receiver: run the connection whose descriptor comes along."""
 
     site: int
 
 
-class Answered(msgspec.Struct, array_like=True, frozen=True, tag=3):
-    """Host to receiver: the whole answer of an exchange."""
+class Retire(msgspec.Struct, array_like=True, frozen=True, tag=3):
+    """To a receiver: let callers come back by new connections; with `grace`, hang up after so many seconds."""
+
+    site: int
+    grace: float | None = None
+
+
+class Answered(msgspec.Struct, array_like=True, frozen=True, tag=4):
+    """To a receiver: the whole answer of an exchange, or of a call (which has no status of HTTP)."""
 
     number: int
-    status: int
     body: bytes
-    content_type: str
-    headers: Headers
-    plain: bool
-
-
-class Replied(msgspec.Struct, array_like=True, frozen=True, tag=4):
-    """Host to receiver: the only answer of a call."""
-
-    number: int
-    data: bytes
+    status: int = 0
+    content_type: str = ""
+    headers: Headers = ()
+    plain: bool = False
 
 
 class Began(msgspec.Struct, array_like=True, frozen=True, tag=5):
-    """Host to receiver: the head of an answer that is streamed."""
+    """To a receiver: the head of an answer that is streamed."""
 
     number: int
     status: int
@@ -133,43 +122,28 @@ class Began(msgspec.Struct, array_like=True, frozen=True, tag=5):
     headers: Headers
 
 
-class Wrote(msgspec.Struct, array_like=True, frozen=True, tag=7):
-    """Host to receiver: some of a streamed answer, or one of several answers of a call."""
+class Wrote(msgspec.Struct, array_like=True, frozen=True, tag=6):
+    """To a receiver: some of a streamed answer, or one of several answers of a call."""
 
     number: int
     data: bytes
 
 
 class Ended(msgspec.Struct, array_like=True, frozen=True, tag=8):
-    """Host to receiver: the end of a streamed answer, or of a call with these trailers."""
+    """To a receiver: the end of a streamed answer, or of a call with these trailers."""
 
     number: int
     fields: bytes = b""
 
 
 class Freed(msgspec.Struct, array_like=True, frozen=True, tag=9):
-    """Host to receiver: nobody looks any more at the bodies at these offsets."""
+    """To a receiver: nobody looks any more at the bodies at these offsets."""
 
     offsets: list[int]
 
 
-class DrainSite(msgspec.Struct, array_like=True, frozen=True, tag=10):
-    """Host to receiver: let callers come back by new connections."""
-
-    site: int
-
-
-class CloseSite(msgspec.Struct, array_like=True, frozen=True, tag=11):
-    """Host to receiver: answer what is due for at most `grace` seconds, then hang up."""
-
-    site: int
-    grace: float
-
-
-FromReceiver: TypeAlias = NewHead | Asked | Said | SaidAll | Left | Taken | Beat | HungUp | SiteClosed
-FromHost: TypeAlias = (
-    Serve | Connect | Answered | Replied | Began | Taken | Wrote | Ended | Freed | DrainSite | CloseSite
-)
+FromReceiver: TypeAlias = NewHead | Asked | Said | Left | HungUp | Beat | Taken
+FromHost: TypeAlias = Serve | Connect | Retire | Answered | Began | Wrote | Ended | Freed | Taken
 
 decode_from_receiver = msgspec.msgpack.Decoder(list[FromReceiver]).decode
 decode_from_host = msgspec.msgpack.Decoder(list[FromHost]).decode

@@ -23,34 +23,10 @@ import numpy as np
 
 from torchship import process
 from torchship.errors import Unavailable
+from torchship.serve.http import handover
 from torchship.serve.http.coding import enter
 from torchship.serve.http.exchange import Exchange, Head, Headers
-from torchship.serve.http.handover import (
-    AHEAD,
-    HEADS,
-    Answered,
-    Asked,
-    Beat,
-    Began,
-    CloseSite,
-    Connect,
-    DrainSite,
-    Ended,
-    Freed,
-    HungUp,
-    Left,
-    NewHead,
-    ReceiverSite,
-    Replied,
-    Said,
-    SaidAll,
-    Serve,
-    SiteClosed,
-    Span,
-    Taken,
-    Wrote,
-    decode_from_receiver,
-)
+from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, Span
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.outflow import Stream
 from torchship.serve.http.site import NO_RPC, Site
@@ -79,18 +55,18 @@ class RemoteSink:
     def send(self, exchange: Exchange, status: int, body: bytes, content_type: str, headers: Headers) -> None:
         number = exchange.stream.number
         if self._open.pop(number, None) is not None:
-            self._post(Answered(number, status, body, content_type, headers, exchange.plain))
+            self._post(handover.Answered(number, body, status, content_type, headers, exchange.plain))
 
     def begin(self, exchange: Exchange, status: int, content_type: str, headers: Headers) -> None:
-        self._post(Began(exchange.stream.number, status, content_type, headers))
+        self._post(handover.Began(exchange.stream.number, status, content_type, headers))
 
     def write(self, exchange: Exchange | Call, data: bytes) -> None:
         exchange.stream.window -= 1
-        self._post(Wrote(exchange.stream.number, data))
+        self._post(handover.Wrote(exchange.stream.number, data))
 
     def end(self, exchange: Exchange) -> None:
         if self._open.pop(exchange.stream.number, None) is not None:
-            self._post(Ended(exchange.stream.number))
+            self._post(handover.Ended(exchange.stream.number))
 
     async def drained(self, partner: Exchange | Call) -> None:
         while partner.stream.window <= 0 and not partner.gone:
@@ -99,18 +75,18 @@ class RemoteSink:
 
     def reply(self, call: Call, data: bytes) -> None:
         if self._open.pop(call.stream.number, None) is not None:
-            self._post(Replied(call.stream.number, data))
+            self._post(handover.Answered(call.stream.number, data))
 
     def message(self, call: Call, data: bytes, *, first: bool) -> None:
         self.write(call, data)
 
     def trailers(self, call: Call, fields: bytes, *, first: bool) -> None:
         if self._open.pop(call.stream.number, None) is not None:
-            self._post(Ended(call.stream.number, fields))
+            self._post(handover.Ended(call.stream.number, fields))
 
     def give(self, stream: Stream) -> None:
         """One more message of a call has been taken."""
-        self._post(Taken(stream.number))
+        self._post(handover.Taken(stream.number))
 
 
 class ReceiverProcess:
@@ -149,7 +125,7 @@ class ReceiverProcess:
             os.close(output.inlet)
         self._output, self.pid = output, self._child.pid
         self._region.drop_descriptor()
-        self._channel = Channel(sock, decode=decode_from_receiver, on_event=self._on_event, on_end=self.kill)
+        self._channel = Channel(sock, decode=handover.decode_from_receiver, on_event=self._on_event, on_end=self.kill)
         self._loop.add_reader(self._pidfd, self._end)
         for site, about in pool.sites:
             self.serve(site, about)
@@ -162,20 +138,16 @@ class ReceiverProcess:
     def serve(self, site: Site, about: ReceiverSite) -> None:
         """One more site."""
         self._sinks.append(RemoteSink(site, self._channel, self._open, self._room))
-        self._channel.post(Serve(about))
+        self._channel.post(handover.Serve(about))
 
     def connect(self, index: int, sock: socket.socket) -> None:
         """Hand a connection over."""
         self.connections += 1
-        self._channel.post(Connect(index), sock.detach())
+        self._channel.post(handover.Connect(index), sock.detach())
 
-    def drain(self, index: int) -> None:
-        """Let the callers of a site come back by new connections."""
-        self._channel.post(DrainSite(index))
-
-    def close(self, index: int, grace: float) -> None:
-        """Let the callers of a site have what is due, and hang up."""
-        self._channel.post(CloseSite(index, grace))
+    def retire(self, index: int, grace: float | None = None) -> None:
+        """Let the callers of a site come back by new connections; with `grace`, hang up after so many seconds."""
+        self._channel.post(handover.Retire(index, grace))
 
     def beat(self, now: float) -> None:
         """Once a second: tell what is free, and end it where it gives no sign of life."""
@@ -193,36 +165,31 @@ class ReceiverProcess:
 
     def _on_event(self, event: Any, fd: int) -> None:
         match event:
-            case Asked():
+            case handover.Asked():
                 self._asked(event, self._body(event.body, fd))
                 if self._freed:
                     self._free()
-            case NewHead():
+            case handover.NewHead():
                 self._new_head(event)
-            case Left() if (partner := self._open.pop(event.number, None)) is not None:
+            case handover.Left() if (partner := self._open.pop(event.number, None)) is not None:
                 partner.leave()
-            case Said():
-                body = self._body(event.body, fd)
-                if isinstance(call := self._open.get(event.number), Call):
-                    call.put(body)
-            case SaidAll() if isinstance(call := self._open.get(event.number), Call):
-                call.stream.ended = True
-                call.complete()
-            case Taken() if (partner := self._open.get(event.number)) is not None:
-                partner.stream.window += event.count
+            case handover.Said():
+                self._said(self._open.get(event.number), None if event.body is None else self._body(event.body, fd))
+            case handover.Taken() if (partner := self._open.get(event.number)) is not None:
+                partner.stream.window += 1
                 self._room.set()
-            case HungUp():
+            case handover.HungUp() if event.site < 0:
                 self.connections -= 1
-            case SiteClosed():
+            case handover.HungUp():
                 self.closed.add(event.site)
                 self._pool.changed.set()
-            case Beat():
+            case handover.Beat():
                 self.heard = time.monotonic()
                 if not self.ready:
                     self.ready = True
                     self._pool.changed.set()
 
-    def _new_head(self, event: NewHead) -> None:
+    def _new_head(self, event: handover.NewHead) -> None:
         head = Head(event.method, event.path, event.query, event.headers, timeout=event.timeout)
         sink = self._sinks[event.site]
         if event.call:
@@ -231,7 +198,7 @@ class ReceiverProcess:
             sink.site.resolve(head)
         self._heads[event.number % HEADS] = head, sink
 
-    def _asked(self, event: Asked, body: Buffer) -> None:
+    def _asked(self, event: handover.Asked, body: Buffer) -> None:
         """A request is complete, or a call begins: hand it to its endpoint."""
         if (known := self._heads[event.head % HEADS]) is None:
             raise ValueError(f"head {event.head} was never told")
@@ -246,6 +213,15 @@ class ReceiverProcess:
             call.open()
         else:
             call.enter(body)
+
+    @staticmethod
+    def _said(call: Any, body: Buffer | None) -> None:
+        """A message of a call whose client streams, or their end; the call may be over."""
+        if call is not None and body is not None:
+            call.put(body)
+        elif call is not None:
+            call.stream.ended = True
+            call.complete()
 
     def _body(self, body: bytes | Span, fd: int) -> Buffer:
         """A body where it lies; its memory is the receiver's again when nobody has a view of it any more."""
@@ -269,7 +245,7 @@ class ReceiverProcess:
     def _free(self) -> None:
         freed, self._freed = self._freed, []
         if freed:
-            self._channel.post(Freed(freed))
+            self._channel.post(handover.Freed(freed))
 
     def _end(self) -> None:
         """The process is gone, and its callers with it."""
@@ -417,7 +393,7 @@ class PooledListener:
 
     def drain(self) -> None:
         for receiver in self._pool.ready:
-            receiver.drain(self._index)
+            receiver.retire(self._index)
 
     async def close(self, *, grace: float = 10.0) -> None:
         for sock in self._sockets:
@@ -427,7 +403,7 @@ class PooledListener:
         self._server.close()
         asked = self._pool.ready
         for receiver in asked:
-            receiver.close(self._index, grace)
+            receiver.retire(self._index, grace)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace + 1.0):
                 while any(one in self._pool.ready and self._index not in one.closed for one in asked):

@@ -19,33 +19,9 @@ from typing import Any
 import msgspec
 import uvloop
 
+from torchship.serve.http import handover
 from torchship.serve.http.exchange import Exchange, Head
-from torchship.serve.http.handover import (
-    AHEAD,
-    HEADS,
-    Answered,
-    Asked,
-    Beat,
-    Began,
-    CloseSite,
-    Connect,
-    DrainSite,
-    Ended,
-    Freed,
-    HungUp,
-    Left,
-    NewHead,
-    ReceiverSite,
-    Replied,
-    Said,
-    SaidAll,
-    Serve,
-    SiteClosed,
-    Span,
-    Taken,
-    Wrote,
-    decode_from_host,
-)
+from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, Span
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.connection import Connection2
@@ -139,7 +115,7 @@ class Receiver:
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._channel = Channel(
-            sock, decode=decode_from_host, on_event=self._on_event, on_end=lambda why: self._ended.set()
+            sock, decode=handover.decode_from_host, on_event=self._on_event, on_end=lambda why: self._ended.set()
         )
         self._post = self._channel.post
 
@@ -148,7 +124,7 @@ class Receiver:
         while not self._ended.is_set():
             for site, _ in self._sites:
                 site.tick(self._loop.time())
-            self._post(Beat())
+            self._post(handover.Beat())
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), 1.0)
 
@@ -164,10 +140,7 @@ class Receiver:
         self._sites.append((site, partial(Connection2 if about.grpc_only else Connection, site)))
 
     def _hung_up(self) -> None:
-        self._post(HungUp())
-
-    def _connect(self, index: int, fd: int) -> None:
-        self._spawn(self._accept(self._sites[index][1], socket.socket(fileno=fd)))
+        self._post(handover.HungUp())
 
     async def _accept(self, protocol: Callable[[], Connection | Connection2], sock: socket.socket) -> None:
         tls = self._certificates.context if self._certificates else None
@@ -184,9 +157,12 @@ class Receiver:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _close(self, index: int, grace: float) -> None:
-        await self._sites[index][0].close(grace=grace)
-        self._post(SiteClosed(index))
+    async def _retire(self, index: int, grace: float | None) -> None:
+        site, _ = self._sites[index]
+        site.drain()
+        if grace is not None:
+            await site.close(grace=grace)
+            self._post(handover.HungUp(index))
 
     # -- to the host ------------------------------------------------------------------------------------------------
 
@@ -209,8 +185,8 @@ class Receiver:
                 await credit.acquire()
                 if number in self._open:
                     body, fd = self._shared(message)
-                    self._post(Said(number, body), fd)
-            self._post(SaidAll(number))
+                    self._post(handover.Said(number, body), fd)
+            self._post(handover.Said(number))
             while number in self._open:
                 await credit.acquire()
         finally:
@@ -225,11 +201,13 @@ class Receiver:
             self._heads += 1
             head.memo = self._heads
             self._post(
-                NewHead(head.memo, index, rpc, head.method, head.path, head.query, dict(head.headers), head.timeout)
+                handover.NewHead(
+                    head.memo, index, rpc, head.method, head.path, head.query, dict(head.headers), head.timeout
+                )
             )
         self._last += 1
         self._open[self._last] = partner
-        self._post(Asked(self._last, head.memo, shared), fd)
+        self._post(handover.Asked(self._last, head.memo, shared), fd)
         return self._last
 
     def _shared(self, body: Buffer) -> tuple[bytes | Span, int]:
@@ -250,46 +228,44 @@ class Receiver:
     def leave(self, number: int) -> None:
         """The caller went away: the host need not answer."""
         if self._open.pop(number, None) is not None:
-            self._post(Left(number))
+            self._post(handover.Left(number))
 
     # -- from the host ----------------------------------------------------------------------------------------------
 
     def _on_event(self, event: Any, fd: int) -> None:
         match event:
-            case Answered() | Replied() | Ended():
+            case handover.Answered() | handover.Ended():
                 if (partner := self._done(event.number)) is not None:
                     self._finish(partner, event)
-            case Freed():
+            case handover.Freed():
                 for offset in event.offsets:
                     self._spans.give(offset)
-            case Began() if isinstance(exchange := self._open.get(event.number), Exchange):
+            case handover.Began() if isinstance(exchange := self._open.get(event.number), Exchange):
                 exchange.begin(status=event.status, content_type=event.content_type, headers=event.headers)
-            case Wrote() if (partner := self._open.get(event.number)) is not None:
+            case handover.Wrote() if (partner := self._open.get(event.number)) is not None:
                 partner.write(event.data)
                 self._spawn(self._drained(event.number, partner))
-            case Taken() if event.number in self._credit:
+            case handover.Taken() if event.number in self._credit:
                 self._credit[event.number].release()
-            case Connect():
-                self._connect(event.site, fd)
-            case Serve():
+            case handover.Connect():
+                self._spawn(self._accept(self._sites[event.site][1], socket.socket(fileno=fd)))
+            case handover.Serve():
                 self._serve(event.site)
-            case DrainSite():
-                self._sites[event.site][0].drain()
-            case CloseSite():
-                self._spawn(self._close(event.site, event.grace))
+            case handover.Retire():
+                self._spawn(self._retire(event.site, event.grace))
 
     @staticmethod
-    def _finish(partner: Any, event: Answered | Replied | Ended) -> None:
-        match event:
-            case Answered():
-                partner.plain = event.plain
-                partner.answer(event.body, status=event.status, content_type=event.content_type, headers=event.headers)
-            case Replied():
-                partner.reply(event.data)
-            case Ended() if isinstance(partner, Call):
+    def _finish(partner: Any, event: handover.Answered | handover.Ended) -> None:
+        if isinstance(partner, Call):
+            if isinstance(event, handover.Ended):
                 partner.end(event.fields)
-            case Ended():
-                partner.end()
+            else:
+                partner.reply(event.body)
+        elif isinstance(event, handover.Ended):
+            partner.end()
+        else:
+            partner.plain = event.plain
+            partner.answer(event.body, status=event.status, content_type=event.content_type, headers=event.headers)
 
     def _done(self, number: int) -> Any:
         """The exchange or call that the host has ended; None where its caller has left."""
@@ -303,4 +279,4 @@ class Receiver:
     async def _drained(self, number: int, partner: Exchange | Call) -> None:
         await partner.drained()
         if number in self._open:
-            self._post(Taken(number))
+            self._post(handover.Taken(number))
