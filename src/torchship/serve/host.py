@@ -98,7 +98,9 @@ class Server:
             drain=self.drain,
             forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
         )
-        workers = sum(stage.copies + 1 for model in config.model for stage in model.pipeline().stages)
+        room = room_for_connections(
+            sum(stage.copies + 1 for model in config.model for stage in model.pipeline().stages)
+        )
         if count := default_receivers(config, self.catalog.store) if http.receivers is None else http.receivers:
             files = (config.tls.certificate, config.tls.key, config.tls.clients) if config.tls else None
             self.receivers = await ReceiverPool(count, files=files).open()
@@ -108,7 +110,7 @@ class Server:
             "tls": self._certificates.context if self._certificates else None,
             "limits": ConnectionLimits(
                 body=http.max_body,
-                connections=room_for_connections(workers),
+                connections=room,
                 head_seconds=http.head_timeout,
                 body_seconds=http.body_timeout,
                 idle_seconds=http.idle,
