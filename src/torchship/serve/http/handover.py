@@ -26,7 +26,7 @@ class ReceiverSite(msgspec.Struct, frozen=True):
     rpcs: dict[str, bool]
 
 
-class Span(msgspec.Struct, array_like=True, frozen=True):
+class BodySpan(msgspec.Struct, array_like=True, frozen=True):
     """A body in shared memory: the receiver's, or, at -1, in that which comes with the message."""
 
     offset: int
@@ -46,19 +46,19 @@ class NewHead(msgspec.Struct, array_like=True, frozen=True, tag=1):
     timeout: float
 
 
-class Asked(msgspec.Struct, array_like=True, frozen=True, tag=2):
+class NewRequest(msgspec.Struct, array_like=True, frozen=True, tag=2):
     """To the host: a request is complete, or a call begins whose messages follow."""
 
     number: int
     head: int
-    body: bytes | Span
+    body: bytes | BodySpan
 
 
 class Said(msgspec.Struct, array_like=True, frozen=True, tag=3):
     """To the host: one of the messages of a call, behind its prefix; None after the last."""
 
     number: int
-    body: bytes | Span | None = None
+    body: bytes | BodySpan | None = None
 
 
 class Left(msgspec.Struct, array_like=True, frozen=True, tag=4):
@@ -77,7 +77,7 @@ class Beat(msgspec.Struct, array_like=True, frozen=True, tag=6):
     """To the host, at first and then once a second: I am here."""
 
 
-class Taken(msgspec.Struct, array_like=True, frozen=True, tag=7):
+class MessageTaken(msgspec.Struct, array_like=True, frozen=True, tag=7):
     """Either way: one more message of a stream has been taken."""
 
     number: int
@@ -142,8 +142,8 @@ class Freed(msgspec.Struct, array_like=True, frozen=True, tag=9):
     offsets: list[int]
 
 
-FromReceiver: TypeAlias = NewHead | Asked | Said | Left | HungUp | Beat | Taken
-FromHost: TypeAlias = Serve | Connect | Retire | Answered | Began | Wrote | Ended | Freed | Taken
+FromReceiver: TypeAlias = NewHead | NewRequest | Said | Left | HungUp | Beat | MessageTaken
+FromHost: TypeAlias = Serve | Connect | Retire | Answered | Began | Wrote | Ended | Freed | MessageTaken
 
 decode_from_receiver = msgspec.msgpack.Decoder(list[FromReceiver]).decode
 decode_from_host = msgspec.msgpack.Decoder(list[FromHost]).decode

@@ -26,7 +26,7 @@ from torchship.errors import Unavailable
 from torchship.serve.http import handover
 from torchship.serve.http.coding import enter
 from torchship.serve.http.exchange import Exchange, Head, Headers
-from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, Span
+from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, BodySpan
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.outflow import Stream
 from torchship.serve.http.site import NO_RPC, Site
@@ -86,7 +86,7 @@ class RemoteSink:
 
     def give(self, stream: Stream) -> None:
         """One more message of a call has been taken."""
-        self._post(handover.Taken(stream.number))
+        self._post(handover.MessageTaken(stream.number))
 
 
 class ReceiverProcess:
@@ -165,7 +165,7 @@ class ReceiverProcess:
 
     def _on_event(self, event: Any, fd: int) -> None:
         match event:
-            case handover.Asked():
+            case handover.NewRequest():
                 self._asked(event, self._body(event.body, fd))
                 if self._freed:
                     self._free()
@@ -175,7 +175,7 @@ class ReceiverProcess:
                 partner.leave()
             case handover.Said():
                 self._said(self._open.get(event.number), None if event.body is None else self._body(event.body, fd))
-            case handover.Taken() if (partner := self._open.get(event.number)) is not None:
+            case handover.MessageTaken() if (partner := self._open.get(event.number)) is not None:
                 partner.stream.window += 1
                 self._room.set()
             case handover.HungUp() if event.site < 0:
@@ -198,7 +198,7 @@ class ReceiverProcess:
             sink.site.resolve(head)
         self._heads[event.number % HEADS] = head, sink
 
-    def _asked(self, event: handover.Asked, body: Buffer) -> None:
+    def _asked(self, event: handover.NewRequest, body: Buffer) -> None:
         """A request is complete, or a call begins: hand it to its endpoint."""
         if (known := self._heads[event.head % HEADS]) is None:
             raise ValueError(f"head {event.head} was never told")
@@ -223,7 +223,7 @@ class ReceiverProcess:
             call.stream.ended = True
             call.complete()
 
-    def _body(self, body: bytes | Span, fd: int) -> Buffer:
+    def _body(self, body: bytes | BodySpan, fd: int) -> Buffer:
         """A body where it lies; its memory is the receiver's again when nobody has a view of it any more."""
         if isinstance(body, bytes):
             return body

@@ -21,7 +21,7 @@ import uvloop
 
 from torchship.serve.http import handover
 from torchship.serve.http.exchange import Exchange, Head
-from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, Span
+from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, BodySpan
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.connection import Connection2
@@ -207,10 +207,10 @@ class Receiver:
             )
         self._last += 1
         self._open[self._last] = partner
-        self._post(handover.Asked(self._last, head.memo, shared), fd)
+        self._post(handover.NewRequest(self._last, head.memo, shared), fd)
         return self._last
 
-    def _shared(self, body: Buffer) -> tuple[bytes | Span, int]:
+    def _shared(self, body: Buffer) -> tuple[bytes | BodySpan, int]:
         """A body as it travels, and the descriptor of its memory where ours has no room. Raises Unavailable."""
         size = len(body)
         if size <= _INLINE:
@@ -218,12 +218,12 @@ class Receiver:
         offset = self._spans.take(size)
         if offset >= 0:
             self._memory[offset : offset + size] = body
-            return Span(offset, size), -1
+            return BodySpan(offset, size), -1
         region = MemoryRegion.make(size)
         region.memory[:size] = body
         fd, region.fd = region.fd, -1
         region.close()
-        return Span(-1, size), fd
+        return BodySpan(-1, size), fd
 
     def leave(self, number: int) -> None:
         """The caller went away: the host need not answer."""
@@ -245,7 +245,7 @@ class Receiver:
             case handover.Wrote() if (partner := self._open.get(event.number)) is not None:
                 partner.write(event.data)
                 self._spawn(self._drained(event.number, partner))
-            case handover.Taken() if event.number in self._credit:
+            case handover.MessageTaken() if event.number in self._credit:
                 self._credit[event.number].release()
             case handover.Connect():
                 self._spawn(self._accept(self._sites[event.site][1], socket.socket(fileno=fd)))
@@ -279,4 +279,4 @@ class Receiver:
     async def _drained(self, number: int, partner: Exchange | Call) -> None:
         await partner.drained()
         if number in self._open:
-            self._post(handover.Taken(number))
+            self._post(handover.MessageTaken(number))
