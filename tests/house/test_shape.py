@@ -77,24 +77,24 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 32_437
+ENGINE = 33_488
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_370,
     "torchship.backends": 1_545,
-    "torchship.cli": 1_586,
+    "torchship.cli": 1_587,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 2_994,
     "torchship.optimize": 6_388,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_519,
-    "torchship.serve": 1_959,
-    "torchship.serve.api": 1_350,
-    "torchship.serve.engine": 2_835,
-    "torchship.serve.http": 2_446,
+    "torchship.serve": 2_368,
+    "torchship.serve.api": 1_357,
+    "torchship.serve.engine": 2_582,
+    "torchship.serve.http": 3_333,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
