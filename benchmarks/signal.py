@@ -32,8 +32,8 @@ from torchship.serve.engine.ipc.messages import (
     decode_report,
     encode,
 )
-from torchship.serve.ipc.channel import Inbox, send
 from torchship.serve.ipc.memory import MemoryRegion
+from torchship.serve.ipc.packets import Inbox, send
 
 ROUNDS, TRIPS, DEPTH = 5, 2000, 64
 RUN = RunBatch(1, 0, [PackedCall([1] * 32, [ArenaBlock((32, 16), 0, 2048)])])

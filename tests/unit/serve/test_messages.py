@@ -19,8 +19,8 @@ from torchship.serve.engine.ipc.messages import (
     decode_report,
     encode,
 )
-from torchship.serve.ipc.channel import INLINE, Inbox, send
 from torchship.serve.ipc.memory import MemoryRegion
+from torchship.serve.ipc.packets import INLINE, Inbox, send
 
 
 @pytest.fixture

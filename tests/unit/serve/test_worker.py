@@ -23,7 +23,7 @@ from torchship.serve.engine.ipc.messages import (
     encode,
 )
 from torchship.serve.engine.worker import StageRunner, WorkerLoop
-from torchship.serve.ipc.channel import Inbox, send
+from torchship.serve.ipc.packets import Inbox, send
 from torchship.stage import EngineStage
 from torchship.tensors import Array, Signature, Tensors
 

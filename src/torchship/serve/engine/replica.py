@@ -25,9 +25,9 @@ from torchship.serve.engine.ipc.arena import Arena, ArenaBlock
 from torchship.serve.engine.ipc.messages import BatchDone, CardMemory, RunBatch, decode_report, encode
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.spec import WorkerSpec
-from torchship.serve.ipc.channel import INLINE, Inbox, send
 from torchship.serve.ipc.memory import MemoryRegion
 from torchship.serve.ipc.output import WorkerOutput
+from torchship.serve.ipc.packets import INLINE, Inbox, send
 from torchship.tensors import Array, numpy_dtype
 
 _log = logging.getLogger("torchship.serve")

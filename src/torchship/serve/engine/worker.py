@@ -26,8 +26,8 @@ from torchship.serve.engine.ipc import arena, messages
 from torchship.serve.engine.ipc.arena import Arena, ArenaBlock
 from torchship.serve.engine.ipc.messages import BatchDone, Order, RunBatch, encode
 from torchship.serve.engine.spec import WorkerSpec
-from torchship.serve.ipc.channel import Inbox, send
 from torchship.serve.ipc.memory import MemoryRegion
+from torchship.serve.ipc.packets import Inbox, send
 from torchship.stage import Stage, Value
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
 

@@ -26,7 +26,7 @@ from torchship.errors import Unavailable
 from torchship.serve.http import handover
 from torchship.serve.http.coding import enter
 from torchship.serve.http.exchange import Exchange, Head, Headers
-from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, BodySpan
+from torchship.serve.http.handover import AHEAD, HEADS, BodySpan, ReceiverSite
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.outflow import Stream
 from torchship.serve.http.site import NO_RPC, Site

@@ -21,7 +21,7 @@ import uvloop
 
 from torchship.serve.http import handover
 from torchship.serve.http.exchange import Exchange, Head
-from torchship.serve.http.handover import AHEAD, HEADS, ReceiverSite, BodySpan
+from torchship.serve.http.handover import AHEAD, HEADS, BodySpan, ReceiverSite
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.http2.connection import Connection2
