@@ -16,6 +16,7 @@ from torchship.stage import Stage
 from torchship.tensors import Signature
 
 KIND = "native"  # a program of its own: TorchScript can read and write files
+RARELY = True  # wins on a processor: there other quick engines have their turn before it
 REPLAYS = True  # takes as a script what eager cannot export: no news about the model
 PACKAGES = ("torch",)
 probe = needs("torch")

@@ -23,10 +23,11 @@ from torchship.optimize.config import SearchConfig
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import judge
 from torchship.optimize.judge import HOPELESS
-from torchship.optimize.measure import Effort
+from torchship.optimize.measure import SERVING_BATCH, Effort
 from torchship.optimize.trial import BuildTask, ProofTask, Trial
 from torchship.recipe import Recipe
 
+LEAST_S = 60.0  # of what must be tried, whatever the budget
 _PASSING = ("did not finish", "took ", "killed by", "exited with")
 
 
@@ -146,9 +147,22 @@ def _effort(recipe: Recipe, context: SearchContext) -> Effort:
     return msgspec.structs.replace(effort, max_batch=1, calls=min(effort.calls, 10))
 
 
-def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence[Trial]) -> Trial:
+def completed(trial: Trial, *, context: SearchContext) -> Trial:
+    """The trial with all points of its curve, where it was far behind, or the first, and has two."""
+    if trial.timing is None or [point.batch for point in trial.timing.curve] != [1, SERVING_BATCH]:
+        return trial
+    left = max(context.deadline - time.monotonic(), LEAST_S)
+    found = _proven(trial, context, left=left, done=(), whole=True)
+    if not is_valid(found):
+        return trial
+    context.cache.keep("trials", trial.key, found)
+    return found
+
+
+def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence[Trial], whole: bool = False) -> Trial:
     """The trial with what a fresh child, pinned, finds out about its artifact."""
     timings = [other.timing for other in done if other.timing and is_valid(other)]
+    few = [point for timing in timings for point in timing.curve if point.batch <= SERVING_BATCH]
     config = context.config
     task = ProofTask(
         artifact=trial.artifact,
@@ -160,7 +174,8 @@ def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence
         device=config.device,
         threads=config.threads,
         best_ms=min((timing.curve[0].p50_ms for timing in timings), default=0.0),
-        best_rate=max((point.rows_per_s for timing in timings for point in timing.curve), default=0.0),
+        best_rate=max((point.rows_per_s for point in few), default=0.0),
+        whole=whole,
         evaluate=str(context.work / "metric.pkl") if context.metric_hash else "",
         reference_metric=context.reference_metric,
     )

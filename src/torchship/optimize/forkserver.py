@@ -24,7 +24,8 @@ _PATIENCE = 120.0  # seconds for the imports; then children start fresh, one by 
 
 
 class Forkserver:
-    """Runs `module:function(argument)` in forked children, one at a time. It starts when first needed."""
+    """Runs `module:function(argument)` in forked children, one at a time. It imports from its `start` on, which needs
+    no waiting for; without one, when it is first needed."""
 
     def __init__(self, imports: Sequence[str], *, threads: int) -> None:
         home.name_user()  # torch's compiler runs in the children and asks
@@ -32,6 +33,16 @@ class Forkserver:
         self._threads = threads
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+
+    def start(self) -> None:
+        """Begin with the imports."""
+        if self._control is None:
+            self._server, self._control = process.converse(
+                "torchship.optimize.forkserver:serve_forks",
+                argument=self._imports,
+                output=subprocess.DEVNULL,
+                threads=self._threads,
+            )
 
     def run(self, target: str, *, argument: object, timeout: float, memory: int | None = None) -> Outcome:
         """What `process.run` does."""
@@ -57,13 +68,8 @@ class Forkserver:
         self._control = self._server = None
 
     def _fork(self, target: str, argument: object, log: int, answer: int) -> Child:
-        if self._control is None:
-            self._server, self._control = process.converse(
-                "torchship.optimize.forkserver:serve_forks",
-                argument=self._imports,
-                output=subprocess.DEVNULL,
-                threads=self._threads,
-            )
+        self.start()
+        assert self._control is not None  # noqa: S101  # it was started
         ours, theirs = os.pipe()
         given = process.task(target, argument=argument)
         try:

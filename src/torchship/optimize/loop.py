@@ -14,7 +14,7 @@ from typing import TypeAlias
 import msgspec
 
 from torchship.artifact.manifest import BatchPoint
-from torchship.optimize.attempt import SearchContext, attempt, known
+from torchship.optimize.attempt import LEAST_S, SearchContext, attempt, completed, known
 from torchship.optimize.cache import digest
 from torchship.optimize.choose import Choice, Goal, baseline_place, cost
 from torchship.optimize.measure import interleaved, point
@@ -22,7 +22,6 @@ from torchship.optimize.strategies import Asked, Strategy
 from torchship.optimize.trial import Trial
 
 OnTrial: TypeAlias = Callable[[Trial, int, int], None]
-_LEAST_S = 60.0  # of an urgent attempt, whatever the budget
 _CLOSE, _MOST = 1.15, 4  # how far from the best, and how many, are measured again
 _FEWEST = 5  # calls that make a point
 
@@ -78,7 +77,7 @@ def _tried(asked: Asked, done: Sequence[Trial], context: SearchContext) -> Trial
     if asked.skip:
         return _skipped(asked, asked.skip)
     where = replace(context, tuned=True, model_hash=asked.tuned) if asked.tuned else context
-    found = attempt(recipe, context=where, left=max(left, _LEAST_S) if asked.urgent else left, done=done)
+    found = attempt(recipe, context=where, left=max(left, LEAST_S) if asked.urgent else left, done=done)
     return msgspec.structs.replace(found, notes=(*found.notes, asked.note)) if asked.note else found
 
 
@@ -87,11 +86,17 @@ def _skipped(asked: Asked, why: str) -> Trial:
 
 
 def remeasured(trials: Sequence[Trial], choice: Choice, *, context: SearchContext) -> list[Trial]:
-    """The trials with one point of the close ones' curve measured again; unchanged where there is nothing to settle."""
-    config = context.config
+    """The trials with the whole curve of the winner and of plain eager, and with one point of the close ones' curve
+    measured again. Late, all that is done is to complete the winner.
+    """
+    config, changed = context.config, list(trials)
+    eager = baseline_place(trials, choice.ranking)
+    for place in dict.fromkeys((choice.winner, eager)):
+        if place is not None and (place == choice.winner or time.monotonic() < context.deadline):
+            changed[place] = completed(changed[place], context=context)
     places = close_ones(trials, choice, goal=config.goal)
     if not places or time.monotonic() > context.deadline:
-        return list(trials)
+        return changed
     batches = {place: _batch(trials[place], config.goal) for place in places}
     key = digest([(trials[place].key, batches[place]) for place in places])
     points = context.cache.kept("remeasured", key, dict[int, BatchPoint])
@@ -101,7 +106,6 @@ def remeasured(trials: Sequence[Trial], choice: Choice, *, context: SearchContex
         samples = zip(batches.items(), seconds, strict=True)
         points = {place: point(taken, batch=batch) for (place, batch), taken in samples if len(taken) >= _FEWEST}
         context.cache.keep("remeasured", key, points)
-    changed = list(trials)
     for place, found in points.items():
         trial, timing = changed[place], changed[place].timing
         assert timing is not None  # noqa: S101  # only measured trials are measured again

@@ -23,7 +23,8 @@ from torchship.tensors import Tensors
 class Effort(msgspec.Struct, frozen=True):
     """How long to measure: seconds and calls for each point, and the largest batch that is tried.
 
-    `longest`: no further batch size is tried when its fewest calls would take more seconds than this.
+    Batches of several rows have half of the seconds. `longest`: no further batch size is tried when its fewest calls
+    would take more seconds than this.
     """
 
     seconds: float = 0.8
@@ -34,6 +35,7 @@ class Effort(msgspec.Struct, frozen=True):
     longest: float = 6.0
 
 
+SERVING_BATCH = 8  # memory is what serving up to this many rows at once takes
 _ROUNDS = 7
 _TURN = Effort(seconds=0.25, calls=200, fewest=2, warm_up=0.02)
 _OPENING = 120.0  # seconds
@@ -84,20 +86,30 @@ def point(seconds: list[float], *, batch: int) -> BatchPoint:
 def curve(stage: Stage, tensors: Tensors, *, batched: bool, effort: Effort) -> Iterator[BatchPoint]:
     """Points for batch 1, 2, 4 ... until throughput grows by less than 3 % twice in a row, 8 at least where allowed.
 
-    Each is measured when it is asked for.
+    Each is measured when it is asked for: 1 and 8 first, which tell most; then what lies between, and beyond.
     """
-    limit = min(effort.max_batch, stage.max_batch or effort.max_batch) if batched else 1
-    best, flat, size = 0.0, 0, 1
-    while size <= max(limit, 1):
+    limit = max(1, min(effort.max_batch, stage.max_batch or effort.max_batch)) if batched else 1
+    several = msgspec.structs.replace(effort, seconds=effort.seconds / 2, warm_up=effort.warm_up / 2)
+    points: list[BatchPoint] = []
+    sizes = [size for size in (1, SERVING_BATCH, 2, 4) if size <= limit]
+    for size in sizes:
         rows = resized(tensors, rows=size) if batched else tensors
-        found = point(sample(stage, rows, effort=effort), batch=size)
-        yield found
+        points.append(point(sample(stage, rows, effort=effort if size == 1 else several), batch=size))
+        yield points[-1]
+        points.sort(key=lambda found: found.batch)
+        last = points[-1]
+        slow = last.p50_ms / 1e3 * 2 * (effort.fewest + 2) > effort.longest
+        if size == sizes[-1] and SERVING_BATCH <= last.batch <= limit // 2 and not slow and _grows(points):
+            sizes.append(last.batch * 2)
+
+
+def _grows(points: Sequence[BatchPoint]) -> bool:
+    """Whether one of the last two batch sizes brought 3 % more rows a second than all before it."""
+    best, flat = 0.0, 0
+    for found in points:
         flat = 0 if found.rows_per_s > best * 1.03 else flat + 1
         best = max(best, found.rows_per_s)
-        slow = found.p50_ms / 1e3 * 2 * (effort.fewest + 2) > effort.longest
-        if size >= 8 and (flat >= 2 or slow):
-            return
-        size *= 2
+    return flat < 2
 
 
 def peak_memory() -> int:

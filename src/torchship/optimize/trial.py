@@ -19,7 +19,7 @@ from torchship.model import Model, Shelf
 from torchship.optimize import workspace
 from torchship.optimize.guard import LAW_LIMITS, Guard, judge, precision_of
 from torchship.optimize.judge import bounded, judged
-from torchship.optimize.measure import Effort, curve, peak_memory
+from torchship.optimize.measure import SERVING_BATCH, Effort, curve, peak_memory
 from torchship.recipe import Recipe
 from torchship.stage import Stage
 from torchship.tensors import Array, Tensors
@@ -27,7 +27,7 @@ from torchship.tensors import Array, Tensors
 METRIC = "metric.safetensors"  # the reference's value of the user's metric for each row
 FINETUNE = "finetune"  # the step of a recipe whose model is the tuned one
 Status: TypeAlias = Literal["ok", "refused", "failed", "skipped"]
-_SERVING_BATCH = 8  # memory is what serving up to this many rows at once takes
+_NEAR = 2.0  # times the best of its batch size: who is farther behind is measured at 1 and 8 rows alone
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -68,8 +68,11 @@ class BuildTask(msgspec.Struct, frozen=True):
 
 
 class ProofTask(msgspec.Struct, frozen=True):
-    """What the proving child is told. `best_ms` and `best_rate` are the best so far: who is far behind in both is not
-    measured at large batches."""
+    """What the proving child is told.
+
+    `best_ms` at batch 1 and `best_rate` (rows a second, up to 8 rows) are the best so far (0: none). Who is far behind
+    in both, or the first of all, is not measured at other batches unless the `whole` curve is asked for.
+    """
 
     artifact: str
     reference: str
@@ -81,6 +84,7 @@ class ProofTask(msgspec.Struct, frozen=True):
     threads: int = 0
     best_ms: float = 0.0
     best_rate: float = 0.0
+    whole: bool = False
     evaluate: str = ""
     reference_metric: float | None = None
 
@@ -133,7 +137,7 @@ def prove_here(argument: Any) -> tuple[Verdict, Timing]:
     further = curve(stage, example, batched=signature.batched, effort=task.effort)
     for found in further:
         points.append(found)
-        if found.batch >= _SERVING_BATCH:
+        if found.batch >= SERVING_BATCH:
             break
     peak = peak_memory()
     law_limit = LAW_LIMITS[precision_of(task.recipe)]
@@ -142,10 +146,12 @@ def prove_here(argument: Any) -> tuple[Verdict, Timing]:
     Path(task.answers).write_bytes(tensorfile.encode(stage(example)))
     if verdict.passed:
         rate = max(found.rows_per_s for found in points)
-        if not task.best_ms or points[0].p50_ms <= 3 * task.best_ms or rate * 3 >= task.best_rate:
+        near = points[0].p50_ms <= _NEAR * task.best_ms or (task.best_rate and rate * _NEAR >= task.best_rate)
+        if near or task.whole:
             points += further
         verdict = _by_metric(stage, verdict, task) if task.evaluate else verdict
     stage.close()
+    points.sort(key=lambda found: found.batch)
     return verdict, Timing(tuple(points), load_s, peak, artifact.size, task.threads)
 
 

@@ -35,13 +35,20 @@ class Once:
 
 
 @pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def lefts() -> list[float]:
+    """The seconds that each attempt is given."""
+    return []
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch, lefts: list[float]) -> list[str]:
     tried: list[str] = []
 
     def attempt(recipe: Recipe, **given: Any) -> Trial:
         if recipe.backend == "ctrl-c":
             raise KeyboardInterrupt
         tried.append(recipe.backend)
+        lefts.append(given["left"])
         return trial(recipe.backend, status="failed" if recipe.backend == "bad" else "ok")
 
     monkeypatch.setattr(loop, "attempt", attempt)
@@ -83,10 +90,11 @@ def test_what_needs_no_attempt_is_told_with_its_reason(attempts: list[str]) -> N
     assert done[3].notes == ("n",)
 
 
-def test_once_time_is_up_only_what_is_urgent_is_tried(attempts: list[str]) -> None:
+def test_once_time_is_up_only_what_is_urgent_is_tried(attempts: list[str], lefts: list[float]) -> None:
     later = Once(*asked("later"))
     done, _ = loop.run([Once(*asked("eager", urgent=True), *asked("b")), later], context=context(-1))
     assert attempts == ["eager"]
+    assert lefts == [60.0], "it has a minute, whatever the budget"
     assert done[1].failure == "the budget was used up"
     assert later.told == [], "there is a valid trial: nobody else is asked"
     stand_in = Once(*asked("python", urgent=True))

@@ -36,7 +36,7 @@ class Counting:
 X = {"x": np.arange(6, dtype=np.float32).reshape(3, 2)}
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(8, [1, 2, 4, 8]), (12, [1, 2, 4, 8]), (1, [1])])
+@pytest.mark.parametrize(("limit", "sizes"), [(8, [1, 8, 2, 4]), (12, [1, 8, 2, 4]), (1, [1])])
 def test_batches_double_up_to_the_limit(limit: int, sizes: list[int]) -> None:
     assert [each.batch for each in curve(Counting(max_batch=limit), X, batched=True, effort=QUICK)] == sizes
 
@@ -70,9 +70,18 @@ def test_a_curve_ends_when_more_rows_bring_no_more_speed_and_measures_what_is_as
 
     monkeypatch.setattr(measure, "sample", sample)
     found = curve(Counting(), X, batched=True, effort=QUICK)
-    assert [next(found).batch for _ in range(3)] == taken == [1, 2, 4]
-    assert [each.batch for each in found] == [8]
-    assert taken == [1, 2, 4, 8]
+    assert [next(found).batch for _ in range(2)] == taken == [1, 8]  # which tell most
+    assert [each.batch for each in found] == [2, 4]
+    assert taken == [1, 8, 2, 4]
+
+
+def test_a_curve_goes_on_while_more_rows_bring_more_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(stage: Counting, rows: Tensors, *, effort: Effort) -> list[float]:
+        return [0.001 * max(1, len(rows["x"]) / 16)] * 3  # up to 16 rows take as long as one
+
+    monkeypatch.setattr(measure, "sample", sample)
+    found = [each.batch for each in curve(Counting(max_batch=1024), X, batched=True, effort=QUICK)]
+    assert found == [1, 8, 2, 4, 16, 32, 64]
 
 
 def test_a_point_holds_percentiles_in_milliseconds() -> None:

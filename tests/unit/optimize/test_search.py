@@ -99,6 +99,24 @@ def test_the_models_hash_sees_weights_structure_and_attributes() -> None:
     assert hash_of(nn.Sequential(module(), nn.Dropout(0.1))) != hash_of(nn.Sequential(module(), nn.Dropout(0.2)))
 
 
+def test_the_first_has_two_points_until_it_is_known_what_else_there_is(planted: Path) -> None:
+    effort = msgspec.structs.replace(QUICK, max_batch=8)
+    seen: list[list[int]] = []
+
+    def note(trial: Trial, done: int, total: int) -> None:
+        seen.append([point.batch for point in trial.timing.curve] if trial.timing else [])
+
+    report = optimize(planted, "good", publish=False, effort=effort, on_trial=note)
+    assert seen[0] == [1, 8]
+    assert report.facts.eager is not None
+    for trial in (report.facts.eager, report.winner):
+        assert trial is not None
+        assert trial.timing is not None
+        assert [point.batch for point in trial.timing.curve] == [1, 2, 4, 8]
+    again = optimize(planted, "good", publish=False, effort=effort)
+    assert [len(trial.timing.curve) for trial in again.trials if trial.timing] == [4, 4]
+
+
 def test_new_limits_judge_cached_numbers_anew(planted: Path) -> None:
     assert optimize(planted, "wrong", publish=False).trials[1].status == "refused"
     loose = optimize(planted, "wrong", publish=False, guard=Guard(error=9, cosine=-2, top1=0))
@@ -142,9 +160,8 @@ def test_ctrl_c_and_a_spent_budget_keep_what_is_done(planted: Path) -> None:
     assert report.facts.interrupted
     assert [trial.status for trial in report.trials] == ["ok", "ok", "skipped", "skipped"]
     assert report.winner is not None
-    spent = optimize(
-        planted, "raises", publish=False, budget=0.0, cache=planted / "empty"
-    )  # a known trial counts at any time
+    spent = optimize(planted, "hang", publish=False, budget=0.0)  # what is known counts at any time, as eager is now
+    assert spent.trials[0].cached
     assert [trial.status for trial in spent.trials] == ["ok", "skipped"]
     assert "budget" in spent.trials[1].failure
 

@@ -152,9 +152,10 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
 
     The first is the first: eager, the reference. Then what runs on an accelerator comes before what does not, and the
     module as it is before all, which gains are told against. Among those, the first proposal of each engine that
-    builds in seconds, in the given order; what else the best of these proposes; the first proposal of each compiler;
-    then the proposals of the engine whose best valid trial was best for the goal. An engine that was only refused so
-    far counts as the best, one that only failed, or must be tried out on the card first, comes last. Pure.
+    builds in seconds, in the given order, but for those that rarely win on a processor; what else the best of these
+    proposes; the first proposal of each of the others, compilers last; then the proposals of the engine whose best
+    valid trial was best for the goal. An engine that was only refused so far counts as the best, one that only failed,
+    or must be tried out on the card first, comes last. Pure.
     """
     if not done:
         return 0
@@ -167,9 +168,11 @@ def next_up(waiting: Sequence[Recipe], done: Sequence[Trial], *, goal: Goal) -> 
     best = _best(done, goal)
     leader = min(best.values(), default=0.0)
     quick = [place for place in places if not plugins.fact("backends", waiting[place].backend, "COMPILES", False)]
+    often = [place for place in quick if accelerated(waiting[place]) or not rarely(waiting[place])]
     for found in (
-        [place for place in quick if _engine(waiting[place]) not in best],
+        [place for place in often if _engine(waiting[place]) not in best],
         [place for place in quick if best.get(_engine(waiting[place])) == leader],
+        [place for place in quick if _engine(waiting[place]) not in best and not needs_one(waiting[place])],
         [place for place in places if _engine(waiting[place]) not in best and not needs_one(waiting[place])],
     ):
         if found:
@@ -190,6 +193,11 @@ def _best(done: Sequence[Trial], goal: Goal) -> dict[tuple[str, bool], float]:
         found[_engine(trial.recipe)] = min(found.get(_engine(trial.recipe), price), price)
     leader = min(found.values(), default=0.0)
     return found | {_engine(trial.recipe): leader for trial in done if trial.status == "refused"}
+
+
+def rarely(recipe: Recipe) -> bool:
+    """Whether a recipe's backend hardly ever wins on a processor, as it says itself."""
+    return bool(plugins.fact("backends", recipe.backend, "RARELY", False))
 
 
 def hopeless(recipe: Recipe, done: Sequence[Trial], *, goal: Goal) -> str:
