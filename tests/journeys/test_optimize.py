@@ -11,13 +11,14 @@ import threading
 from pathlib import Path
 
 from tests.unit.optimize.planted import plant
+from torchship.artifact import Store, open_artifact
 
 ROOT = Path(__file__).parents[2]
 TARGET = "tests.unit.optimize.test_targets:net"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    places = [str(ROOT), str(plant(folder / "site"))]
+    places = [str(ROOT), str(ROOT / "src"), str(plant(folder / "site"))]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(places),
         "TORCHSHIP_CACHE": str(folder / "cache"),
@@ -57,6 +58,48 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_nothing_behind(tmp_path: Path) -> 
     assert told["report"]["interrupted"]
     assert Path(told["artifact"], "manifest.json").is_file()
     assert list((tmp_path / "cache" / "work").iterdir()) == []
+
+
+_AT_ONCE = """
+from torchship.cli import main
+from torchship.optimize import publishing
+
+publishing.YOUNG_S = 0.0
+main()
+"""
+
+
+def test_a_search_that_is_killed_leaves_the_best_so_far_published(tmp_path: Path) -> None:
+    words = ["optimize", TARGET, "--input", "input:FP32[-1,4]", "--backends", "planted_good,planted_hang"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", _AT_ONCE, *words, "--name", "line", "--threads", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path),
+        cwd=tmp_path,
+    )
+    store, watch = Store(tmp_path / "store"), threading.Event()
+    try:
+        for _ in range(1200):
+            if list((tmp_path / "cache" / "work").glob("*/build-*")) and store.versions("line"):
+                break  # the hung one is being built, or the good one is
+            assert child.poll() is None
+            watch.wait(0.1)
+    finally:
+        child.kill()
+        _, err = child.communicate()
+    assert child.returncode == -signal.SIGKILL, err
+    (number,) = store.versions("line")
+    artifact = open_artifact(store.resolve("line"))
+    assert artifact.path.name == str(number)
+    assert artifact.manifest.recipe.backend in ("eager", "planted_good")
+    assert artifact.manifest.verdict is not None
+    assert artifact.manifest.verdict.passed
+    stage = artifact.open(threads=1)
+    answers = stage(artifact.inputs())
+    assert {name: array.shape for name, array in answers.items()}
+    stage.close()
 
 
 def test_a_wrong_target_is_one_line_and_exit_code_1(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import msgspec
 
 from torchship import plugins
+from torchship.artifact.manifest import Timing
 from torchship.errors import BadConfig
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
@@ -95,14 +96,15 @@ def accelerated(recipe: Recipe) -> bool:
 
 
 def cost(trial: Trial, *, goal: Goal) -> float:
-    """What the goal minimises: p50 at batch 1 in ms, seconds for a row at the best batch, or bytes.
-
-    Infinite for a trial that was not measured.
-    """
+    """What the goal minimises, see `price`; infinite for a trial that was not measured."""
     if goal not in GOALS:
         raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
-    timing = trial.timing
-    if timing is None or not timing.curve:
+    return float("inf") if trial.timing is None else price(trial.timing, goal=goal)
+
+
+def price(timing: Timing, *, goal: Goal) -> float:
+    """p50 at batch 1 in ms, seconds for a row at the best batch, or bytes; infinite where nothing was measured."""
+    if not timing.curve:
         return float("inf")
     if goal == "latency":
         return timing.curve[0].p50_ms

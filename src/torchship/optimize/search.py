@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
-import msgspec
 import torch
 
-from torchship import __version__, home, plugins
+from torchship import __version__, home
 from torchship import hardware as machines
-from torchship.artifact import Artifact, Store, open_artifact, package, tensorfile
+from torchship.artifact import Artifact, Store, open_artifact, tensorfile
 from torchship.artifact import folder as folders
 from torchship.artifact.manifest import Provenance
 from torchship.errors import BadInput, GuardRefused
@@ -30,13 +29,14 @@ from torchship.optimize import loop, probes, reference, workspace
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
-from torchship.optimize.choose import Goal, accelerated, baseline, choose
+from torchship.optimize.choose import Goal, baseline, choose
 from torchship.optimize.config import Metric, SearchConfig, Settings, read
 from torchship.optimize.facts import Facts
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard, judge
 from torchship.optimize.judge import compare
 from torchship.optimize.loop import OnTrial
+from torchship.optimize.publishing import Publisher
 from torchship.optimize.report import Report
 from torchship.optimize.strategies import Strategy, winners
 from torchship.optimize.strategies.cutting import Cutting
@@ -76,7 +76,7 @@ def optimize(
     of what eager fp32 answers, see `Guard`.
     `goal`: latency (p50 at batch 1), throughput, size or memory. `backends` narrows the search, `budget` (seconds)
     bounds it. `on_trial(trial, done, total)` is called as trials finish. Ctrl-C ends the race and keeps what is
-    done. `settings`: see `Settings`.
+    done; the best so far is published on the way, see `Publisher`. `settings`: see `Settings`.
 
     Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
     When no trial is valid the report has no winner and nothing is published.
@@ -96,12 +96,12 @@ def optimize(
     with folders.room(root), workspace.private_folder(root / "work") as work, closing(forks):
         samples = () if calibration is None else calibration
         context = _prepare(model, samples, evaluate, config, work=work, cache=Cache(root), forks=forks)
-        facts = _search(context, on_trial)
+        publisher = Publisher(store, context=context) if settings.get("publish", True) else None
+        facts = _search(context, on_trial, publisher)
         winners.learn(facts, context=context)
-        if facts.winner is None or not settings.get("publish", True):
+        if facts.winner is None or publisher is None:
             return Report(facts)
-        where = store if isinstance(store, Store) else Store(store)
-        return Report(facts, *_publish(facts, facts.winner, where, labels=config.labels, work=work))
+        return Report(facts, *publisher.finish(facts, facts.winner))
 
 
 def artifact_name(text: str) -> str:
@@ -121,6 +121,7 @@ def _prepare(
     forks: Forkserver,
 ) -> SearchContext:
     """Compute the reference once, and lay everything out for the children."""
+    forks.start()  # its imports take about as long as the reference does
     model, held_back, groups = reference.split(model, samples)
     if evaluate is None:
         reference.refuse_unsteady(model)
@@ -163,8 +164,8 @@ def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Pat
     return found
 
 
-def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
-    """The loop, then the close ones again, and what came of it all."""
+def _search(context: SearchContext, on_trial: OnTrial | None, publisher: Publisher | None) -> Facts:
+    """The loop, which publishes as it goes, then the close ones again, and what came of it all."""
     config = context.config
     recipes, left_out = _proposed(context)
     mixed, overflow, tuning = MixedPrecision(context), Overflow(context), FineTuning(context)
@@ -176,7 +177,17 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     else:  # what the caller lists is tried to its end, and nothing else but what mends it
         recipes = [baseline(), *(recipe for recipe in config.recipes if recipe != baseline())]
         strategies = [Proposals(recipes, goal=config.goal), overflow, mixed, tuning]
-    trials, interrupted = loop.run(strategies, context=context, on_trial=on_trial)
+    facts = partial(_facts, context, left_out=left_out, mixed=mixed)
+    done: list[Trial] = []
+
+    def tell(trial: Trial, count: int, total: int) -> None:
+        done.append(trial)
+        if on_trial is not None:
+            on_trial(trial, count, total)
+        if publisher is not None and trial.status != "skipped":
+            publisher.offer(facts(done))
+
+    trials, interrupted = loop.run(strategies, context=context, on_trial=tell)
     try:
         if not interrupted:
             first = choose(trials, goal=config.goal, constraints=config.constraints)
@@ -184,6 +195,19 @@ def _search(context: SearchContext, on_trial: OnTrial | None) -> Facts:
     except KeyboardInterrupt:
         interrupted = True
     context.cache.trim()
+    return facts(trials, interrupted=interrupted)
+
+
+def _facts(
+    context: SearchContext,
+    trials: Sequence[Trial],
+    *,
+    left_out: dict[str, str],
+    mixed: MixedPrecision,
+    interrupted: bool = False,
+) -> Facts:
+    """What came of the trials so far."""
+    config = context.config
     notes = [*getattr(context.model.module, "notes", ()), *context.doubts]
     load, cores = os.getloadavg()[1], context.hardware.cores
     if load >= cores * 2 + 1:  # our own trials make a load of about one a core
@@ -221,44 +245,6 @@ def _proposed(context: SearchContext) -> tuple[list[Recipe], dict[str, str]]:
     found, left_out = propose(context.model, hardware=hardware, backends=config.backends, device=config.device)
     recipes, refused = probes.without_refused(found, cache=context.cache, hardware=hardware)
     return recipes, left_out | refused
-
-
-def _publish(facts: Facts, winner: Trial, store: Store, *, labels: Sequence[str], work: Path) -> tuple[Artifact, int]:
-    """Copy the winner, add what was measured, its own answers and the report, and publish that.
-
-    Where the current version is this very trial, it stays: a rerun out of the cache publishes nothing new.
-    """
-    # the manifest keeps the numbers and the sentence of a verdict, as every reader of the format knows them
-    verdict = None if winner.verdict is None else msgspec.structs.replace(winner.verdict, evidence=None)
-    if store.versions(facts.name):
-        number = store.current(facts.name)
-        there = open_artifact(store.resolve(f"{facts.name}@{number}"), verify=False)
-        was, made = there.manifest, open_artifact(winner.artifact, verify=False).manifest
-        before = (was.recipe, was.timing, was.verdict, was.provenance.model_hash, was.labels)
-        if before == (winner.recipe, winner.timing, verdict, made.provenance.model_hash, tuple(labels)):
-            return there, number
-    folder = work / "winner"
-    shutil.copytree(winner.artifact, folder)
-    answers = Path(f"{winner.artifact}.answers")
-    if answers.is_file():
-        folders.write(folder / "examples" / "outputs.safetensors", answers.read_bytes())
-    Report(facts).save(folder / "report")
-    package.amend(folder, name=facts.name, timing=winner.timing, verdict=verdict, labels=tuple(labels))
-    spare = portable([facts.trials[index] for index in facts.choice.ranking])
-    if spare is not None:
-        package.add_fallback(folder, other=spare.artifact)
-    number = store.publish(folder, name=facts.name)
-    return open_artifact(store.resolve(f"{facts.name}@{number}"), verify=False), number
-
-
-def portable(ranking: Sequence[Trial]) -> Trial | None:
-    """The best trial that opens on any machine, where the winner (the first) is native or needs a card."""
-    found = next((trial for trial in ranking if _opens_anywhere(trial.recipe)), None)
-    return None if found is ranking[0] else found
-
-
-def _opens_anywhere(recipe: Recipe) -> bool:
-    return plugins.load("backends", name=recipe.backend).KIND != "native" and not accelerated(recipe)
 
 
 def build(

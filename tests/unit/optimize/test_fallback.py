@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchship.optimize.search import portable
+from torchship.optimize.publishing import portable
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
 

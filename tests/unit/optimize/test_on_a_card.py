@@ -21,7 +21,7 @@ from torchship.lowering import program
 from torchship.lowering.blueprint import Cut
 from torchship.lowering.cuda import CudaStage
 from torchship.lowering.cutting import CutModule
-from torchship.optimize import search
+from torchship.optimize import publishing
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import baseline_place, choose, is_plain
 from torchship.optimize.strategies.cutting import stands_in
@@ -143,9 +143,9 @@ def test_an_engine_that_cannot_build_the_model_is_asked_once() -> None:
 def test_a_winner_that_needs_a_card_takes_one_along_that_needs_none() -> None:
     plain, graphs = ended(Recipe("eager")), ended(Recipe("eager", {**ON_CARD, "graphs": True}))
     kernels = ended(Recipe("kernels", ON_CARD))
-    assert search.portable([graphs, plain]) is plain
-    assert search.portable([kernels, graphs, plain]) is plain
-    assert search.portable([kernels, graphs]) is None
+    assert publishing.portable([graphs, plain]) is plain
+    assert publishing.portable([kernels, graphs, plain]) is plain
+    assert publishing.portable([kernels, graphs]) is None
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16", "mode": "cast"}, {"precision": "bf16"}])
