@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from tests.gpu.models import ON_CARD, WORDS, Lookup, Perceptron, expected, packed, rows_for
-from tests.journeys.test_server_process import Running, gone, serving, workers_of
+from tests.gpu.models import ON_CARD, WORDS, Hungry, Lookup, Perceptron, expected, packed, rows_for
+from tests.journeys.test_server_process import Running, gone, metrics, serving, workers_of
 from torchship.recipe import Options
 from torchship.tensors import Array
 
@@ -45,6 +49,48 @@ def test_a_killed_worker_comes_back_and_the_server_stops_cleanly(tmp_path: Path)
         assert server.child.returncode == 0
         assert "Traceback" not in log
         assert gone(workers)
+
+
+def test_a_share_of_the_card_is_kept_and_a_request_beyond_it_may_try_again_later(tmp_path: Path) -> None:
+    packed(Hungry, tmp_path / "hungry", backend="hybrid", options={"device": "cuda"})
+    text = f'[[model]]\nname = "hungry"\nartifact = "{tmp_path / "hungry"}"\ntrust = true\nmemory_share = 0.02\n'
+    with serving(text, tmp_path) as server:
+        assert infer(server, "hungry", "x", np.ones((1, 1), np.float32)) == (200, [2.0])
+        workers = {worker.pid for worker in workers_of(server)}
+        body = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [8000.0]}]}
+        request = urllib.request.Request(f"{server.url}/v2/models/hungry/infer", data=json.dumps(body).encode())
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=60)
+        with caught.value as refusal:
+            assert (refusal.code, refusal.headers["retry-after"]) == (503, "1")
+            words = refusal.read().decode()
+        assert "no memory left" in words
+        assert "GiB" not in words
+        assert infer(server, "hungry", "x", np.ones((1, 1), np.float32)) == (200, [2.0])
+        assert workers <= {worker.pid for worker in workers_of(server)}, "nobody had to be replaced"
+
+
+def test_a_spare_worker_takes_over(tmp_path: Path) -> None:
+    packed(Perceptron, tmp_path / "mlp", backend="eager", options={"device": "cuda", "graphs": True})
+    with serving(f'[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n', tmp_path) as server:
+        x = rows_for(Perceptron, 2)
+        for restarts in (1, 2):
+            wait_for_spare(server)
+            workers = sorted(workers_of(server), key=lambda worker: float(worker.create_time()))
+            workers[0].kill()
+            status, answer = infer(server, "mlp", "x", x)
+            assert status == 200, answer
+            np.testing.assert_allclose(np.reshape(answer, (2, 8)), expected(Perceptron, x), atol=1e-4)
+            text = metrics(server)
+            assert f'torchship_worker_restarts_total{{model="mlp",version="1",stage="mlp"}} {restarts}' in text
+
+
+def wait_for_spare(server: Running) -> None:
+    """Until a spare worker has opened."""
+    end = time.monotonic() + 90
+    while 'torchship_workers_spare{model="mlp",version="1",stage="mlp"} 1' not in metrics(server):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_an_assert_on_the_card_costs_the_guilty_one_its_request_and_nobody_else(tmp_path: Path) -> None:

@@ -145,6 +145,18 @@ def test_without_memory_a_batch_is_halved_and_then_refused_without_a_word_about_
     stage.close()
 
 
+def test_a_spike_is_given_back_when_nothing_runs() -> None:
+    signature = Signature.parse("x:FP32[n:1..8,1] -> y:FP32[n,1]")
+    stage = CudaStage(hungry(300), signature=signature, device=CARD)
+    assert answer_of(stage, {"x": np.ones((4, 1), np.float32)}).tolist() == [[2.0]] * 4
+    held, _, total = stage.card_memory()
+    assert 1200 * MIB < held < total
+    stage.trim()
+    assert stage.card_memory()[0] < held - 1000 * MIB
+    assert answer_of(stage, {"x": np.ones((1, 1), np.float32)}).tolist() == [[2.0]]
+    stage.close()
+
+
 def test_a_registered_arena_is_sent_from_where_it_lies() -> None:
     signature = Signature.parse("x:FP32[n:1..8,65536] -> y:FP32[n,65536]")
     region = MemoryRegion.make(4 * MIB)

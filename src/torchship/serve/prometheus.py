@@ -47,6 +47,10 @@ def _ready(station: Station) -> _Samples:
     yield (), sum(replica.state == "ready" for replica in station.replicas)
 
 
+def _spare(station: Station) -> _Samples:
+    yield (), sum(replica.state == "ready" for replica in station.processes) - next(_ready(station))[1]
+
+
 # Name, kind, meaning, and where a line has it: by a function, or where `_value` finds it; for what is in _us, seconds.
 _OF_LINES: tuple[tuple[str, str, str, Any], ...] = (
     ("nv_inference_request_success", "counter", "Requests answered", "meter.success"),
@@ -73,6 +77,7 @@ _OF_STATIONS: tuple[tuple[str, str, str, Any], ...] = (
     ("torchship_batches_total", "counter", "Calls by their number of rows", _batches),
     ("torchship_worker_restarts_total", "counter", "Workers replaced", "meter.restarts"),
     ("torchship_workers_ready", "gauge", "Workers that can take a batch", _ready),
+    ("torchship_workers_spare", "gauge", "Workers that have opened and wait to take another's place", _spare),
     ("torchship_arena_slots", "gauge", "Slots of shared memory", "replicas.slots"),
     ("torchship_arena_slots_used", "gauge", "Slots with a batch", "replicas.in_flight"),
     ("torchship_arena_bytes", "gauge", "Shared memory reserved", "processes.shared"),

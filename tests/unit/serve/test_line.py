@@ -567,6 +567,8 @@ def test_a_killed_worker_is_replaced_by_the_spare_one_that_has_opened_already(tm
         async with Opened({"run": "Slow", "options": {"file": str(file)}}, spare=True) as line:
             (station,) = line.stations
             await until(lambda: len(station.processes) == 2 and station.processes[1].state == "ready")
+            where = {("m", "1"): line}
+            assert 'torchship_workers_spare{model="m",version="1",stage="slow"} 1' in prometheus.render(where)
             gate = tmp_path / "opened.closed"
             gate.touch()  # from now on nobody opens
             first, spare = pids()
@@ -575,6 +577,7 @@ def test_a_killed_worker_is_replaced_by_the_spare_one_that_has_opened_already(tm
             assert (await line.submit({"x": np.ones(1, np.float32)}))["pid"] == [spare]
             await until(lambda: len(pids()) == 3)  # another spare has begun to open
             assert line.ready
+            assert 'torchship_workers_spare{model="m",version="1",stage="slow"} 0' in prometheus.render(where)
             gate.unlink()
             await until(lambda: len(station.processes) == 2 and station.processes[1].state == "ready")
             os.kill(spare, signal.SIGKILL)
