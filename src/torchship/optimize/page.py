@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 from markupsafe import Markup
 
 from torchship.optimize import plots
-from torchship.optimize.choose import baseline, is_valid
+from torchship.optimize.choose import Goal, baseline, cost, is_valid
 from torchship.optimize.facts import Facts, at_batch, best_rate, left_in_float, megabytes, ms_text
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.plots import Mark
@@ -19,6 +20,13 @@ from torchship.plugins import rendered
 
 # options of a search that are not those of one recipe
 _NOT_ITS_OWN = {"--recipe", "--backends", "--budget", "--store", "--name", "--labels"}
+
+_GOALS: dict[Goal, tuple[str, Callable[[Trial], float]]] = {
+    "latency": ("p50 at batch 1, ms", lambda trial: cost(trial, goal="latency")),
+    "throughput": ("rows/s", best_rate),
+    "size": ("size, MB", lambda trial: cost(trial, goal="size") / 1e6),
+    "memory": ("peak memory, MB", lambda trial: cost(trial, goal="memory") / 1e6),
+}
 
 
 def render(facts: Facts) -> str:
@@ -46,16 +54,11 @@ def render(facts: Facts) -> str:
 
 
 def _drawings(facts: Facts, measured: list[Trial], colours: dict[str, int]) -> dict[str, Markup]:
-    """The plots: error and size against latency with a dot for each trial, both curves by batch size, and how the best
-    valid latency fell while the trials ran (what came out of the cache took no time)."""
+    """The plots: error and size against latency with a dot for each trial, both curves by batch size, and the best so
+    far by the goal."""
     errors = [trial.verdict.error for trial in measured if trial.verdict]
     floor = min((error for error in errors if 0 < error < HOPELESS), default=1e-7) / 3
     by_error, by_size, rates, calls = list[Mark](), list[Mark](), list[Mark](), list[Mark]()
-    seconds, so_far = 1.0, list[tuple[float, float]]()
-    for trial in facts.trials:
-        seconds += 0 if trial.cached else trial.seconds
-        if is_valid(trial) and trial.timing:
-            so_far.append((seconds, min([trial.timing.curve[0].p50_ms, *(best for _, best in so_far)])))
     for trial in measured:
         assert trial.timing is not None  # noqa: S101  # it was measured
         assert trial.verdict is not None  # noqa: S101
@@ -75,13 +78,24 @@ def _drawings(facts: Facts, measured: list[Trial], colours: dict[str, int]) -> d
         "by_size": plots.plot(by_size, x_title=latency, y_title="size, MB"),
         "rates": plots.plot(rates, x_title="batch size", y_title="rows/s", joined=True),
         "calls": plots.plot(calls, x_title="batch size", y_title="p50, ms", joined=True),
-        "so_far": plots.plot(
-            [Mark("best so far", so_far, strong=True)] if len(so_far) > 1 else [],
-            x_title="seconds of trials",
-            y_title=latency,
-            joined=True,
-        ),
+        "so_far": so_far(facts),
     }
+
+
+def so_far(facts: Facts) -> Markup:
+    """How the best valid trial got better while the trials ran; what came out of the cache took no time."""
+    words, value = _GOALS[facts.goal]
+    seconds, best, points, names = 0.0, float("inf"), list[tuple[float, float]](), list[str]()
+    for trial in facts.trials:
+        seconds += 0 if trial.cached else trial.seconds
+        if is_valid(trial) and cost(trial, goal=facts.goal) < best:
+            best = cost(trial, goal=facts.goal)
+            points.append((seconds, value(trial)))
+            names.append(trial.recipe.label)
+    if len(points) < 2 or not seconds:
+        return Markup()
+    mark = Mark("best so far", points, colour=1, strong=True, names=names)
+    return plots.plot([mark], x_title="seconds of trials", y_title=words, joined=True, until=seconds)
 
 
 def reproduce(facts: Facts, trial: Trial) -> str:

@@ -120,3 +120,15 @@ def test_no_data_no_plot() -> None:
     assert plots.plot([], x_title="x", y_title="y") == ""
     assert plots.plot([plots.Mark("none", [])], x_title="x", y_title="y", joined=True) == ""
     assert plots.bars([], unit="dB") == ""
+
+
+def test_values_over_time_are_stairs_with_round_ticks_and_names_on_hover() -> None:
+    assert plots.stairs([(10, 5), (30, 2)], 40) == [(10, 5), (30, 5), (30, 2), (40, 2)]
+    assert plots.stairs([(1, 5), (2, 2)], None) == [(1, 5), (2, 2)]
+    assert plots.Scale.over([93.0, 142.0], 0, 100, even=True).ticks() == [0, 20, 40, 60, 80, 100, 120, 140]
+    found = [plots.Scale.over([1.0, 3.0], 0, 63, even=True)(value) for value in (0.0, 1.0, 3.0)]
+    assert found == [0, 20, 60]
+    mark = plots.Mark("best", [(10, 5), (30, 2)], strong=True, names=["eager", "int8 <b>"])
+    page = plots.plot([mark], x_title="s", y_title="ms", joined=True, until=40)
+    titles = [title.text for title in ET.fromstring(f"<x>{page}</x>").iter("title")]  # our own page
+    assert titles == ["eager: 5 at 10", "int8 <b>: 2 at 30"]

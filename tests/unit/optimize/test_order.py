@@ -18,6 +18,7 @@ from torchship.optimize.cache import Cache
 from torchship.optimize.choose import Constraints, choose
 from torchship.optimize.facts import Facts
 from torchship.optimize.loop import close_ones
+from torchship.optimize.page import so_far
 from torchship.optimize.report import Report
 from torchship.optimize.sensitivity import LayerNoise
 from torchship.optimize.strategies import winners
@@ -107,6 +108,19 @@ def rendered_text(facts: Facts) -> str:
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(Report(facts).table())
     return console.export_text()
+
+
+def test_the_best_so_far_is_told_by_the_goal_and_only_where_it_got_better() -> None:
+    trials = tuple(
+        msgspec.structs.replace(trial(name, p50=p50, rate=rate), seconds=10.0)
+        for name, p50, rate in (("eager", 9, 500), ("worse", 20, 600), ("fast", 3, 400))
+    )
+    for goal, second in (("latency", "fast: 3 at 30"), ("throughput", "worse: 600 at 20")):
+        drawn = str(so_far(msgspec.structs.replace(made_facts(trials), goal=goal)))
+        assert drawn.count("<circle") == 2, goal
+        assert f"<title>{second}</title>" in drawn
+    cached = tuple(msgspec.structs.replace(each, cached=True) for each in trials)
+    assert not so_far(made_facts(cached)), "nothing took any time"
 
 
 def test_an_engine_far_behind_is_not_tried_again() -> None:
