@@ -28,10 +28,12 @@ FOUR = np.ones((1, 4), np.float32)
 class Secure:
     """A running server that asks for a certificate, and for a token."""
 
-    def __init__(self, folder: Path, papers: Path) -> None:
+    def __init__(self, folder: Path, papers: Path, receivers: int) -> None:
         self.token, stored = new_token()
         self.papers = papers
         (folder / "serve.toml").write_text(f"""
+            [http]
+            receivers = {receivers}
             [tls]
             certificate = "{papers}/server.pem"
             key = "{papers}/server.key"
@@ -58,9 +60,9 @@ class Secure:
             ("authority", "ca.pem"), ("certificate", "client.pem"), ("key", "client.key"))}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def secure(tmp_path_factory: pytest.TempPathFactory, papers: Path) -> Iterator[Secure]:
-    server = Secure(tmp_path_factory.mktemp("secure"), papers)
+@pytest.fixture(scope="module", params=[0, 2])
+def secure(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, papers: Path) -> Iterator[Secure]:
+    server = Secure(tmp_path_factory.mktemp("secure"), papers, request.param)
     yield server
     server.process.child.terminate()
     server.process.finish()

@@ -33,6 +33,7 @@ run = "tests.serving:double"
 name = "slow"
 run = "tests.serving:sleeper"
 """
+RECEIVED = "[http]\nreceivers = 2\n" + TWO
 
 
 class Running:
@@ -120,13 +121,31 @@ def test_it_answers_survives_kill_9_and_stops_cleanly(tmp_path: Path) -> None:
     assert leftovers() <= before
 
 
+def test_receivers_survive_kill_9_and_stop_cleanly(tmp_path: Path) -> None:
+    with serving(RECEIVED, tmp_path) as server:
+        assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4
+        children = workers_of(server)
+        for child in children:
+            child.kill()
+        time.sleep(0.5)  # what is dealt to a receiver before its end is known is lost with it
+        assert server.double(3)[1]["outputs"][0]["data"] == [6.0] * 4  # waits for a receiver and a worker
+        children += workers_of(server)
+        server.child.send_signal(signal.SIGTERM)
+        log = server.finish()
+        assert server.child.returncode == 0
+        assert log.count("killed by SIGKILL") == 4
+        assert "Traceback" not in log
+        assert gone(children)
+
+
 def metrics(server: Running) -> str:
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
         return str(answer.read().decode())
 
 
-def test_sigterm_answers_what_is_under_way(tmp_path: Path) -> None:
-    with serving(TWO, tmp_path) as server:
+@pytest.mark.parametrize("text", [TWO, RECEIVED], ids=["here", "receivers"])
+def test_sigterm_answers_what_is_under_way(tmp_path: Path, text: str) -> None:
+    with serving(text, tmp_path) as server:
         body = json.dumps({"inputs": [{"name": "ms", "shape": [1], "datatype": "INT32", "data": [700]}]}).encode()
         port = int(server.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -140,8 +159,9 @@ def test_sigterm_answers_what_is_under_way(tmp_path: Path) -> None:
         assert server.child.returncode == 0
 
 
-def test_two_interrupts_stop_at_once(tmp_path: Path) -> None:
-    with serving(TWO, tmp_path) as server:
+@pytest.mark.parametrize("text", [TWO, RECEIVED], ids=["here", "receivers"])
+def test_two_interrupts_stop_at_once(tmp_path: Path, text: str) -> None:
+    with serving(text, tmp_path) as server:
         body = json.dumps({"inputs": [{"name": "ms", "shape": [1], "datatype": "INT32", "data": [20_000]}]}).encode()
         port = int(server.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -158,10 +178,11 @@ def test_two_interrupts_stop_at_once(tmp_path: Path) -> None:
         assert gone(workers)
 
 
-def test_kill_9_of_the_host_leaves_no_orphans(tmp_path: Path) -> None:
-    with serving(TWO, tmp_path) as server:
+@pytest.mark.parametrize(("text", "count"), [(TWO, 2), (RECEIVED, 4)], ids=["here", "receivers"])
+def test_kill_9_of_the_host_leaves_no_orphans(tmp_path: Path, text: str, count: int) -> None:
+    with serving(text, tmp_path) as server:
         workers = workers_of(server)
-        assert workers
+        assert len(workers) == count
         server.child.kill()
         assert gone(workers)
 

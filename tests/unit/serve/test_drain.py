@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import pytest
 
 from torchship.serve import config as configs
 from torchship.serve.access import new_token
 from torchship.serve.host import Server
 
 
-def test_draining_in_two_steps() -> None:
+@pytest.mark.parametrize("receivers", [0, 2])
+def test_draining_in_two_steps(receivers: int) -> None:
     token, stored = new_token()
     config = configs.convert({
-        "http": {"port": 0, "drain_delay": 1.0},
+        "http": {"port": 0, "drain_delay": 1.0, "receivers": receivers},
         "token": [{"name": "hook", "hash": stored, "scopes": ["infer", "manage"]}],
         "model": [{"name": "sleeper", "run": "tests.serving:sleeper"}],
     })  # fmt: skip

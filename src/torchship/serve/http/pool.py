@@ -259,7 +259,7 @@ class ReceiverProcess:
         self._open.clear()
         self._room.set()
         self._region.close()
-        self._pool.on_end(self, self._reason)
+        self._pool.on_end(self, self._reason or process.describe_exit(self._child.wait()))
 
 
 class ReceiverPool:
@@ -326,7 +326,7 @@ class ReceiverPool:
         self.changed.set()
         if self._closing:
             return
-        _log.warning("receiver %d %s", receiver.pid, reason or "ended")
+        _log.warning("receiver %d %s", receiver.pid, reason)
         self.restarts += 1
         self._crashes = 0 if receiver.ready else self._crashes + 1
         if self._timer is not None:  # else the server does not start, which is told to whoever starts it

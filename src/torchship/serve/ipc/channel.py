@@ -64,6 +64,8 @@ class Channel:
             self._due = False
         except BlockingIOError:  # the other side is behind
             self._loop.add_writer(self._sock.fileno(), self._go_on)
+        except ConnectionError:
+            self._end("")
         except OSError as fault:
             self._end(f"cannot be told anything: {fault}")
 
@@ -76,7 +78,7 @@ class Channel:
         try:
             message, fd = self._inbox.next()
             if not message:
-                self._end("is gone")
+                self._end("")
                 return
             *events, last = self._decode(message)
             for event in events:
@@ -84,6 +86,8 @@ class Channel:
             self._on_event(last, fd)
         except BlockingIOError:
             return
+        except ConnectionError:
+            self._end("")
         except Exception as fault:  # whatever the other side sent, we go on
             self._end(f"broke the protocol: {fault}")
 
