@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 33_698
+ENGINE = 33_702
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -91,7 +91,7 @@ ROOMS = {
     "torchship.optimize": 6_583,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_519,
-    "torchship.serve": 2_382,
+    "torchship.serve": 2_386,
     "torchship.serve.api": 1_357,
     "torchship.serve.engine": 2_582,
     "torchship.serve.http": 3_333,
