@@ -8,6 +8,7 @@ minute and more, again after every restart; here opening reads what was compiled
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,16 +42,20 @@ PLAN = "kernels.json"
 CUDNN_PLANS = "cudnn.msgpack"  # cuDNN's compiled plans by the key of the convolution
 _ANY = 0  # stands for every batch size, and for what has no rows
 _OTHER = "they were compiled by another version of torch or cuDNN: optimize the model again"
+_SEARCH_GAIN = 0.97  # of the time without a search; what gains less is not worth the wait at every opening
 _GAIN = 0.99  # of plain torch's time; what is not faster than this is not kept
+_RECURRENT = ("lstm.", "gru.", "rnn_")  # cuDNN has them; inductor would unroll them over time
 _PLAIN, _INDUCTOR, _FUSED = "torch", "inductor", "fused"
 _FUSED_FROM = 64  # rows; a smaller batch gains nothing from fused convolutions, and tuning a size takes ten seconds
 
 
 class KernelPlan(msgspec.Struct, frozen=True):
-    """The kind of code for each batch size (0: all), and what is fastest for each fused convolution and shape."""
+    """The kind of code for each batch size (0: all), what is fastest for each fused convolution and shape, and the
+    sizes for which cuDNN searches its algorithms at opening: most take none, and a search may take seconds."""
 
     sizes: dict[int, str]
     tuned: dict[str, str] = {}
+    searched: tuple[int, ...] = ()
 
 
 def probe(*, hardware: Hardware) -> str:
@@ -79,6 +84,8 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     inputs = model.torch_inputs(model.examples[0], device=device)
     if model.signature.fixed:
         plan = _fastest(exported, inputs, model.signature, out)
+    elif _calls(exported, *_RECURRENT):
+        plan = KernelPlan({_ANY: _PLAIN})
     else:
         _keep(compiled(exported, inputs, "from_graph"), out, _ANY)
         plan = KernelPlan({_ANY: _INDUCTOR})
@@ -91,29 +98,81 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
 
     from torchship.lowering import cuda
 
-    bodies: dict[str, Body] = {_PLAIN: exported.module(check_guards=False)}
+    plain = _plain(exported)
     fused = None if _lacking() else _fused(exported)
-    if fused is not None:
-        bodies[_FUSED] = fused[0]
     sizes: dict[int, str] = {}
+    searched: list[int] = []
     for size in cuda.batch_sizes(signature.max_rows) if signature.batched else [_ANY]:
         rows = torch.arange(size, device=example[0].device)
         inputs = [tensor[rows % tensor.shape[0]] for tensor in example] if size else list(example)
+        bodies: dict[str, Body] = {_PLAIN: plain}
+        made = None
         try:
-            made = compiled(exported, inputs, "from_example_inputs")
-            bodies[_INDUCTOR] = _bound(made, exported)
-            tried = {name: body for name, body in bodies.items() if name != _FUSED or size >= _FUSED_FROM}
-            times = {name: cuda.graph_ms(body, inputs) for name, body in tried.items()}
+            if not _calls(exported, *_RECURRENT):
+                made = compiled(exported, inputs, "from_example_inputs")
+                bodies[_INDUCTOR] = _bound(made, exported)
+            if fused is not None and size >= _FUSED_FROM:
+                bodies[_FUSED] = fused[0]
+            sizes[size], search = _choice(bodies, inputs, searches=_calls(exported, "conv"))
         except torch.OutOfMemoryError:
             break
-        best = min(times, key=times.__getitem__)
-        sizes[size] = best if times[best] < times[_PLAIN] * _GAIN else _PLAIN
+        searched += [size] if search else []
         if sizes[size] == _INDUCTOR:
             _keep(made, out, size)
     if fused is None or _FUSED not in sizes.values():
-        return KernelPlan(sizes)
+        return KernelPlan(sizes, searched=tuple(searched))
     (out / CUDNN_PLANS).write_bytes(msgspec.msgpack.encode(fused[1].plans))
-    return KernelPlan(sizes, fused[1].names)
+    return KernelPlan(sizes, fused[1].names, tuple(searched))
+
+
+def _choice(bodies: Mapping[str, Body], inputs: list[torch.Tensor], *, searches: bool) -> tuple[str, bool]:
+    """The fastest kind of code, and whether cuDNN should search its algorithms for it."""
+    from torchship.lowering import cuda
+
+    times = {name: cuda.graph_ms(_searching(body, False), inputs) for name, body in bodies.items()}
+    best = min(times, key=times.__getitem__)
+    best = best if times[best] < times[_PLAIN] * _GAIN else _PLAIN
+    if not searches or best == _FUSED:
+        return best, False
+    return best, cuda.graph_ms(_searching(bodies[best], True), inputs) < times[best] * _SEARCH_GAIN
+
+
+def _calls(exported: ExportedProgram, *names: str) -> bool:
+    """Whether an operator is in it whose name begins so."""
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    return any(target.startswith(f"aten.{name}") for target in targets for name in names)
+
+
+def _plain(exported: ExportedProgram) -> Any:
+    """The program by torch; the weights of recurrent layers lie together, as cuDNN wants them."""
+    import torch
+
+    module: Any = exported.module(check_guards=False)
+    for node in module.graph.nodes:
+        kind = {"aten.lstm.input": "LSTM", "aten.gru.input": "GRU"}.get(str(node.target))
+        if kind is None:
+            continue
+        _, _, weights, biases, layers, _, _, both_ways, batch_first = node.args
+        found = [operator.attrgetter(weight.target)(module) for weight in weights if weight.op == "get_attr"]
+        each = 4 if biases else 2
+        if len(found) != each * layers * (2 if both_ways else 1):  # with a projection, or weights that are computed
+            continue
+        mode: int = torch.backends.cudnn.rnn.get_cudnn_mode(kind)  # type: ignore[no-untyped-call]
+        width, hidden = found[0].shape[1], found[1].shape[1]
+        with torch.no_grad():
+            torch._cudnn_rnn_flatten_weight(found, each, width, mode, hidden, 0, layers, batch_first, both_ways)
+    return module
+
+
+def _searching(body: Body, search: bool) -> Body:
+    """`body`, before which cuDNN is told whether to time its algorithms for shapes that it has not seen."""
+    import torch
+
+    def run(*inputs: torch.Tensor) -> Any:
+        torch.backends.cudnn.benchmark = search
+        return body(*inputs)
+
+    return run
 
 
 def compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:
@@ -182,13 +241,14 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
         read = {size: CompiledArtifact.load(path=file, format="binary") for size, file in files.items()}
     except Exception as fault:
         raise CorruptArtifact(f"the kernels cannot be loaded: {program.one_line(fault)}", hint=_OTHER) from fault
-    plain: Any = exported.module(check_guards=False)
+    plain = _plain(exported)
     tables = program.table_sizes(plain)
     bodies: dict[int, Body] = dict.fromkeys(plan.sizes, plain)
     bodies |= {size: _bound(compiled, exported) for size, compiled in read.items()}
     if _FUSED in plan.sizes.values():
         fused = _tuned(path, plan, exported)
         bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
+    bodies = {size: _searching(body, size in plan.searched) for size, body in bodies.items()}
     every = bodies.pop(_ANY, plain) if not signature.fixed else plain
     return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies, tables=tables)
 

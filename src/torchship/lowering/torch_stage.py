@@ -143,14 +143,14 @@ def shaped(model: Model, options: Options) -> Model:
 
 
 def folded(model: Model) -> Model:
-    """A copy with batch norms folded into the layers before them; the model itself where that cannot be found out."""
-    from torchship.lowering import surgery
+    """A copy with attention that copies nothing, and, where the wiring can be found out, with batch norms folded into
+    the layers before them."""
+    from torchship.lowering import attention, surgery
 
     changed = surgery.copied(model)
-    try:
+    attention.shorten(changed.module)
+    with contextlib.suppress(BuildFailed):
         surgery.fold_batch_norms(changed, surgery.Wiring(changed))
-    except BuildFailed:
-        return model
     return changed
 
 

@@ -86,6 +86,8 @@ def in_precision(
     outputs = [to_torch_dtype(spec.dtype) for spec in model.signature.outputs]
     cast = mode == "cast"
     keep_float(flat, keep, device=device, narrow=dtype if cast else None)
+    if cast:
+        _narrow_inputs(flat, dtype)
 
     def run(flat: torch.nn.Module, tensors: TorchTensors) -> TorchTensors:
         if cast:
@@ -96,6 +98,17 @@ def in_precision(
         return tuple(answer.to(wanted) for answer, wanted in zip(answers, outputs, strict=True))
 
     return _wrapped(model, flat, run)
+
+
+def _narrow_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let every layer that has weights of its own take what it is given in their dtype, but for what stays in float32:
+    a model may make float32 tensors itself, as from pixels, or as positions."""
+    if isinstance(module, KeepFloat):
+        return
+    if any(weight.dtype == dtype for weight in module.parameters(recurse=False)):
+        module.register_forward_pre_hook(lambda _, args, kwargs: _each((args, kwargs), dtype), with_kwargs=True)
+    for child in module.children():
+        _narrow_inputs(child, dtype)
 
 
 def channels_last(model: Model) -> Model:
@@ -151,7 +164,8 @@ def to_torch_dtype(name: str) -> torch.dtype:
 
 
 def _to(tensor: Any, dtype: torch.dtype) -> Any:
-    return tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
+    other = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != dtype
+    return tensor.to(dtype) if other else tensor
 
 
 def _each(value: Any, dtype: torch.dtype) -> Any:

@@ -97,3 +97,31 @@ def test_volumes_are_laid_out_too() -> None:
     assert inner[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert inner[2].weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert all(layer.weight.is_contiguous() for layer in body if isinstance(layer, nn.Conv2d | nn.Conv3d))
+
+
+class Pixels(nn.Module):
+    """Makes float32 of bytes itself, as a model with its own pre-processing does, and spares a layer's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found = self.stem((image.float() - 118.0) / 58.0).mean((2, 3)) + self.shift
+        answer: torch.Tensor = self.head(found)
+        return answer
+
+
+@pytest.mark.parametrize("keep", [[], ["head"]])
+def test_float32_that_the_model_makes_itself_is_narrowed_at_the_next_layer(keep: list[str]) -> None:
+    torch.manual_seed(0)
+    image = torch.randint(0, 255, (2, 3, 12, 12), dtype=torch.uint8)
+    model = capture(Pixels().eval(), (image,), name="pixels")
+    changed = shaped(model, {"precision": "fp16", "mode": "cast", "keep": keep})
+    exported = torch.export.export(changed.module, (image,), strict=False)
+    assert "convolution" in str(exported.run_decompositions().graph)
+    with torch.no_grad():
+        (answer,), (wanted,) = exported.module()(image), model.module(image)
+    assert answer.dtype == torch.float32
+    assert 1e-6 < error({"a": answer.numpy()}, {"a": wanted.numpy()}) < 0.01
