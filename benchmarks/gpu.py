@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import functools
 import json
 import os
 import platform
@@ -32,10 +30,9 @@ from typing import Any
 
 import numpy as np
 
-BATCHES = (1, 8, 64, 256)
-MODELS = ("resnet50", "mobilenet_v3_large", "vit_b_16", "bert", "lstm", "fasterrcnn")
+from benchmarks.gpu_models import MODELS, ByHand, batches, captured, inputs, module, note, on_card, on_host, recipe
+
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-_SETTLED = 23  # runs of one figure, of which the first three do not count
 _COMPILE_LIMIT_S = 240.0
 _MEASURE_LIMIT_S = 120.0
 _LOADS = (  # model, protocol, rows of a request, callers
@@ -49,98 +46,6 @@ _LOADS = (  # model, protocol, rows of a request, callers
     ("resnet50", "http", 64, 4),
     ("resnet50", "grpc", 64, 4),
 )
-_LENGTH = 128  # tokens of a sentence, frames of a sound
-
-
-@functools.cache
-def module(name: str) -> Any:
-    """The eager module with random weights, batch norms settled on noise, so that half precision is realistic."""
-    import torch
-
-    torch.manual_seed(0)
-    if name == "bert":
-        import transformers
-
-        config = transformers.BertConfig(
-            num_hidden_layers=6, hidden_size=384, num_attention_heads=6, intermediate_size=1536
-        )
-        return _FirstOutput(transformers.BertModel(config)).eval()
-    if name == "lstm":
-        return _FirstOutput(torch.nn.LSTM(64, 128, num_layers=2, batch_first=True)).eval()
-    import torchvision
-
-    if name == "fasterrcnn":
-        return torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
-    made = torchvision.models.get_model(name, weights=None)
-    if hasattr(made, "heads"):
-        torch.nn.init.normal_(made.heads.head.weight, std=0.02)  # zeros otherwise, and then all answers are alike
-    made.train()
-    with torch.no_grad():
-        for _ in range(2):
-            made(torch.randn(8, 3, 224, 224))
-    return made.eval()
-
-
-def _first_output() -> Any:
-    import torch
-
-    class FirstOutput(torch.nn.Module):
-        """Of several outputs the first."""
-
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """What the inner module gives first."""
-            answer: torch.Tensor = self.inner(x)[0]
-            return answer
-
-    return FirstOutput
-
-
-def _FirstOutput(inner: Any) -> Any:  # noqa: N802  # reads as the class that it makes
-    return _first_output()(inner)
-
-
-def inputs(name: str, rows: int, *, seed: int = 1) -> np.ndarray[Any, Any]:
-    """`rows` inputs of a model: token numbers, or noise."""
-    draw = np.random.default_rng(seed)
-    if name == "bert":
-        return draw.integers(0, 30_000, (rows, _LENGTH))
-    shape = {"lstm": (rows, _LENGTH, 64), "fasterrcnn": (rows, 3, 480, 640)}.get(name, (rows, 3, 224, 224))
-    if name == "fasterrcnn":
-        return draw.random(shape, dtype=np.float32)
-    return draw.standard_normal(shape, dtype=np.float32)
-
-
-def batches(name: str) -> Sequence[int]:
-    """The batch sizes that apply."""
-    return (1,) if name == "fasterrcnn" else BATCHES
-
-
-def captured(name: str) -> Any:
-    """The model as the search sees it."""
-    import torch
-
-    from torchship.optimize.capture import capture
-    from torchship.tensors import Free
-
-    if name == "fasterrcnn":
-        return capture(module(name), ([torch.from_numpy(inputs(name, 1)[0])],), batched=False, name=name)
-    argument = {"mobilenet_v3_large": "x", "resnet50": "x", "vit_b_16": "x"}.get(name, "x")
-    free = {argument: {0: Free(1, max(batches(name)), "n")}}
-    return capture(module(name), (torch.from_numpy(inputs(name, 2)),), free=free, name=name)
-
-
-def recipe(name: str) -> Any:
-    """What torchship proposes first for this model on a card."""
-    from torchship.recipe import Recipe
-
-    if name == "fasterrcnn":
-        return Recipe("hybrid", {"device": "cuda", "precision": "fp16"})
-    layout = {"channels_last": True} if name in ("resnet50", "mobilenet_v3_large", "vit_b_16") else {}
-    return Recipe("kernels", {"device": "cuda", "precision": "fp16", **layout})
 
 
 def build(name: str, folder: Path, *, model: Any, title: str = "") -> float:
@@ -159,123 +64,6 @@ def build(name: str, folder: Path, *, model: Any, title: str = "") -> float:
     facts: dict[str, Any] = {"signature": model.signature, "recipe": wanted, "provenance": origin}
     package.pack(folder, name=title or name, inputs=model.examples[0], max_batch=model.signature.max_rows, **facts)
     return seconds
-
-
-def note(text: str) -> None:
-    """One line of progress, for who looks why it takes long."""
-    print(f"{time.strftime('%X')} {text}", file=sys.stderr, flush=True)
-
-
-def on_card(run: Callable[[], Any]) -> float:
-    """The median milliseconds of `run` by the card's own clock."""
-    import torch
-
-    event: Any = torch.cuda.Event
-    found = []
-    for _ in range(_SETTLED):
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end))
-    return float(np.median(found[3:]))
-
-
-def on_host(run: Callable[[], Any]) -> float:
-    """The median milliseconds of `run` by the host's clock."""
-    found = []
-    for _ in range(_SETTLED):
-        begun = time.perf_counter()
-        run()
-        found.append((time.perf_counter() - begun) * 1e3)
-    return float(np.median(found[3:]))
-
-
-class ByHand:
-    """What an expert writes: eager fp32, half compiled with CUDA graphs and frozen, half in a CUDA graph."""
-
-    def __init__(self, name: str) -> None:
-        """Compiles and captures; nothing is timed."""
-        import torch
-        import torch._inductor.config
-
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch._inductor.config.freezing = True
-        self.name = name
-        self.fp32 = copy.deepcopy(module(name)).cuda()
-        self.runs: dict[int, dict[str, Callable[[], Any]]] = {}
-        self.sources: dict[int, tuple[Any, Any, Callable[[], Any]]] = {}
-        for rows in batches(name):
-            note(f"by hand, {rows} rows")
-            self.runs[rows] = self._detector() if name == "fasterrcnn" else self._prepared(rows)
-
-    def _detector(self) -> dict[str, Callable[[], Any]]:
-        import torch
-
-        x = torch.from_numpy(inputs(self.name, 1)).cuda()
-
-        def eager() -> Any:
-            with torch.inference_mode():
-                return self.fp32([x[0]])
-
-        def autocast() -> Any:
-            with torch.inference_mode(), torch.autocast("cuda", dtype=torch.float16):
-                return self.fp32([x[0]])
-
-        return {"eager": eager, "autocast": autocast}
-
-    def _prepared(self, rows: int) -> dict[str, Callable[[], Any]]:
-        import torch
-
-        x = torch.from_numpy(inputs(self.name, rows)).cuda()
-        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        half = copy.deepcopy(module(self.name)).cuda().half().to(memory_format=layout)
-        given = x.half().contiguous(memory_format=layout) if x.is_floating_point() else x
-
-        def eager() -> Any:
-            with torch.no_grad():
-                return self.fp32(x)
-
-        found: dict[str, Callable[[], Any]] = {"eager": eager}
-        with torch.no_grad():
-            if self.name != "lstm":  # torch leaves LSTMs to cuDNN
-                compiled = torch.compile(half, mode="reduce-overhead", dynamic=False)
-                for _ in range(4):
-                    compiled(given)
-
-                def run() -> Any:
-                    with torch.no_grad():
-                        return compiled(given)
-
-                found["compiled"] = run
-            aside: Any = torch.cuda.Stream()
-            with torch.cuda.stream(aside):
-                half(given), half(given)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                answer = half(given)
-            found["graph"] = graph.replay
-        self.sources[rows] = (given, torch.from_numpy(inputs(self.name, rows)), lambda: answer)
-        return found
-
-    def timed(self, rows: int) -> dict[str, float]:
-        """Milliseconds on the card, and numpy to numpy for the fastest of them."""
-        found = {kind: on_card(run) for kind, run in self.runs[rows].items()}
-        if self.name == "fasterrcnn":
-            return found
-        given, source, answer = self.sources[rows]
-        pinned = source.clone().pin_memory()
-        best = min(("compiled", "graph"), key=lambda kind: found.get(kind, 1e9))
-
-        def around() -> Any:
-            given.copy_(pinned.copy_(source), non_blocking=True)
-            replied = self.runs[rows][best]()
-            return (answer() if replied is None else replied).float().cpu()
-
-        return found | {"numpy": on_host(around)}
 
 
 def precompile(model: Any, recipe: Any) -> None:
@@ -302,8 +90,6 @@ def measure(name: str, folder: Path, turn: Callable[[], None]) -> dict[str, Any]
 
     note("capture")
     model = captured(name)
-    if name != "fasterrcnn":
-        precompile(model, recipe(name))
     hand = ByHand(name)
     turn()
     rows_of: dict[int, dict[str, Any]] = {rows: hand.timed(rows) for rows in batches(name)}
@@ -352,11 +138,10 @@ def stall(stage: Any, name: str) -> float:
     return longest
 
 
-def served(place: Path, turn: Callable[[], None]) -> dict[str, Any]:
-    """resnet50 behind REST and gRPC: with UINT8 pictures that are normalized on the card, and with plain tensors."""
+def pictures() -> Any:
+    """resnet50 that takes UINT8 pictures and normalizes them on the card, as the search sees it."""
     import torch
 
-    from torchship.artifact import open_artifact
     from torchship.optimize.capture import capture
     from torchship.tensors import Free
 
@@ -374,8 +159,16 @@ def served(place: Path, turn: Callable[[], None]) -> dict[str, Any]:
 
     example = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
     free = {"image": {0: Free(1, 64, "n")}}
-    model = capture(Normalized(module("resnet50")), (example,), free=free, name="pictures")
-    precompile(model, recipe("resnet50"))
+    return capture(Normalized(module("resnet50")), (example,), free=free, name="pictures")
+
+
+def served(place: Path, turn: Callable[[], None]) -> dict[str, Any]:
+    """resnet50 behind REST and gRPC: with UINT8 pictures that are normalized on the card, and with plain tensors."""
+    import torch
+
+    from torchship.artifact import open_artifact
+
+    model = pictures()
     turn()
     folder = place / "pictures"
     build("resnet50", folder, model=model, title="pictures")
@@ -407,7 +200,7 @@ def _loaded(url: str, *, rows: int, callers: int) -> dict[str, float]:
     """Rows a second and latencies under so many callers, who are dealt out to four processes."""
     processes = min(4, callers)
     asked = [sys.executable, "-m", "torchship", "bench", url, "--concurrency", str(callers // processes)]
-    asked += ["--rows", str(rows), "--seconds", "4", "--json"]
+    asked += ["--rows", str(rows), "--seconds", "3", "--json"]
     running = [
         subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(processes)
     ]
@@ -439,9 +232,9 @@ def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
 class Child:
     """This program for one model: it compiles beside the others, says so, and measures when it is told."""
 
-    def __init__(self, name: str, place: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--one", name, "--place", str(place)]
-        self.words = (place / f"{name}.log").open("w+")
+    def __init__(self, name: str, place: Path, phase: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--one", name, "--place", str(place), "--phase", phase]
+        self.words = (place / f"{name}-{phase}.log").open("w+")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True
         )
@@ -479,7 +272,7 @@ class Child:
             self.process.stdin.flush()
 
 
-def one(name: str, place: Path) -> None:
+def one(name: str, place: Path, phase: str) -> None:
     """The work of a child."""
     import torch
 
@@ -491,7 +284,11 @@ def one(name: str, place: Path) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         note("its turn")
 
-    found = served(place, turn) if name == "served" else measure(name, place / name, turn)
+    if phase == "warm":
+        precompile(pictures() if name == "served" else captured(name), recipe("resnet50" if name == "served" else name))
+        found: dict[str, Any] = {}
+    else:
+        found = served(place, turn) if name == "served" else measure(name, place / name, turn)
     print(json.dumps(found), flush=True)
 
 
@@ -550,9 +347,10 @@ def main() -> None:
     asked.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     asked.add_argument("--one", help=argparse.SUPPRESS)
     asked.add_argument("--place", type=Path, help=argparse.SUPPRESS)
+    asked.add_argument("--phase", help=argparse.SUPPRESS)
     given = asked.parse_args()
     if given.one:
-        one(given.one, given.place)
+        one(given.one, given.place, given.phase)
         return
     import torch
 
@@ -563,6 +361,8 @@ def main() -> None:
         names.insert(1, "served")
     with tempfile.TemporaryDirectory(prefix="torchship-gpu-") as place:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{place}/inductor")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", f"{place}/pycache")  # where torch's own folder is read-only
         os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
         results = run(names, Path(place), given.out)
     print(told(results))
@@ -573,7 +373,8 @@ def run(names: Sequence[str], place: Path, out: Path) -> dict[str, dict[str, Any
     import torch
 
     begun = time.monotonic()
-    children = {name: Child(name, place) for name in names}
+    warming = {name: Child(name, place, "warm") for name in names if name not in ("lstm", "fasterrcnn")}
+    children = {name: Child(name, place, "measure") for name in names}
     results: dict[str, dict[str, Any]] = {}
     try:
         for name, process in children.items():
@@ -581,6 +382,9 @@ def run(names: Sequence[str], place: Path, out: Path) -> dict[str, dict[str, Any
             print(f"compiled {name} after {time.monotonic() - begun:.0f} s {ready.get('fault', '')}", flush=True)
             if "fault" in ready:
                 results[name] = ready
+        for name, process in warming.items():
+            ready = process.line(_COMPILE_LIMIT_S - (time.monotonic() - begun))
+            print(f"warmed {name} after {time.monotonic() - begun:.0f} s {ready.get('fault', '')}", flush=True)
         for name, process in children.items():
             if name not in results:
                 process.go()
@@ -594,7 +398,7 @@ def run(names: Sequence[str], place: Path, out: Path) -> dict[str, dict[str, Any
             out.parent.mkdir(exist_ok=True)
             out.write_text(json.dumps(facts, indent=1))
     finally:
-        for process in children.values():
+        for process in (*children.values(), *warming.values()):
             process.process.kill()
     return results
 
