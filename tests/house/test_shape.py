@@ -77,17 +77,17 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 33_702
+ENGINE = 33_818
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_546,
+    "torchship.backends": 1_606,
     "torchship.cli": 1_587,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
-    "torchship.lowering": 2_994,
+    "torchship.lowering": 3_050,
     "torchship.optimize": 6_583,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_519,
