@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 from rich.console import Console
 
@@ -206,3 +208,37 @@ def test_what_won_before_is_tried_right_after_eager_and_only_where_it_is_propose
     while asked := proposals.ask(done):
         done.append(trial(asked[0].recipe.backend, p50=1))
     assert [each.recipe.backend for each in done] == ["eager", "often", "rare", "new"]
+
+
+def test_what_is_shipped_comes_behind_what_this_machine_learned_and_fits_kind_goal_and_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        winners.ShippedRow("convolution with data", "latency", ("wide",), ("best", "second"), "here"),
+        winners.ShippedRow("convolution with data", "latency", (), ("plain",), "there"),
+    )
+    monkeypatch.setattr(winners, "shipped", lambda: rows)
+
+    def known(goal: str = "latency", features: tuple[str, ...] = ("wide", "other"), data: Any = (1,)) -> list[str]:
+        config, hardware = SimpleNamespace(goal=goal, recipes=None), msgspec.structs.replace(HERE, features=features)
+        model = SimpleNamespace(module=torch.nn.Conv2d(3, 4, 1), calibration=data)
+        context: Any = SimpleNamespace(cache=Cache(tmp_path), model=model, hardware=hardware, config=config)
+        if features == ("learned",):
+            winners.learn(SimpleNamespace(winner=trial("second", p50=1), interrupted=False), context=context)  # type: ignore[arg-type]
+        return winners.known(context)
+
+    assert known() == ["best", "second"]
+    assert known(features=("other",)) == ["plain"]
+    assert known(goal="size") == known(data=()) == []
+    known(features=("learned",))
+    assert known() == ["second", "best"]
+
+
+def test_every_shipped_winner_is_a_recipe_that_is_proposed() -> None:
+    model = picture()
+    model = replace(model, calibration=[model.examples[0]])
+    labels = {recipe.label for recipe in propose(model, hardware=HERE, backends=["openvino", "onnxruntime"])[0]}
+    assert winners.shipped()
+    for row in winners.shipped():
+        assert row.measured
+        assert labels.issuperset(label for label in row.won if "bf16" not in label or HERE.has_bf16)

@@ -1,12 +1,16 @@
-"""What won on similar models on this machine, learned from earlier searches: tried right after eager, never trusted.
+"""What won on similar models: tried right after eager, never trusted.
 
-One small file for each kind of model, machine and goal, below `winners/` in the cache; a hint, no record: of two
-searches that end at once one may be lost.
+On this machine, as earlier searches taught: one small file for each kind of model, machine and goal, below `winners/`
+in the cache; a hint, no record: of two searches that end at once one may be lost. Behind that, on processors like this
+one: `winners.toml`, which is shipped so that the first search on a machine knows something, too.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
+from functools import cache
+from importlib import resources
 
 import msgspec
 
@@ -28,6 +32,24 @@ class Winners(msgspec.Struct, frozen=True):
     won: dict[str, int] = {}
 
 
+class ShippedRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What won for a kind of model and a goal, best first, where the processor has all of `features`; `measured` says
+    on what."""
+
+    kind: str
+    goal: str
+    features: tuple[str, ...]
+    won: tuple[str, ...]
+    measured: str
+
+
+@cache
+def shipped() -> tuple[ShippedRow, ...]:
+    """The rows of `winners.toml`; the first that fits counts."""
+    text = resources.files(__package__).joinpath("winners.toml").read_text()
+    return msgspec.convert(tomllib.loads(text)["row"], tuple[ShippedRow, ...])
+
+
 def kind_of(model: Model) -> str:
     """recurrent, attention, convolution or dense, by the classes inside; and whether there is data for quantizers."""
     names = {type(part).__name__ for part in model.module.modules()}
@@ -36,8 +58,12 @@ def kind_of(model: Model) -> str:
 
 
 def known(context: SearchContext) -> list[str]:
-    """Labels of what won before, the most frequent first."""
-    return [label for label, _ in Counter(_table(context).won).most_common()]
+    """Labels of what won before: on this machine, the most frequent first; then on others like it."""
+    kind, goal, features = kind_of(context.model), context.config.goal, set(context.hardware.features)
+    learned = [label for label, _ in Counter(_table(context).won).most_common()]
+    fitting = (row for row in shipped() if (row.kind, row.goal) == (kind, goal) and features.issuperset(row.features))
+    row = next(fitting, None)
+    return list(dict.fromkeys([*learned, *(row.won if row else ())]))
 
 
 def learn(facts: Facts, *, context: SearchContext) -> None:
