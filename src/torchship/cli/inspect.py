@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from torchship import hardware, home
+from torchship import hardware, home, plugins
 from torchship.artifact import Artifact, Store, archive, open_artifact, signing
 from torchship.cli import _shown
 from torchship.cli._shown import human_size, table
@@ -79,6 +79,8 @@ def _facts(artifact: Artifact) -> Iterator[tuple[str, object]]:
     yield "kind", manifest.kind
     yield "recipe", manifest.recipe.label
     yield "max batch", manifest.max_batch
+    if (described := plugins.fact("backends", manifest.recipe.backend, "described")) is not None:
+        yield "engine", described(artifact.path / "backend")
     yield "size", human_size(artifact.size)
     yield "source", made.source
     yield "created", f"{made.created} by torchship {made.torchship}"

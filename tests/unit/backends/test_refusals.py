@@ -67,12 +67,6 @@ def test_tensorrt_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert tensorrt.probe(hardware=with_gpu(H100)) == ""
 
 
-def test_tensorrt_plans_for_the_lengths_of_the_signature() -> None:
-    signature = Signature.parse("ids:INT64[1..32,seq:4..64,3] -> y:FP32[-1]")
-    extents = [tensorrt._extent(signature.inputs[0], signature, which) for which in ("least", "usual", "most")]
-    assert extents == [(1, 4, 3), (8, 32, 3), (32, 64, 3)]
-
-
 def test_a_gpu_brings_recipes_for_it() -> None:
     recipes = [
         recipe
@@ -139,7 +133,10 @@ def test_a_provider_takes_options_of_its_own_and_may_not_fall_silently_back(
     own: dict[str, str] = {"use_arena": "0"}
     options: Options = {"provider": "CPUExecutionProvider", "provider_options": own}
     stage = onnxruntime.open(tmp_path, signature=model.signature, options=options, threads=1)
-    assert asked == [("CUDAExecutionProvider", {"device_id": "1"}), ("CPUExecutionProvider", {"use_arena": "0"})]
+    assert asked == [
+        ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"}),
+        ("CPUExecutionProvider", {"use_arena": "0"}),
+    ]
     assert np.allclose(stage(given)["logits"], expected(model, given)["logits"], atol=1e-4)
 
 
