@@ -77,14 +77,14 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 33_844
+ENGINE = 34_030
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_606,
-    "torchship.cli": 1_587,
+    "torchship.backends": 1_790,
+    "torchship.cli": 1_589,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 3_050,
