@@ -171,6 +171,7 @@ class Chunks:
         self._state = "data" if self._left else "trailers"
 
 
+_STRAIGHT = 1 << 16  # bytes of a body from which on it is read into its place, where there is one
 _COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it
 _DOUBT = 1.0  # seconds after which a peer that sends no more is asked whether it still listens
 _LINGER = 2.0  # seconds that a refused peer may go on sending
@@ -186,7 +187,7 @@ class Connection(asyncio.Protocol):
         self._site = site
         self._buffer = b""
         self._head: Head | None = None  # set while its body arrives
-        self._body = bytearray()
+        self._body: bytearray | memoryview = bytearray()
         self._held = 0  # of the body that arrives
         self._chunks: Chunks | None = None
         self._pending: deque[Exchange] = deque()
@@ -339,6 +340,12 @@ class Connection(asyncio.Protocol):
         self._chunks = Chunks(limits.body) if length < 0 else None
         if head.expects and end == len(buffer) and not self._pending:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length >= _STRAIGHT and self._site.room is not None and (room := self._site.room(length)) is not None:
+            have = len(buffer) - end
+            room[:have] = memoryview(buffer)[end:]
+            self._body, self._buffer = room, b""
+            self.transport.set_protocol(BodyReader(self, room, have))
+            return place
         return end
 
     def _head_of(self, data: bytes) -> Head:
@@ -356,20 +363,32 @@ class Connection(asyncio.Protocol):
     def _read_body(self, place: int) -> int:
         head = cast(Head, self._head)
         if self._chunks is not None:
-            place, done = self._chunks.feed(self._buffer, place, self._body)
+            place, done = self._chunks.feed(self._buffer, place, cast(bytearray, self._body))
         else:
             take = min(head.length - len(self._body), len(self._buffer) - place)
-            self._body += memoryview(self._buffer)[place : place + take]
+            cast(bytearray, self._body).extend(memoryview(self._buffer)[place : place + take])
             place += take
             done = len(self._body) >= head.length
-        self._since = self._site.now
-        self._held = self._site.hold(self._held, len(self._body))
-        if not done:
-            return place
-        self._held = self._site.hold(self._held, 0)
-        body, self._body, self._head, self._chunks = self._body, bytearray(), None, None
-        self._begin(head, body)
+        self._grown(head, len(self._body), done=done)
         return place
+
+    def _grown(self, head: Head, size: int, *, done: bool) -> None:
+        """So many bytes of the body are there now. Raises HttpFault when all bodies are too much."""
+        self._since = self._site.now
+        self._held = self._site.hold(self._held, size)
+        if done:
+            self._held = self._site.hold(self._held, 0)
+            body, self._body, self._head, self._chunks = self._body, bytearray(), None, None
+            self._begin(head, body)
+
+    def body_read(self, size: int, *, done: bool) -> None:
+        """So many bytes of the body have been read into their place."""
+        if done:
+            self.transport.set_protocol(self)
+        try:
+            self._grown(cast(Head, self._head), size, done=done)
+        except HttpFault as fault:
+            self._refuse(fault)
 
     def _begin(self, head: Head, body: Buffer) -> None:
         """A request is complete: hand it to its endpoint."""
@@ -388,6 +407,7 @@ class Connection(asyncio.Protocol):
         self._pending.append(exchange)
         self._closing = self._refused = True
         self._head, self._buffer, self._body = None, b"", bytearray()
+        self.transport.set_protocol(self)
         self._held = self._site.hold(self._held, 0)
         exchange.fail(fault if isinstance(fault, HttpFault) else HttpFault(400, str(fault), hint=fault.hint))
 
@@ -541,3 +561,29 @@ class Connection(asyncio.Protocol):
         self._closing = True
         if not self._pending:
             self.transport.close()
+
+
+class BodyReader(asyncio.BufferedProtocol):
+    """Stands for a connection while a large body is read into its place without a copy."""
+
+    def __init__(self, connection: Connection, room: memoryview, have: int) -> None:
+        self._connection, self._room, self._have = connection, room, have
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._room[self._have :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._have += nbytes
+        self._connection.body_read(self._have, done=self._have == len(self._room))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.connection_lost(exc)
+
+    def eof_received(self) -> bool:
+        return self._connection.eof_received()
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()

@@ -36,7 +36,7 @@ from torchship.serve.ipc.output import WorkerOutput
 from torchship.wire.raw import Buffer
 
 _log = logging.getLogger("torchship.serve")
-_MEMORY = 64 << 20  # bytes for the bodies of each receiver; what has no room there comes in memory of its own
+_MEMORY = 128 << 20  # bytes for the bodies of each receiver; what has no room there comes in memory of its own
 _SILENCE = 15.0  # seconds after which a receiver is taken for hung
 _BEAT = 1.0
 _COPY_BELOW = 1 << 13  # copying less than this is faster than a view of it

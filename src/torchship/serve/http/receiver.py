@@ -10,6 +10,7 @@ import asyncio
 import gc
 import signal
 import socket
+import weakref
 from bisect import insort
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import uvloop
 
 from torchship.serve.http import handover
@@ -106,7 +108,8 @@ class Receiver:
     """The connections of this process, the exchanges and calls that the host works on, and the memory for bodies."""
 
     def __init__(self, region: MemoryRegion, sock: socket.socket, certificates: Certificates | None) -> None:
-        self._memory, self._spans, self._certificates = region.memory, Spans(region.size), certificates
+        self._region, self._spans, self._certificates = region, Spans(region.size), certificates
+        self._rooms: dict[int, tuple[int, weakref.ref[Any]]] = {}  # where bodies arrive: offsets by their arrays
         self._open: dict[int, Exchange | Call] = {}
         self._credit: dict[int, asyncio.Semaphore] = {}  # of calls whose client streams
         self._last = self._heads = 0
@@ -135,7 +138,9 @@ class Receiver:
         unary, stream = Rpc(unary=partial(self._call, index)), Rpc(stream=partial(self._stream, index))
         rpcs = {path: stream if streams else unary for path, streams in about.rpcs.items()}
         cors = Cors(about.origins) if about.origins else None
-        site = Site(partial(self._resolve, index), about.limits, rpcs=rpcs, cors=cors, on_gone=self._hung_up)
+        site = Site(
+            partial(self._resolve, index), about.limits, rpcs=rpcs, cors=cors, on_gone=self._hung_up, room=self._room
+        )
         site.tick(self._loop.time())
         self._sites.append((site, partial(Connection2 if about.grpc_only else Connection, site)))
 
@@ -215,15 +220,28 @@ class Receiver:
         size = len(body)
         if size <= _INLINE:
             return bytes(body), -1
+        if isinstance(body, memoryview) and id(body.obj) in self._rooms:
+            return BodySpan(self._rooms.pop(id(body.obj))[0], size), -1
         offset = self._spans.take(size)
         if offset >= 0:
-            self._memory[offset : offset + size] = body
+            self._region.memory[offset : offset + size] = body
             return BodySpan(offset, size), -1
         region = MemoryRegion.make(size)
         region.memory[:size] = body
         fd, region.fd = region.fd, -1
         region.close()
         return BodySpan(-1, size), fd
+
+    def _room(self, size: int) -> memoryview | None:
+        """Shared memory that a body is read to; free again when nobody holds it before it is handed over."""
+        if (offset := self._spans.take(size)) < 0:
+            return None
+        array: Any = np.frombuffer(self._region.map, np.uint8, size, offset)
+        self._rooms[id(array)] = offset, weakref.ref(array, partial(self._unused, id(array)))
+        return memoryview(array)
+
+    def _unused(self, key: int, array: object) -> None:
+        self._spans.give(self._rooms.pop(key)[0])
 
     def leave(self, number: int) -> None:
         """The caller went away: the host need not answer."""

@@ -114,6 +114,7 @@ class Site:
     rpcs: Mapping[str, Rpc] = field(default_factory=dict)
     cors: Cors | None = None
     empty: asyncio.Future[None] | None = None  # set while closing: done when the last connection is gone
+    room: Callable[[int], memoryview | None] | None = None  # where a large body may be read to, if anywhere
     on_gone: Callable[[], None] | None = None  # called after each connection
 
     def hold(self, before: int, after: int) -> int:
