@@ -33,10 +33,10 @@ demo: $(VENV)/.demo  ## optimize, pack, serve and ask a real model, start to end
 test: $(VENV)/.dev  ## run all tests
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# A card's machine may have no network: what is installed there is used as it is. Beside torch, pytest and pytest-timeout
-# the tests need msgspec, numpy, psutil, safetensors, onnx, click, rich, uvloop, httptools and hpack.
+# A card's machine may have no network: what is installed there is used as it is, whatever it warns of. Beside torch, pytest,
+# pytest-timeout and pytest-xdist the tests need msgspec, numpy, psutil, safetensors, onnx, click, rich, uvloop, httptools, hpack.
 gpu:  ## run the tests that need a CUDA card, with the Python that is there (PYTHON=..., ARGS=...)
-	@PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/gpu -m gpu $(ARGS)
+	@PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/gpu -m gpu -n 4 --dist worksteal -W default $(ARGS)
 
 lint: $(VENV)/.dev  ## format, lint, types, room contracts
 	@$(BIN)/ruff format --check --quiet .
