@@ -33,7 +33,8 @@ def infer(server: Running, model: str, name: str, array: Array) -> tuple[int, An
 def test_a_killed_worker_comes_back_and_the_server_stops_cleanly(tmp_path: Path) -> None:
     options: Options = {"device": "cuda", "precision": "fp16", "graphs": True}
     packed(Perceptron, tmp_path / "mlp", backend="eager", options=options)
-    with serving(f'[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n', tmp_path) as server:
+    text = f'[http]\nreceivers = 0\n[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n'
+    with serving(text, tmp_path) as server:  # all its children are workers
         x = rows_for(Perceptron, 3)
         for _ in range(2):
             status, answer = infer(server, "mlp", "x", x)
@@ -72,7 +73,8 @@ def test_a_share_of_the_card_is_kept_and_a_request_beyond_it_may_try_again_later
 
 def test_a_spare_worker_takes_over(tmp_path: Path) -> None:
     packed(Perceptron, tmp_path / "mlp", backend="eager", options={"device": "cuda", "graphs": True})
-    with serving(f'[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n', tmp_path) as server:
+    text = f'[http]\nreceivers = 0\n[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n'
+    with serving(text, tmp_path) as server:  # all its children are workers
         x = rows_for(Perceptron, 2)
         for restarts in (1, 2):
             wait_for_spare(server)

@@ -59,7 +59,10 @@ def describe(fault: BaseException, *, job: int = 0) -> Fault:
         wait = float(fault.retry_after) if isinstance(fault, Busy | Unavailable) else 0.0
         return Fault(job, kind, text, _line(str(getattr(fault, "hint", "")), _LONGEST), wait)
     if type(fault).__name__ == _OUT_OF_MEMORY:
-        words = "its device has no memory left", "try again later, with a smaller input; torchship doctor tells who holds a card"
+        words = (
+            "its device has no memory left",
+            "try again later, with a smaller input; torchship doctor tells who holds a card",
+        )
         return Fault(job, Unavailable.__name__, *words, _AGAIN)
     name = _line(type(fault).__name__, 200)
     return Fault(job, _FOREIGN, f"raised {name}: {text}" if text else f"raised {name}")
