@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from tests.unit.optimize import unexportable
 from tests.unit.optimize.test_choose import trial
 from torchship import plugins
 from torchship.backends import hybrid, torchscript
-from torchship.hardware import Gpu
+from torchship.hardware import Gpu, Hardware
 from torchship.lowering import program
 from torchship.lowering.blueprint import Cut
 from torchship.lowering.cuda import CudaStage
@@ -24,9 +25,9 @@ from torchship.lowering.cutting import CutModule
 from torchship.optimize import publishing
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import baseline_place, choose, is_plain
-from torchship.optimize.strategies.cutting import stands_in
+from torchship.optimize.strategies.cutting import Cutting, stands_in
 from torchship.optimize.strategies.proposals import Proposals, hopeless, next_up, propose
-from torchship.optimize.trial import Trial
+from torchship.optimize.trial import Status, Trial
 from torchship.recipe import Options, Recipe
 from torchship.tensors import Signature
 
@@ -101,6 +102,26 @@ def test_where_eager_fails_the_module_on_the_card_is_next_whatever_the_budget() 
     assert not second.urgent
 
 
+def test_what_is_only_a_script_on_the_processor_is_offered_to_the_card_as_python(tmp_path: Path) -> None:
+    """A script has no other precision than its own."""
+    (tmp_path / "backend").mkdir()
+    model = capture(unexportable.make(), torch.randn(4, 8))
+
+    def instead(hardware: Hardware, status: Status, *, exported: bool) -> list[Options]:
+        if exported:
+            (tmp_path / "backend" / "program.pt2").touch()
+        config = SimpleNamespace(backends=["kernels", "onnxruntime"], source="")
+        context: Any = SimpleNamespace(config=config, model=model, hardware=hardware)
+        eager = msgspec.structs.replace(ended(Recipe("eager")), status=status, artifact=str(tmp_path))
+        return [recipe.options for recipe in Cutting(context).instead([eager])]
+
+    assert instead(CARD, "ok", exported=False)[:2] == [ON_CARD, {**ON_CARD, "precision": "fp16"}]
+    assert all(options.get("device") == "cuda" for options in instead(CARD, "ok", exported=False))
+    assert instead(HERE, "ok", exported=False) == [], "there the script itself is what others are told against"
+    assert {} in instead(CARD, "failed", exported=False)
+    assert instead(CARD, "ok", exported=True) == []
+
+
 def test_the_module_on_the_card_is_tried_late_and_before_what_won_elsewhere() -> None:
     recipes = propose(picture(), hardware=CARD, backends=["kernels", "eager"])[0]
     liked = next(recipe.label for recipe in recipes if recipe.backend == "kernels")
@@ -136,7 +157,10 @@ def test_an_engine_that_cannot_build_the_model_is_asked_once() -> None:
     reference = failed(Recipe("eager"))
     assert hopeless(other, [reference, failed(half)], goal="latency").startswith("not tried: kernels cannot build")
     assert not hopeless(other, [reference], goal="latency")
-    assert not hopeless(other, [ended(Recipe("eager")), failed(half)], goal="latency"), "the model does export"
+    eager = ended(Recipe("eager"))
+    assert not hopeless(other, [eager, failed(half)], goal="latency"), "the model does export"
+    assert hopeless(Recipe("kernels", ON_CARD), [eager, failed(half), failed(other)], goal="latency"), "not twice"
+    assert not hopeless(Recipe("kernels"), [eager, failed(half), failed(other)], goal="latency"), "another device"
     assert not hopeless(other, [reference, failed(half, "killed by SIGSEGV")], goal="latency")
 
 

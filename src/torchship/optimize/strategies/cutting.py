@@ -10,7 +10,7 @@ from torchship.hardware import Hardware
 from torchship.lowering.program import PROGRAM
 from torchship.model import Model
 from torchship.optimize.attempt import SearchContext
-from torchship.optimize.choose import device_of, is_plain
+from torchship.optimize.choose import accelerated, device_of, is_plain
 from torchship.optimize.strategies import Asked
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
@@ -26,14 +26,19 @@ class Cutting:
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """Whole first, for that stands in for eager; then with parts. Once: nothing where that was tried before."""
         if self._waiting is None:
-            tried = {trial.recipe.backend for trial in results}
-            self._waiting = [recipe for recipe in self.instead(results) if recipe.backend not in tried]
+            tried = {trial.recipe.key for trial in results}
+            self._waiting = [recipe for recipe in self._offered(results) if recipe.key not in tried]
         if results:
             self._waiting = [recipe for recipe in self._waiting if recipe != results[-1].recipe]
         return [Asked(recipe, urgent=stands_in(recipe, results)) for recipe in self._waiting]
 
     def instead(self, results: Sequence[Trial]) -> list[Recipe]:
-        """What to try where the first trial, eager, ended badly."""
+        """What to try where the first trial, eager, ended badly; where it runs as a script on the processor, what an
+        accelerator makes of the module as Python, for scripts run there in fp32 alone."""
+        offered = self._offered(results)
+        return [recipe for recipe in offered if accelerated(recipe) or results[0].status != "ok"]
+
+    def _offered(self, results: Sequence[Trial]) -> list[Recipe]:
         context = self._context
         among = context.config.backends or plugins.names("backends")
         return cut(results, context.model, source=context.config.source, hardware=context.hardware, among=among)

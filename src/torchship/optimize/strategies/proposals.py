@@ -39,7 +39,7 @@ class Proposals:
         """What is left, the next one first."""
         if results:
             self._waiting = [recipe for recipe in self._waiting if recipe != results[-1].recipe]
-        if self._instead is not None and len(results) == 1 and results[0].status != "ok":
+        if self._instead is not None and len(results) == 1:
             self._waiting = [*self._instead(results), *self._waiting]
         if not self._waiting:
             return []
@@ -202,12 +202,12 @@ def rarely(recipe: Recipe) -> bool:
 
 def hopeless(recipe: Recipe, done: Sequence[Trial], *, goal: Goal) -> str:
     """Why `recipe` is not worth a trial: the best of its engine so far is eight times worse than the best of all, more
-    than precision or layout ever make up for; or the engine, as the reference, failed to build this model at all.
-    Empty when it is worth one. Pure.
+    than precision or layout ever make up for; or the engine failed to build this model twice, or once where the
+    reference could not be built either. Empty when it is worth one. Pure.
     """
-    own_trials = [trial for trial in done if trial.recipe.backend == recipe.backend]
-    if own_trials and all(_not_built(trial) for trial in (done[0], *own_trials)):
-        return f"not tried: {recipe.backend} cannot build this model, see {own_trials[0].recipe.label}"
+    tries = [trial for trial in done if _engine(trial.recipe) == _engine(recipe)]
+    if tries and all(map(_not_built, tries)) and (len(tries) > 1 or _not_built(done[0])):
+        return f"not tried: {recipe.backend} cannot build this model, see {tries[0].recipe.label}"
     measured = [trial for trial in done if trial.timing is not None and trial.timing.curve]
     own = min((cost(t, goal=goal) for t in measured if _engine(t.recipe) == _engine(recipe)), default=None)
     best = min((cost(t, goal=goal) for t in measured if is_valid(t)), default=None)
