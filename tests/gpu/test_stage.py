@@ -133,8 +133,10 @@ def test_without_memory_a_batch_is_halved_and_then_refused_without_a_word_about_
     x = np.arange(8, dtype=np.float32).reshape(8, 1)
     stage = CudaStage(hungry(150), signature=signature, device=CARD, graphs=graphs)
     np.testing.assert_array_equal(answer_of(stage, {"x": x}), x * 2)
-    assert max(stage._sizes) == 2, "what fitted is remembered"
+    sizes = list(stage._sizes)
+    assert max(sizes) <= 2, "300 MiB fit; beside the memory of the graph's rehearsal, 150"
     np.testing.assert_array_equal(answer_of(stage, {"x": x}), x * 2)
+    assert stage._sizes == sizes, "what fitted is remembered"
     stage.close()
     body = hungry(1024)
     stage = CudaStage(body, signature=signature, device=CARD)
