@@ -87,6 +87,23 @@ def test_a_spare_worker_takes_over(tmp_path: Path) -> None:
             assert f'torchship_worker_restarts_total{{model="mlp",version="1",stage="mlp"}} {restarts}' in text
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one card")
+def test_copies_run_on_several_cards_compiled_code_too(tmp_path: Path) -> None:
+    options: Options = {"device": "cuda", "precision": "fp16"}
+    packed(Perceptron, tmp_path / "mlp", backend="kernels", options=options, most=2)
+    where = 'device = ["cuda:0", "cuda:1"]\ncopies = 2\ntrust = true'
+    text = f'[http]\nreceivers = 0\n[[model]]\nname = "mlp"\nartifact = "{tmp_path / "mlp"}"\n{where}\n'
+    with serving(text, tmp_path) as server:
+        told = [(Path("/proc") / str(worker.pid) / "environ").read_bytes() for worker in workers_of(server)]
+        assert sorted(b"CUDA_VISIBLE_DEVICES=1" in words for words in told) == [False, True]
+        assert 'torchship_workers_ready{model="mlp",version="1",stage="mlp"} 2' in metrics(server)
+        x = rows_for(Perceptron, 2)
+        with ThreadPoolExecutor(8) as callers:
+            for status, answer in callers.map(lambda _: infer(server, "mlp", "x", x), range(64)):
+                assert status == 200, answer
+                np.testing.assert_allclose(np.reshape(answer, (2, 8)), expected(Perceptron, x), atol=1e-2)
+
+
 def wait_for_spare(server: Running) -> None:
     """Until a spare worker has opened."""
     end = time.monotonic() + 90

@@ -92,7 +92,9 @@ def prepare(*, device: str, threads: int, tf32: bool = False, tune: bool = True)
     if device == "cpu":
         return
     if not torch.cuda.is_available():
-        raise Unavailable(f"torch sees no device {device!r}", hint="check nvidia-smi and that torch is a CUDA build")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+        raise Unavailable(f"torch sees no device {device!r}{among}", hint="torchship doctor says why")
     torch.backends.cudnn.benchmark = tune
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32

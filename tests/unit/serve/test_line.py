@@ -17,6 +17,7 @@ import uvloop
 from tests.serving import planned
 from torchship import process
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
+from torchship.pipeline import opening
 from torchship.serve import prometheus
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.spec import LineLimits
@@ -584,5 +585,16 @@ def test_a_killed_worker_is_replaced_by_the_spare_one_that_has_opened_already(tm
             assert (await line.submit({"x": np.ones(1, np.float32)}))["pid"] == [pids()[2]]
         assert not station.processes
         assert not any(map(psutil.pid_exists, pids()))
+
+    run(work)
+
+
+def test_a_worker_is_told_its_card_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(opening._UNUSED, "run", ())  # a Python stage has no device: it is its own affair
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+
+    async def work() -> None:
+        async with Opened({"run": "surroundings", "device": "cuda:1", "memory_share": 0.25}) as line:
+            assert (await line.submit({"x": np.ones(1, np.float32)}))["said"].tolist() == [b"6", b"0.25"]
 
     run(work)

@@ -65,3 +65,24 @@ def test_each_copy_has_its_place() -> None:
 def test_how_long_a_stage_may_take_to_open(said: float, measured: float, allowed: float) -> None:
     made = msgspec.structs.replace(model("x:FP32[-1] -> y:FP32[-1]"), load_s=measured)
     assert WorkerSpec(model=made, limits=LineLimits(open_timeout=said)).open_timeout == allowed
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "seen", "told"),
+    [
+        ("cpu", None, "cpu", None),
+        ("cuda", "2,3", "cuda", None),
+        ("GPU", None, "GPU", None),
+        ("cuda:x", "2,3", "cuda:x", None),
+        ("cuda:1", None, "cuda:0", "1"),
+        ("cuda:0", None, "cuda:0", "0"),
+        ("cuda:1", "5, 7", "cuda:0", "7"),
+        ("cuda:0", "MIG-a,MIG-b", "cuda:0", "MIG-a"),
+        ("cuda:2", "5,7", "cuda:2", None),
+    ],
+)
+def test_a_process_sees_its_own_card_only(device: str, visible: str | None, seen: str, told: str | None) -> None:
+    place = Placement(device=device, memory_share=0.5)
+    found, environment = place.alone({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert found == Placement(device=seen, memory_share=0.5)
+    assert environment == ({} if told is None else {"CUDA_VISIBLE_DEVICES": told})

@@ -141,6 +141,7 @@ class LocalReplica:
 
     def _start(self) -> None:
         spec, model = self.spec, self.spec.model
+        place, seen = spec.placement.alone(os.environ)
         undo: list[Callable[[], None]] = []
         try:
             input_size, output_size = model.slot_sizes
@@ -150,12 +151,12 @@ class LocalReplica:
             undo += [self._output.close, lambda: os.close(self._output.inlet)]
             self._child, self._sock = process.converse(
                 "torchship.serve.engine.worker:main",
-                argument=(self._arena.region.fd, spec),
+                argument=(self._arena.region.fd, msgspec.structs.replace(spec, placement=place)),
                 fds=(self._arena.region.fd,),
                 output=self._output.inlet,
                 threads=spec.placement.threads or None,
                 cpus=spec.placement.cpus,
-                env={"PYTHONUNBUFFERED": "1", hardware.MEMORY_SHARE: str(spec.placement.memory_share)},
+                env={"PYTHONUNBUFFERED": "1", hardware.MEMORY_SHARE: str(place.memory_share), **seen},
             )
             undo += [self._sock.close, lambda: process.stop(self._child)]
             self._pidfd = os.pidfd_open(self._child.pid)

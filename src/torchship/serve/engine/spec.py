@@ -7,6 +7,7 @@ A setting is declared here once. `LineLimits` are the keys of a `[[model]]` tabl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated
 
 import msgspec
@@ -17,6 +18,7 @@ from torchship.tensors import NanPolicy, Signature, TensorSpec, numpy_dtype
 _SLOT_LIMIT = 2**28  # bytes; a bigger batch travels in memory of its own
 _SLOT_FREE = 2**20  # bytes of a slot for each tensor whose size is not known
 _ALIGN = 64
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _OPEN = 120.0  # seconds to open a stage at least
 _LOADS = 4.0  # times what was measured
 
@@ -58,6 +60,21 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 0
     cpus: tuple[int, ...] = ()
     nice: int = 0
+
+    def alone(self, environment: Mapping[str, str]) -> tuple[Placement, dict[str, str]]:
+        """This place for a process that sees no card but its own, and what its environment says then.
+
+        Compiled code runs on the first card that a process sees, and CUDA takes half a GB of each that it opens.
+        Source: CUDA C++ Programming Guide, "CUDA Environment Variables", CUDA_VISIBLE_DEVICES.
+        """
+        kind, _, number = self.device.partition(":")
+        if kind != "cuda" or not number.isdigit():
+            return self, {}
+        named = environment.get(_VISIBLE)
+        cards = [number] if named is None else [card.strip() for card in named.split(",")][int(number) :]
+        if not cards:  # torch says that it is not there
+            return self, {}
+        return msgspec.structs.replace(self, device="cuda:0"), {_VISIBLE: cards[0]}
 
 
 class StageModel(msgspec.Struct, frozen=True, kw_only=True):
