@@ -276,12 +276,11 @@ def one(name: str, place: Path, phase: str) -> None:
     """The work of a child."""
     import torch
 
-    torch.set_num_threads(2)  # as long as others compile beside it
+    torch.set_num_threads(2)  # others compile beside it; another number later would make dynamo compile again
 
     def turn() -> None:
         print(json.dumps({"ready": name}), flush=True)
         sys.stdin.readline()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         note("its turn")
 
     if phase == "warm":
@@ -305,7 +304,7 @@ def told(results: dict[str, dict[str, Any]]) -> str:
                 row.get(key)
                 for key in ("eager", "compiled", "graph", "ours", "vs_hand", "numpy", "ours_numpy", "error")
             ]
-            text = "".join(f"{'-' if cell is None else format(cell, '.4g'):>9}" for cell in cells)
+            text = "".join(f"{'-' if cell is None else format(cell, '.3g'):>9}" for cell in cells)
             lines.append(f"{name:20}{rows:>6}{text}")
             worst.append(row["vs_hand"])
         if "build_s" in found:

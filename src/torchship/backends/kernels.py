@@ -197,6 +197,13 @@ def _keep(compiled: Any, out: Path, size: int) -> None:
         raise BuildFailed(f"inductor's code cannot be written: {program.one_line(fault)}") from fault
 
 
+def _read(file: Path) -> Any:
+    """What `_keep` wrote. Inductor takes two seconds to import, so only where there is such a file."""
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    return CompiledArtifact.load(path=str(file), format="binary")
+
+
 def _weights(exported: ExportedProgram) -> list[torch.Tensor]:
     """What the graph takes before the user's inputs: parameters, buffers and constants, in its order."""
     kept: Mapping[str, Any] = {**exported.state_dict, **exported.constants}
@@ -227,8 +234,6 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
 
     Raises UnsafeArtifact, CorruptArtifact, Unavailable or Unsupported.
     """
-    from torch._inductor.standalone_compile import CompiledArtifact
-
     from torchship.lowering.cuda import CudaStage
 
     device = torch_stage.device_of(options, device=device)
@@ -237,8 +242,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     exported = program.load_exported(path)
     try:
         plan = msgspec.json.decode((path / PLAN).read_bytes(), type=KernelPlan)
-        files = {size: str(path / f"{size}.bin") for size, kind in plan.sizes.items() if kind == _INDUCTOR}
-        read = {size: CompiledArtifact.load(path=file, format="binary") for size, file in files.items()}
+        read = {size: _read(path / f"{size}.bin") for size, kind in plan.sizes.items() if kind == _INDUCTOR}
     except Exception as fault:
         raise CorruptArtifact(f"the kernels cannot be loaded: {program.one_line(fault)}", hint=_OTHER) from fault
     plain = _plain(exported)
