@@ -45,9 +45,13 @@ def test_eager_recipes(options: Options, limit: float, tmp_path: Path) -> None:
     stage.close()
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("fp16", 1e-2)])
-def test_what_does_not_export_runs_on_the_card(precision: str, limit: float, tmp_path: Path) -> None:
-    options = GPU | {"precision": precision}
+@pytest.mark.parametrize(
+    ("own", "limit"),
+    [({"precision": "fp32"}, 1e-5), ({"precision": "fp16"}, 1e-2), ({"precision": "fp16", "mode": "cast"}, 1e-2),
+     ({"precision": "fp16", "parts": "kernels"}, 1e-2), ({"precision": "fp16", "parts": "inductor"}, 1e-2)],
+)  # fmt: skip
+def test_what_does_not_export_runs_on_the_card(own: Options, limit: float, tmp_path: Path) -> None:
+    options = GPU | own
     stage = packed(Wavering, tmp_path / "hybrid", backend="hybrid", options=options).open(trust=True)
     x = rows_for(Wavering, 3)
     assert error(answer_of(stage, {"x": x}), expected(Wavering, x)) < limit

@@ -78,7 +78,8 @@ def no_fast_path() -> Iterator[None]:
 
 
 def prepare(*, device: str, threads: int, tf32: bool = False, tune: bool = True) -> None:
-    """Set the threads of torch (0: every core that this process may use) and make sure that `device` is there.
+    """Set the threads of torch (0: every core that this process may use; a few for a card, whatever is asked for) and
+    make sure that `device` is there.
 
     On a card, fp32 is fp32 unless `tf32` says otherwise, in convolutions too; `tune` times cuDNN's algorithms for each
     new shape, which pays where shapes come again. No more of its memory is taken than the environment's
@@ -88,7 +89,7 @@ def prepare(*, device: str, threads: int, tf32: bool = False, tune: bool = True)
 
     home.name_user()
     cores = hardware.cores()
-    torch.set_num_threads(threads or (cores if device == "cpu" else min(_FEEDING, cores)))
+    torch.set_num_threads((threads or cores) if device == "cpu" else min(_FEEDING, threads or cores))
     if device == "cpu":
         return
     if not torch.cuda.is_available():

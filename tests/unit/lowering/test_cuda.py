@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,3 +142,15 @@ def test_an_index_beyond_the_table_is_refused_before_the_card_sees_it() -> None:
     assert "from 0 to 49" in caught.value.hint
     with pytest.raises(BadInput, match="'kinds' holds -1"):
         stage(given | {"kinds": np.full((2, 3), -1)})
+
+
+def test_few_threads_feed_a_card_whatever_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search measures with all cores: staged copies by sixteen threads wait for one another."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda word: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace())
+    for device, threads in (("cuda", 16), ("cuda", 2), ("cpu", 16)):
+        torch_stage.prepare(device=device, threads=threads)
+    assert asked == [8, 2, 16]
