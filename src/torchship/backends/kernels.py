@@ -8,6 +8,7 @@ minute and more, again after every restart; here opening reads what was compiled
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torchship.lowering.cuda import Body
     from torchship.lowering.fused_conv import Tuned
 
+_log = logging.getLogger("torchship.kernels")
 KIND = "native"
 PARTS = ("cuda",)  # where it runs parts of a model that stays Python
 TRIED = 1  # in this order among the backends: on a card nothing else wins as often
@@ -84,10 +86,10 @@ def build(model: Model, *, options: Options, out: Path) -> None:
     inputs = model.torch_inputs(model.examples[0], device=device)
     if model.signature.fixed:
         plan = _fastest(exported, inputs, model.signature, out)
-    elif _calls(exported, *_RECURRENT):
+    elif (made := _tried(exported, inputs, "from_graph")) is None:
         plan = KernelPlan({_ANY: _PLAIN})
     else:
-        _keep(compiled(exported, inputs, "from_graph"), out, _ANY)
+        _keep(made, out, _ANY)
         plan = KernelPlan({_ANY: _INDUCTOR})
     (out / PLAN).write_bytes(msgspec.json.encode(plan))
 
@@ -102,14 +104,14 @@ def _fastest(exported: ExportedProgram, example: Sequence[torch.Tensor], signatu
     fused = None if _lacking() else _fused(exported)
     sizes: dict[int, str] = {}
     searched: list[int] = []
+    compiles = True
     for size in cuda.batch_sizes(signature.max_rows) if signature.batched else [_ANY]:
         rows = torch.arange(size, device=example[0].device)
         inputs = [tensor[rows % tensor.shape[0]] for tensor in example] if size else list(example)
         bodies: dict[str, Body] = {_PLAIN: plain}
-        made = None
         try:
-            if not _calls(exported, *_RECURRENT):
-                made = compiled(exported, inputs, "from_example_inputs")
+            made = _tried(exported, inputs, "from_example_inputs") if compiles else None
+            if compiles := made is not None:
                 bodies[_INDUCTOR] = _bound(made, exported)
             if fused is not None and size >= _FUSED_FROM:
                 bodies[_FUSED] = fused[0]
@@ -173,6 +175,17 @@ def _searching(body: Body, search: bool) -> Body:
         return body(*inputs)
 
     return run
+
+
+def _tried(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: str) -> Any:
+    """What inductor makes of it; None for what it cannot compile, or would unroll over time."""
+    if _calls(exported, *_RECURRENT):
+        return None
+    try:
+        return compiled(exported, inputs, shapes)
+    except BuildFailed as fault:
+        _log.info("%s; plain torch is left", fault)
+        return None
 
 
 def compiled(exported: ExportedProgram, inputs: Sequence[torch.Tensor], shapes: Any) -> Any:

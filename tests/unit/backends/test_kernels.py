@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchship.backends import kernels
+from torchship.errors import BuildFailed
 from torchship.lowering import cuda
 
 
@@ -66,3 +67,14 @@ def test_recurrent_layers_are_found_and_their_weights_laid_together(
     plain = torch.export.export(torch.nn.Conv1d(6, 8, 3).eval(), (torch.randn(2, 6, 9),), strict=False)
     assert not kernels._calls(plain, *kernels._RECURRENT)
     assert kernels._calls(plain, "conv")
+
+
+def test_what_inductor_cannot_compile_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise BuildFailed("inductor cannot compile this model")
+
+    monkeypatch.setattr(kernels, "compiled", fails)
+    exported = torch.export.export(torch.nn.Linear(6, 8).eval(), (torch.randn(2, 6),), strict=False)
+    assert kernels._tried(exported, [], "from_graph") is None
+    monkeypatch.setattr(kernels, "compiled", lambda *_: "code")
+    assert kernels._tried(exported, [], "from_graph") == "code"
