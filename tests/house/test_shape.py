@@ -77,13 +77,13 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_128
+ENGINE = 34_141
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_800,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_794,
+    "torchship.backends": 1_807,
     "torchship.cli": 1_589,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
