@@ -1,4 +1,4 @@
-"""The real Service with five small models, in a loop of its own: what the protocols and blocking clients are tested on.
+"""The real Service with six small models, in a loop of its own: what the protocols and blocking clients are tested on.
 
 Its workers are started once for all tests of a process; each test file opens listeners of its own.
 """
@@ -23,7 +23,7 @@ from torchship.serve.service import Answer, Service
 from torchship.wire.messages import Request, Response
 
 T = TypeVar("T")
-MODELS = ("add_sub", "again", "echo", "picture", "text")
+MODELS = ("add_sub", "again", "echo", "half", "picture", "text")
 STREAMS = "again"  # the one that answers several times
 
 

@@ -23,6 +23,11 @@ def echo(x: Array) -> Array:
     return x
 
 
+@stage("x:FP16[-1,4] -> y:FP16[-1,4]", batched=True, max_batch=8)
+def half(x: Array) -> Array:
+    return x * np.float16(0.5)
+
+
 @stage("image:BYTES[1] -> size:INT64[1]")
 def picture(image: Array) -> Array:
     return np.array([len(image[0])])

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.unit.protocols.running import MODELS, STREAMS, WAYS, Running, receivers, running
+from torchship.client import Client
 from torchship.errors import BadConfig, BadInput, StageFailed, Unsupported
 from torchship.serve.api import rest
 from torchship.serve.api.docs import examples, models
@@ -46,6 +47,29 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def client(server: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as found:
         yield found
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_half_precision_travels_as_such(server: Running, scheme: str) -> None:
+    """FP16 goes where the signature says FP16, and nowhere else: a model that takes FP32 is asked in FP32."""
+    x = np.array([[1, -2, 65504, 6e-8], [0.1, np.inf, -0.0, 2**-14]], np.float16)
+    with Client(f"{scheme}://127.0.0.1:{server.port}") as client:
+        found = client.infer("half", x)["y"]
+        assert found.dtype == np.float16
+        assert np.array_equal(found, x * np.float16(0.5))
+        with pytest.raises(BadInput, match=r"FP16.*FP32|FP32.*FP16"):
+            client.infer("echo", np.zeros((1, 16), np.float16))
+        with pytest.raises(BadInput, match=r"FP16.*FP32|FP32.*FP16"):
+            client.infer("half", np.zeros((1, 4), np.float32))
+
+
+def test_half_precision_as_json_and_as_nothing_but_bytes(client: httpx.Client) -> None:
+    url, ask = "/v2/models/half/infer", {"name": "x", "shape": [1, 4], "datatype": "FP16", "data": [1, 2, 3, 0.1]}
+    (told,) = client.post(url, json={"inputs": [ask]}).json()["outputs"]
+    assert (told["datatype"], told["data"]) == ("FP16", [0.5, 1.0, 1.5, float(np.float16(0.1)) / 2])
+    headers = {"content-type": "application/octet-stream"}
+    raw = client.post(url, content=np.ones((1, 4), "<f2").tobytes(), headers=headers)
+    assert raw.json()["outputs"][0]["data"] == [0.5] * 4
 
 
 def test_every_example_of_the_docs_works(server: Running, client: httpx.Client, tmp_path: Path) -> None:
@@ -81,7 +105,7 @@ def test_a_host_that_is_no_host(client: httpx.Client) -> None:
 
 
 def test_names_of_all_models(client: httpx.Client) -> None:
-    assert client.get("/v2/models").json() == {"models": ["add_sub", "again", "echo", "picture", "text"]}
+    assert client.get("/v2/models").json() == {"models": [*MODELS]}
 
 
 def test_a_pattern_that_is_none() -> None:
