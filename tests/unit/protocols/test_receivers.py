@@ -190,8 +190,13 @@ def test_under_load_nobody_else_notices_a_kill(server: Running) -> None:
             os.kill(pool.ready[0].pid, signal.SIGKILL)
         over.set()
         await asyncio.gather(*callers)
+        for receiver in pool.ready:  # both at once
+            os.kill(receiver.pid, signal.SIGKILL)
+        while pool.ready:
+            await pool.wait()
         while len(pool.ready) < 2:
             await pool.wait()
+        assert len(pool._receivers) == 2
 
     server.run(main())
     assert seen[0] > 50

@@ -92,8 +92,8 @@ class RemoteSink:
 class ReceiverProcess:
     """One receiver: a child, its memory, and what it has handed over and not been answered."""
 
-    def __init__(self, pool: ReceiverPool) -> None:
-        """Starts the process. Raises Unavailable when memory, processes or descriptors have run out."""
+    def __init__(self, pool: ReceiverPool, region: MemoryRegion) -> None:
+        """Starts the process, for whose bodies `region` is. Raises Unavailable when descriptors have run out."""
         self._pool, self._loop = pool, asyncio.get_running_loop()
         self._open: dict[int, Exchange | Call] = {}
         self._heads: list[tuple[Head, RemoteSink] | None] = [None] * HEADS
@@ -106,7 +106,7 @@ class ReceiverProcess:
         self.heard = time.monotonic()
         self.closed: set[int] = set()  # the sites that have no connections any more
         self._reason = ""
-        self._region = MemoryRegion.make(_MEMORY)
+        self._region = region
         output = WorkerOutput(loop=self._loop, on_line=self._on_line)
         try:
             self._child, sock = process.converse(
@@ -258,7 +258,7 @@ class ReceiverProcess:
             partner.leave()
         self._open.clear()
         self._room.set()
-        self._region.close()
+        self._loop.run_in_executor(None, self._region.close)  # which takes as long as a hundred requests
         self._pool.on_end(self, self._reason or process.describe_exit(self._child.wait()))
 
 
@@ -275,6 +275,7 @@ class ReceiverPool:
         self._receivers: list[ReceiverProcess] = []
         self._crashes = 0
         self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._seen = time.monotonic()
@@ -282,7 +283,8 @@ class ReceiverPool:
     async def open(self) -> ReceiverPool:
         """Start them all, and wait until they are ready. Raises Unavailable where one cannot be."""
         try:
-            self._receivers = [ReceiverProcess(self) for _ in range(self._count)]
+            for _ in range(self._count):
+                await self._start()
             while not all(receiver.ready for receiver in self._receivers):
                 if len(self._receivers) < self._count:
                     raise Unavailable("a receiver does not start", hint="its last lines are in the log")
@@ -330,22 +332,35 @@ class ReceiverPool:
         self.restarts += 1
         self._crashes = 0 if receiver.ready else self._crashes + 1
         if self._timer is not None:  # else the server does not start, which is told to whoever starts it
-            self._loop.call_later(min(30.0, 0.05 * 2**self._crashes) if self._crashes else 0.0, self._start)
+            task = self._loop.create_task(self._replace())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    def _start(self) -> None:
+    async def _start(self) -> None:
+        """One more. Raises Unavailable when memory, processes or descriptors have run out."""
+        region = await asyncio.to_thread(MemoryRegion.make, _MEMORY)
         if self._closing:
-            return
-        try:
-            self._receivers.append(ReceiverProcess(self))
-        except Unavailable as fault:
-            _log.warning("%s", fault)
-            self._loop.call_later(5.0, self._start)
+            region.close()
+        else:
+            self._receivers.append(ReceiverProcess(self, region))
+
+    async def _replace(self) -> None:
+        await asyncio.sleep(min(30.0, 0.05 * 2**self._crashes) if self._crashes else 0.0)
+        while not self._closing:
+            try:
+                await self._start()
+                return
+            except Unavailable as fault:
+                _log.warning("%s", fault)
+                await asyncio.sleep(5.0)
 
     async def close(self) -> None:
         """End them all."""
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
         for receiver in self._receivers:
             receiver.kill("")
         while self._receivers:
