@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -258,8 +258,8 @@ class ReceiverProcess:
             partner.leave()
         self._open.clear()
         self._room.set()
-        self._loop.run_in_executor(None, self._region.close)  # which takes as long as a hundred requests
         self._pool.on_end(self, self._reason or process.describe_exit(self._child.wait()))
+        self._pool.spawn(asyncio.to_thread(self._region.close))  # which takes as long as a hundred requests
 
 
 class ReceiverPool:
@@ -274,7 +274,7 @@ class ReceiverPool:
         self._count = count
         self._receivers: list[ReceiverProcess] = []
         self._crashes = 0
-        self._closing = False
+        self._closing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -326,45 +326,55 @@ class ReceiverPool:
         """A receiver is gone: replace it, at once if it had been ready."""
         self._receivers.remove(receiver)
         self.changed.set()
-        if self._closing:
+        if self._closing.is_set():
             return
         _log.warning("receiver %d %s", receiver.pid, reason)
         self.restarts += 1
         self._crashes = 0 if receiver.ready else self._crashes + 1
         if self._timer is not None:  # else the server does not start, which is told to whoever starts it
-            task = self._loop.create_task(self._replace())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.spawn(self._replace())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what `close` waits for."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _start(self) -> None:
         """One more. Raises Unavailable when memory, processes or descriptors have run out."""
         region = await asyncio.to_thread(MemoryRegion.make, _MEMORY)
-        if self._closing:
+        if self._closing.is_set():
             region.close()
         else:
             self._receivers.append(ReceiverProcess(self, region))
 
     async def _replace(self) -> None:
-        await asyncio.sleep(min(30.0, 0.05 * 2**self._crashes) if self._crashes else 0.0)
-        while not self._closing:
+        pause = min(30.0, 0.05 * 2**self._crashes) if self._crashes else 0.0
+        while not await self._closes(pause):
             try:
                 await self._start()
                 return
             except Unavailable as fault:
                 _log.warning("%s", fault)
-                await asyncio.sleep(5.0)
+                pause = 5.0
+
+    async def _closes(self, pause: float) -> bool:
+        """Whether the pool closes within so many seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), pause)
+        return self._closing.is_set()
 
     async def close(self) -> None:
         """End them all."""
-        self._closing = True
+        self._closing.set()
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
         for receiver in self._receivers:
             receiver.kill("")
         while self._receivers:
             await self.wait()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 class PooledListener:
