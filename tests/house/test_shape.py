@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_156
+ENGINE = 34_166
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -94,7 +94,7 @@ ROOMS = {
     "torchship.serve": 2_386,
     "torchship.serve.api": 1_357,
     "torchship.serve.engine": 2_600,
-    "torchship.serve.http": 3_413,
+    "torchship.serve.http": 3_423,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
