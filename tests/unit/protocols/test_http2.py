@@ -363,6 +363,32 @@ def test_a_stream_waits_for_its_window(server: Running) -> None:
         assert got == 2000
 
 
+def test_a_client_that_streams_far_ahead_is_answered_in_order(server: Running) -> None:
+    with Peer(server) as peer:
+        peer.send(peer.headers(1, "/inference.GRPCInferenceService/ModelStreamInfer"))
+        for number in range(100):
+            ask = message("inference.ModelInferRequest")(model_name="text", id=str(number))
+            item = ask.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+            item.contents.bytes_contents.append(b"a" * (number * 200))
+            blob = ask.SerializeToString()
+            peer.send(h2.frame(h2.DATA, 0, 1, b"\0" + len(blob).to_bytes(4, "big") + blob))
+        peer.send(h2.frame(h2.DATA, h2.END_STREAM, 1))
+        data = b""
+        for kind, flags, _, payload in peer.frames():
+            data += payload if kind == h2.DATA else b""
+            peer.send(h2.window_update(0, 16384) + h2.window_update(1, 16384) if kind == h2.DATA and payload else b"")
+            if kind == h2.HEADERS and flags & h2.END_STREAM:
+                break
+    ids = []
+    while data:
+        size = int.from_bytes(data[1:5], "big")
+        answer = message("inference.ModelStreamInferResponse").FromString(data[5 : 5 + size]).infer_response
+        assert answer.raw_output_contents[0][4:] == b"A" * (int(answer.id) * 200)
+        ids.append(int(answer.id))
+        data = data[5 + size :]
+    assert ids == list(range(100))
+
+
 def test_headers_are_forwarded_and_deadlines_kept() -> None:
     async def listen(front: Front) -> Any:
         return await rest.listen(replace(front, forward="x-.*"), port=0, grpc_only=True)

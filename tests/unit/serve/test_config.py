@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.artifact.made import linear
+from torchship import hardware
+from torchship.artifact import Store
 from torchship.errors import BadConfig, Denied, NotFound
 from torchship.pipeline import config as pipelines
+from torchship.recipe import Recipe
 from torchship.serve import config as configs
 from torchship.serve.access import check_places, gate, hash_of, is_loopback, new_token
 from torchship.serve.config import Token
-from torchship.serve.host import configure
+from torchship.serve.host import configure, default_receivers
 
 MODEL = {"name": "m", "run": "a:b"}
 
@@ -133,3 +137,38 @@ def test_native_code_is_trusted_by_a_word_on_the_command_line_or_in_the_file(tmp
 def test_a_name_that_no_path_can_hold_is_refused_at_the_start(name: str) -> None:
     with pytest.raises(BadConfig, match=r"\$\.model\[0\]\.name"):
         configs.convert({"model": [{"name": name, "run": "a:b"}]})
+
+
+def test_receivers_are_the_default_where_a_model_runs_on_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the device that a stage asks for, or that its artifact was made for; a quarter of the cores, at most four."""
+    for name, options in (("made", {"device": "cuda"}), ("plain", {})):
+        recipe = Recipe("onnxruntime", {**options})
+        Store(tmp_path / "store").publish(linear(tmp_path / name, name=name, recipe=recipe).path, name=name)
+    models = {
+        "asked": {"name": "m", "artifact": "plain", "device": "cuda:1"},
+        "dealt": {
+            "name": "m",
+            "stages": [{"run": "a:b"}, {"artifact": "plain", "device": ["cpu", "cuda"], "copies": 2}],
+        },
+        "made": {"name": "m", "artifact": "made"},
+        "plain": {"name": "m", "artifact": "plain"},
+        "missing": {"name": "m", "artifact": "nowhere"},
+    }
+    for cores, some in ((32, 4), (16, 4), (8, 2), (2, 0)):
+        monkeypatch.setattr(hardware, "cores", lambda cores=cores: cores)
+        found = {
+            name: default_receivers(configs.convert({"model": [model]}), Store(tmp_path / "store"))
+            for name, model in models.items()
+        }
+        assert found == {"asked": some, "dealt": some, "made": some, "plain": 0, "missing": 0}
+
+
+def test_receivers_are_said_in_the_file_or_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text("[http]\nreceivers = 3\n")
+    assert configure(str(file)).http.receivers == 3
+    assert configure(str(file), receivers=0).http.receivers == 0
+    with pytest.raises(BadConfig, match=r"\$.http.receivers"):
+        configs.convert({"http": {"receivers": -1}})
