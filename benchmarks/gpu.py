@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def served(place: Path, turn: Callable[[], None]) -> dict[str, Any]:
     server = subprocess.Popen([*command, "--log-level", "warning", *os.environ.get("GPU_SERVE", "").split()])
     try:
         _wait(port, server)
+        _wait_for_spares(port, len(models))
         for name, door, rows, callers in _LOADS:
             if not (place / name).is_dir():
                 continue
@@ -216,9 +218,18 @@ def _loaded(url: str, *, rows: int, callers: int) -> dict[str, float]:
     }
 
 
-def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
-    import urllib.request
+def _wait_for_spares(port: int, models: int, seconds: float = 60.0) -> None:
+    """Until the processes that wait to take over have opened, or are not going to: they open beside the first load."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        if sum(line.startswith("torchship_workers_spare{") and line.endswith(" 1") for line in lines) >= models:
+            return
+        time.sleep(0.5)
 
+
+def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + 90
     while time.monotonic() < end and server.poll() is None:
         try:
