@@ -18,6 +18,8 @@ from torchship.tensors import Free
 OPSET = 18
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _KEPT = (_SCOPES, "namespace")
+_SOURCE = "pkg.torch.onnx.fx_node"
+_LOWEST = {1: -1e30, 10: -6e4, 11: -1e30, 16: -1e30}  # for FLOAT, FLOAT16, DOUBLE, BFLOAT16: what leaves a place out
 _PROTOBUF_LIMIT = 1_900_000_000
 
 
@@ -93,6 +95,7 @@ def _write_exported(model: Model, path: Path) -> None:
     clashes = taken.intersection(names.values()).difference(names)
     _rename(made.graph, {**names, **{name: f"{name}_torchship_inner" for name in clashes}})
     _refuse_fixed(made.graph, model)
+    _answer_empty_rows(made.graph)
     onnx.save(made, str(path))
 
 
@@ -106,6 +109,46 @@ def _refuse_fixed(graph: Any, model: Model) -> None:
         for position, (length, axis) in enumerate(zip(shapes.get(spec.name, ()), spec.shape, strict=False)):
             if isinstance(axis, Free) and length.HasField("dim_value"):
                 raise BuildFailed(f"the export has axis {position} of {spec.name!r} fixed at {length.dim_value}")
+
+
+def _answer_empty_rows(graph: Any) -> None:
+    """Let attention answer 0 where a mask of numbers leaves out every place of a row, as torch's does: the softmax of
+    ONNX gives NaN. The exporter itself does so for masks of truths."""
+    from onnx import helper
+
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    constant = {value.name for value in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    before: dict[str, list[Any]] = {}
+    after: dict[str, list[Any]] = {}
+    for number, softmax in enumerate(node for node in graph.node if node.op_type == "Softmax"):
+        source = "".join(entry.value for entry in softmax.metadata_props if entry.key == _SOURCE)
+        total = made_by.get(softmax.input[0])
+        product = [node for node in graph.node if softmax.output[0] in node.input]
+        if total is None or total.op_type != "Add" or [node.op_type for node in product] != ["MatMul"]:
+            continue
+        mask: str = total.input[1]
+        kind = kinds.get(mask, 0)
+        if "scaled_dot_product_attention" not in source or kind not in _LOWEST or mask in constant:
+            continue
+        lowest, none, last, bounded, most, some, answer = (f"torchship_rows_{number}_{part}" for part in "lnabmsr")
+        for name, value in ((lowest, _LOWEST[kind]), (none, 0.0)):
+            graph.initializer.append(helper.make_tensor(name, kind, (), [value]))
+        graph.initializer.append(helper.make_tensor(last, 7, (1,), [-1]))  # INT64
+        before[total.output[0]] = [helper.make_node("Max", [mask, lowest], [bounded])]
+        total.input[1] = bounded
+        (reader,) = product
+        final, reader.output[0] = reader.output[0], answer
+        after[answer] = [
+            helper.make_node("ReduceMax", [mask, last], [most], keepdims=1),
+            helper.make_node("Greater", [most, lowest], [some]),
+            helper.make_node("Where", [some, answer, none], [final]),
+        ]
+    nodes = [
+        one for node in graph.node for one in (*before.get(node.output[0], ()), node, *after.get(node.output[0], ()))
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _rename(graph: Any, names: dict[str, str]) -> None:

@@ -83,3 +83,45 @@ def test_an_export_is_made_once_for_each_module(tmp_path: Path) -> None:
     onnx_graph.write(half, tmp_path / "third")
     assert b"what" not in (tmp_path / "third").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "model.onnx", "second", "third"]
+
+
+class Reader(torch.nn.Module):
+    """Attention with a mask of numbers: minus infinity leaves a place out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        left_out = torch.zeros_like(mask).masked_fill(mask == 0, float("-inf"))
+        seen: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=left_out[:, None, None]
+        )
+        return seen.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "f32"), ("openvino", "bf16")],
+)
+def test_a_row_whose_mask_leaves_out_everything_is_answered_as_torch_does(
+    backend: str, precision: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = Reader().eval()
+    x = torch.randn(3, 5, 8)
+    mask = torch.ones(3, 5)
+    model = capture(module, (x, mask))
+    built = plugins.load("backends", name=backend)
+    options = {"precision": precision}
+    built.build(model, options=options, out=tmp_path)
+    stage = built.open(tmp_path, signature=model.signature, options=options)
+    mask[0, 3:] = 0
+    mask[1] = 0
+    with torch.inference_mode():
+        expected = module(x, mask).numpy()
+    assert not expected[1].any()
+    (found,) = stage({"x": x.numpy(), "mask": mask.numpy()}).values()
+    np.testing.assert_allclose(found, expected, atol=1e-5 if precision in ("fp32", "f32") else 2e-2)
+    np.testing.assert_array_equal(found[1], 0)
