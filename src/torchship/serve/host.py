@@ -98,9 +98,7 @@ class Server:
             drain=self.drain,
             forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
         )
-        room = room_for_connections(
-            sum(stage.copies + 1 for model in config.model for stage in model.pipeline().stages)
-        )
+        room = room_for_connections(most_workers(config, self.catalog.store))
         if count := default_receivers(config, self.catalog.store) if http.receivers is None else http.receivers:
             files = (config.tls.certificate, config.tls.key, config.tls.clients) if config.tls else None
             self.receivers = await ReceiverPool(count, files=files).open()
@@ -177,6 +175,15 @@ def default_receivers(config: ServerConfig, store: Store) -> int:
     """A quarter of the cores, at most four, where a model runs on a card: there one process cannot receive as much as
     its worker takes. None elsewhere: the workers need the cores."""
     return min(4, hardware.cores() // 4) if any(_on_a_card(model, store) for model in config.model) else 0
+
+
+def most_workers(config: ServerConfig, store: Store) -> int:
+    """How many workers there may be: all copies, and a spare one where a stage with one copy keeps one."""
+    found = 0
+    for model in config.model:
+        spares = _on_a_card(model, store) if model.spare is None else model.spare
+        found += sum(stage.copies + (spares and stage.copies == 1) for stage in model.pipeline().stages)
+    return found
 
 
 def _on_a_card(model: ModelConfig, store: Store) -> bool:

@@ -15,7 +15,7 @@ from torchship.recipe import Recipe
 from torchship.serve import config as configs
 from torchship.serve.access import check_places, gate, hash_of, is_loopback, new_token
 from torchship.serve.config import Token
-from torchship.serve.host import configure, default_receivers
+from torchship.serve.host import configure, default_receivers, most_workers
 
 MODEL = {"name": "m", "run": "a:b"}
 
@@ -163,6 +163,22 @@ def test_receivers_are_the_default_where_a_model_runs_on_a_card(
             for name, model in models.items()
         }
         assert found == {"asked": some, "dealt": some, "made": some, "plain": 0, "missing": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "workers"),
+    [
+        ({"run": "a:b"}, 1),  # fifty of these fit into a container with 300 descriptors
+        ({"run": "a:b", "copies": 3}, 3),
+        ({"run": "a:b", "spare": True}, 2),
+        ({"run": "a:b", "copies": 2, "spare": True}, 2),
+        ({"artifact": "x", "device": "cuda"}, 2),
+        ({"artifact": "x", "device": "cuda", "spare": False}, 1),
+        ({"stages": [{"run": "a:b", "copies": 2}, {"artifact": "x", "device": "cuda"}]}, 4),
+    ],
+)
+def test_a_spare_worker_counts_where_there_may_be_one(model: dict[str, object], workers: int, tmp_path: Path) -> None:
+    assert most_workers(configs.convert({"model": [{"name": "m", **model}]}), Store(tmp_path)) == workers
 
 
 def test_receivers_are_said_in_the_file_or_on_the_command_line(tmp_path: Path) -> None:
