@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_209
+ENGINE = 34_216
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -91,7 +91,7 @@ ROOMS = {
     "torchship.optimize": 6_614,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_522,
-    "torchship.serve": 2_386,
+    "torchship.serve": 2_393,
     "torchship.serve.api": 1_357,
     "torchship.serve.engine": 2_600,
     "torchship.serve.http": 3_423,
