@@ -208,7 +208,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     """
     import torch
 
-    from torchship.lowering import cutting
+    from torchship.lowering import cutting, variants
 
     device = torch_stage.device_of(options, device=device)
     # what is free inside is not known, so no time is spent on tuning for a shape
@@ -238,7 +238,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     cast = dtype is not None and options.get("mode") == "cast"
     body = _body(module, plan, call, narrow=None if cast else dtype, device=device)
     if dtype is not None and cast:
-        module.to(dtype)
+        variants.narrow_inputs(module.to(dtype), dtype)
         body = _cast(body, signature, dtype)
     return torch_stage.staged(_on_one_device(body, device), signature=signature, device=device)
 

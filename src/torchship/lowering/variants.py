@@ -87,7 +87,7 @@ def in_precision(
     cast = mode == "cast"
     keep_float(flat, keep, device=device, narrow=dtype if cast else None)
     if cast:
-        _narrow_inputs(flat, dtype)
+        narrow_inputs(flat, dtype)
 
     def run(flat: torch.nn.Module, tensors: TorchTensors) -> TorchTensors:
         if cast:
@@ -100,7 +100,7 @@ def in_precision(
     return _wrapped(model, flat, run)
 
 
-def _narrow_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
+def narrow_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Let every layer that has weights of its own take what it is given in their dtype, but for what stays in float32:
     a model may make float32 tensors itself, as from pixels, or as positions."""
     if isinstance(module, KeepFloat):
@@ -108,7 +108,7 @@ def _narrow_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
     if any(weight.dtype == dtype for weight in module.parameters(recurse=False)):
         module.register_forward_pre_hook(lambda _, args, kwargs: _each((args, kwargs), dtype), with_kwargs=True)
     for child in module.children():
-        _narrow_inputs(child, dtype)
+        narrow_inputs(child, dtype)
 
 
 def channels_last(model: Model) -> Model:

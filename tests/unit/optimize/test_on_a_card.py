@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.contracts.test_backends import HERE, picture
+from tests.unit.lowering.test_variants import Pixels
 from tests.unit.optimize import unexportable
 from tests.unit.optimize.test_choose import trial
 from torchship import plugins
@@ -185,6 +186,21 @@ def test_a_module_kept_as_python_runs_narrow_by_autocast_and_by_cast(tmp_path: P
     stage.close()
     assert found.dtype == np.float32
     assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
+
+
+def test_float32_that_a_module_kept_as_python_makes_itself_is_narrowed_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, image = Pixels().eval(), torch.randint(0, 255, (2, 3, 12, 12), dtype=torch.uint8)
+    model = capture(module, (image,))
+    options: Options = {"precision": "fp16", "mode": "cast"}
+    hybrid.build(model, options=options, out=tmp_path)
+    stage = hybrid.open(tmp_path, signature=model.signature, options=options, device="cpu", threads=1)
+    (found,) = stage({"image": image.numpy()}).values()
+    stage.close()
+    with torch.no_grad():
+        wanted = module(image).numpy()
+    assert found.dtype == np.float32
+    assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.01
 
 
 def test_tensors_that_a_module_makes_are_put_where_the_others_are() -> None:
