@@ -154,9 +154,9 @@ def main() -> None:
     for use in private:
         print(f"private           {use}")
     engine = sum(source.lines for source in files if source.engine)
-    faces = sum(lines for room, lines in counted.items() if room.partition(".")[0] == "torchship_faces")
+    apps = sum(source.lines for source in files if not source.engine)
     print(
-        f"engine_lines={engine} faces_lines={faces} doubled_names={len(doubled)} private_imports={len(private)}",
+        f"engine_lines={engine} apps_lines={apps} doubled_names={len(doubled)} private_imports={len(private)}",
         flush=True,
     )
 

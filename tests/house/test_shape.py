@@ -99,6 +99,9 @@ ROOMS = {
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
+    "torchship_video": 0,
+    "torchship_video.sinks": 0,
+    "torchship_video.sources": 0,
 }
 
 FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -31,7 +31,7 @@ from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.container import become_init, check_system_calls, room_for_connections
 from torchship.serve.http.listen import Certificates, Listener
 from torchship.serve.http.pool import ReceiverPool
-from torchship.serve.http.router import Route
+from torchship.serve.http.router import Mounted
 from torchship.serve.http.site import ConnectionLimits
 from torchship.serve.service import Service
 from torchship.serve.tracing import HEADERS, Traces
@@ -55,6 +55,7 @@ class Server:
         self.receivers: ReceiverPool | None = None
         tls = config.tls
         self._certificates = Certificates(tls.certificate, key=tls.key, clients=tls.clients) if tls else None
+        self._mounted: list[Mounted] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> Server:
@@ -78,6 +79,7 @@ class Server:
             self._tasks.append(asyncio.ensure_future(self.catalog.watch(self.config.store.watch)))
         if self._certificates:
             self._tasks.append(asyncio.ensure_future(self._certificates.watch()))
+        self._tasks += [asyncio.ensure_future(_beside(mounted.run())) for mounted in self._mounted if mounted.run]
         return self
 
     async def _load(self, model: ModelConfig) -> None:
@@ -116,7 +118,8 @@ class Server:
                 age_seconds=http.max_connection_age,
             ),
         }
-        routes = [route for mount in config.mount for route in _mounted(mount, self.service)]
+        self._mounted = [_mounted(mount, self.service) for mount in config.mount]
+        routes = [route for mounted in self._mounted for route in mounted.routes]
         rest_only = {"host": http.host, "routes": routes, "cors_origins": http.cors_origins, **given}
         self.http = await rest.listen(front, port=http.port, shared=http.shared, **rest_only)
         if http.own_port is not None:
@@ -152,6 +155,7 @@ class Server:
         grace = 5.0 if patience is None else min(patience, 5.0)
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.drain(patience=patience)
         await asyncio.gather(*(listener.close(grace=grace) for listener in self._listeners))
         if self.receivers:
@@ -161,14 +165,22 @@ class Server:
             await asyncio.to_thread(self._traces.close)
 
 
-def _mounted(mount: Mount, service: Service) -> list[Route]:
+def _mounted(mount: Mount, service: Service) -> Mounted:
     try:
-        found: list[Route] = resolve(mount.run)(service, **mount.options)
+        found = resolve(mount.run)(service, **mount.options)
     except (ImportError, AttributeError, TypeError) as fault:
         raise BadConfig(
             f"$.mount: {mount.run}: {fault}", hint="module:function(service, ...) that returns routes"
         ) from None
-    return found
+    return found if isinstance(found, Mounted) else Mounted(found)
+
+
+async def _beside(work: Coroutine[Any, Any, None]) -> None:
+    """The work of a mount: a fault ends it, not the server."""
+    try:
+        await work
+    except Exception:
+        _log.exception("a mount's work has failed; the models are served on")
 
 
 def default_receivers(config: ServerConfig, store: Store) -> int:

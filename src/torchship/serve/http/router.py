@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unicodedata import category
 from urllib.parse import unquote
 
@@ -37,6 +37,13 @@ class Route(NamedTuple):
     def path(self) -> str:
         """The pattern with nothing but names in its places, as OpenAPI writes it."""
         return self.pattern.replace(":text}", "}")
+
+
+class Mounted(NamedTuple):
+    """What a mount adds to a server: its routes, and `run`, work beside the requests: a task while the server serves."""
+
+    routes: Sequence[Route] = ()
+    run: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
 @dataclass(slots=True)
