@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_216
+ENGINE = 34_238
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -91,17 +91,17 @@ ROOMS = {
     "torchship.optimize": 6_614,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_522,
-    "torchship.serve": 2_393,
+    "torchship.serve": 2_408,
     "torchship.serve.api": 1_357,
     "torchship.serve.engine": 2_600,
-    "torchship.serve.http": 3_423,
+    "torchship.serve.http": 3_430,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 0,
-    "torchship_video.sinks": 0,
-    "torchship_video.sources": 0,
+    "torchship_video": 103,
+    "torchship_video.sinks": 1,
+    "torchship_video.sources": 1,
 }
 
 FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)
