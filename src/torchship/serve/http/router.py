@@ -40,7 +40,7 @@ class Route(NamedTuple):
 
 
 class Mounted(NamedTuple):
-    """What a mount adds to a server: its routes, and `run`, work beside the requests: a task while the server serves."""
+    """What a mount adds to a server: routes, and `run`, work beside the requests: a task while the server serves."""
 
     routes: Sequence[Route] = ()
     run: Callable[[], Coroutine[Any, Any, None]] | None = None
