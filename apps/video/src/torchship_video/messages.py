@@ -21,8 +21,8 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 
     `ring` is the name of the ring's shared memory, `slot` a slot of it, `generation` what the slot counts at while it
     holds this frame: once the slot is written again, the handle is stale and reading it raises StaleFrame.
-    `sequence` counts the frames that the source decoded, from 0: what is missing was dropped. `taken` is the wall clock in
-    Unix seconds when the frame was there, `position` the seconds in the stream's own time.
+    `sequence` counts the frames that the source decoded, from 0: what is missing was dropped. `taken` is the wall clock
+    in Unix seconds when the frame was there, `position` the seconds in the stream's own time.
     """
 
     camera: str
