@@ -13,7 +13,7 @@ from torchship.lowering.torch_stage import no_fast_path
 from torchship.lowering.tree import Parts
 from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import axes, decisions, freeze
-from torchship.optimize.flatten import Flat, Frame, kind_of, outline, parameters_of, take_apart
+from torchship.optimize.flatten import Flat, CallTemplate, kind_of, outline, parameters_of, take_apart
 from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
 from torchship.optimize.samples import as_call, flatten_samples, masked, random_inputs, vocabularies
@@ -86,7 +86,7 @@ def _specs(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequen
     return tuple(TensorSpec(n, _dtype(n, t), s) for n, t, s in zip(names, tensors, shapes, strict=True))
 
 
-def _calls(module: torch.nn.Module, examples: Sequence[Any], frame: Frame) -> list[list[torch.Tensor]]:
+def _calls(module: torch.nn.Module, examples: Sequence[Any], frame: CallTemplate) -> list[list[torch.Tensor]]:
     """The tensors of each example: copies, for forward may write into what it is given."""
     frames, taken = zip(*(take_apart(module, *call) for call in examples), strict=True)
     if any(other != frame for other in frames):
@@ -136,7 +136,7 @@ def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequ
     return tuple(tensors), {}
 
 
-def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
+def _flat(module: torch.nn.Module, frame: CallTemplate, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
     given = [tensor.clone() for tensor in tensors]
     args, kwargs = frame.fill(given)
     try:
@@ -167,7 +167,11 @@ def _flat(module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: 
 
 
 def _failed(
-    module: torch.nn.Module, frame: Frame, names: Sequence[str], tensors: Sequence[torch.Tensor], fault: Exception
+    module: torch.nn.Module,
+    frame: CallTemplate,
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    fault: Exception,
 ) -> CaptureFailed:
     """What to say of a module that fails on its examples: where, and whether it is for want of gradients."""
     name, where = type(module).__name__, innermost(fault)

@@ -18,7 +18,7 @@ from torchship.lowering.torch_stage import no_fast_path
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
+class CallTemplate:
     """A call with its tensors taken out: everything that is no tensor stays as it was in the first example."""
 
     args: tuple[Any, ...]
@@ -34,7 +34,7 @@ class Flat(torch.nn.Module):
     """`inner` behind flat tensors: `forward(a, b, ...)` returns a tuple with one tensor for each of `paths`."""
 
     def __init__(
-        self, inner: torch.nn.Module, *, frame: Frame, names: Sequence[str], paths: Sequence[tree.Path]
+        self, inner: torch.nn.Module, *, frame: CallTemplate, names: Sequence[str], paths: Sequence[tree.Path]
     ) -> None:
         super().__init__()
         self.inner = inner
@@ -83,15 +83,15 @@ def identifiers(names: Sequence[str]) -> list[str]:
 
 def take_apart(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Frame, list[tuple[str, torch.Tensor]]]:
-    """The Frame of a call and its tensors with their names: the parameter's, then keys and indices inside it."""
+) -> tuple[CallTemplate, list[tuple[str, torch.Tensor]]]:
+    """The CallTemplate of a call and its tensors with their names: the parameter's, then keys and indices inside it."""
     parts, names = tree.Parts(), [f"input_{index}" for index in range(len(args))]
     for index, parameter in enumerate(parameters_of(module)[: len(args)]):
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
             names[index] = parameter.name
     named = [*zip(names, args, strict=True), *kwargs.items()]
     given = [tree.take_apart(value, parts, name=name, numbered=True) for name, value in named]
-    frame = Frame(tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True)))
+    frame = CallTemplate(tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True)))
     for leaf in parts.hiding:
         raise CaptureFailed(
             f"argument {leaf.name!r} is a {kind_of(leaf.value)}: tensors in it would be constants of the artifact",
