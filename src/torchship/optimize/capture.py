@@ -13,7 +13,7 @@ from torchship.lowering.torch_stage import no_fast_path
 from torchship.lowering.tree import Parts
 from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import axes, decisions, freeze
-from torchship.optimize.flatten import Flat, CallTemplate, kind_of, outline, parameters_of, take_apart
+from torchship.optimize.flatten import CallTemplate, Flat, kind_of, outline, parameters_of, take_apart
 from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
 from torchship.optimize.samples import as_call, flatten_samples, masked, random_inputs, vocabularies
