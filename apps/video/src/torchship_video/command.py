@@ -1,8 +1,0 @@
-"""`torchship watch`: follow what moves on many cameras."""
-
-import click
-
-
-@click.group()
-def command() -> None:
-    """Follow what moves on many cameras."""
