@@ -22,7 +22,7 @@ HALF: Options = {**GPU, "precision": "fp16"}
 
 def searched(net: torch.nn.Module, folder: Path, width: int, recipes: list[Recipe], goal: Goal = "latency") -> Report:
     return search.optimize(
-        net, (torch.randn(4, width),), recipes=recipes, goal=goal, effort=QUICK, free={"x": {0: Free(1, 2, "n")}},
+        net, (torch.randn(4, width),), recipes=recipes, goal=goal, effort=QUICK, free={"x": {0: Free(1, 8, "n")}},
         cache=folder / "cache", store=folder / "store", name="searched",
     )  # fmt: skip
 

@@ -74,10 +74,22 @@ def input_shapes(
     def axis_of(i: int, axis: int) -> Axis:
         told = free.get(names[i], {}).get(axis)
         if told is not None:
-            return Free(name=told) if isinstance(told, str) else told
+            axis_told = Free(name=told) if isinstance(told, str) else told
+            _check_seen(axis_told, lengths[i, axis], name=names[i], axis=axis)
+            return axis_told
         return Free(name=named.get((i, axis), "")) if len(set(lengths[i, axis])) > 1 else lengths[i, axis][0]
 
     return [tuple(axis_of(i, a) for a in range(calls[0][i].dim())) for i in range(len(names))]
+
+
+def _check_seen(told: Free, seen: Sequence[int], *, name: str, axis: int) -> None:
+    """Raises CaptureFailed where an example is shorter or longer than the user said the axis could be."""
+    for length in seen:
+        if length < told.min or (told.max is not None and length > told.max):
+            raise CaptureFailed(
+                f"example inputs: axis {axis} of {name!r} is {length}, but it is said to be {told}",
+                hint="give examples within the range, or widen it",
+            )
 
 
 def study(

@@ -84,6 +84,10 @@ def test_free_axes_can_be_given() -> None:
     assert str(model.signature.outputs[2]) == "hidden_2_sum:FP32[-1,seq]"
     with pytest.raises(CaptureFailed, match="unknown inputs"):
         capture(Words(), (ids(2, 7),), free={"tokens": {1: "seq"}})
+    with pytest.raises(CaptureFailed, match=r"axis 1 of 'ids' is 7, but it is said to be seq:8\.\.64"):
+        capture(Words(), (ids(2, 7),), free={"ids": {1: Free(8, 64, "seq")}})
+    with pytest.raises(CaptureFailed, match=r"axis 1 of 'ids' is 7, but it is said to be seq:1\.\.5"):
+        capture(Words(), (ids(2, 7),), free={"ids": {1: Free(1, 5, "seq")}})
 
 
 def test_specs_make_their_own_inputs_by_name_or_by_order() -> None:
