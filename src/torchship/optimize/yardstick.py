@@ -82,9 +82,10 @@ def study(outputs: Sequence[Tensors], *, signature: Signature) -> list[Yardstick
 
 def _of(spec: TensorSpec, parts: Sequence[Array], batched: bool) -> Yardstick:
     rows = sum(len(part) for part in parts)
+    lone = sum(part.size for part in parts) == 1  # one number can differ from nothing
     if spec.dtype not in FLOATS:
         first = parts[0].ravel()[:1] if parts else np.zeros(1)
-        return Yardstick(spec.name, "labels", varies=any(bool((part != first).any()) for part in parts))
+        return Yardstick(spec.name, "labels", varies=lone or any(bool((part != first).any()) for part in parts))
     floats = [np.nan_to_num(part.astype(np.float64), posinf=0.0, neginf=0.0) for part in parts]
     norms = np.concatenate([size_of(part) for part in floats]) if floats else np.zeros(1)
     spreads = np.concatenate([size_of(centred(part)) for part in floats]) if floats else np.zeros(1)
@@ -99,7 +100,8 @@ def _of(spec: TensorSpec, parts: Sequence[Array], batched: bool) -> Yardstick:
     axes: list[int | None] = [*sorted({fixed[0], fixed[-1]})] if fixed else [None]
     found = tuple(_channels(axis, floats) for axis in axes) if rows else ()
     # answers of other lengths differ, too
-    varies = any(p.shape[1:] != floats[0].shape[1:] or bool((p != floats[0][:1]).any()) for p in floats)
+    first = floats[0][:1] if rows > 1 else np.ravel(floats[:1])[:1]  # a single row can only be compared with itself
+    varies = lone or any(p.shape[1:] != floats[0].shape[1:] or bool((p != first).any()) for p in floats)
     return Yardstick(
         spec.name, kind, found, float(np.median(norms)), float(np.median(spreads)), soft, power, varies=varies
     )

@@ -208,3 +208,12 @@ def test_an_output_that_is_always_the_same_proves_nothing() -> None:
     assert list(told(study([{"y": same}], signature=SCORES))) == [
         "output 'y' is the same for all rows: it proves nothing"
     ]
+
+
+def test_one_answer_of_a_model_without_rows_is_no_proof_of_sameness() -> None:
+    signature = Signature.parse("x:FP32[4] -> y:FP32[2,3]")
+    assert not list(told(study([{"y": np.arange(1, 7, dtype=np.float32).reshape(2, 3)}], signature=signature)))
+    still = list(told(study([{"y": np.ones((2, 3), np.float32)}], signature=signature)))
+    assert still == ["output 'y' is the same for all rows: it proves nothing"]
+    alone = Signature.parse("x:FP32[4] -> y:FP32[1]")
+    assert not list(told(study([{"y": np.ones(1, np.float32)}], signature=alone)))
