@@ -84,6 +84,25 @@ class Observation(msgspec.Struct, frozen=True):
     events: tuple[Event, ...] = ()
 
 
+class CameraStatus(msgspec.Struct, frozen=True):
+    """How a camera is doing.
+
+    `fps` is how many frames a second were analysed of late; `age_p50_ms` and `age_p99_ms` are how old they were when
+    their observation was there. `frames` counts those analysed, `drops` those decoded and not analysed. `words` says
+    why, where the state alone does not.
+    """
+
+    camera: str
+    state: Literal["opening", "live", "stalled", "reconnecting", "ended", "paused", "failed"] = "opening"
+    words: str = ""
+    fps: float = 0.0
+    age_p50_ms: float = 0.0
+    age_p99_ms: float = 0.0
+    frames: int = 0
+    drops: int = 0
+    tracks: int = 0
+
+
 def encode(frame: Frame) -> bytes:
     """A frame's handle as an element of a BYTES tensor."""
     return msgspec.msgpack.encode(frame)
