@@ -99,8 +99,8 @@ ROOMS = {
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 95,
-    "torchship_video.sinks": 1,
+    "torchship_video": 666,
+    "torchship_video.sinks": 1_215,
     "torchship_video.sources": 1,
 }
 
