@@ -44,7 +44,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True):
     lines: tuple[LineConfig, ...] = ()
 
 
-class Sink(Protocol):
+class ObservationSink(Protocol):
     """Somewhere that observations go; all methods are called by one thread of the sink's own process."""
 
     def write(self, observation: Observation, pixels: NDArray[np.uint8] | None) -> bytes | None:

@@ -21,7 +21,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
 _CLOSING = 3.0  # seconds for what waits when the spool is closed
 
 
-class Verdict(NamedTuple):
+class Attempt(NamedTuple):
     """What became of a try: delivered, refused for good, or to be tried again (after `wait` seconds, if asked for)."""
 
     what: Literal["delivered", "refused", "again"]
@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     wait: float = 0.0
 
 
-Send: TypeAlias = Callable[[str, bytes], Verdict]
+Send: TypeAlias = Callable[[str, bytes], Attempt]
 
 
 class Spool:
@@ -97,10 +97,10 @@ class Spool:
                         return
                     self._change.wait()
                 name = next(iter(self._waiting))
-            verdict = self._try(name)
-            if verdict.what == "again":
-                wait = max(min(verdict.wait, LONGEST_PAUSE), pause * random.uniform(0.5, 1.0))  # noqa: S311
-                _log.warning("%s: %s; again in %.1f s", self._folder.name, verdict.words, wait)
+            attempt = self._try(name)
+            if attempt.what == "again":
+                wait = max(min(attempt.wait, LONGEST_PAUSE), pause * random.uniform(0.5, 1.0))  # noqa: S311
+                _log.warning("%s: %s; again in %.1f s", self._folder.name, attempt.words, wait)
                 pause = min(pause * 2, LONGEST_PAUSE)
                 with self._change:
                     self._change.wait_for(lambda: self._until < float("inf"), wait)
@@ -110,22 +110,22 @@ class Spool:
                         self._change.wait(FIRST_PAUSE)
                 continue
             pause = FIRST_PAUSE
-            if verdict.what == "refused":
-                _log.error("%s: delivery %s is given up: %s", self._folder.name, name, verdict.words)
+            if attempt.what == "refused":
+                _log.error("%s: delivery %s is given up: %s", self._folder.name, name, attempt.words)
             with self._change:
-                self._remove(name, verdict.what)
+                self._remove(name, attempt.what)
 
-    def _try(self, name: str) -> Verdict:
+    def _try(self, name: str) -> Attempt:
         with self._change:
             self._counts["tries"] += 1
         try:
             body = (self._folder / name).read_bytes()
         except FileNotFoundError:  # dropped meanwhile
-            return Verdict("refused", "it is no longer in the spool")
+            return Attempt("refused", "it is no longer in the spool")
         try:
             return self._send(name.removesuffix(".json"), body)
         except OSError as fault:
-            return Verdict("again", f"{type(fault).__name__}: {fault}")
+            return Attempt("again", f"{type(fault).__name__}: {fault}")
 
     def _remove(self, name: str, counted: str) -> None:
         """Forget a delivery and count why, unless it is gone already."""

@@ -25,7 +25,7 @@ from torchship.errors import BadConfig
 from torchship.home import folder
 from torchship_video.messages import Observation
 from torchship_video.sinks import Opening, record
-from torchship_video.sinks.spool import Spool, Verdict
+from torchship_video.sinks.spool import Spool, Attempt
 
 PIXELS, AGAIN = False, True
 
@@ -92,7 +92,7 @@ class Post:
         secret = os.environ[options.secret[4:]] if options.secret.startswith("env:") else options.secret
         self._secret = secret.encode()
 
-    def __call__(self, name: str, body: bytes) -> Verdict:
+    def __call__(self, name: str, body: bytes) -> Attempt:
         """One try."""
         headers = {"content-type": "application/json", "user-agent": "torchship", "x-torchship-delivery": name}
         if self._secret:
@@ -111,11 +111,11 @@ class Post:
         finally:
             connection.close()
         if 200 <= answer.status < 300:
-            return Verdict("delivered")
+            return Attempt("delivered")
         if answer.status in (408, 425, 429) or answer.status >= 500:
             wait = answer.getheader("retry-after", "")
-            return Verdict("again", f"the receiver answers {answer.status}", float(wait) if wait.isdigit() else 0.0)
-        return Verdict("refused", f"the receiver answers {answer.status}")
+            return Attempt("again", f"the receiver answers {answer.status}", float(wait) if wait.isdigit() else 0.0)
+        return Attempt("refused", f"the receiver answers {answer.status}")
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port, timeout = self._url.hostname or "", self._url.port, self._options.timeout
