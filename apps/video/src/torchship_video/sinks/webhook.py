@@ -25,7 +25,7 @@ from torchship.errors import BadConfig
 from torchship.home import folder
 from torchship_video.messages import Observation
 from torchship_video.sinks import Opening, record
-from torchship_video.sinks.spool import Spool, Attempt
+from torchship_video.sinks.spool import Attempt, Spool
 
 PIXELS, AGAIN = False, True
 
