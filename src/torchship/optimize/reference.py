@@ -35,6 +35,7 @@ _FEWEST = 256
 _SECONDS = 10.0
 FIT_ROWS = 512
 _PIECE = 32
+_NOISE_CALLS = 2
 _KEPT_BYTES = 512 * 2**20
 
 
@@ -157,24 +158,29 @@ def _pieces(batch: Tensors, *, size: int) -> list[Tensors]:
 
 
 def _random(model: Model) -> list[Tensors]:
-    """Eight noise rows shaped like the first example: other values than the user's few.
+    """Noise shaped like the first example: other values than the user's few. Eight rows, or two calls of a model
+    without rows, which keep the example's integers: there they may be offsets or indices.
 
     Masks are those of the example, for a row that is masked throughout is no row. None where the module refuses noise.
     """
-    signature = model.signature
-    if not signature.batched:
-        return []
-    first = model.examples[0]
-    shaped = [TensorSpec(s.name, s.dtype, (s.shape[0], *first[s.name].shape[1:])) for s in signature.inputs]
-    count = min(8, signature.max_rows)
-    tensors = random_inputs(shaped, rows=count, vocabulary=vocabulary_of(model.module), seed=1)
-    made = {s.name: to_numpy(t) for s, t in zip(shaped, tensors, strict=True)}
-    made |= resized({n: array for n, array in first.items() if laws.is_mask(n, array)}, rows=count)
-    try:
-        EagerStage(model)(made)
-    except Exception:  # values that it was not made for
-        return []
-    return [made]
+    signature, first = model.signature, model.examples[0]
+    rows, batched = min(8, signature.max_rows), signature.batched
+    lengths = {
+        s.name: (s.shape[0], *first[s.name].shape[1:]) if batched else first[s.name].shape for s in signature.inputs
+    }
+    shaped = [TensorSpec(s.name, s.dtype, lengths[s.name]) for s in signature.inputs]
+    kept = {name: a for name, a in first.items() if laws.is_mask(name, a) or not (batched or a.dtype.kind == "f")}
+    found = list[Tensors]()
+    for seed in range(1, 2 if batched else 1 + _NOISE_CALLS):
+        tensors = random_inputs(shaped, rows=rows, vocabulary=vocabulary_of(model.module), seed=seed)
+        made = {s.name: to_numpy(t) for s, t in zip(shaped, tensors, strict=True)}
+        made |= resized(kept, rows=rows) if batched else kept
+        try:
+            EagerStage(model)(made)
+        except Exception:  # values that it was not made for
+            return found
+        found.append(made)
+    return found if batched or len(kept) < len(first) else []
 
 
 def grouped(samples: Sequence[Any], *, signature: Signature) -> list[int] | None:

@@ -59,6 +59,22 @@ def test_without_data_the_users_examples_are_real_and_noise_is_not(tmp_path: Pat
     assert plan.rows == 2
 
 
+def test_a_model_without_rows_is_judged_on_other_values_too_and_keeps_its_integers(tmp_path: Path) -> None:
+    class Picks(torch.nn.Module):
+        """x [3, 4], which [2] -> the rows of x that `which` names."""
+
+        def forward(self, x: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x[which],)
+
+    signature = Signature.parse("x:FP32[3,4], which:INT64[2] -> y:FP32[2,4]", batched=False)
+    example: Tensors = {"x": np.ones((3, 4), np.float32), "which": np.array([2, 0])}
+    plan, _ = reference.prepare(tmp_path, Model(module=Picks(), signature=signature, examples=[example]), held_back=[])
+    made = [i for i, entry in enumerate(plan.entries) if entry.kind == "made"]
+    given = [tensorfile.load(tmp_path / f"{index}.in.safetensors") for index in made]
+    assert len({batch["x"].tobytes() for batch in given} - {example["x"].tobytes()}) == 2
+    assert all(batch["which"].tolist() == [2, 0] for batch in given)
+
+
 def test_a_made_up_mask_that_leaves_out_everything_is_only_asked_for_numbers(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(1, 9, (2, 5))
     example: Tensors = {"ids": ids, "mask": np.ones_like(ids)}
