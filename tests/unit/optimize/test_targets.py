@@ -214,7 +214,9 @@ def test_the_command_prints_json_alone_on_stdout(tmp_path: Path, monkeypatch: py
     found = runner.invoke(command, [*given, "--report", str(tmp_path / "report")])
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
-    assert told["version"] == 1
+    assert [folder.name for folder in Path(told["artifact"]).parent.iterdir() if folder.is_dir()] == [
+        str(told["version"])
+    ]
     assert Path(told["artifact"], "manifest.json").is_file()
     assert told["report"]["command"].startswith("torchship optimize")
     assert (tmp_path / "report" / "report.html").is_file()
