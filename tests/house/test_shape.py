@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_256
+ENGINE = 34_262
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -88,7 +88,7 @@ ROOMS = {
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 3_096,
-    "torchship.optimize": 6_632,
+    "torchship.optimize": 6_638,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_522,
     "torchship.serve": 2_408,
