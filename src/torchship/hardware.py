@@ -7,6 +7,7 @@ counts too. Functions that read files take `root`, the folder in which `proc` an
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -26,6 +27,7 @@ _INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "av
 MEMORY_SHARE = "TORCHSHIP_MEMORY_SHARE"  # of a card's memory, of 1, that torch may take in this process
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _ROOT = Path("/")
+_THRIFT = {-1: 2**17, -3: 2**16, -8: 1}  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes, M_ARENA_MAX
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -204,3 +206,23 @@ def _gpus() -> tuple[Gpu, ...]:
         return tuple(Gpu(name, int(size) * 2**20, capability, driver) for name, size, capability, driver in rows)
     except (OSError, subprocess.SubprocessError, ValueError):
         return ()
+
+
+def give_memory_back() -> None:
+    """Let the C library return what it keeps of freed memory to the system, where it can.
+
+    Source: malloc_trim(3) of glibc; other C libraries have no such function.
+    """
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def keep_no_freed_memory() -> None:
+    """From now on the C library takes large pieces from the system and returns them at once, and all threads share one
+    heap: a process is then as large as what it holds, and not as what it once held. It costs page faults.
+
+    Source: mallopt(3) of glibc; other C libraries are left as they are.
+    """
+    if (tune := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for parameter, value in _THRIFT.items():
+            tune(parameter, value)

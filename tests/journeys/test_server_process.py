@@ -121,6 +121,17 @@ def test_it_answers_survives_kill_9_and_stops_cleanly(tmp_path: Path) -> None:
     assert leftovers() <= before
 
 
+def test_in_one_process_there_is_no_other_and_it_says_what_that_costs(tmp_path: Path) -> None:
+    with serving(TWO, tmp_path, "--one-process") as server:
+        assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4
+        assert workers_of(server) == []
+        server.child.send_signal(signal.SIGTERM)
+        log = server.finish()
+        assert server.child.returncode == 0
+        assert "a model that crashes ends this server" in log
+        assert "Traceback" not in log
+
+
 def test_receivers_survive_kill_9_and_stop_cleanly(tmp_path: Path) -> None:
     with serving(RECEIVED, tmp_path) as server:
         assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4

@@ -16,9 +16,10 @@ from tests.serving import FORMS, WORDS, Background, planned
 from torchship.errors import Expired, StageFailed, TorchshipError
 from torchship.pipeline.composed import Composed
 from torchship.pipeline.planning import Plan
+from torchship.serve.engine.launch import WorkerThread
 from torchship.serve.engine.line import Line
-from torchship.serve.engine.replica import LocalReplica, StartReplica
-from torchship.serve.engine.spec import LineLimits
+from torchship.serve.engine.replica import LocalReplica, Replica, ReplicaEvents, StartReplica
+from torchship.serve.engine.spec import LineLimits, WorkerSpec
 from torchship.tensors import Tensors
 
 RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -103,6 +104,31 @@ def test_line_equals_composed(
     expected = attempt(composed, tensors, parameters)
     same(background.run(ask(line, tensors, parameters=parameters)), expected)
     same(background.run(ask(inside, tensors, parameters=parameters)), expected)
+
+
+def threaded(spec: WorkerSpec, events: ReplicaEvents) -> Replica:
+    return LocalReplica(spec, events, launch=WorkerThread)
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def in_threads(request: pytest.FixtureRequest, background: Background) -> Iterator[tuple[Line, Composed]]:
+    """A line whose workers are threads of this process, and no line at all."""
+    plan = planned(*PLANS[request.param])
+    line, composed = background.run(opened(plan, start=threaded)), Composed(plan)
+    yield line, composed
+    background.run(line.close())
+    composed.close()
+
+
+@RELAXED
+@given(rows=st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=1, max_size=20), offset=st.integers(0, 9))
+def test_a_line_in_one_process_equals_composed(
+    in_threads: tuple[Line, Composed], background: Background, rows: list[list[float]], offset: int
+) -> None:
+    line, composed = in_threads
+    tensors = {"x": np.array(rows, np.float32)}
+    parameters = {"offset": offset} if offset else {}
+    same(background.run(ask(line, tensors, parameters=parameters)), attempt(composed, tensors, parameters))
 
 
 @pytest.fixture(scope="module")

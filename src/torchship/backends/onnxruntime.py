@@ -22,7 +22,7 @@ TRIED = 0  # in this order among the backends: how often it wins
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 probe = needs("onnxruntime")
 OPTIONS = ("precision", "keep", "modules", "exclude", "range", "percentile", "bias_correction", "ops", "per_channel",
-           "provider", "provider_options", "optimization", "spin")  # fmt: skip
+           "provider", "provider_options", "optimization", "spin", "arena")  # fmt: skip
 FILE = "model.onnx"
 RANGES = ("minmax", "percentile", "mse", "entropy")  # of int8 activations: what a search may try
 _PRECISIONS = ("fp32", "fp16", "int8", "dynamic_int8")
@@ -86,7 +86,8 @@ def build(model: Model, *, options: Options, out: Path) -> None:
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
     """Open a session. Options: provider (its ONNX Runtime name), provider_options (a table of that provider's own),
-    optimization (all | extended | basic | none), spin (threads wait busily between calls).
+    optimization (all | extended | basic | none), spin (threads wait busily between calls), arena (false: memory for
+    activations is given back after each call, which takes less of it, and more time).
 
     Raises Unavailable, also where the provider cannot start, BadConfig or CorruptArtifact.
     """
@@ -100,6 +101,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
     if options.get("spin") is False:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.enable_cpu_mem_arena = options.get("arena") is not False
     provider, own = _provider(options, device)
     others = ["CPUExecutionProvider"] if provider != "CPUExecutionProvider" else []
     try:

@@ -23,6 +23,8 @@ SIGTERM (or Ctrl-C): not ready, finish what is under way, stop. Ctrl-C twice: st
 @click.option("--http-port", type=click.IntRange(0, 65535), help="Port of REST; 0 takes a free one.  [default: 8000]")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), help="A port for gRPC alone; REST's port speaks it too.")
 @click.option("--receivers", type=click.IntRange(0, 64), help="Processes that run the connections; 0: the host does.")
+@click.option("--one-process", is_flag=True, help="Models run in threads of the host: less memory, but a model that "
+              "crashes ends the server, and one that hangs cannot be ended.")  # fmt: skip
 @click.option("--store", default="", metavar="DIR", help="Where artifacts are found by name.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="[default: text]")

@@ -23,6 +23,7 @@ from torchship.pipeline.opening import describe_apart
 from torchship.pipeline.planning import Node, Plan, plan
 from torchship.serve.config import ModelConfig, card_of, claimed_shares
 from torchship.serve.engine.line import Line
+from torchship.serve.engine.replica import LocalReplica, StartReplica
 from torchship.stages.labels import read_labels
 
 _log = logging.getLogger("torchship.serve")
@@ -80,8 +81,9 @@ class CatalogEntry:
 class Catalog:
     """Models by name."""
 
-    def __init__(self, *, store: Store) -> None:
-        self.store = store
+    def __init__(self, *, store: Store, start: StartReplica = LocalReplica) -> None:
+        """`start` makes the replicas of every line."""
+        self.store, self._start = store, start
         self.entries: dict[str, CatalogEntry] = {}
         self._turns = asyncio.Semaphore(hardware.cores())
         self._retiring: dict[asyncio.Task[None], Line] = {}
@@ -130,7 +132,8 @@ class Catalog:
             names = await asyncio.to_thread(read_labels, config.labels)
             plan = await asyncio.to_thread(lay_out, version, self.store, target=config.latency_target, labels=names)
             plan = replace(plan, nodes=tuple(bounded(node, claimed) for node in plan.nodes))
-            made.line = await Line(plan, store=self.store, limits=config.limits(), turns=self._turns).open()
+            line = Line(plan, store=self.store, limits=config.limits(), turns=self._turns, start=self._start)
+            made.line = await line.open()
         except Exception as fault:
             ours = isinstance(fault, TorchshipError)
             error = fault if isinstance(fault, TorchshipError) else StageFailed(f"cannot open: {fault}")

@@ -161,9 +161,14 @@ class ModelConfig(LineLimits, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. `name` is what callers are told: clients made for Triton insist on `triton`."""
+    """The whole file. `name` is what callers are told: clients made for Triton insist on `triton`.
+
+    `one_process`: models run in threads of the host, which saves an interpreter and its libraries for each; a model
+    that crashes then ends the server, and one that hangs cannot be ended.
+    """
 
     name: str = "triton"
+    one_process: bool = False
     http: Http = Http()
     grpc: Grpc | None = None
     tls: Tls | None = None

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -29,6 +30,8 @@ from torchship.serve.api.settings import Tracing
 from torchship.serve.catalog import Catalog
 from torchship.serve.config import Grpc, ModelConfig, Mount, ServerConfig
 from torchship.serve.container import become_init, check_system_calls, room_for_connections
+from torchship.serve.engine.launch import WorkerThread
+from torchship.serve.engine.replica import LocalReplica
 from torchship.serve.http.listen import Certificates, Listener
 from torchship.serve.http.pool import ReceiverPool
 from torchship.serve.http.router import Mounted
@@ -45,8 +48,11 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         """Raises BadConfig for what would be open to everybody, or cannot be used."""
         check_places(config)
+        if config.one_process and config.http.receivers:
+            raise BadConfig("$.http.receivers: one process has no receivers", hint="leave out one of the two")
         self.config = config
-        self.catalog = Catalog(store=Store(config.store.root or None))
+        start = partial(LocalReplica, launch=WorkerThread) if config.one_process else LocalReplica
+        self.catalog = Catalog(store=Store(config.store.root or None), start=start)
         self._traces = Traces(config.trace) if config.trace else None
         self.service = Service(self.catalog, name=config.name, control=config.control.repository, traces=self._traces)
         self.http: Listener | None = None
@@ -222,6 +228,7 @@ class ServeOptions(TypedDict, total=False):
     http_port: int
     grpc_port: int
     receivers: int
+    one_process: bool
     store: str
     log_level: str
     log_format: str
@@ -266,6 +273,7 @@ def configure(*targets: str, **options: Unpack[ServeOptions]) -> ServerConfig:
             receivers=options.get("receivers", http.receivers),
         ),
         grpc=rpc,
+        one_process=options.get("one_process") or config.one_process,
         store=change(config.store, root=root),
         log=change(log, level=options.get("log_level") or log.level, format=options.get("log_format") or log.format),
     )
@@ -284,6 +292,8 @@ def serve(*targets: str | Mapping[str, Any], **options: Unpack[ServeOptions]) ->
         raise BadConfig("a configuration as data stands alone", hint="write the options into it")
     else:
         config = configs.convert(targets[0])
+    if config.one_process:
+        hardware.keep_no_freed_memory()
     become_init()
     check_system_calls()
     logs.begin(config.log)
@@ -325,6 +335,8 @@ async def _run(config: ServerConfig) -> int:
         if server.grpc and config.grpc:
             host = config.grpc.host or config.http.host
             _log.info("gRPC at %s:%d, and at %s", host, server.grpc.port, server.url)
+        if config.one_process:
+            _log.warning("one process: a model that crashes ends this server, and one that hangs cannot be ended")
         for name in server.catalog.entries:
             _log.info("serving %s at %s/v2/models/%s", name, server.url, name)
         await waiting

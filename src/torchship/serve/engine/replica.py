@@ -1,11 +1,9 @@
-"""Replicas: a copy of a stage as its station sees it, and the kind that is a process of its own on this machine."""
+"""Replicas: a copy of a stage as its station sees it, and the kind that runs on this machine."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import socket
 import time
 from collections import deque
@@ -17,16 +15,15 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 import numpy as np
 
-from torchship import hardware, process
 from torchship.errors import StageFailed, TorchshipError, Unavailable
 from torchship.pipeline.faults import revive
 from torchship.serve.engine.ipc import arena, messages
 from torchship.serve.engine.ipc.arena import Arena, ArenaBlock
 from torchship.serve.engine.ipc.messages import BatchDone, CardMemory, RunBatch, decode_report, encode
+from torchship.serve.engine.launch import Launch, WorkerProcess
 from torchship.serve.engine.queue import StageCall
 from torchship.serve.engine.spec import WorkerSpec
 from torchship.serve.ipc.memory import MemoryRegion
-from torchship.serve.ipc.output import WorkerOutput
 from torchship.serve.ipc.packets import INLINE, Inbox, send
 from torchship.tensors import Array, numpy_dtype
 
@@ -114,10 +111,13 @@ StartReplica: TypeAlias = Callable[[WorkerSpec, ReplicaEvents], Replica]
 
 
 class LocalReplica:
-    """A Replica in a child process on this machine, with which it shares memory; Replica says what its methods do."""
+    """A Replica on this machine, with which it shares memory; Replica says what its methods do."""
 
-    def __init__(self, spec: WorkerSpec, events: ReplicaEvents) -> None:
-        """Starts the process. Raises Unavailable when memory, processes or descriptors have run out."""
+    def __init__(self, spec: WorkerSpec, events: ReplicaEvents, *, launch: Launch = WorkerProcess) -> None:
+        """Starts the worker by `launch`: a process, or a thread of this one.
+
+        Raises Unavailable when memory, processes or descriptors have run out.
+        """
         self.spec, self.slots = spec, spec.depth
         self.state = "opening"
         self.in_flight: deque[InFlightBatch] = deque()
@@ -135,51 +135,32 @@ class LocalReplica:
         self._fits, self._batched = spec.model.fits, signature.batched
         self._raw_inputs = [(numpy_dtype(given.dtype), tuple(given.wire_shape[1:])) for given in signature.inputs]
         self._outputs = [numpy_dtype(given.dtype) for given in signature.outputs]
-        self._start()
+        self._start(launch)
         self._timer = self._loop.call_later(spec.open_timeout, self._late)
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
-    def _start(self) -> None:
+    def _start(self, launch: Launch) -> None:
         spec, model = self.spec, self.spec.model
-        place, seen = spec.placement.alone(os.environ)
-        undo: list[Callable[[], None]] = []
         try:
             input_size, output_size = model.slot_sizes
             self._arena = Arena.make(depth=spec.depth, input_size=input_size, output_size=output_size)
-            undo.append(self._arena.region.close)
-            self._output = WorkerOutput(loop=self._loop, on_line=partial(self._events.on_log, self))
-            undo += [self._output.close, lambda: os.close(self._output.inlet)]
-            self._child, self._sock = process.converse(
-                "torchship.serve.engine.worker:main",
-                argument=(self._arena.region.fd, msgspec.structs.replace(spec, placement=place)),
-                fds=(self._arena.region.fd,),
-                output=self._output.inlet,
-                threads=spec.placement.threads or None,
-                cpus=spec.placement.cpus,
-                env={"PYTHONUNBUFFERED": "1", hardware.MEMORY_SHARE: str(place.memory_share), **seen},
-            )
-            undo += [self._sock.close, lambda: process.stop(self._child)]
-            self._pidfd = os.pidfd_open(self._child.pid)
+            try:
+                self._worker = launch(spec, self._arena, partial(self._events.on_log, self), self._end)
+            except BaseException:
+                self._arena.region.close()
+                raise
         except OSError as fault:
-            for step in reversed(undo):
-                step()
             raise Unavailable(f"cannot start a worker for {model.name!r}: {fault}") from None
-        self.pid, self.shared = self._child.pid, self._arena.region.size
-        os.close(self._output.inlet)
+        self.pid, self.shared, self._sock = self._worker.pid, self._arena.region.size, self._worker.sock
         self._arena.region.drop_descriptor()
         self._inbox = Inbox(self._sock)
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * INLINE)
         self._loop.add_reader(self._sock.fileno(), self._hear)
-        self._loop.add_reader(self._pidfd, self._end)
 
     @property
     def size(self) -> int:
-        try:
-            with open(f"/proc/{self.pid}/statm") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except OSError:
-            return 0
+        return self._worker.size
 
     @property
     def room(self) -> int:
@@ -325,12 +306,11 @@ class LocalReplica:
             return
         self._reason = self._reason or reason
         self.state = "stopping"
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._worker.kill()
 
     def _late(self) -> None:
         """Its time is over, but for what it spent waiting for a processor: on a crowded machine that is not its own."""
-        waited = process.waited_for_processor(self.pid)
+        waited = self._worker.waited
         if waited - self._waited > _CROWDED:
             self._timer = self._loop.call_later(waited - self._waited, self._late)
             self._waited = waited
@@ -338,29 +318,25 @@ class LocalReplica:
             self.kill(f"did not open within {self.spec.open_timeout:g} s")
 
     def _end(self) -> None:
-        """The process is gone: read what it had still to say, give everything back, tell the station."""
-        self._loop.remove_reader(self._pidfd)
+        """The worker is gone: read what it had still to say, give everything back, tell the station."""
+        self._worker.unwatch()
         for _ in range(self.spec.depth + 64):  # what it said before it died counts
             if self._deaf:
                 break
             self._hear()
         self._loop.remove_reader(self._sock.fileno())
-        self._output.close()
         wanted = self.state == "stopping" and not self._reason
         self.state = "ended"
         self._timer.cancel()
-        process.stop(self._child)
-        os.close(self._pidfd)
-        self._sock.close()
+        how = self._worker.release()
         self._arena.region.close()
         batches, self.in_flight = list(self.in_flight), deque()
-        self._events.on_end(self, batches, "" if wanted else self._why())
+        self._events.on_end(self, batches, "" if wanted else self._why(how))
         self.ended.set_result(None)
 
-    def _why(self) -> str:
+    def _why(self, end: str) -> str:
         """The reason and the way it ended, for callers too; its last lines may hold others' data: they are logged."""
-        end = process.describe_exit(self._child.returncode)
         text = f"{self._reason} ({end})" if self._reason else end
-        if lines := self._output.last_lines:
+        if lines := self._worker.last_lines:
             _log.warning("worker %d %s; its last lines: %s", self.pid, text, " | ".join(lines), extra={"pid": self.pid})
         return text

@@ -31,29 +31,38 @@ from torchship.serve.ipc.packets import Inbox, send
 from torchship.stage import Stage, Value
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
 
-_PATIENCE = 150_000  # nanoseconds; who has one quick caller looks for the next request so long before it sleeps
+_PATIENCE = 150_000  # nanoseconds of a process that has a core of its own
 _CORES = hardware.cores()
 _AHEAD = 16  # answers of a stream that its caller has not taken yet
 _AHEAD_BYTES = 2**22
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def main(argument: Any, sock: socket.socket) -> None:
-    """The child's entry point: returns when the host, at the other end of `sock`, says stop or goes away.
+def main(argument: Any, sock: socket.socket, *, threaded: bool = False) -> None:
+    """The worker's entry point: returns when the host, at the other end of `sock`, says stop or goes away.
 
-    `argument` is the descriptor of its arena, and its WorkerSpec.
+    `argument` is the descriptor of its arena, and its WorkerSpec. `threaded`: it is a thread of the host.
     """
     fd, spec = msgspec.convert(argument, tuple[int, WorkerSpec])
-    model = spec.model
-    for number in _SIGNALS:  # they go to whole groups, by Ctrl-C or a service manager: the host alone decides
+    for number in () if threaded else _SIGNALS:  # they go to whole groups: the host alone decides
         signal.signal(number, lambda *_: None)  # a function, since what is ignored stays so in the stage's children
     os.nice(spec.placement.nice)
-    sizes = dict(zip(("input_size", "output_size"), model.slot_sizes, strict=True))
+    sizes = dict(zip(("input_size", "output_size"), spec.model.slot_sizes, strict=True))
     memory = Arena(MemoryRegion.take(fd), depth=spec.depth, **sizes)
+    try:
+        _serve(spec, memory, sock, patience=0 if threaded else _PATIENCE)
+    finally:
+        memory.region.close()
+
+
+def _serve(spec: WorkerSpec, memory: Arena, sock: socket.socket, *, patience: int) -> None:
+    """Open the stage, tell the host, and work until the end."""
+    model = spec.model
     try:
         stage = open_stage_of(spec)
         if model.config.artifact:
             _warm(stage)
+        hardware.give_memory_back()  # opening takes more than serving does
     except BaseException as fault:
         _print(fault)
         send(sock, encode(messages.OpenFailed(describe(fault))))
@@ -64,7 +73,8 @@ def main(argument: Any, sock: socket.socket) -> None:
     measure = getattr(stage, "card_memory", None)
     card = messages.CardMemory(*measure()) if measure is not None else None
     send(sock, encode(messages.Opened(str(relax(signature)), card)))
-    WorkerLoop(StageRunner(stage, signature), arena=memory, sock=sock, private=bool(model.config.run)).work()
+    runner, private = StageRunner(stage, signature), bool(model.config.run)
+    WorkerLoop(runner, arena=memory, sock=sock, private=private, patience=patience).work()
     stage.close()
 
 
@@ -190,15 +200,20 @@ class StageRunner:
 class WorkerLoop:
     """One stage, the arena and the socket; `work` is the loop."""
 
-    def __init__(self, runner: StageRunner, *, arena: Arena, sock: socket.socket, private: bool) -> None:
-        """`private`: the stage may keep or change what it is given, so it gets copies instead of views."""
+    def __init__(
+        self, runner: StageRunner, *, arena: Arena, sock: socket.socket, private: bool, patience: int = 0
+    ) -> None:
+        """`private`: the stage may keep or change what it is given, so it gets copies instead of views.
+
+        With one quick caller it looks for the next request for `patience` nanoseconds before it sleeps.
+        """
         self._runner = runner
         self._arena = arena
         self._sock = sock
         self._inbox = Inbox(sock)
         self._private = private
         self._inputs = [(spec.name, numpy_dtype(spec.dtype)) for spec in runner.signature.inputs]
-        self._patience = 0
+        self._patience, self._most_patience = 0, patience if _CORES > 1 else 0
         self._later: deque[tuple[Order, int]] = deque()
         self._dropped: set[int] = set()
 
@@ -234,7 +249,7 @@ class WorkerLoop:
             answers, faults = self._runner.run(calls)
             ended = time.monotonic_ns()
             alone = len(calls) == 1 and len(batch.calls[0].rows) == 1
-            self._patience = _PATIENCE if alone and ended - began < _PATIENCE and _CORES > 1 else 0
+            self._patience = self._most_patience if alone and ended - began < _PATIENCE else 0
             self._send(batch.number, answers, faults, times=(began, ended), slot=batch.slot)
         finally:
             if fd >= 0:
