@@ -77,23 +77,23 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_262
+ENGINE = 34_508
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_800,
+    "torchship": 1_822,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_807,
-    "torchship.cli": 1_589,
+    "torchship.backends": 1_809,
+    "torchship.cli": 1_591,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 3_096,
     "torchship.optimize": 6_638,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_522,
-    "torchship.serve": 2_408,
+    "torchship.serve": 2_428,
     "torchship.serve.api": 1_357,
-    "torchship.serve.engine": 2_600,
+    "torchship.serve.engine": 2_800,
     "torchship.serve.http": 3_430,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
