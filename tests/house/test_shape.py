@@ -100,7 +100,7 @@ ROOMS = {
     "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
     "torchship_video": 666,
-    "torchship_video.identity": 1,
+    "torchship_video.identity": 1_156,
     "torchship_video.sinks": 1_215,
     "torchship_video.sources": 1,
 }
