@@ -24,7 +24,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     travel: float = 0.06
 
 
-class Choice(NamedTuple):
+class IdentityChoice(NamedTuple):
     """Where a visit went. `fit` is similarity and travel time; `after` the visit it came from, None for a new one."""
 
     visit: Visit
@@ -59,7 +59,7 @@ class Assignment:
         self._fits: dict[int, dict[int, _Fit]] = {visit.serial: {} for visit in self._left}
         self._compare(list(self._members))
 
-    def decide(self, new_number: Callable[[], int]) -> list[Choice]:
+    def decide(self, new_number: Callable[[], int]) -> list[IdentityChoice]:
         """Every visit's identity: the best fit of all first, then a new identity for the earliest that fits none."""
         choices = []
         while self._left:
@@ -70,19 +70,19 @@ class Assignment:
                 choice = self._joined(visit, fit)
             else:
                 visit = self._left[0]
-                choice = Choice(visit, new_number(), 0.0, False, [], None)
+                choice = IdentityChoice(visit, new_number(), 0.0, False, [], None)
             self._left.remove(visit)
             self._members.setdefault(choice.identity, []).append(visit)
             self._compare([choice.identity])
             choices.append(choice)
         return choices
 
-    def _joined(self, visit: Visit, fit: _Fit) -> Choice:
+    def _joined(self, visit: Visit, fit: _Fit) -> IdentityChoice:
         near = [one for one in self._best(visit) if one.score > fit.score - self._rule.margin]
         doubtful = len(near) > 1 or self._wanted_by_another(visit, fit)
         rivals = [(one.identity, round(one.score, 4)) for one in near[:4]] if doubtful else []
         after = nearest(visit, self._members[fit.identity])
-        return Choice(visit, fit.identity, fit.similarity, doubtful, rivals, after)
+        return IdentityChoice(visit, fit.identity, fit.similarity, doubtful, rivals, after)
 
     def _wanted_by_another(self, visit: Visit, fit: _Fit) -> bool:
         """Whether one that is on the same camera at the same time fits that identity about as well."""
