@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from torchship_video.messages import Frame, Observation, Track
+from torchship_video.messages import Observation, Track
 from torchship_video.zones import LineConfig, Point, ZoneConfig
 
 Color = tuple[int, int, int]
@@ -40,17 +40,14 @@ def picture(
     *,
     zones: Iterable[ZoneConfig] = (),
     lines: Iterable[LineConfig] = (),
-    width: int = 0,
 ) -> Image.Image:
-    """The frame `pixels` (RGB [height, width, 3]) with all that is known of it drawn on, at most `width` wide (0: any).
+    """The frame `pixels` (RGB [height, width, 3], perhaps made smaller) with all that is known of it drawn on.
 
     Boxes have the colour of their identity, or of the track while that is unknown; tracks that are not confirmed are
     grey, boxes that are predicted are thin.
     """
     frame = observation.frame
     image = Image.fromarray(pixels)
-    if 0 < width < image.width:
-        image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.BILINEAR)
     scale = image.width / frame.width
     pen = ImageDraw.Draw(image)
     thick = max(1, round(image.height / 240))
@@ -72,17 +69,6 @@ def jpeg(image: Image.Image, *, quality: int = 75, largest: int = 0) -> bytes:
         if not largest or out.tell() <= largest or quality <= 15:
             return out.getvalue()
         quality -= 15
-
-
-def crop(pixels: NDArray[np.uint8], track: Track, frame: Frame, *, height: int = 128) -> Image.Image | None:
-    """What is inside a track's box, `height` high; None where nothing of it is on the frame."""
-    left, top, right, bottom = track.box
-    box = (max(0, int(left)), max(0, int(top)), min(frame.width, int(right)), min(frame.height, int(bottom)))
-    if box[2] - box[0] < 2 or box[3] - box[1] < 2:
-        return None
-    image = Image.fromarray(pixels[box[1] : box[3], box[0] : box[2]])
-    width = min(4 * height, max(1, round(image.width * height / image.height)))
-    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _draw_track(

@@ -1,8 +1,8 @@
 """Where observations go: one module a kind of sink, each run in a process of its own and fed by a bounded queue.
 
 A module `torchship_video.sinks.KIND` states facts: `OPTIONS`, the struct of its options; `SINK`, a class that is called
-with them and with `Opening`; `PIXELS`, whether it wants the frames' pixels; `AGAIN`, whether it may be given an
-observation twice, so that those it held when it died are given to the next one.
+with them and with `Opening`; `PIXELS`, whether it wants the frames' pixels, at most as wide as its option `width` says;
+`AGAIN`, whether it may be given an observation twice, so that those it held when it died are given to the next one.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -61,7 +60,7 @@ def main(argument: Any, talk: socket.socket) -> None:
                 break
             talk.settimeout(None)
             observation = decoder.decode(data)
-            pixels = rgb(observation.frame) if module.PIXELS else None
+            pixels = rgb(observation.frame, options.width) if module.PIXELS else None
             stale = module.PIXELS and pixels is None
             output = None if stale else sink.write(observation, pixels)
             told = sink.facts()
@@ -79,12 +78,16 @@ def main(argument: Any, talk: socket.socket) -> None:
         raise SystemExit(1) from None
 
 
-def rgb(frame: Frame) -> NDArray[np.uint8] | None:
-    """A frame's pixels as RGB of their own, None when they are gone."""
-    ring: Any = import_module("torchship_video.ring")  # what writes text alone has no need of it
+def rgb(frame: Frame, width: int = 0) -> NDArray[np.uint8] | None:
+    """A frame's pixels as RGB of their own, at most `width` wide (0: as they are); None when they are gone."""
+    from torchship_video import pixels as conversion  # what writes text alone has no need of it
+    from torchship_video import ring
+
     try:
-        with ring.RingReader.attach(frame.ring).read(frame) as pixels:
-            found: NDArray[np.uint8] = ring.to_rgb(pixels, frame)
-            return found
-    except (ring.StaleFrame, FileNotFoundError):
+        with ring.read(frame) as pixels:
+            if 0 < width < frame.width:
+                size = (width, max(1, round(frame.height * width / frame.width)))
+                return conversion.crop(pixels, frame, (0, 0, frame.width, frame.height), size=size)
+            return np.array(conversion.to_rgb(pixels, frame))
+    except ring.StaleFrame:
         return None

@@ -43,12 +43,11 @@ class MotionJpeg:
     def write(self, observation: Observation, pixels: NDArray[np.uint8] | None) -> bytes | None:
         """The frame's picture, or None where it would be one too many in a second."""
         now, camera = time.monotonic(), observation.frame.camera
-        if pixels is None or now < self._next.get(camera, 0.0):
+        due, pause = self._next.get(camera, now), 1 / self._options.fps
+        if pixels is None or now < due:
             return None
-        self._next[camera] = max(self._next.get(camera, 0.0) + 1 / self._options.fps, now - 1 / self._options.fps)
-        image = picture(
-            pixels, observation, zones=self._opening.zones, lines=self._opening.lines, width=self._options.width
-        )
+        self._next[camera] = max(due, now - pause) + pause
+        image = picture(pixels, observation, zones=self._opening.zones, lines=self._opening.lines)
         return jpeg(image, quality=self._options.quality, largest=LARGEST)
 
     def facts(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torchship_video.sinks.files import CameraPaths
 
 PIXELS, AGAIN = True, False
 _TICKS = 1000  # of the clock of a file in a second
-_FRAGMENT = "movflags=+frag_keyframe+empty_moov+default_base_moof"
+_FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
 
 class Mp4Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,7 +55,7 @@ class Mp4:
             return
         shapes = self._opening if self._options.draw else Opening()
         shown = observation if self._options.draw else Observation(observation.frame)
-        image = picture(pixels, shown, zones=shapes.zones, lines=shapes.lines, width=self._options.width)
+        image = picture(pixels, shown, zones=shapes.zones, lines=shapes.lines)
         image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # what 4:2:0 can hold
         frame = observation.frame
         file = self._open.get(frame.camera)
@@ -84,7 +84,7 @@ class _Mp4File:
 
     def __init__(self, path: Path, size: tuple[int, int], first: Frame, *, quality: int) -> None:
         self.size = size
-        self._container: Any = av.open(str(path), "w", format="mp4", options=dict([_FRAGMENT.split("=", 1)]))
+        self._container: Any = av.open(str(path), "w", format="mp4", options=_FRAGMENTS)
         options = {"crf": str(quality), "preset": "veryfast", "tune": "zerolatency", "g": "60"}
         self._stream: Any = self._container.add_stream("libx264", rate=30, options=options)
         self._stream.width, self._stream.height = size

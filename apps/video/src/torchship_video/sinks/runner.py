@@ -65,8 +65,6 @@ class SinkRunner:
         """`on_output(camera, bytes)` takes what the sink gives back. Raises BadConfig for options that do not fit."""
         module, _ = kind_of(config)
         self.config, self.pixels = config, bool(module.PIXELS)
-        self.wanted: Collection[str] | None = None
-        """The cameras whose observations are taken; None for all."""
         self._again, self._on_output = bool(module.AGAIN), on_output
         self._zones, self._lines = tuple(zones), tuple(lines)
         self._room = config.queue or (QUEUE_OF_PIXELS if self.pixels else QUEUE)
@@ -89,10 +87,7 @@ class SinkRunner:
 
     def offer(self, observation: Observation) -> None:
         """Queue one observation; never waits, never raises. A full queue drops its oldest and counts it."""
-        camera = observation.frame.camera
-        if self._state == "ended" or self.config.camera not in ("", camera):
-            return
-        if self.wanted is not None and camera not in self.wanted:
+        if self._state == "ended" or self.config.camera not in ("", observation.frame.camera):
             return
         if len(self._queue) >= self._room:
             self._queue.popleft()
