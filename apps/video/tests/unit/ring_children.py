@@ -1,0 +1,27 @@
+"""What the children of the ring's tests do."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from torchship_video import ring
+from torchship_video.messages import decode
+from torchship_video.ring import RingWriter
+
+
+def hold_forever(argument: str, line: socket.socket) -> None:
+    """Hold every frame that is sent, and say so."""
+    while message := line.recv(4096):
+        ring.hold(decode(message))
+        line.send(b"held")
+
+
+def write_half(name: str, line: socket.socket) -> None:
+    """Take a ring, claim a slot, write a part of it, and never publish."""
+    writer = RingWriter.take(name)
+    slot = writer.claim()
+    assert slot
+    slot.pixels(4, 2, "RGB")[0] = 99
+    line.send(b"written")
+    time.sleep(60)
