@@ -108,7 +108,7 @@ def _opened(name: str, *, writable: bool) -> _RingFile:
         raise
 
 
-class Slot:
+class RingSlot:
     """A claimed slot: fill its `pixels`, then `publish` it, or `drop` it."""
 
     def __init__(self, ring: _RingFile, number: int) -> None:
@@ -201,7 +201,7 @@ class RingWriter:
         """Bytes of the largest frame that fits."""
         return self._ring.size
 
-    def claim(self) -> Slot | None:
+    def claim(self) -> RingSlot | None:
         """The slot that was written longest ago among those that nobody reads; None when all are read."""
         ring = self._ring
         for turn in range(ring.slots):
@@ -210,7 +210,7 @@ class RingWriter:
                 self._next = (number + 1) % ring.slots
                 odd = int(ring.generations[number]) % 2  # a writer died here
                 ring.generations[number] += np.uint64(1 + odd)
-                return Slot(ring, number)
+                return RingSlot(ring, number)
         return None
 
     def close(self, *, remove: bool = True) -> None:

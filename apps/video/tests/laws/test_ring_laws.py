@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from torchship_video import ring
 from torchship_video.messages import Frame, decode, encode
-from torchship_video.ring import RingReader, RingWriter, Slot, StaleFrame
+from torchship_video.ring import RingReader, RingSlot, RingWriter, StaleFrame
 
 SLOTS, WIDTH, HEIGHT = 3, 4, 2
 
@@ -25,7 +25,7 @@ class RingKeepsWhatIsHeld(RuleBasedStateMachine):
         self.readers = [RingReader(ring._opened(self.name, writable=False)) for _ in range(2)]
         self.frames: dict[int, Frame] = {}  # by sequence
         self.held: list[tuple[int, int]] = []  # reader, sequence
-        self.claimed: Slot | None = None
+        self.claimed: RingSlot | None = None
         self.sequence = 0
 
     def slots_held(self) -> set[int]:
