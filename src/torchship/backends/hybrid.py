@@ -231,6 +231,8 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
             device=device,
             threads=threads,
         )
+        if (settle := getattr(stage, "settle", None)) is not None:
+            settle()  # a part is called without the stage's lock
         module.set_submodule(cut.path, cutting.CutModule(stage, cut, module.get_submodule(cut.path)))
     module.to(device)
     word = "" if plan.cuts else str(options.get("precision", ""))

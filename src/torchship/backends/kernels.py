@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +246,8 @@ def _fused(exported: ExportedProgram, tuned: Tuned | None = None) -> tuple[Body,
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
-    """Read program and kernels, and capture every batch size. The kernels are read by pickle: opens with trust only.
+    """Read program and kernels, and capture the batch sizes: the smallest and the largest first, so that rows of any
+    number are answered soon, the others beside the calls. The kernels are read by pickle: opens with trust only.
 
     Raises UnsafeArtifact, CorruptArtifact, Unavailable or Unsupported.
     """
@@ -252,22 +256,38 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     device = torch_stage.device_of(options, device=device)
     _on_first(device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=signature.fixed)
+    threading.Thread(target=_wake, args=(device,), daemon=True).start()
     exported = program.load_exported(path)
     try:
         plan = msgspec.json.decode((path / PLAN).read_bytes(), type=KernelPlan)
-        read = {size: _read(path / f"{size}.bin") for size, kind in plan.sizes.items() if kind == _INDUCTOR}
+        compiled = {size for size, kind in plan.sizes.items() if kind == _INDUCTOR}
+        later = compiled - {min(plan.sizes), max(plan.sizes)} if signature.fixed and signature.batched else set[int]()
+        read = {size: _read(path / f"{size}.bin") for size in compiled - later}
     except Exception as fault:
         raise CorruptArtifact(f"the kernels cannot be loaded: {program.one_line(fault)}", hint=_OTHER) from fault
     plain = _plain(exported)
     tables = program.table_sizes(plain)
-    bodies: dict[int, Body] = dict.fromkeys(plan.sizes, plain)
+    bodies: dict[int, Body] = dict.fromkeys(plan.sizes.keys() - later, plain)
     bodies |= {size: _bound(compiled, exported) for size, compiled in read.items()}
     if _FUSED in plan.sizes.values():
         fused = _tuned(path, plan, exported)
         bodies |= {size: fused for size, kind in plan.sizes.items() if kind == _FUSED}
+
+    def read_later(size: int) -> Body:
+        return _searching(_bound(_read(path / f"{size}.bin"), exported), size in plan.searched)
+
     bodies = {size: _searching(body, size in plan.searched) for size, body in bodies.items()}
     every = bodies.pop(_ANY, plain) if not signature.fixed else plain
-    return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies, tables=tables)
+    rest = {size: partial(read_later, size) for size in later}
+    return CudaStage(every, signature=signature, device=device, graphs=True, bodies=bodies, later=rest, tables=tables)
+
+
+def _wake(device: str) -> None:
+    """Make the card's context, which takes most of a second, while torch imports what reads programs."""
+    import torch
+
+    with suppress(RuntimeError):  # whoever uses the card next is told
+        torch.zeros(1, device=device)
 
 
 def _tuned(path: Path, plan: KernelPlan, exported: ExportedProgram) -> Body:

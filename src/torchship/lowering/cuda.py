@@ -1,14 +1,17 @@
 """A torch callable on a CUDA card as a Stage: rows are filled up to a few batch sizes, each replayed as a CUDA graph.
 
 Every number of rows of its own would be tuned and captured by itself, which takes most of a second; so a batch goes
-into the next larger of 1, 2, 4 ... rows, in buffers that stay. What the added rows answer is thrown away.
+into the next larger of 1, 2, 4 ... rows, in buffers that stay. What the added rows answer is thrown away. Code that
+takes long to read is read for the smallest and the largest size first; the others follow while the stage answers.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +23,7 @@ from torchship.model import to_numpy, to_torch
 from torchship.stage import Parameter, Parameters
 from torchship.tensors import Array, Signature, Tensors, numpy_dtype
 
+_log = logging.getLogger("torchship.cuda")
 Body = Callable[..., Any]
 _SMALL = 1 << 20  # bytes; below this a page-locked buffer saves nothing
 _PIECE = 1 << 22  # bytes that are sent while the next ones are copied
@@ -48,7 +52,8 @@ class CudaStage:
     """Runs `body(*inputs) -> tuple of tensors`, both in the order of the signature, on one card.
 
     `graphs`: capture CUDA graphs; at once where only the batch is free, else for lengths that come again. `bodies`
-    has the code for single batch sizes, which are then the only ones. Raises BuildFailed where a body cannot be
+    has the code for single batch sizes, which are then the only ones; `later` reads that of more sizes, beside the
+    calls: until a size is there, its rows go into the next larger one. Raises BuildFailed where a body cannot be
     captured.
     """
 
@@ -61,6 +66,7 @@ class CudaStage:
         check: bool = False,
         graphs: bool = False,
         bodies: Mapping[int, Body] = {},
+        later: Mapping[int, Callable[[], Body]] = {},
         tables: Mapping[int, int] = {},
     ) -> None:
         self.signature = signature
@@ -82,6 +88,9 @@ class CudaStage:
         self._lock = threading.Lock()
         if graphs:
             self._capture_sizes()
+        self._later = threading.Thread(target=self._add_sizes, args=(later,), name="batch sizes", daemon=True)
+        if later:
+            self._later.start()
 
     def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
         """Run on the host's arrays; answers are arrays of the host.
@@ -134,14 +143,20 @@ class CudaStage:
     def trim(self) -> None:
         """Give the card back what a spike has needed and nothing uses now. Called while nothing runs."""
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        if cached > _IDLE:
+        if cached > _IDLE and not self._later.is_alive():
             torch.cuda.empty_cache()
+
+    def settle(self) -> None:
+        """Wait until every batch size has its code: before that, times say little."""
+        if self._later.ident is not None:  # it was started
+            self._later.join()
 
     def close(self) -> None:
         """Forget the model, and give the card's memory back."""
         if self._body is None:
             return
         self._body, self._bodies = None, {}
+        self.settle()
         self._captured.clear()
         self._pinned.clear()
         for address, _ in self._registered:
@@ -219,13 +234,42 @@ class CudaStage:
                 except torch.OutOfMemoryError as fault:
                     self._make_room(fault, size)
 
-    def _capture(self, shapes: tuple[tuple[int, ...], ...]) -> Captured:
-        inputs = [
+    def _add_sizes(self, later: Mapping[int, Callable[[], Body]]) -> None:
+        """Read and capture the code of more sizes; calls wait for none of it but the capture itself.
+
+        Without memory the size is left out, as is one whose code fails: the next larger one takes its rows.
+        """
+        for size, read in sorted(later.items()):
+            if self._body is None or size > self._sizes[-1]:  # closed, or there was no memory for so many rows
+                return
+            try:
+                with torch.inference_mode(), torch.cuda.device(self._device):
+                    body = read()
+                    inputs = self._rooms(tuple((size, *spec.shape[1:]) for spec in self.signature.inputs))
+                    warm(body, inputs)
+                    with self._lock:
+                        self._add(size, body, inputs)
+            except Exception as fault:
+                _log.warning("batch size %d is left out: %s", size, program.one_line(fault))
+
+    def _add(self, size: int, body: Body, inputs: list[torch.Tensor]) -> None:
+        if self._body is None or size > self._sizes[-1]:
+            return
+        shapes = tuple(tuple(one.shape) for one in inputs)
+        self._captured[shapes] = record(body, inputs, pool=self._pool)
+        self._bodies = {**self._bodies, size: body}
+        self._sizes = sorted({*self._sizes, size})
+
+    def _rooms(self, shapes: tuple[tuple[Any, ...], ...]) -> list[torch.Tensor]:
+        return [
             torch.zeros(shape, dtype=dtype, device=self._device)
             for shape, dtype in zip(shapes, self._dtypes, strict=True)
         ]
+
+    def _capture(self, shapes: tuple[tuple[int, ...], ...]) -> Captured:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        captured = self._captured[shapes] = capture(self._run_body, inputs, pool=self._pool)
+        run: Body = lambda *inputs: self._run_body(inputs)  # noqa: E731
+        captured = self._captured[shapes] = capture(run, self._rooms(shapes), pool=self._pool)
         while len(self._captured) > _KEPT + len(self._sizes):
             self._captured.popitem(last=False)
         return captured
@@ -250,22 +294,39 @@ class CudaStage:
         return any(address <= start and end <= address + size for address, size in self._registered)
 
 
-def capture(run: Callable[[Sequence[torch.Tensor]], Any], inputs: list[torch.Tensor], *, pool: Any = None) -> Captured:
-    """`run(inputs)` as a CUDA graph that reads these very tensors.
+def capture(body: Body, inputs: list[torch.Tensor], *, pool: Any = None) -> Captured:
+    """`body(*inputs)` as a CUDA graph that reads these very tensors.
 
     Raises BuildFailed for what cannot be captured, such as a value that the host waits for; torch.OutOfMemoryError.
     """
+    warm(body, inputs)
+    return record(body, inputs, pool=pool)
+
+
+def warm(body: Body, inputs: Sequence[torch.Tensor]) -> None:
+    """Run twice beside the current stream: tuning and lazy loading are no part of a graph. Raises as `capture` does."""
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # tuning and lazy loading are no part of the graph
-                run(inputs)
-        torch.cuda.current_stream().wait_stream(aside)
+    with _told(), torch.cuda.stream(aside):
+        for _ in range(2):
+            body(*inputs)
+        aside.synchronize()
+
+
+def record(body: Body, inputs: list[torch.Tensor], *, pool: Any = None) -> Captured:
+    """The graph of a body that is warm. Raises as `capture` does."""
+    with _told():
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = _as_list(run(inputs))
+            outputs = _as_list(body(*inputs))
+    return Captured(graph, inputs, outputs)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as fault:
         if lacks_memory(fault):
             raise torch.OutOfMemoryError("the card has no memory for this graph") from fault
@@ -273,7 +334,6 @@ def capture(run: Callable[[Sequence[torch.Tensor]], Any], inputs: list[torch.Ten
             f"this model cannot be captured as a CUDA graph: {' '.join(str(fault).split())[:300]}",
             hint="a recipe without graphs runs it",
         ) from fault
-    return Captured(graph, inputs, outputs)
 
 
 def lacks_memory(fault: BaseException | None) -> bool:
@@ -288,7 +348,7 @@ def lacks_memory(fault: BaseException | None) -> bool:
 def graph_ms(body: Body, inputs: list[torch.Tensor]) -> float:
     """The median milliseconds of `body(*inputs)` as a CUDA graph."""
     with torch.inference_mode():
-        return median_ms(capture(lambda given: body(*given), inputs).graph.replay, runs=21)
+        return median_ms(capture(body, inputs).graph.replay, runs=21)
 
 
 def median_ms(run: Callable[[], object], *, runs: int) -> float:

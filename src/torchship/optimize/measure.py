@@ -50,6 +50,8 @@ def resized(tensors: Tensors, *, rows: int) -> Tensors:
 
 def warm_up(stage: Stage, tensors: Tensors, *, seconds: float) -> None:
     """Call until two runs of five calls take equally long within 5 %, for at most `seconds` (at least two calls)."""
+    if (settle := getattr(stage, "settle", None)) is not None:
+        settle()
     end = time.perf_counter() + seconds
     before = 0.0
     stage(tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from torchship.errors import BadInput, Unavailable
-from torchship.lowering import program, torch_stage
+from torchship.lowering import cuda, program, torch_stage
 from torchship.lowering.cuda import CudaStage, batch_sizes, lacks_memory
 from torchship.tensors import Signature
 
@@ -42,6 +43,17 @@ class Small(CudaStage):
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+class Late(CudaStage):
+    """A stage whose buffers lie in the host's memory."""
+
+    def _rooms(self, shapes: tuple[tuple[Any, ...], ...]) -> list[torch.Tensor]:
+        return [torch.zeros(shape) for shape in shapes]
+
+    @property
+    def sizes(self) -> list[int]:
+        return self._sizes
 
 
 SIGNATURE = Signature.parse("x:FP32[n,3] -> y:FP32[n,3]")
@@ -154,3 +166,63 @@ def test_few_threads_feed_a_card_whatever_is_asked_for(monkeypatch: pytest.Monke
     for device, threads in (("cuda", 16), ("cuda", 2), ("cpu", 16)):
         torch_stage.prepare(device=device, threads=threads)
     assert asked == [8, 2, 16]
+
+
+def double(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x * 2,)
+
+
+@pytest.fixture
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "warm", lambda body, inputs: body(*inputs))
+    graph: Any = SimpleNamespace()
+    monkeypatch.setattr(cuda, "record", lambda body, inputs, *, pool: cuda.Captured(graph, inputs, []))
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_rows_go_into_the_next_larger_size_until_their_own_is_read() -> None:
+    go_on = threading.Event()
+
+    def read() -> Any:
+        go_on.wait(10)
+        return double
+
+    bodies, later = {1: double, 64: double}, {2: read, 4: read}
+    stage = Late(double, signature=SIGNATURE, device="cuda", bodies=bodies, later=later)
+    assert stage.sizes == [1, 64]
+    assert stage._size_for([np.zeros((2, 3))]) == 64
+    go_on.set()
+    stage.settle()
+    assert stage.sizes == [1, 2, 4, 64]
+    assert [stage._size_for([np.zeros((rows, 3))]) for rows in (1, 2, 3, 5)] == [1, 2, 4, 64]
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_a_size_whose_code_cannot_be_read_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> Any:
+        raise OSError("no such file")
+
+    stage = Late(double, signature=SIGNATURE, device="cuda", bodies={1: double, 64: double}, later={
+        2: broken, 4: lambda: double, 128: lambda: pytest.fail("the card had no memory for so many rows"),
+    })  # fmt: skip
+    stage.settle()
+    assert stage.sizes == [1, 4, 64]
+    assert "batch size 2 is left out: OSError: no such file" in caplog.text
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_a_stage_that_is_closed_reads_no_more() -> None:
+    begun, go_on, more = threading.Event(), threading.Event(), list[int]()
+
+    def slow() -> Any:
+        begun.set()
+        go_on.wait(10)
+        return double
+
+    later = {2: slow, 4: lambda: more.append(4)}
+    stage = Late(double, signature=SIGNATURE, device="cuda", bodies={1: double, 64: double}, later=later)
+    begun.wait(10)
+    threading.Timer(0.05, go_on.set).start()
+    stage.close()
+    assert not more
+    assert stage.sizes == [1, 64]
