@@ -30,12 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.gpu_models import MODELS, ByHand, batches, captured, inputs, module, note, on_card, on_host, recipe
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 _COMPILE_LIMIT_S = 240.0
 _MEASURE_LIMIT_S = 120.0
+_REOPEN_LIMIT_S = 30.0
+_MODEL_BYTES = 500 << 20
 _LOADS = (  # model, protocol, rows of a request, callers
     ("pictures", "http", 1, 1),
     ("pictures", "http", 1, 64),
@@ -194,6 +197,9 @@ def served(place: Path, turn: Callable[[], None]) -> dict[str, Any]:
                 continue
             url = f"{door}://127.0.0.1:{port}/{name}"
             found[f"{name} {door} {rows} x {callers}"] = _loaded(url, rows=rows, callers=callers)
+        _wait_for_spares(port, len(models))
+        found["takeover_s"] = _answers_again(port, kill=_workers(server.pid)[:1])
+        found["restart_s"] = _answers_again(port, kill=_workers(server.pid))
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
@@ -218,6 +224,29 @@ def _loaded(url: str, *, rows: int, callers: int) -> dict[str, float]:
         "p99_ms": max(run["p99_ms"] for run in runs),
         "faults": sum(run["faults"] for run in runs),
     }
+
+
+def _workers(server: int) -> list[psutil.Process]:
+    """The processes that hold a model, the busiest first: receivers have no torch, and are a tenth of their size."""
+    found = [child for child in psutil.Process(server).children() if child.memory_info().rss > _MODEL_BYTES]
+    return sorted(found, key=lambda child: -sum(child.cpu_times()[:2]))
+
+
+def _answers_again(port: int, *, kill: Sequence[psutil.Process]) -> float:
+    """Seconds from kill -9 of these until the next picture is answered."""
+    for process in kill:
+        process.kill()
+    begun = time.perf_counter()
+    asked = json.dumps({"inputs": [{"name": "image", "shape": [1, 3, 224, 224], "datatype": "UINT8",
+                                    "data": [0] * (3 * 224 * 224)}]}).encode()  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v2/models/pictures/infer"
+    while time.perf_counter() - begun < _REOPEN_LIMIT_S:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, asked), timeout=_REOPEN_LIMIT_S):
+                return time.perf_counter() - begun
+        except OSError:
+            time.sleep(0.02)
+    return _REOPEN_LIMIT_S
 
 
 def _wait_for_spares(port: int, models: int, seconds: float = 60.0) -> None:
@@ -329,6 +358,9 @@ def told(results: dict[str, dict[str, Any]]) -> str:
     for key, row in loads.items():
         times = f"p50 {row['p50_ms']:.2f} ms  p99 {row['p99_ms']:.2f} ms  faults {row['faults']}"
         lines.append(f"served {key:24} {row['rows_per_s']:>8.0f} rows/s  {times}")
+    if "restart_s" in door:
+        times = f"{door['takeover_s']:.2f} s by the spare worker, {door['restart_s']:.1f} s where that is killed, too"
+        lines.append(f"after kill -9 of a worker the next answer comes after {times}")
     one, many, full = (loads.get(f"pictures http {load}", {}) for load in ("1 x 1", "1 x 64", "64 x 4"))
     loop = door.get("loop_per_s", 0)
     last = {
