@@ -77,18 +77,18 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_508
+ENGINE = 34_592
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_822,
     "torchship.artifact": 1_370,
-    "torchship.backends": 1_809,
+    "torchship.backends": 1_831,
     "torchship.cli": 1_591,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
-    "torchship.lowering": 3_096,
-    "torchship.optimize": 6_638,
+    "torchship.lowering": 3_156,
+    "torchship.optimize": 6_640,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_522,
     "torchship.serve": 2_428,
