@@ -26,7 +26,7 @@ STRIPES = 4
 BINS = (12, 3, 4)  # hue, saturation, value
 HISTOGRAM = "hsv-4-stripes"
 HISTOGRAM_WIDTH = STRIPES * int(np.prod(BINS))
-HISTOGRAM_RULE = Rule(threshold=0.80, margin=0.02, travel=0.06)
+HISTOGRAM_RULE = Rule(threshold=0.78, margin=0.02, travel=0.06)
 _SHARP = 60.0  # the variance of the Laplacian of a crop that is half way to sharp
 
 

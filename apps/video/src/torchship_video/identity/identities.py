@@ -30,9 +30,9 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     window: float = 1800.0
     period: float = 0.5
-    ripe: float = 1.5
+    ripe: float = 3.0
     lost: float = 5.0
-    least: int = 3
+    least: int = 6
     most_identities: int = 2000
     most_visits: int = 16
     most_open: int = 1024

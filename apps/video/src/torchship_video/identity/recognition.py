@@ -1,4 +1,4 @@
-"""Between the flow and the identities: chooses crops, has them embedded by the line, and writes identities on tracks."""
+"""Between the flow and the identities: chooses crops, has the line embed them, names tracks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Recognition:
         self.fault = ""
 
     def observe(self, observation: Observation, *, time: float | None = None) -> Observation:
-        """The observation with identities; its best crops are on their way to the embedder. Call it in the event loop."""
+        """The observation with identities; its best crops go to the embedder. Call it in the event loop."""
         moment = observation.frame.taken if time is None else time
         known = self._identities.observe(observation, time=moment)
         if len(self._tasks) >= self._pending:
@@ -79,7 +79,7 @@ class Recognition:
                 await asyncio.sleep(self._flush_s)
                 try:
                     await asyncio.to_thread(self._identities.flush)
-                except TorchshipError as fault:  # a full disk: the identities live on in memory, the next turn tries again
+                except TorchshipError as fault:  # a full disk: the next turn tries again
                     _log.error("identities: %s", fault.line)
         finally:
             for task in self._tasks:
