@@ -132,6 +132,20 @@ def test_in_one_process_there_is_no_other_and_it_says_what_that_costs(tmp_path: 
         assert "Traceback" not in log
 
 
+def test_in_one_process_a_hang_does_not_keep_the_server_from_stopping(tmp_path: Path) -> None:
+    with serving(TWO.replace('name = "slow"', 'name = "slow"\nrun_timeout = 0.2'), tmp_path, "--one-process") as server:
+        given = {"name": "ms", "shape": [1], "datatype": "INT32", "data": [600_000]}
+        status, answer = server.ask("/v2/models/slow/infer", {"inputs": [given]})
+        assert status == 500
+        assert "hung" in answer["error"]
+        assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4  # the others go on
+        assert server.ask("/v2/models/slow/infer", {"inputs": [given], "parameters": {"timeout": 100_000}})[0] == 503
+        server.child.send_signal(signal.SIGTERM)
+        log = server.finish()
+        assert server.child.returncode == 0
+        assert "terminate called" not in log
+
+
 def test_receivers_survive_kill_9_and_stop_cleanly(tmp_path: Path) -> None:
     with serving(RECEIVED, tmp_path) as server:
         assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 import click
@@ -44,6 +46,11 @@ def command(*, targets: tuple[str, ...], new_token: bool, **options: Any) -> int
         return 0
     if not targets:
         raise click.UsageError("give a CONFIG.toml or the name of an artifact")
+    from torchship.serve.engine.launch import WorkerThread
     from torchship.serve.host import serve
 
-    return serve(*targets, **{name: value for name, value in options.items() if value is not None})
+    code = serve(*targets, **{name: value for name, value in options.items() if value is not None})
+    if WorkerThread.stuck():  # libraries cannot be torn down around a thread that still runs in them
+        logging.shutdown()
+        os._exit(code)
+    return code
