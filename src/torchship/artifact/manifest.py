@@ -31,14 +31,27 @@ class BatchPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows_per_s: float
 
 
-class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a fresh process measured; `peak_memory` and `file_size` in bytes, `load_s` in seconds."""
+class ServedMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a whole server took under load: `peak` bytes of all its processes, in batches of at most `max_batch` rows,
+    with the model in a thread of the server (`one_process`) or in a process of its own."""
+
+    peak: int
+    max_batch: int
+    one_process: bool
+
+
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a fresh process measured; `peak_memory` and `file_size` in bytes, `load_s` in seconds.
+
+    `served`: where memory mattered, what a whole server took, which `peak_memory` then is too.
+    """
 
     curve: tuple[BatchPoint, ...]
     load_s: float
     peak_memory: int
     file_size: int
     threads: int
+    served: ServedMemory | None = None
 
 
 class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):

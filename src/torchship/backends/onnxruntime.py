@@ -23,6 +23,7 @@ PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 probe = needs("onnxruntime")
 OPTIONS = ("precision", "keep", "modules", "exclude", "range", "percentile", "bias_correction", "ops", "per_channel",
            "provider", "provider_options", "optimization", "spin", "arena")  # fmt: skip
+THRIFTY = {"arena": False}  # what a search adds where memory matters
 FILE = "model.onnx"
 RANGES = ("minmax", "percentile", "mse", "entropy")  # of int8 activations: what a search may try
 _PRECISIONS = ("fp32", "fp16", "int8", "dynamic_int8")

@@ -114,6 +114,8 @@ def _measured(artifact: Artifact) -> Iterator[Any]:
         ]
         columns = ("batch", "p50 ms", "p90 ms", "p99 ms", "rows/s")
         title = f"Measured with {timing.threads} threads: loads in {timing.load_s:.2f} s, peak memory "
+        if served := timing.served:
+            title = title.replace("peak", f"a whole server in batches of {served.max_batch}'s peak")
         yield table(columns, rows, title=title + human_size(timing.peak_memory), right=["batch", "rows/s"])
     if verdict:
         reason = f": {verdict.reason}" if verdict.reason else ""

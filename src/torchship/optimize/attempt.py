@@ -13,12 +13,13 @@ import msgspec
 
 from torchship import __version__, hardware, plugins, process
 from torchship.artifact.manifest import Provenance, Timing, Verdict
+from torchship.errors import TorchshipError
 from torchship.hardware import Hardware
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import probes
+from torchship.optimize import footprint, probes
 from torchship.optimize.cache import Cache, digest
-from torchship.optimize.choose import is_plain, is_valid
+from torchship.optimize.choose import accelerated, is_plain, is_valid
 from torchship.optimize.config import SearchConfig
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import judge
@@ -104,7 +105,9 @@ def _keys(recipe: Recipe, context: SearchContext) -> tuple[str, str]:
     code = caching.own_code((recipe.backend, *words, *(step.transform for step in recipe.transforms)))
     built = digest(context.model_hash, recipe.key, packages, code, context.hardware.fingerprint)
     config = context.config
-    how = (config.effort, config.threads, config.device)
+    how: tuple[object, ...] = (config.effort, config.threads, config.device)
+    if config.serves:
+        how = (*how, "served", config.constraints.max_memory)
     return built, digest(built, context.judged_hash, context.metric_hash, *how)
 
 
@@ -190,7 +193,26 @@ def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence
     if outcome.fault:
         return msgspec.structs.replace(trial, failure=outcome.fault, log=outcome.log)
     verdict, timing = msgspec.convert(outcome.value, tuple[Verdict, Timing])
+    if config.serves and verdict.passed:
+        return _served(msgspec.structs.replace(trial, verdict=verdict, timing=timing), context, left=left)
     return _ended(msgspec.structs.replace(trial, verdict=verdict, timing=timing))
+
+
+def _served(trial: Trial, context: SearchContext, *, left: float) -> Trial:
+    """A proven trial with what a whole fresh server of it takes, in one process where it needs no card."""
+    config, timing = context.config, trial.timing
+    assert timing is not None  # noqa: S101  # it was proven
+    alone = config.device == "cpu" and not accelerated(trial.recipe)
+    limit, timeout = config.constraints.max_memory, _timeout(context, left)
+    try:
+        found = footprint.fitted(
+            Path(trial.artifact), limit=limit, threads=config.threads, one_process=alone, timeout=timeout
+        )
+    except TorchshipError as fault:
+        return msgspec.structs.replace(trial, status="failed", failure=fault.line)
+    return _ended(
+        msgspec.structs.replace(trial, timing=msgspec.structs.replace(timing, peak_memory=found.peak, served=found))
+    )
 
 
 def _ended(trial: Trial) -> Trial:

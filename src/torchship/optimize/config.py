@@ -77,6 +77,11 @@ class SearchConfig(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     finetune: Loop | None
 
+    @property
+    def serves(self) -> bool:
+        """Whether a whole server of each valid candidate is measured: where memory is the goal or limited."""
+        return self.goal == "memory" or self.constraints.max_memory is not None
+
 
 def read(
     module: torch.nn.Module,

@@ -97,7 +97,9 @@ def _packed(facts: Facts, winner: Trial, folder: Path, *, labels: Sequence[str])
         folders.write(folder / "examples" / "outputs.safetensors", answers.read_bytes())
     Report(facts).save(folder / "report")
     found = _plain(winner)
-    package.amend(folder, name=facts.name, timing=found.timing, verdict=found.verdict, labels=tuple(labels))
+    served = found.timing and found.timing.served
+    capped = {"max_batch": served.max_batch} if served else {}
+    package.amend(folder, name=facts.name, timing=found.timing, verdict=found.verdict, labels=tuple(labels), **capped)
     spare = portable([facts.trials[index] for index in facts.choice.ranking])
     if spare is not None:
         package.add_fallback(folder, other=spare.artifact)

@@ -14,9 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
+import msgspec
 import torch
 
-from torchship import __version__, home
+from torchship import __version__, home, plugins
 from torchship import hardware as machines
 from torchship.artifact import Artifact, Store, open_artifact, tensorfile
 from torchship.artifact import folder as folders
@@ -243,8 +244,15 @@ def _proposed(context: SearchContext) -> tuple[list[Recipe], dict[str, str]]:
     """Recipes in the order to try them, and why backends are left out, here or on this machine's card."""
     config, hardware = context.config, context.hardware
     found, left_out = propose(context.model, hardware=hardware, backends=config.backends, device=config.device)
+    found = [thrifty(recipe) for recipe in found] if config.serves else found
     recipes, refused = probes.without_refused(found, cache=context.cache, hardware=hardware)
     return recipes, left_out | refused
+
+
+def thrifty(recipe: Recipe) -> Recipe:
+    """The recipe with what its backend states to take less memory."""
+    options = plugins.fact("backends", recipe.backend, "THRIFTY", None) or {}
+    return msgspec.structs.replace(recipe, options={**options, **recipe.options})
 
 
 def build(

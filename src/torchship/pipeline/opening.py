@@ -87,6 +87,13 @@ def _of_artifact(config: StageConfig, store: Store) -> Description:
         whole = open_artifact(artifact.path)
         inner = read_artifact(whole, trust=config.trust)
         return Description(manifest.signature, manifest.max_batch, labels=manifest.labels, pipeline=inner)
+    served = manifest.timing and manifest.timing.served
+    if served and config.max_batch > served.max_batch:
+        raise BadConfig(
+            f"max_batch {config.max_batch} is more than the {served.max_batch} that {config.artifact} was made for: in "
+            f"such batches its server took {served.peak / 1e6:.1f} MB",
+            hint="leave max_batch out, or search again with a larger --max-memory",
+        )
     most, load_s = config.max_batch or manifest.max_batch, manifest.timing.load_s if manifest.timing else 0.0
     return Description(manifest.signature, most, labels=manifest.labels, load_s=load_s)
 
