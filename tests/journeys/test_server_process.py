@@ -125,10 +125,14 @@ def test_in_one_process_there_is_no_other_and_it_says_what_that_costs(tmp_path: 
     with serving(TWO, tmp_path, "--one-process") as server:
         assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4
         assert workers_of(server) == []
+        held = re.search(r"^torchship_server_peak_memory_bytes (\d+)$", metrics(server), re.MULTILINE)
+        assert held
+        assert int(held[1]) > 2**24
         server.child.send_signal(signal.SIGTERM)
         log = server.finish()
         assert server.child.returncode == 0
         assert "a model that crashes ends this server" in log
+        assert re.search(r"peak memory \d+\.\d MB of all processes", log)
         assert "Traceback" not in log
 
 

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import uvloop
 
 from torchship import hardware
 from torchship.artifact import Store, open_artifact
+from torchship.artifact.manifest import ServedMemory
 from torchship.errors import BadConfig, TorchshipError
 from torchship.process import resolve
 from torchship.serve import config as configs
@@ -36,6 +37,7 @@ from torchship.serve.http.listen import Certificates, Listener
 from torchship.serve.http.pool import ReceiverPool
 from torchship.serve.http.router import Mounted
 from torchship.serve.http.site import ConnectionLimits
+from torchship.serve.peak import peak
 from torchship.serve.service import Service
 from torchship.serve.tracing import HEADERS, Traces
 
@@ -86,7 +88,20 @@ class Server:
         if self._certificates:
             self._tasks.append(asyncio.ensure_future(self._certificates.watch()))
         self._tasks += [asyncio.ensure_future(_beside(mounted.run())) for mounted in self._mounted if mounted.run]
+        self._expect_memory()
         return self
+
+    def _expect_memory(self) -> None:
+        """Where memory matters, have it watched, and say what the models were measured with."""
+        measured = [found for model in self.config.model for found in _measured(model, self.catalog.store)]
+        for name, served in measured:
+            _log.info("%s was measured at %.1f MB in batches of %d", name, served.peak / 1e6, served.max_batch)
+            if served.one_process and not self.config.one_process:
+                _log.warning("%s was measured in one process: with --one-process it takes less memory", name)
+        if len(measured) == len(self.config.model) == 1 and measured[0][1].one_process == self.config.one_process:
+            peak.expected = measured[0][1].peak
+        if measured or self.config.one_process:
+            self._tasks.append(asyncio.ensure_future(peak.watch()))
 
     async def _load(self, model: ModelConfig) -> None:
         try:
@@ -162,6 +177,8 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if peak.most:
+            _log.info("peak memory %.1f MB of all processes", peak.most / 1e6)
         await self.drain(patience=patience)
         await asyncio.gather(*(listener.close(grace=grace) for listener in self._listeners))
         if self.receivers:
@@ -216,6 +233,16 @@ def _on_a_card(model: ModelConfig, store: Store) -> bool:
         if any(str(device).startswith("cuda") for device in devices):
             return True
     return False
+
+
+def _measured(model: ModelConfig, store: Store) -> Iterator[tuple[str, ServedMemory]]:
+    """What a server of each artifact in a model took, where that was measured when it was made."""
+    for stage in model.pipeline().stages:
+        with suppress(TorchshipError):  # it has been unloaded or removed meanwhile
+            if stage.artifact:
+                timing = open_artifact(store.resolve(stage.artifact), verify=False).manifest.timing
+                if timing and timing.served:
+                    yield model.name, timing.served
 
 
 class ServeOptions(TypedDict, total=False):

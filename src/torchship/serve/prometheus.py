@@ -18,6 +18,7 @@ from torchship import hardware
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.station import Station
 from torchship.serve.metrics import BUCKETS_MS, LineMeter
+from torchship.serve.peak import peak
 
 _EXACT = 64
 _HISTOGRAM = "nv_inference_first_response_histogram_ms"
@@ -148,6 +149,9 @@ def gauges() -> Iterator[Gauge]:
     yield Gauge("nv_cpu_utilization", "Share of the processor in use since the last look", psutil.cpu_percent() / 100)
     yield Gauge("nv_cpu_memory_total_bytes", "Memory that the server may use", memory)
     yield Gauge("nv_cpu_memory_used_bytes", "Memory in use", memory - hardware.free_memory())
+    if peak.most:
+        yield Gauge("torchship_server_memory_bytes", "Memory of all processes of this server", peak.now)
+        yield Gauge("torchship_server_peak_memory_bytes", "The most that it has held", peak.most)
     nvml = _driver()
     for index in range(nvml.nvmlDeviceGetCount() if nvml else 0):
         yield from _gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index))

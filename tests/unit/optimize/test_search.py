@@ -254,3 +254,24 @@ def test_the_table_tells_every_trial(planted: Path) -> None:
         assert "failed  planted_raises: build: KeyError: 'a bug in the backend'" in text
     assert report.speedup > 0
     assert msgspec.json.decode(msgspec.json.encode(report.facts), type=facts.Facts) == report.facts
+
+
+def test_memory_as_the_goal_measures_a_whole_server_and_keeps_its_batch(planted: Path) -> None:
+    report = optimize(planted, "good", name="small", goal="memory", max_memory=2**33)
+    assert report.winner is not None
+    assert report.winner.timing is not None
+    assert report.artifact is not None
+    served = report.winner.timing.served
+    assert served is not None
+    assert served.one_process
+    assert report.winner.timing.peak_memory == served.peak
+    assert open_artifact(report.artifact.path).manifest.timing == report.winner.timing
+    assert report.artifact.manifest.max_batch == served.max_batch
+
+
+def test_a_memory_limit_that_nobody_meets_refuses_with_what_was_measured(planted: Path) -> None:
+    report = optimize(planted, "good", name="tight", max_memory=10**7)
+    assert report.winner is None
+    assert report.artifact is None
+    assert "valid candidates break a limit" in report.facts.choice.reason
+    assert "MB is above 10 MB" in report.facts.choice.reason
