@@ -77,21 +77,21 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_592
+ENGINE = 34_854
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_822,
-    "torchship.artifact": 1_370,
-    "torchship.backends": 1_831,
-    "torchship.cli": 1_591,
+    "torchship": 1_848,
+    "torchship.artifact": 1_383,
+    "torchship.backends": 1_832,
+    "torchship.cli": 1_600,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 3_156,
-    "torchship.optimize": 6_640,
+    "torchship.optimize": 6_780,
     "torchship.optimize.transforms": 453,
-    "torchship.pipeline": 1_522,
-    "torchship.serve": 2_428,
+    "torchship.pipeline": 1_529,
+    "torchship.serve": 2_494,
     "torchship.serve.api": 1_357,
     "torchship.serve.engine": 2_800,
     "torchship.serve.http": 3_430,

@@ -37,7 +37,7 @@ from torchship.serve.http.listen import Certificates, Listener
 from torchship.serve.http.pool import ReceiverPool
 from torchship.serve.http.router import Mounted
 from torchship.serve.http.site import ConnectionLimits
-from torchship.serve.peak import peak
+from torchship.serve.metrics import peak
 from torchship.serve.service import Service
 from torchship.serve.tracing import HEADERS, Traces
 

@@ -1,13 +1,21 @@
-"""What is counted about a line: plain numbers, added up in the host only, since every job carries its own clock."""
+"""What is counted about a line: plain numbers, added up in the host only, since every job carries its own clock; and
+the memory of the server."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
+from torchship import process
+
+_log = logging.getLogger("torchship.serve")
 BUCKETS_MS = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10000.0)
 _BUCKETS = [bound / 1e3 for bound in BUCKETS_MS]
+_EVERY = 10.0  # seconds between two looks at memory, each of which costs some milliseconds
 
 
 @dataclass(slots=True)
@@ -96,3 +104,26 @@ class LineMeter:
         """Count one request without an answer; reason is REJECTED, CANCELED, BACKEND or OTHER."""
         self.failures[reason] = self.failures.get(reason, 0) + 1
         self.failed_seconds += seconds
+
+
+class PeakMemory:
+    """The most bytes that this server has held, all its processes together; 0 before the first look. `expected` is what was measured for the models when
+    they were made, 0 where that is not known."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.expected = 0
+        self._warned = False
+
+    async def watch(self) -> None:
+        """Look again and again, beside the event loop. Runs until it is cancelled."""
+        while True:
+            self.now = await asyncio.to_thread(process.held, os.getpid())
+            self.most = max(self.most, self.now)
+            if self.expected and self.most > 1.1 * self.expected and not self._warned:
+                self._warned = True
+                words = f"{self.most / 1e6:.1f} MB are held, {self.expected / 1e6:.1f} MB were measured"
+                _log.warning("memory: %s when the models were made", words)
+            await asyncio.sleep(_EVERY)
+
+
+peak = PeakMemory()  # of this process and its children, as the kernel's counters are

@@ -17,8 +17,7 @@ import psutil
 from torchship import hardware
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.station import Station
-from torchship.serve.metrics import BUCKETS_MS, LineMeter
-from torchship.serve.peak import peak
+from torchship.serve.metrics import BUCKETS_MS, LineMeter, peak
 
 _EXACT = 64
 _HISTOGRAM = "nv_inference_first_response_histogram_ms"
