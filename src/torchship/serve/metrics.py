@@ -107,8 +107,10 @@ class LineMeter:
 
 
 class PeakMemory:
-    """The most bytes that this server has held, all its processes together; 0 before the first look. `expected` is what was measured for the models when
-    they were made, 0 where that is not known."""
+    """The most bytes that this server has held, all its processes together; 0 before the first look.
+
+    `expected` is what was measured when the models were made, 0 where that is not known.
+    """
 
     def __init__(self) -> None:
         self.now = self.most = self.expected = 0
