@@ -113,19 +113,19 @@ def score(*, truth: Path, ours: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{ours} against {truth}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{ours} against {truth}", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     columns = {
         "HOTA": f"{found.hota:.3f}",
         "DetA": f"{found.deta:.3f}",
         "AssA": f"{found.assa:.3f}",
         "IDF1": f"{found.idf1:.3f}",
         "MOTA": f"{found.mota:.3f}",
-        "precision": f"{found.precision:.3f}",
+        "prec": f"{found.precision:.3f}",
         "recall": f"{found.recall:.3f}",
         "switches": str(found.switches),
         "misses": str(found.misses),
         "false": str(found.false_boxes),
-        "tracks": f"{found.tracks} of {found.truth_tracks}",
+        "tracks": f"{found.tracks}/{found.truth_tracks}",
     }
     for name in columns:
         table.add_column(name, justify="right")

@@ -101,13 +101,20 @@ async def _show_lines(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     told: dict[str, tuple[str, float]] = {}
     clock = asyncio.get_running_loop().time
-    while True:
+
+    def tell(seldom: float) -> None:
         for name, state, line in [
             *((f"camera {found.camera}", f"{found.state}{found.words}", camera_line(found)) for found in status()),
             *((f"sink {found.name}", f"{found.state}{found.words}", sink_line(found)) for found in sinks()),
         ]:
             before, at = told.get(name, ("", 0.0))
-            if state != before or clock() - at >= _SELDOM:
+            if state != before or clock() - at >= seldom:
                 told[name] = (state, clock())
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-        await asyncio.sleep(every)
+
+    try:
+        while True:
+            tell(_SELDOM)
+            await asyncio.sleep(every)
+    finally:
+        tell(0.0)  # how it ended

@@ -96,6 +96,14 @@ class SinkRunner:
         self._idle.clear()
         self._pump()
 
+    async def taken(self, seconds: float = GRACE) -> None:
+        """Where pixels are wanted, wait until it has taken all that was offered, for so long at most.
+
+        A file that need not hurry waits so for its films. A sink that is dead is not waited for.
+        """
+        if self.pixels and self._state in ("starting", "running"):
+            await self.settled(seconds)
+
     async def settled(self, seconds: float = GRACE) -> bool:
         """Wait until all that was offered is written, for so long at most; whether it is."""
         with suppress(TimeoutError):
@@ -214,7 +222,7 @@ class SinkRunner:
         """The child said something, or is gone."""
         assert self._sock is not None  # noqa: S101
         try:
-            while data := self._sock.recv(LARGEST):
+            while data := _received(self._sock):
                 self._take(msgspec.msgpack.decode(data, type=Done))
         except BlockingIOError:
             self._pump()
@@ -240,3 +248,11 @@ class SinkRunner:
         self._counts[done.what] += 1
         if done.output and self._on_output is not None:
             self._on_output(done.camera, done.output)
+
+
+def _received(sock: socket.socket) -> bytes:
+    """The next message. A peer that ended with something unread is told once as a reset, before what it has sent."""
+    try:
+        return sock.recv(LARGEST)
+    except ConnectionResetError:
+        return sock.recv(LARGEST)
