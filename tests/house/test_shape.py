@@ -77,13 +77,13 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_851
+ENGINE = 34_984
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_848,
     "torchship.artifact": 1_383,
-    "torchship.backends": 1_832,
+    "torchship.backends": 1_965,
     "torchship.cli": 1_600,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
