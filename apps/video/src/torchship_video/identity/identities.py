@@ -136,6 +136,12 @@ class Identities:
         with self._guard:
             return sorted(self._members)
 
+    def latest(self, count: int) -> list[int]:
+        """The identities that were seen last, newest first."""
+        with self._guard:
+            last = {number: max(visit.last for visit in visits) for number, visits in self._members.items()}
+            return sorted(last, key=lambda number: (-last[number], -number))[:count]
+
     def visits(self, identity: int) -> list[Visit]:
         """The visits of an identity as they are now, earliest first. Raises NotFound."""
         with self._guard:
