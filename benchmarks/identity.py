@@ -3,8 +3,9 @@
     python -m benchmarks.identity [--artifact FOLDER]
 
 The pixels are read from Debian's opencv-doc (`apt-get install opencv-doc`), the tracks of each view are those that
-YOLOv3-tiny and ByteTrack found on it (benchmarks/clips/vtest-left.txt, vtest-right.txt), the truth was written from
-looking at the frames (vtest-truth.toml). A pair is two places of the truth on different cameras; it is found when both
+YOLOv3-tiny at 416 and ByteTrack (least IoU 0.3) found on it (benchmarks/clips/vtest-left.txt, vtest-right.txt), the
+truth was written from looking at the frames (vtest-truth.toml). What the identities are told was chosen on frames
+before 400. A pair is two places of the truth on different cameras; it is found when both
 carry one identity. `certain` leaves out the tracks that were said to be ambiguous.
 """
 
