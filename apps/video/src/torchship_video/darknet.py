@@ -8,7 +8,6 @@ Source: Redmon and Farhadi, YOLOv3, 2018, and the format as Darknet's parser rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +137,3 @@ def _convolution(layer: dict[str, str], before: int, stream: _Weights) -> nn.Mod
     if activation not in ("linear", "leaky"):
         raise Unsupported(f"activation {activation!r}", hint="linear and leaky are understood")
     return nn.Sequential(made, nn.LeakyReLU(0.1)) if activation == "leaky" else made
-
-
-def anchors(cfg: str) -> Iterator[list[tuple[float, float]]]:
-    """Width and height of the anchors of each yolo layer, in pixels of the input."""
-    for layer in sections(cfg):
-        if layer["kind"] == "yolo":
-            flat = [float(word) for word in layer["anchors"].split(",")]
-            pairs = list(zip(flat[::2], flat[1::2], strict=True))
-            yield [pairs[int(word)] for word in layer["mask"].split(",")]

@@ -20,11 +20,12 @@ COCO = (
 
 TINY_ANCHORS = (
     ((81.0, 82.0), (135.0, 169.0), (344.0, 319.0)),
-    ((10.0, 14.0), (23.0, 27.0), (37.0, 58.0)),
+    ((23.0, 27.0), (37.0, 58.0), (81.0, 82.0)),
 )
-"""Of YOLOv3-tiny, width and height in pixels of its input, for each map from the coarsest to the finest.
+"""Of YOLOv3-tiny: width and height in pixels of its input, for each map from the coarsest to the finest.
 
-The cfg gives the finest map the anchors 1 to 3: its mask says 0,1,2, counted from 0.
+The cfg gives the finest map the first three anchors (mask 0,1,2), but the weights were trained with the second to the
+fourth: with the cfg's, boxes on that map come out half as large as what they are of.
 """
 
 
