@@ -141,6 +141,7 @@ class Server:
         }
         self._mounted = [_mounted(mount, self.service) for mount in config.mount]
         routes = [route for mounted in self._mounted for route in mounted.routes]
+        self.service.measured += [mounted.metrics for mounted in self._mounted if mounted.metrics]
         rest_only = {"host": http.host, "routes": routes, "cors_origins": http.cors_origins, **given}
         self.http = await rest.listen(front, port=http.port, shared=http.shared, **rest_only)
         if http.own_port is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
@@ -94,8 +94,8 @@ def _value(thing: Any, path: str) -> float:
     return _value(found, rest) if rest else len(found) if isinstance(found, deque) else found
 
 
-def render(lines: Mapping[tuple[str, str], Line]) -> str:
-    """Everything about these lines, by model and version."""
+def render(lines: Mapping[tuple[str, str], Line], more: Iterable[Metric] = ()) -> str:
+    """Everything about these lines, by model and version, and `more`."""
     text: list[str] = []
     places = [((("model", model), ("version", version)), line) for (model, version), line in lines.items()]
     stations = [((*where, ("stage", one.name)), one) for where, line in places for one in line.stations]
@@ -111,10 +111,10 @@ def render(lines: Mapping[tuple[str, str], Line]) -> str:
     text += [f"# HELP {_HISTOGRAM} From arrival to the answer", f"# TYPE {_HISTOGRAM} histogram"]
     for where, line in places:
         text += _histogram(where, line.meter)
-    for name, found in groupby(sorted(gauges()), key=attrgetter("name")):
-        for place, gauge in enumerate(found):
-            text += [f"# HELP {name} {gauge.about}", f"# TYPE {name} gauge"] * (not place)
-            text.append(f"{name}{{{gauge.labels}}} {gauge.value}" if gauge.labels else f"{name} {gauge.value}")
+    for name, found in groupby(sorted([*gauges(), *more], key=attrgetter("name")), key=attrgetter("name")):
+        for place, metric in enumerate(found):
+            text += [f"# HELP {name} {metric.about}", f"# TYPE {name} {metric.kind}"] * (not place)
+            text.append(_sample(name, metric.labels, metric.value) if metric.labels else f"{name} {metric.value}")
     return "\n".join(text) + "\n"
 
 
@@ -133,24 +133,25 @@ def _sample(name: str, labels: _Labels, value: float) -> str:
     return f"{name}{{{inside}}} {value:g}" if isinstance(value, float) else f"{name}{{{inside}}} {value}"
 
 
-class Gauge(NamedTuple):
-    """One number under Triton's name; `labels` are `key="value"` pairs, or empty."""
+class Metric(NamedTuple):
+    """One number under a name; those of one name share `about` and `kind`."""
 
     name: str
     about: str
     value: float
-    labels: str = ""
+    labels: _Labels = ()
+    kind: Literal["gauge", "counter"] = "gauge"
 
 
-def gauges() -> Iterator[Gauge]:
+def gauges() -> Iterator[Metric]:
     """All that can be told here. Triton measures the processor between two looks at it; so does this."""
     memory = hardware.memory()
-    yield Gauge("nv_cpu_utilization", "Share of the processor in use since the last look", psutil.cpu_percent() / 100)
-    yield Gauge("nv_cpu_memory_total_bytes", "Memory that the server may use", memory)
-    yield Gauge("nv_cpu_memory_used_bytes", "Memory in use", memory - hardware.free_memory())
+    yield Metric("nv_cpu_utilization", "Share of the processor in use since the last look", psutil.cpu_percent() / 100)
+    yield Metric("nv_cpu_memory_total_bytes", "Memory that the server may use", memory)
+    yield Metric("nv_cpu_memory_used_bytes", "Memory in use", memory - hardware.free_memory())
     if peak.most:
-        yield Gauge("torchship_server_memory_bytes", "Memory of all processes of this server", peak.now)
-        yield Gauge("torchship_server_peak_memory_bytes", "The most that it has held", peak.most)
+        yield Metric("torchship_server_memory_bytes", "Memory of all processes of this server", peak.now)
+        yield Metric("torchship_server_peak_memory_bytes", "The most that it has held", peak.most)
     nvml = _driver()
     for index in range(nvml.nvmlDeviceGetCount() if nvml else 0):
         yield from _gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
@@ -170,8 +171,8 @@ def _driver() -> Any:
     return pynvml
 
 
-def _gpu(nvml: Any, device: Any) -> Iterator[Gauge]:
-    label = f'gpu_uuid="{nvml.nvmlDeviceGetUUID(device)}"'
+def _gpu(nvml: Any, device: Any) -> Iterator[Metric]:
+    label = (("gpu_uuid", nvml.nvmlDeviceGetUUID(device)),)
     memory = nvml.nvmlDeviceGetMemoryInfo(device)
     readings: dict[str, tuple[str, Callable[[], float]]] = {
         "nv_gpu_utilization": ("Share of the GPU in use", lambda: nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100),
@@ -183,6 +184,6 @@ def _gpu(nvml: Any, device: Any) -> Iterator[Gauge]:
     }
     for name, (about, read) in readings.items():
         try:
-            yield Gauge(name, about, read(), label)
+            yield Metric(name, about, read(), label)
         except nvml.NVMLError:
             continue  # this one cannot tell

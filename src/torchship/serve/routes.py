@@ -1,9 +1,10 @@
 """The public door for applications that answer HTTP beside the models, on the same port.
 
 The server's file names a function, `[[mount]] run = "module:function"`. It is called once, with the Service and the
-`options` of that table, before the port opens, and returns a list of `Route`, or `Mounted(routes, run)` where there is
-work beside the requests: the coroutine function `run` is a task from when the models are open until the server
-stops, when it is cancelled and awaited. What the function raises stops the start; what `run` raises is logged.
+`options` of that table, before the port opens, and returns a list of `Route`, or `Mounted(routes, run, metrics)` where
+there is work beside the requests: the coroutine function `run` is a task from when the models are open until the server
+stops, when it is cancelled and awaited; `metrics` gives a list of `Metric` for `/metrics`. What the function raises
+stops the start; what `run` raises is logged.
 
 - `Route(method, pattern, endpoint, scope, about)`: `pattern` is a path with `{places}` for names and `{places:text}`
   for any printable text; `scope` is what a token must allow: "" (nothing), infer, manage or metrics.
@@ -23,11 +24,13 @@ stops, when it is cancelled and awaited. What the function raises stops the star
 from torchship.serve.http.content import content_type, query_parameters, query_words, read_form, read_json
 from torchship.serve.http.exchange import Exchange, HttpFault
 from torchship.serve.http.router import Mounted, Route
+from torchship.serve.prometheus import Metric
 from torchship.serve.service import Service
 
 __all__ = [
     "Exchange",
     "HttpFault",
+    "Metric",
     "Mounted",
     "Route",
     "Service",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
@@ -51,6 +51,7 @@ class Service:
         self._traces = traces
         self.catalog = catalog
         self.draining = False
+        self.measured: list[Callable[[], Iterable[prometheus.Metric]]] = []  # beside the lines: of mounts
         self._control = control
         self._loop = asyncio.get_running_loop()
 
@@ -152,7 +153,7 @@ class Service:
 
     def metrics(self) -> str:
         """Everything measured, in Prometheus' text format."""
-        return prometheus.render(self.catalog.lines())
+        return prometheus.render(self.catalog.lines(), [metric for read in self.measured for metric in read()])
 
     def repository_index(self, *, ready: object = False) -> list[dict[str, Any]]:
         """`name`, `version`, `state` and `reason` of every known model version. Raises BadInput for an odd `ready`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from torchship import home, textfiles
-from torchship.errors import BadConfig
+from torchship import home
+from torchship.errors import BadConfig, NotFound
 from torchship_video.sinks import SinkConfig
 from torchship_video.stages import DETECTOR, SIDE
 from torchship_video.tracking import TrackerOptions
@@ -122,10 +123,14 @@ def convert(data: object, *, kind: Any = WatchConfig) -> Any:
 
 
 def read(path: Path | str) -> WatchConfig:
-    """The configuration in a TOML file; sources, folders and the store are found from it. Raises NotFound, BadConfig."""
+    """The configuration in a TOML file; sources, folders, the store are found from it. Raises NotFound, BadConfig."""
     path = home.expand(path)
     try:
-        config: WatchConfig = convert(textfiles.read_toml(path))
+        config: WatchConfig = convert(tomllib.loads(path.read_text()))
+    except OSError as fault:
+        raise NotFound(f"{path}: {fault.strerror}", hint="give a file such as cameras.toml") from None
+    except ValueError as fault:  # of TOML, or of its encoding
+        raise BadConfig(f"{path}: {fault}", hint="see apps/video/docs/video.md") from None
     except BadConfig as fault:
         raise BadConfig(f"{path}: {fault}", hint=fault.hint) from None
     change, near = msgspec.structs.replace, path.parent

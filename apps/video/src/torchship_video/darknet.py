@@ -81,8 +81,8 @@ class Darknet(nn.Module):
 def sections(text: str) -> list[dict[str, str]]:
     """The sections of a cfg, each with its `kind`."""
     found: list[dict[str, str]] = []
-    for line in text.splitlines():
-        line = line.partition("#")[0].strip()
+    for whole in text.splitlines():
+        line = whole.partition("#")[0].strip()
         if line.startswith("["):
             found.append({"kind": line.strip("[]")})
         elif line:

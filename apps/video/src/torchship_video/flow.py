@@ -18,7 +18,7 @@ from torchship.serve.routes import Metric, Service
 from torchship_video.config import CameraConfig
 from torchship_video.messages import CameraStatus, Frame, Observation
 from torchship_video.stream import Stream
-from torchship_video.zones import LineConfig, Zones, ZoneConfig
+from torchship_video.zones import LineConfig, ZoneConfig, Zones
 
 _log = logging.getLogger("torchship.video")
 _MOST = 256  # cameras
@@ -27,8 +27,9 @@ OnFrame: TypeAlias = Callable[[Frame], None]
 
 
 class Feed(Protocol):
-    """Where a camera's frames come from: `run` gives them to the callback that it was made with, until cancelled or
-    for good at an end; its state is told in words too. `decoded` counts frames, `lost` those the source had to drop."""
+    """Where a camera's frames come from: `run` gives them to the callback that it was made with until cancelled; its
+    state is told in words too. `release` says that a frame is not needed any more: a source that waits, decodes only
+    as many frames as its ring has slots until they are released."""
 
     state: State
     words: str
@@ -38,6 +39,8 @@ class Feed(Protocol):
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
+
+    def release(self, frame: Frame) -> None: ...
 
 
 OpenFeed: TypeAlias = Callable[[CameraConfig, OnFrame], Feed]
@@ -87,10 +90,16 @@ class Flow:
         if len(self.cameras) >= _MOST:
             raise BadInput(f"there are {_MOST} cameras already", hint="remove some")
         stream = Stream(
-            config, self._service, on_observation=self._observed, on_restarted=self._restarted, score=self._score
+            config,
+            self._service,
+            on_observation=self._observed,
+            on_restarted=self._restarted,
+            on_release=lambda frame: feed.release(frame),  # noqa: PLW0108  # it is made below
+            score=self._score,
         )
+        feed = self._open_feed(config, stream.offer)
         zones = Zones(self._zones, self._lines, camera=config.name)
-        camera = WatchedCamera(config, self._open_feed(config, stream.offer), stream, zones)
+        camera = WatchedCamera(config, feed, stream, zones)
         self.cameras[config.name] = camera
         if config.paused:
             camera.feed.pause()

@@ -1,6 +1,6 @@
 """One camera's way through the flow: which frames are looked at, several at a time, and their tracks in order.
 
-    offer -> waiting (by policy) -> detect, `in_flight` at once -> track, one after the other -> observation
+offer -> waiting (by policy) -> detect, `in_flight` at once -> track, one after the other -> observation
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from torchship.errors import TorchshipError
 from torchship.serve.routes import Service
+from torchship.stage import Value
 from torchship.tensors import Tensors
 from torchship_video import ring
 from torchship_video.config import CameraConfig
@@ -72,13 +73,15 @@ class Stream:
         *,
         on_observation: Callable[[Observation], None],
         on_restarted: Callable[[str], None] = lambda _: None,
+        on_release: Callable[[Frame], None] = lambda _: None,
         score: float = 0.1,
         lines: tuple[str, str] = ("detect", "track"),
     ) -> None:
-        """`lines` are the names of the models that detect and track; `score` is the least that a box must have."""
+        """`lines` are the names of the models that detect and track; `score` is the least that a box must have. Of
+        every frame that was offered `on_release` is told when it is not needed any more."""
         self.config, self.meter, self.fault = config, StreamMeter(), ""
         self._service, self._score, (self._detect, self._track) = service, score, lines
-        self._on_observation, self._on_restarted = on_observation, on_restarted
+        self._on_observation, self._on_restarted, self._on_release = on_observation, on_restarted, on_release
         self._region = Region(config.region)
         self._gate = MotionGate(config.motion, hold=config.motion_hold, region=self._region) if config.motion else None
         self._waiting: deque[Frame] = deque()
@@ -99,10 +102,11 @@ class Stream:
             ring.hold(frame)
         except TorchshipError:
             self.meter.drops["stale"] += 1
+            self._on_release(frame)
             return
         keep = {"oldest": self.config.queue, "latest": 1}.get(self.config.keeps, 0)
         while keep and len(self._waiting) >= keep:
-            ring.release(self._waiting.popleft())
+            self._release(self._waiting.popleft())
             self.meter.drops["full"] += 1
         self._waiting.append(frame)
         self._news.set()
@@ -168,7 +172,7 @@ class Stream:
                 self._failed(fault)
             finally:
                 self._pending.popleft()
-                ring.release(frame)
+                self._release(frame)
                 self._room.release()
 
     async def _finish_one(self, frame: Frame, task: asyncio.Task[Tensors] | None) -> None:
@@ -193,7 +197,7 @@ class Stream:
         start = not self._started
         if start:
             self._sequence, self._first = self._sequence + 1, self._next
-        values = {"sequence_id": self._id, "sequence_start": start, "first": self._first}
+        values: dict[str, Value] = {"sequence_id": self._id, "sequence_start": start, "first": self._first}
         try:
             answer = await self._service.infer(self._track, inputs, parameters=values)
         except TorchshipError:
@@ -211,6 +215,10 @@ class Stream:
     def _id(self) -> str:
         return f"{self.config.name}/{self._sequence}"
 
+    def _release(self, frame: Frame) -> None:
+        ring.release(frame)
+        self._on_release(frame)
+
     def _failed(self, fault: TorchshipError) -> None:
         reason = "stale" if "StaleFrame" in str(fault) or "was overwritten" in str(fault) else "failed"
         self.meter.drops[reason] += 1
@@ -225,8 +233,7 @@ class Stream:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for frame in (*self._waiting, *(frame for frame, _ in self._pending)):
-            ring.release(frame)
+            self._release(frame)
             self.meter.drops["removed"] += 1
         self._waiting.clear()
         self._pending.clear()
-

@@ -40,10 +40,14 @@ class Route(NamedTuple):
 
 
 class Mounted(NamedTuple):
-    """What a mount adds to a server: routes, and `run`, work beside the requests: a task while the server serves."""
+    """What a mount adds to a server: routes, and `run`, work beside the requests: a task while the server serves.
+
+    `metrics` is called whenever somebody asks for the server's metrics, and gives `Metric`s of the mount's own.
+    """
 
     routes: Sequence[Route] = ()
     run: Callable[[], Coroutine[Any, Any, None]] | None = None
+    metrics: Callable[[], Iterable[Any]] | None = None
 
 
 @dataclass(slots=True)
