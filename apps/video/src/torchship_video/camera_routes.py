@@ -8,10 +8,9 @@ import msgspec
 
 from torchship.errors import BadInput
 from torchship.serve.routes import Exchange, Route, read_json
-from torchship_video.config import CameraConfig, convert
+from torchship_video.config import CameraConfig, convert, redacted
 from torchship_video.flow import Flow
 from torchship_video.messages import CameraStatus
-from torchship_video.redact import redacted
 
 
 def camera_routes(flow: Flow) -> list[Route]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -15,6 +16,7 @@ from torchship_video.stages import DETECTOR, SIDE
 from torchship_video.tracking import TrackerOptions
 from torchship_video.zones import LineConfig, ZoneConfig
 
+_SECRET = re.compile(r"(?<=://)[^/@\s]*@")
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}$")]
 Share: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Policy: TypeAlias = Literal["", "wait", "oldest", "latest"]
@@ -68,7 +70,7 @@ class DetectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """`[detector]`: the line `detect`. By default YOLOv3-tiny as `torchship watch prepare` made it.
 
     Another detector is an `artifact` with `stages` behind it that give boxes, scores and labels as torchship's own
-    `torchship.stages.boxes:Detections` does; `side`, `planes` and `unit` say what it takes: see stages.Letterbox.
+    `torchship.stages.boxes:Detections` does; `side`, `planes` and `unit` say what it takes: see stages.Squares.
     """
 
     artifact: str = DETECTOR
@@ -146,3 +148,8 @@ def read(path: Path | str) -> WatchConfig:
 def _beside(folder: Path, name: str) -> str:
     """A path in the file, found from the file; addresses and the empty name stay as they are."""
     return str((folder / home.expand(name)).resolve()) if name and "://" not in name else name
+
+
+def redacted(text: str) -> str:
+    """The same text with `***@` where addresses in it hold a user or a password."""
+    return _SECRET.sub("***@", text)

@@ -17,7 +17,7 @@ from torchship.errors import BadInput, NotFound
 from torchship.serve.routes import Metric, Service
 from torchship_video.config import CameraConfig
 from torchship_video.messages import CameraStatus, Frame, Observation
-from torchship_video.stream import Stream
+from torchship_video.stream import CameraStream
 from torchship_video.zones import LineConfig, ZoneConfig, Zones
 
 _log = logging.getLogger("torchship.video")
@@ -52,7 +52,7 @@ class WatchedCamera:
 
     config: CameraConfig
     feed: Feed
-    stream: Stream
+    stream: CameraStream
     zones: Zones
     tasks: tuple[asyncio.Task[None], ...] = ()
 
@@ -89,7 +89,7 @@ class Flow:
             raise BadInput(f"camera {config.name!r} is there already", hint="change it, or take another name")
         if len(self.cameras) >= _MOST:
             raise BadInput(f"there are {_MOST} cameras already", hint="remove some")
-        stream = Stream(
+        stream = CameraStream(
             config,
             self._service,
             on_observation=self._observed,

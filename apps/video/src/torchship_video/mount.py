@@ -47,7 +47,7 @@ def serving(config: WatchConfig, *, file: str = "", until_end: bool = False, ter
         {
             "name": "detect",
             "stages": [
-                {"run": "torchship_video.stages:Letterbox", "options": fit, "copies": detector.copies},
+                {"run": "torchship_video.stages:Squares", "options": fit, "copies": detector.copies},
                 {
                     "artifact": detector.artifact,
                     "name": "detector",
@@ -61,7 +61,7 @@ def serving(config: WatchConfig, *, file: str = "", until_end: bool = False, ter
         },
         {
             "name": "track",
-            "run": "torchship_video.stages:Track",
+            "run": "torchship_video.stages:Tracking",
             "options": msgspec.to_builtins(config.tracker),
             "sequence_idle": 3600.0,
         },

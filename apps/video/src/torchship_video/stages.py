@@ -1,6 +1,6 @@
 """The stages of a frame on the engine's lines: from its handle to the detector's square, from maps to boxes, to tracks.
 
-`detect` is the line Letterbox -> a detector's artifact -> Boxes; `track` is the line of Track alone, whose sequences
+`detect` is the line Squares -> a detector's artifact -> Boxes; `track` is the line of Tracking alone, whose sequences
 are the cameras. They are apart since frames of one camera may be detected at the same time, but are tracked in order.
 """
 
@@ -26,7 +26,7 @@ _FOUND = "boxes:FP32[0..,4], scores:FP32[0..], labels:BYTES[0..]"
 
 
 @stage("frame:BYTES[-1,1] -> pixels:UINT8[-1,416,416,3], place:FP32[-1,5]", batched=True, max_batch=8)
-class Letterbox:
+class Squares:
     """Frames, read in place by their handles, fitted into squares of `side` as RGB.
 
     `place` remembers how, as the engine's Letterbox does: scale, left and top border, height and width of the frame.
@@ -88,7 +88,7 @@ class Boxes:
 
 
 @stage(f"{_FOUND}, state:BYTES[1] -> tracks:BYTES[1]")
-class Track:
+class Tracking:
     """The boxes of a camera's next frame to its tracks: `tracks` is MessagePack, a list of messages.Track.
 
     `state` is MessagePack of (seconds in the stream, whether the frame was looked at by the detector). A sequence is a

@@ -63,7 +63,7 @@ class StreamMeter:
         return float(np.quantile(self._ages, share)) if self._ages else 0.0
 
 
-class Stream:
+class CameraStream:
     """The frames of one camera. All methods belong to the event loop's thread."""
 
     def __init__(

@@ -13,7 +13,6 @@ from torchship.errors import BadConfig, CorruptArtifact, NotFound, Unsupported
 from torchship_video import config, darknet, stages, yolo
 from torchship_video.messages import Frame
 from torchship_video.motion import MotionGate, Region
-from torchship_video.redact import redacted
 from torchship_video.tracking import CameraTracker, TrackerOptions
 
 CFG = """
@@ -160,4 +159,4 @@ def test_faults_of_cameras_toml_have_a_path(tmp_path: Path) -> None:
     found = config.read(file).camera
     assert found[0].source == str(tmp_path / "x.mp4")
     assert [camera.keeps for camera in found] == ["wait", "latest"]
-    assert redacted(f"open {found[1].source} failed") == "open rtsp://***@h/1 failed"
+    assert config.redacted(f"open {found[1].source} failed") == "open rtsp://***@h/1 failed"
