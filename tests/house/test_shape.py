@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_984
+ENGINE = 34_994
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -91,15 +91,15 @@ ROOMS = {
     "torchship.optimize": 6_780,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
-    "torchship.serve": 2_491,
+    "torchship.serve": 2_497,
     "torchship.serve.api": 1_357,
     "torchship.serve.engine": 2_800,
-    "torchship.serve.http": 3_430,
+    "torchship.serve.http": 3_434,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 1_701,
+    "torchship_video": 3_575,
     "torchship_video.identity": 1_327,
     "torchship_video.sinks": 1_228,
     "torchship_video.sources": 1,
