@@ -13,19 +13,21 @@ import signal
 from collections.abc import Coroutine
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from torchship.errors import TorchshipError
+from torchship.errors import BadConfig, TorchshipError
 from torchship.serve.routes import Mounted, Service
 from torchship_video import config as configs
 from torchship_video import ring
 from torchship_video.camera_routes import camera_routes
-from torchship_video.config import CameraConfig, WatchConfig
+from torchship_video.config import CameraConfig, WatchConfig, redacted
 from torchship_video.flow import Feed, Flow, OnFrame
 from torchship_video.messages import CameraStatus
+from torchship_video.recording import Recording
 from torchship_video.sinks.runner import SinkRunner
 
 _log = logging.getLogger("torchship.video")
@@ -212,10 +214,14 @@ class _Application:
 
 
 def open_feed(config: CameraConfig, on_frame: OnFrame) -> Feed:
-    """The camera's source in a process of its own, under its supervisor. Raises BadConfig for no source."""
-    supervisor: Any = import_module("torchship_video.supervisor")
-    feed: Feed = supervisor.Camera(config, on_frame=on_frame)
-    return feed
+    """The camera's frames, decoded by a process of its own. Raises BadConfig for a source that is not known."""
+    if find_spec("torchship_video.supervisor"):
+        supervisor: Any = import_module("torchship_video.supervisor")
+        feed: Feed = supervisor.Camera(config, on_frame=on_frame)
+        return feed
+    if "://" in config.source:
+        raise BadConfig(f"camera {config.name}: no source for {redacted(config.source)}", hint="give a video file")
+    return Recording(config, on_frame)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The tracks of one camera, by a tracker of the package `trackers`. It runs in a process of its own: see stages.Tracking.
+"""The tracks of one camera, by a tracker of the package `trackers`, in a process of its own: see stages.Tracking.
 
 A track has a number from when it is confirmed on; before that it has none (the package says -1) and is told with number
 0 and `confirmed` false, so that nothing counts it.

@@ -21,6 +21,7 @@ from torchship.serve.host import Server
 from torchship_video import mount
 from torchship_video.flow import Flow
 from torchship_video.messages import Observation
+from torchship_video.recording import Recording
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -71,7 +72,7 @@ async def watching(
             made.append(self)
 
     monkeypatch.setattr(mount, "Flow", SeenFlow)
-    monkeypatch.setattr(mount, "open_feed", video_kit.FileFeed)
+    monkeypatch.setattr(mount, "open_feed", Recording)
     server = Server(server_configs.convert(video_kit.serving(cameras, **more)))
     await server.open()
     try:
