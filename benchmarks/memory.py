@@ -5,7 +5,7 @@
 Each row is a fresh process (or server with all its processes) under load, sampled every 30 ms from its start. `MB` is
 what it holds as if nothing else ran: pages shared with strangers count in full, which PSS on a busy machine divides
 (`PSS` stands beside it). Peers get float32 tensors in a loop in their own process; ours and FastAPI get them over HTTP.
-The last line takes ours as it is meant for small machines: int8, one process, one row at a time.
+The last line takes ours as it is meant for small machines: ncnn with weights in half, one process, a row at a time.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ for precision in ("fp32", "int8"):
     options = {"precision": precision, "arena": False}
     wish = replace(model, calibration=data) if precision == "int8" else model
     packed(wish, out / precision, recipe=Recipe("onnxruntime", options), name="mobilenet", provenance=made)
+half = Recipe("ncnn", {"precision": "fp16"})
+packed(model, out / "ncnn", recipe=half, name="mobilenet", provenance=made)
 """
 ONNX = """
 import sys
@@ -253,9 +255,9 @@ def free_port() -> int:
 
 def files() -> Path:
     """The models, made once."""
-    if not (CACHE / "int8" / "manifest.json").exists():
+    if not (CACHE / "ncnn" / "manifest.json").exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        for name in ("fp32", "int8"):
+        for name in ("fp32", "int8", "ncnn"):
             subprocess.run(["rm", "-rf", str(CACHE / name)], check=True)
         subprocess.run([sys.executable, "-c", MAKE, str(CACHE)], check=True, stdout=subprocess.DEVNULL)
     return CACHE
@@ -267,6 +269,9 @@ def main(rounds: int) -> None:
     folder, python = files(), sys.executable
     onnx = {name: str(folder / name / "backend" / "model.onnx") for name in ("fp32", "int8")}
     contestants: dict[str, Callable[[int], Peak]] = {
+        "torchship HTTP, one process, ncnn fp16, a row at a time": lambda rows: ours(
+            folder, "ncnn", rows, rounds, one=True, most=1
+        ),
         "torchship HTTP, one process, int8, a row at a time": lambda rows: ours(
             folder, "int8", rows, rounds, one=True, most=1
         ),
@@ -288,15 +293,15 @@ def main(rounds: int) -> None:
         "FastAPI + torch, fp32": lambda rows: fastapi(folder, rows, rounds),
     }
     print(f"MobileNetV3-Large, 224x224, one thread, {platform.machine()}; MB of all processes together")
-    print(f"{'':52} {'b1 MB':>8} {'b8 MB':>8} {'b1 PSS':>8} {'b8 PSS':>8}")
+    print(f"{'':56} {'b1 MB':>8} {'b8 MB':>8} {'b1 PSS':>8} {'b8 PSS':>8}")
     table: dict[str, list[Peak]] = {}
     for name, measure in contestants.items():
         try:
             table[name] = found = [measure(rows) for rows in ROWS]
         except Missing as fault:
-            print(f"{name:52} {fault}", flush=True)
+            print(f"{name:56} {fault}", flush=True)
             continue
-        print(f"{name:52} " + " ".join(f"{one.held:8.1f}" for one in found), end=" ")
+        print(f"{name:56} " + " ".join(f"{one.held:8.1f}" for one in found), end=" ")
         print(" ".join(f"{one.pss:8.1f}" for one in found), flush=True)
     first = next(iter(contestants))
     best = {"b1_mb": (first, 0), "b8_mb": (first, 1), "bare_ort_b1_mb": ("ONNX Runtime alone, fp32", 0)}
