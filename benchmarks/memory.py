@@ -5,7 +5,7 @@
 Each row is a fresh process (or server with all its processes) under load, sampled every 30 ms from its start. `MB` is
 what it holds as if nothing else ran: pages shared with strangers count in full, which PSS on a busy machine divides
 (`PSS` stands beside it). Peers get float32 tensors in a loop in their own process; ours and FastAPI get them over HTTP.
-The last line takes ours as it is meant for small machines: ncnn with weights in half, one process, a row at a time.
+The last line takes ours as it is meant for small machines: ncnn with weights in half, in one process, a row at a time.
 """
 
 from __future__ import annotations

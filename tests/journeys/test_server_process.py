@@ -19,10 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from tests.unit.artifact.made import linear
+from torchship.client import Client
 
 ROOT = Path(__file__).parents[2]
 TWO = """
@@ -125,6 +127,11 @@ def test_in_one_process_there_is_no_other_and_it_says_what_that_costs(tmp_path: 
     with serving(TWO, tmp_path, "--one-process") as server:
         assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4
         assert workers_of(server) == []
+        code = "import sys, torchship.serve.host; print('google.protobuf' in sys.modules)"
+        found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert found.stdout == "False\n"  # gRPC is loaded by its first call
+        with Client(server.url.replace("http", "grpc")) as client:
+            assert client.infer("double", np.full((1, 4), 3, np.float32))["y"].tolist() == [[6.0] * 4]
         held = re.search(r"^torchship_server_peak_memory_bytes (\d+)$", metrics(server), re.MULTILINE)
         assert held
         assert int(held[1]) > 2**24

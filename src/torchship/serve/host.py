@@ -128,6 +128,7 @@ class Server:
         given: dict[str, Any] = {
             "admit": gate(config.token),
             "receivers": self.receivers,
+            "thrifty": config.one_process,
             "tls": self._certificates.context if self._certificates else None,
             "limits": ConnectionLimits(
                 body=http.max_body,

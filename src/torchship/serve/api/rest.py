@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -12,7 +13,6 @@ import msgspec
 from torchship.serve.api.docs import docs_routes
 from torchship.serve.api.front import Front
 from torchship.serve.api.generate import generate_routes
-from torchship.serve.api.grpc import all_rpcs
 from torchship.serve.api.infer import Inference
 from torchship.serve.api.regions import NO_CUDA, refuse_cuda
 from torchship.serve.http.content import json_object, read_json
@@ -22,7 +22,29 @@ from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.listen import Listener, LocalListener, bind
 from torchship.serve.http.pool import PooledListener, ReceiverPool
 from torchship.serve.http.router import Route, Router
-from torchship.serve.http.site import ConnectionLimits, Cors, Site
+from torchship.serve.http.site import ConnectionLimits, Cors, Rpc, Site
+
+
+class Rpcs(Mapping[str, Rpc]):
+    """Every gRPC method by its path, made when the first is asked for: protobuf and its messages take 5 MB."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    @cached_property
+    def found(self) -> Mapping[str, Rpc]:
+        from torchship.serve.api.grpc import all_rpcs
+
+        return all_rpcs(self._front)
+
+    def __getitem__(self, path: str) -> Rpc:
+        return self.found[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
 
 
 async def listen(
@@ -38,15 +60,18 @@ async def listen(
     routes: Sequence[Route] = (),
     grpc_only: bool = False,
     receivers: ReceiverPool | None = None,
+    thrifty: bool = False,
 ) -> Listener:
     """Serve HTTP/1.1 and HTTP/2 (and gRPC over the latter, or nothing but that) until the listener is closed.
 
     `routes` adds endpoints of applications to the same port. `receivers`, which have the certificate themselves, run
-    the connections instead of this process. Raises Unavailable where the port cannot be bound.
+    the connections instead of this process. `thrifty`: what gRPC needs is loaded by its first call. Raises
+    Unavailable where the port cannot be bound.
     """
     cors = Cors(cors_origins) if cors_origins else None
+    rpcs = Rpcs(front) if thrifty and not grpc_only else Rpcs(front).found
     router = Router(() if grpc_only else all_routes(front, routes))
-    site = Site(router.resolve, limits or ConnectionLimits(), admit, rpcs=all_rpcs(front), cors=cors)
+    site = Site(router.resolve, limits or ConnectionLimits(), admit, rpcs=rpcs, cors=cors)
     protocol = Connection2 if grpc_only else Connection
     if receivers is None:
         return LocalListener(site, await bind(site, protocol, host=host, port=port, tls=tls, shared=shared))
