@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 34_994
+ENGINE = 35_020
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -91,8 +91,8 @@ ROOMS = {
     "torchship.optimize": 6_780,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
-    "torchship.serve": 2_497,
-    "torchship.serve.api": 1_357,
+    "torchship.serve": 2_498,
+    "torchship.serve.api": 1_382,
     "torchship.serve.engine": 2_800,
     "torchship.serve.http": 3_434,
     "torchship.stages": 1_394,
