@@ -69,7 +69,7 @@ class Camera:
         """Nothing: the decoder waits for a slot that nobody holds, and the kernel knows which are held."""
 
     async def run(self) -> None:
-        """Keep frames coming until cancelled. Behind the end of a file its ring is kept till then: sinks may be late."""
+        """Keep frames coming until cancelled; the ring is kept until then as well, since sinks may be late."""
         pause = FIRST_PAUSE
         try:
             while True:
