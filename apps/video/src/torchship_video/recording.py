@@ -21,6 +21,7 @@ from torchship_video.ring import RingWriter, discard
 
 _log = logging.getLogger("torchship.video")
 _END, _LOST, _FREE = b"end", b"lost", b"free"
+_SPARE = 6  # slots
 _PAUSE = 0.5  # seconds before a decoder that died is started again
 _TRIES = 5  # starts without one frame
 State: TypeAlias = Literal["opening", "live", "stalled", "reconnecting", "ended", "paused", "failed"]
@@ -29,7 +30,8 @@ State: TypeAlias = Literal["opening", "live", "stalled", "reconnecting", "ended"
 class Recording:
     """The feed of a camera whose source is a file. A decoder that dies is started again, from the beginning.
 
-    The decoder has as many frames out as its ring has slots but one; `release` lets it go on.
+    The decoder has only so many frames out until they are released; the ring has slots beyond them, for those who hold
+    a frame longer, such as the embedder.
     """
 
     def __init__(self, config: CameraConfig, on_frame: Callable[[Frame], None]) -> None:
@@ -152,15 +154,16 @@ def _decode(config: CameraConfig, sock: socket.socket) -> None:
                 if picture.format.name not in ("yuv420p", "yuvj420p"):
                     picture = picture.reformat(width, height, "yuv420p")  # noqa: PLW2901
                 if ring is None or ring.size < pixel_bytes(width, height, "I420"):
-                    ring = RingWriter.make(size=pixel_bytes(width, height, "I420"))
-                    room = ring.slots - 1
+                    room = config.queue + config.in_flight + 2
+                    ring = RingWriter.make(size=pixel_bytes(width, height, "I420"), slots=room + _SPARE)
                 if not room:
                     sock.recv(16)
                     room = 1
                 position = offset + (picture.time or 0.0)
                 if config.realtime:
                     time.sleep(max(0.0, began + position - time.monotonic()))
-                slot = ring.claim()
+                while (slot := ring.claim()) is None and not config.live:
+                    time.sleep(0.001)
                 if slot is None:
                     sock.send(_LOST)
                 else:

@@ -1,0 +1,160 @@
+"""End to end on video: decode, detect every frame, track; against the same libraries in a plain loop, in one run.
+
+    python -m benchmarks.video [--store DIR] [--seconds 20] [--cameras 1,2,4]
+
+The store holds the detector that `torchship watch prepare` made. The clip is made here: vtest.avi (Debian opencv-doc)
+enlarged to 1080p and encoded as H.264, else a moving pattern. The plain loop decodes with OpenCV, letterboxes with
+OpenCV, runs the same artifact with all cores, and makes boxes and tracks with the same functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import uvloop
+
+from torchship.artifact import Store
+from torchship_video import mount, stages
+from torchship_video.config import convert
+from torchship_video.flow import Flow
+from torchship_video.tracking import CameraTracker, TrackerOptions
+
+_SCENE = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
+_WIDTH, _HEIGHT, _FRAMES = 1920, 1080, 300
+
+
+def clip(folder: Path) -> Path:
+    """A clip of 1080p, made once."""
+    import av
+
+    path = folder / "torchship-1080p.mp4"
+    if path.exists():
+        return path
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "23"}
+        if _SCENE.exists():
+            with av.open(str(_SCENE)) as scene:
+                for number, frame in enumerate(scene.decode(video=0)):
+                    if number == _FRAMES:
+                        break
+                    made = frame.reformat(_WIDTH, _HEIGHT, "yuv420p")
+                    made.pts, made.time_base = number, Fraction(1, 25)
+                    out.mux(stream.encode(made))
+        else:
+            for number in range(_FRAMES):
+                pixels = np.roll(np.tile(np.arange(_WIDTH, dtype=np.uint8), (_HEIGHT, 1)), number * 4, axis=1)
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(pixels[..., None], 3, 2), format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+def plain_loop(video: Path, store: Store, *, seconds: float) -> float:
+    """Frames a second of one camera in a loop, as one would write it first."""
+    import cv2
+
+    import torchship
+
+    detector: Any = torchship.open(str(store.resolve(stages.DETECTOR)))
+    boxes, tracker = stages.Boxes(labels=["person"]), CameraTracker(TrackerOptions())
+    capture = cv2.VideoCapture(str(video))
+    scale = stages.SIDE / _WIDTH
+    high = round(_HEIGHT * scale)
+    top = (stages.SIDE - high) // 2
+    place = np.array([[scale, 0, top, _HEIGHT, _WIDTH]], np.float32)
+    count, began = 0, 0.0
+    while not began or time.monotonic() < began + seconds:
+        there, picture = capture.read()
+        if not there:
+            capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
+            continue
+        square = np.full((1, stages.SIDE, stages.SIDE, 3), 114, np.uint8)
+        small = cv2.resize(picture, (stages.SIDE, high), interpolation=cv2.INTER_AREA)
+        square[0, top : top + high] = cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
+        found = detector({"pixels": square})
+        tracker.update(*boxes(found["map0"], found["map1"], place), seconds=count / 25)
+        count += 1
+        if count == 10 and not began:  # warm
+            began, count = time.monotonic(), 0
+    return count / (time.monotonic() - began)
+
+
+async def flow(
+    video: Path, store: Store, *, cameras: int, seconds: float, policy: str, threads: int
+) -> dict[str, float]:
+    """Frames a second of all cameras together, and the age of their frames, by `torchship watch`."""
+    from torchship.serve import config as configs
+    from torchship.serve.host import Server
+
+    made: list[Flow] = []
+
+    class SeenFlow(Flow):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            made.append(self)
+
+    mount.Flow = SeenFlow  # type: ignore[misc]
+    given = [
+        {"name": f"c{at}", "source": str(video), "loop": True, "policy": policy, "realtime": policy != "wait"}
+        for at in range(cameras)
+    ]
+    watch = convert(
+        {"camera": given, "http_port": 0, "identity": {"on": False}, "store": str(store.root),
+         "detector": {"threads": threads}}
+    )  # fmt: skip
+    server = Server(configs.convert(msgspec.to_builtins(mount.serving(watch))))
+    await server.open()
+    try:
+        await asyncio.sleep(4)
+        meters = [one.stream.meter for one in made[0].cameras.values()]
+        before, began = sum(meter.frames for meter in meters), time.monotonic()
+        await asyncio.sleep(seconds)
+        rate = (sum(meter.frames for meter in meters) - before) / (time.monotonic() - began)
+        spent = {
+            f"{name}/{one.name}": 1e3 * one.meter.running / max(1, one.meter.jobs)
+            for (name, _), line in server.catalog.lines().items()
+            for one in line.stations
+        }
+        drops = sum(sum(meter.drops.values()) for meter in meters)
+        ages = {"p50": np.mean([meter.age(0.5) for meter in meters]), "p99": max(meter.age(0.99) for meter in meters)}
+        print(f"  {cameras} cameras, {policy}: {rate:.1f} frames/s, age p50 {1e3 * ages['p50']:.0f} ms, "
+              f"p99 {1e3 * ages['p99']:.0f} ms, {drops} dropped; ms a job: "
+              + ", ".join(f"{name} {value:.1f}" for name, value in spent.items()))  # fmt: skip
+        return {"fps": rate, "p99": 1e3 * float(ages["p99"])}
+    finally:
+        await server.close(patience=0.0)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--store", default="")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--cameras", default="1,2,4")
+    parser.add_argument("--threads", type=int, default=0, help="of the detector; 0: one for each core")
+    given = parser.parse_args()
+    store, folder = Store(given.store or None), Path(os.environ.get("TMPDIR", "/tmp"))  # one's own clip
+    video = clip(folder)
+    plain = plain_loop(video, store, seconds=given.seconds)
+    print(f"  plain loop: {plain:.1f} frames/s")
+    once = {"seconds": given.seconds, "threads": given.threads}
+    alone = uvloop.run(flow(video, store, cameras=1, policy="wait", **once))
+    live = [
+        uvloop.run(flow(video, store, cameras=count, policy="latest", **once))
+        for count in map(int, given.cameras.split(","))
+    ]
+    print(f"end_to_end_fps={alone['fps']:.1f} vs_plain_loop_x={alone['fps'] / plain:.2f} "
+          f"frame_age_p99_ms={live[0]['p99']:.0f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
