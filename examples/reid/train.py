@@ -26,7 +26,7 @@ _TEMPERATURE = 0.1
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def train(steps: int, *, seed: int = 0, people: int = 12, each: int = 4) -> StreetEmbedder:
+def train(steps: int, *, seed: int = 0, people: int = 10, each: int = 3) -> StreetEmbedder:
     """An embedder after `steps` batches of `people` tracks with `each` crops."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
@@ -139,7 +139,7 @@ def evaluate(model: StreetEmbedder, clips: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=Path, help="a folder of MOT clips (NAME.mp4, NAME.gt.txt), for evaluation only")
     parser.add_argument("--out", type=Path, default=WEIGHTS)

@@ -9,6 +9,7 @@ import pytest
 from apps.video.tests.identity_kit import BOUNDS, RULE, gallery, looks, observation, see
 
 from torchship.errors import BadConfig, BadInput, CorruptArtifact, NotFound, Unavailable
+from torchship_video.identity.evidence import EvidenceBook
 from torchship_video.identity.identities import Bounds
 from torchship_video.identity.transitions import TravelTimes
 
@@ -227,3 +228,18 @@ def test_a_tracker_that_began_anew_reuses_its_numbers_for_others() -> None:
     identities.restarted("door")
     assert see(identities, "door", 1, 2, 1.0) != ann
     assert BOUNDS.least == 1
+
+
+def test_the_page_is_given_those_seen_last_with_their_crops() -> None:
+    identities = gallery()
+    ann = see(identities, "door", 1, 1, 0.0, 1.0, crop=b"ann")
+    bob = see(identities, "yard", 1, 2, 5.0, crop=b"bob")
+    book = EvidenceBook(identities)
+    newest, oldest = book.cards()
+    assert (newest.identity, oldest.identity) == (bob, ann)
+    assert (oldest.cameras, oldest.first, len(oldest.crops)) == (("door",), 0.0, 2)
+    assert book.crop(bob, 0) == b"bob"
+    assert book.crop(bob, 1) is None
+    identities.forget(bob)
+    assert book.crop(bob, 0) is None
+    assert [card.identity for card in book.cards()] == [ann]
