@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("torch")
-import torch  # noqa: E402
-from examples.reid.data import Crops  # noqa: E402
-from examples.reid.model import InstanceBatchNorm, OSNet, ResNet50IBN, StreetEmbedder  # noqa: E402
-from examples.reid.train import contrast, rank  # noqa: E402
+import torch
+from examples.reid.data import Crops
+from examples.reid.model import InstanceBatchNorm, OSNet, ResNet50IBN, StreetEmbedder
+from examples.reid.train import contrast, rank
 
 
 def weights(model: torch.nn.Module) -> int:
