@@ -60,7 +60,8 @@ def commands(path: Path) -> Iterator[str]:
             yield from _commands_in(line.strip().removeprefix("$ "))
     for code in re.findall(r"`(torchship [^`]+)`", prose(path)):
         if "..." not in code:
-            yield from _commands_in(code)
+            named = re.fullmatch(r"torchship [a-z-]+( [a-z-]+)?", code)  # text may name a command without its arguments
+            yield from _commands_in(f"{code} --help" if named else code)
 
 
 def _commands_in(line: str) -> Iterator[str]:
