@@ -256,7 +256,7 @@ def open(path: Path, *, signature: Signature, options: Options, device: str = "c
     device = torch_stage.device_of(options, device=device)
     _on_first(device)
     prepare(device=device, threads=threads, tf32=options.get("precision") == "tf32", tune=signature.fixed)
-    threading.Thread(target=_wake, args=(device,), daemon=True).start()
+    threading.Thread(target=_wake, args=(device,)).start()
     exported = program.load_exported(path)
     try:
         plan = msgspec.json.decode((path / PLAN).read_bytes(), type=KernelPlan)

@@ -88,7 +88,8 @@ class CudaStage:
         self._lock = threading.Lock()
         if graphs:
             self._capture_sizes()
-        self._later = threading.Thread(target=self._add_sizes, args=(later,), name="batch sizes", daemon=True)
+        # not a daemon: a process that ends in the middle of a capture is aborted by the driver
+        self._later = threading.Thread(target=self._add_sizes, args=(later,), name="batch sizes")
         if later:
             self._later.start()
 
@@ -241,6 +242,8 @@ class CudaStage:
         """
         for size, read in sorted(later.items()):
             if self._body is None or size > self._sizes[-1]:  # closed, or there was no memory for so many rows
+                return
+            if not threading.main_thread().is_alive():  # the process is about to end
                 return
             try:
                 with torch.inference_mode(), torch.cuda.device(self._device):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -226,3 +228,33 @@ def test_a_stage_that_is_closed_reads_no_more() -> None:
     stage.close()
     assert not more
     assert stage.sizes == [1, 64]
+
+
+ENDING = """
+import threading, torch
+from torchship.lowering import cuda
+from torchship.tensors import Signature
+
+class Late(cuda.CudaStage):
+    def _rooms(self, shapes):
+        return [torch.zeros(shape) for shape in shapes]
+
+def read():
+    begun.set()
+    threading.main_thread().join()  # the process is about to end
+    print("read")
+    return body
+
+begun, body = threading.Event(), lambda x: (x,)
+torch.cuda.device = lambda _: __import__("contextlib").nullcontext()
+cuda.warm, cuda.record = lambda *_: print("warm"), lambda *_, pool: print("recorded")
+signature = Signature.parse("x:FP32[n,3] -> y:FP32[n,3]")
+stage = Late(body, signature=signature, device="cuda", bodies={1: body, 64: body}, later={2: read, 4: read})
+begun.wait(10)
+"""
+
+
+def test_a_process_that_ends_finishes_the_size_at_hand_and_begins_no_other() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["read", "warm", "recorded"]
