@@ -96,10 +96,10 @@ def test_a_search_that_is_killed_leaves_the_best_so_far_published(tmp_path: Path
     assert artifact.manifest.recipe.backend in ("eager", "planted_good")
     assert artifact.manifest.verdict is not None
     assert artifact.manifest.verdict.passed
-    stage = artifact.open(threads=1)
-    answers = stage(artifact.inputs())
-    assert {name: array.shape for name, array in answers.items()}
-    stage.close()
+    if artifact.manifest.recipe.backend == "eager":  # the other one is planted in the child alone
+        stage = artifact.open(threads=1)
+        assert stage(artifact.inputs())
+        stage.close()
 
 
 def test_a_wrong_target_is_one_line_and_exit_code_1(tmp_path: Path) -> None:

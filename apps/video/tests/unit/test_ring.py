@@ -171,9 +171,9 @@ def test_rings_that_were_left_behind_are_removed_and_living_ones_are_not(
 ) -> None:
     left = RingWriter.make(size=24, slots=2)
     left.close(remove=False)
-    assert ring.sweep() == []  # it may be someone's who has not locked it yet
+    assert left.name not in ring.sweep()  # it may be someone's who has not locked it yet
     monkeypatch.setattr(ring, "_SETTLED", -1.0)
-    assert ring.sweep() == [left.name]
+    assert left.name in ring.sweep()
     assert (ring.FOLDER / writer.name).exists()
 
 
