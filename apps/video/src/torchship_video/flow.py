@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -17,7 +17,7 @@ from torchship.errors import BadInput, NotFound
 from torchship.serve.routes import Metric, Service
 from torchship_video.config import CameraConfig
 from torchship_video.messages import CameraStatus, Frame, Observation
-from torchship_video.stream import CameraStream
+from torchship_video.stream import CameraStream, nobody_waits
 from torchship_video.zones import LineConfig, ZoneConfig, Zones
 
 _log = logging.getLogger("torchship.video")
@@ -28,8 +28,7 @@ OnFrame: TypeAlias = Callable[[Frame], None]
 
 class Feed(Protocol):
     """Where a camera's frames come from: `run` gives them to the callback that it was made with until cancelled; its
-    state is told in words too. `release` says that a frame is not needed any more: a source that waits, decodes only
-    as many frames as its ring has slots until they are released."""
+    state is told in words too. A frame is in its ring until the callback returns, and as long as it is held there."""
 
     state: State
     words: str
@@ -39,8 +38,6 @@ class Feed(Protocol):
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
-
-    def release(self, frame: Frame) -> None: ...
 
 
 OpenFeed: TypeAlias = Callable[[CameraConfig, OnFrame], Feed]
@@ -70,11 +67,13 @@ class Flow:
         score: float = 0.1,
         recognize: Callable[[Observation], Observation] = lambda observation: observation,
         on_restarted: Callable[[str], None] = lambda _: None,
+        taken: Callable[[str], Awaitable[None]] = nobody_waits,
     ) -> None:
-        """`recognize` gives tracks their identities; `on_restarted(camera)` is told when its tracks began anew."""
+        """`recognize` gives tracks their identities; `on_restarted(camera)` is told when its tracks began anew. A
+        camera with the policy `wait` awaits `taken(camera)` after each observation before it lets the frame go."""
         self._service, self._open_feed, self._score = service, open_feed, score
         self._zones, self._lines = tuple(zones), tuple(lines)
-        self._recognize, self._on_restarted = recognize, on_restarted
+        self._recognize, self._on_restarted, self._taken = recognize, on_restarted, taken
         self._subscribers: list[Callable[[Observation], None]] = []
         self.cameras: dict[str, WatchedCamera] = {}
         self._running = False
@@ -94,7 +93,7 @@ class Flow:
             self._service,
             on_observation=self._observed,
             on_restarted=self._restarted,
-            on_release=lambda frame: feed.release(frame),  # noqa: PLW0108  # it is made below
+            taken=self._taken,
             score=self._score,
         )
         feed = self._open_feed(config, stream.offer)

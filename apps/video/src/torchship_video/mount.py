@@ -12,23 +12,21 @@ import os
 import signal
 from collections.abc import Coroutine
 from contextlib import suppress
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from torchship.errors import BadConfig, TorchshipError
+from torchship.errors import TorchshipError
 from torchship.serve.routes import Mounted, Service
 from torchship_video import config as configs
 from torchship_video import ring
 from torchship_video.camera_routes import camera_routes
-from torchship_video.config import CameraConfig, WatchConfig, redacted
+from torchship_video.config import CameraConfig, WatchConfig
 from torchship_video.flow import Feed, Flow, OnFrame
 from torchship_video.messages import CameraStatus
-from torchship_video.recording import Recording
 from torchship_video.sinks.runner import SinkRunner
+from torchship_video.supervisor import Camera
 
 _log = logging.getLogger("torchship.video")
 _LOOK = 1.0  # seconds between two looks at the file, and at whether all is over
@@ -109,7 +107,15 @@ class _Application:
             )
             self.recognition = Recognition(service, self.identities)
             given = {"recognize": self.recognition.observe, "on_restarted": self.recognition.restarted}
-        self.flow = Flow(service, open_feed, zones=config.zone, lines=config.line, score=config.detector.score, **given)
+        self.flow = Flow(
+            service,
+            open_feed,
+            zones=config.zone,
+            lines=config.line,
+            score=config.detector.score,
+            taken=self._taken,
+            **given,
+        )
         self.sinks = [SinkRunner(sink, zones=config.zone, lines=config.line) for sink in config.sink]
         for sink in self.sinks:
             self.flow.subscribe(sink.offer)
@@ -138,6 +144,10 @@ class _Application:
 
             routes += identity_routes(self.identities)
         return Mounted(routes, self.run, self.flow.metrics)
+
+    async def _taken(self, camera: str) -> None:
+        """Wait until the sinks need the pixels of a camera's observations so far no more."""
+        await asyncio.gather(*(sink.taken(camera) for sink in self.sinks))
 
     def _sink_status(self) -> list[Any]:
         return [sink.status() for sink in self.sinks]
@@ -214,14 +224,8 @@ class _Application:
 
 
 def open_feed(config: CameraConfig, on_frame: OnFrame) -> Feed:
-    """The camera's frames, decoded by a process of its own. Raises BadConfig for a source that is not known."""
-    if find_spec("torchship_video.supervisor"):
-        supervisor: Any = import_module("torchship_video.supervisor")
-        feed: Feed = supervisor.Camera(config, on_frame=on_frame)
-        return feed
-    if "://" in config.source:
-        raise BadConfig(f"camera {config.name}: no source for {redacted(config.source)}", hint="give a video file")
-    return Recording(config, on_frame)
+    """The camera's frames, decoded by a process of its own."""
+    return Camera(config, on_frame=on_frame)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

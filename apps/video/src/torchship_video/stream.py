@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -34,6 +34,10 @@ _NOTHING: Tensors = {
 }
 _tracks = msgspec.msgpack.Decoder(list[Track])
 _Pending: TypeAlias = tuple[Frame, asyncio.Task[Tensors] | None]
+
+
+async def nobody_waits(camera: str) -> None:
+    """What a camera awaits whose observations go to nobody who might be slow."""
 
 
 class StreamMeter:
@@ -73,19 +77,20 @@ class CameraStream:
         *,
         on_observation: Callable[[Observation], None],
         on_restarted: Callable[[str], None] = lambda _: None,
-        on_release: Callable[[Frame], None] = lambda _: None,
+        taken: Callable[[str], Awaitable[None]] = nobody_waits,
         score: float = 0.1,
         lines: tuple[str, str] = ("detect", "track"),
     ) -> None:
-        """`lines` are the names of the models that detect and track; `score` is the least that a box must have. Of
-        every frame that was offered `on_release` is told when it is not needed any more."""
+        """`lines` are the names of the models that detect and track; `score` is the least that a box must have. Where
+        the policy is `wait`, `taken(camera)` is awaited after each observation, and the frame is held until then."""
         self.config, self.meter, self.fault = config, StreamMeter(), ""
         self._service, self._score, (self._detect, self._track) = service, score, lines
-        self._on_observation, self._on_restarted, self._on_release = on_observation, on_restarted, on_release
+        self._on_observation, self._on_restarted, self._taken = on_observation, on_restarted, taken
         self._region = Region(config.region)
         self._gate = MotionGate(config.motion, hold=config.motion_hold, region=self._region) if config.motion else None
         self._waiting: deque[Frame] = deque()
         self._pending: deque[_Pending] = deque()
+        self._leaving: set[asyncio.Task[None]] = set()  # their observations are there, and not yet taken
         self._news = asyncio.Event()
         self._room = asyncio.Semaphore(config.in_flight)
         self._counted = 0
@@ -102,19 +107,18 @@ class CameraStream:
             ring.hold(frame)
         except TorchshipError:
             self.meter.drops["stale"] += 1
-            self._on_release(frame)
             return
         keep = {"oldest": self.config.queue, "latest": 1}.get(self.config.keeps, 0)
         while keep and len(self._waiting) >= keep:
-            self._release(self._waiting.popleft())
+            ring.release(self._waiting.popleft())
             self.meter.drops["full"] += 1
         self._waiting.append(frame)
         self._news.set()
 
     @property
     def idle(self) -> bool:
-        """Whether every frame that was taken has its observation."""
-        return not self._waiting and not self._pending
+        """Whether every frame that was offered has its observation, and nobody needs one any more."""
+        return not (self._waiting or self._pending or self._leaving)
 
     async def run(self) -> None:
         """Analyse frames until cancelled; then let all of them go."""
@@ -172,8 +176,18 @@ class CameraStream:
                 self._failed(fault)
             finally:
                 self._pending.popleft()
-                self._release(frame)
-                self._room.release()
+                leaving = asyncio.ensure_future(self._let_go(frame))
+                self._leaving.add(leaving)
+                leaving.add_done_callback(self._leaving.discard)
+
+    async def _let_go(self, frame: Frame) -> None:
+        """Release a frame, and make room for the next: where the policy is to wait, when it is taken."""
+        try:
+            if self.config.keeps == "wait":
+                await self._taken(self.config.name)
+        finally:
+            ring.release(frame)
+            self._room.release()
 
     async def _finish_one(self, frame: Frame, task: asyncio.Task[Tensors] | None) -> None:
         found = _NOTHING
@@ -215,10 +229,6 @@ class CameraStream:
     def _id(self) -> str:
         return f"{self.config.name}/{self._sequence}"
 
-    def _release(self, frame: Frame) -> None:
-        ring.release(frame)
-        self._on_release(frame)
-
     def _failed(self, fault: TorchshipError) -> None:
         reason = "stale" if "StaleFrame" in str(fault) or "was overwritten" in str(fault) else "failed"
         self.meter.drops[reason] += 1
@@ -228,12 +238,13 @@ class CameraStream:
 
     async def _leave(self) -> None:
         """Let all frames go, and tell the tracker that the camera is gone."""
-        tasks = [task for _, task in self._pending if task is not None]
+        tasks: list[asyncio.Task[Any]] = [task for _, task in self._pending if task is not None]
+        tasks += self._leaving
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for frame in (*self._waiting, *(frame for frame, _ in self._pending)):
-            self._release(frame)
+            ring.release(frame)
             self.meter.drops["removed"] += 1
         self._waiting.clear()
         self._pending.clear()

@@ -23,10 +23,12 @@ CameraState: TypeAlias = Literal["opening", "live", "stalled", "reconnecting", "
 OPENING, STALLED = 20.0, 10.0  # seconds without a frame after which a source is opened again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 _LARGEST = 1 << 16
+_SPARE = 8  # slots of the ring beside those that the flow holds: for the embedder, for sinks, and to decode into
 
 
 class Camera:
-    """One camera. `on_frame` is called with every frame. All methods belong to the event loop's thread."""
+    """One camera. `on_frame` is called with every frame, which the decoder holds in the ring until it returns; it
+    decodes into slots that nobody holds. All methods belong to the event loop's thread."""
 
     def __init__(self, config: CameraConfig, *, on_frame: Callable[[Frame], None]) -> None:
         self._config, self._on_frame = config, on_frame
@@ -64,9 +66,6 @@ class Camera:
             self._last = time.monotonic()
         self._resumed.set()
         self._say(b"resume")
-
-    def release(self, frame: Frame) -> None:
-        """Nothing: the decoder waits for a slot that nobody holds, and the kernel knows which are held."""
 
     async def run(self) -> None:
         """Keep frames coming until cancelled; the ring is kept until then as well, since sinks may be late."""
@@ -106,6 +105,7 @@ class Camera:
             transport=config.transport,
             options=config.options,
             first=self._first,
+            slots=(config.queue if config.keeps == "oldest" else 1) + config.in_flight + _SPARE,
         )
         given: Any = msgspec.to_builtins(task)
         self._child, self._sock = process.converse("torchship_video.sources.decoding:main", argument=given, threads=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import pytest
 import uvloop
@@ -21,7 +23,6 @@ from torchship.serve.host import Server
 from torchship_video import mount
 from torchship_video.flow import Flow
 from torchship_video.messages import Observation
-from torchship_video.recording import Recording
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -72,7 +73,6 @@ async def watching(
             made.append(self)
 
     monkeypatch.setattr(mount, "Flow", SeenFlow)
-    monkeypatch.setattr(mount, "open_feed", Recording)
     server = Server(server_configs.convert(video_kit.serving(cameras, **more)))
     await server.open()
     try:
@@ -100,6 +100,26 @@ async def test_a_file_is_analysed_whole_and_in_order(monkeypatch: pytest.MonkeyP
         text = watched.server.service.metrics()
         assert 'torchship_video_frames_total{camera="one"} 50' in text
         assert 'torchship_video_dropped_total{camera="one",reason="full"} 0' in text
+
+
+@in_loop
+async def test_every_frame_of_a_file_is_in_every_sink(
+    monkeypatch: pytest.MonkeyPatch, video: Path, tmp_path: Path
+) -> None:
+    sinks = [
+        {"kind": "mp4", "options": {"path": str(tmp_path / "film.mp4")}},
+        {"kind": "jsonl", "options": {"path": str(tmp_path / "seen.jsonl"), "empty": True}},
+        {"kind": "motchallenge", "options": {"path": str(tmp_path / "tracks.txt")}},
+    ]
+    async with watching(monkeypatch, [{"name": "one", "source": str(video)}], sink=sinks) as watched:
+        await watched.until(lambda: watched.flow.over)
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 50
+    lines = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert [line["sequence"] for line in lines] == list(range(50))
+    confirmed = [line["sequence"] + 1 for line in lines for track in line["tracks"] if track["confirmed"]]
+    assert confirmed
+    assert [int(row.split(",")[0]) for row in (tmp_path / "tracks.txt").read_text().splitlines()] == confirmed
 
 
 @in_loop
@@ -154,9 +174,9 @@ async def test_what_is_killed_comes_back_and_the_others_run_on(
         highest = max(track.number for one in watched.of("one") for track in one.tracks)
         if killed == "decoder":
             feed: Any = watched.flow.camera("one").feed
-            os.kill(feed.child.pid, signal.SIGKILL)
+            os.kill(feed.pid, signal.SIGKILL)
             await watched.more("two", 10)
-            await watched.until(lambda: feed.starts == 2 and feed.state == "live")
+            await watched.until(lambda: feed.reconnects == 1 and feed.state == "live")
         else:
             watched.kill_worker(killed)
         await watched.more("one", 30)

@@ -70,6 +70,8 @@ class SinkRunner:
         self._room = config.queue or (QUEUE_OF_PIXELS if self.pixels else QUEUE)
         self._queue: deque[tuple[Observation, int]] = deque()
         self._flying: deque[tuple[Observation, int]] = deque()
+        self._offered = 0
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()  # each until so many are done with
         self._child: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._ended = asyncio.Event()
@@ -93,16 +95,32 @@ class SinkRunner:
             self._queue.popleft()
             self._counts["dropped"] += 1
         self._queue.append((observation, 0))
+        self._offered += 1
         self._idle.clear()
         self._pump()
 
-    async def taken(self, seconds: float = GRACE) -> None:
-        """Where pixels are wanted, wait until it has taken all that was offered, for so long at most.
+    async def taken(self, camera: str, seconds: float = PATIENCE) -> None:
+        """Wait until it has taken what was offered so far, for so long at most; where it needs no pixels, only until
+        half of its queue is free.
 
         A file that need not hurry waits so for its films. A sink that is dead is not waited for.
         """
-        if self.pixels and self._state in ("starting", "running"):
-            await self.settled(seconds)
+        wanted = self._offered - (0 if self.pixels else self._room // 2)
+        if self.config.camera not in ("", camera) or self._done >= wanted or not self._alive:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append((wanted, waiter))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(waiter, seconds)
+
+    @property
+    def _alive(self) -> bool:
+        return self._state in ("starting", "running")
+
+    @property
+    def _done(self) -> int:
+        """How many observations of those that were offered are done with, in whatever way; they are in order."""
+        return self._offered - len(self._queue) - len(self._flying)
 
     async def settled(self, seconds: float = GRACE) -> bool:
         """Wait until all that was offered is written, for so long at most; whether it is."""
@@ -131,11 +149,13 @@ class SinkRunner:
                     self._buried()
                 pause = FIRST_PAUSE if time.monotonic() - began > LONGEST_PAUSE else min(pause * 2, LONGEST_PAUSE)
                 self._state = "restarting"
+                self._rest()
                 self._counts["restarts"] += 1
                 _log.warning("sink %s %s; it starts again in about %.1f s", self.status().name, self._words, pause / 2)
                 await asyncio.sleep(pause * random.uniform(0.25, 0.75))  # noqa: S311
         finally:
             self._state = "ended"
+            self._rest()
 
     def _start(self) -> None:
         opening = Opening(restarts=self._counts["restarts"], zones=self._zones, lines=self._lines)
@@ -202,9 +222,9 @@ class SinkRunner:
                     raise OSError("larger than any message")
                 self._sock.send(data)
             except BlockingIOError:
-                return  # its answers make room
+                break  # its answers make room
             except ConnectionError:
-                return  # its end is heard soon
+                break  # its end is heard soon
             except OSError:  # too large for the socket
                 self._queue.popleft()
                 self._counts["dropped"] += 1
@@ -215,6 +235,12 @@ class SinkRunner:
         self._rest()
 
     def _rest(self) -> None:
+        """Tell those who wait what is done with."""
+        for wanted, waiter in tuple(self._waiters):
+            if waiter.done() or self._done >= wanted or not self._alive:
+                self._waiters.remove((wanted, waiter))
+                if not waiter.done():
+                    waiter.set_result(None)
         if not self._queue and not self._flying:
             self._idle.set()
 

@@ -37,6 +37,7 @@ class SourceTask(msgspec.Struct, frozen=True, kw_only=True):
     """What to decode. `wait`: nothing is dropped, the decoder waits for room. `realtime`: as fast as it was filmed.
 
     `first` is the number of the first frame: a file goes on behind those that were sent before its process was lost.
+    `slots` is how many frames the ring has room for.
     """
 
     camera: str
@@ -47,6 +48,7 @@ class SourceTask(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = "tcp"
     options: dict[str, Any] = {}
     first: int = 0
+    slots: int = ring.SLOTS
 
 
 class SourceTold(msgspec.Struct, frozen=True, array_like=True):
@@ -141,7 +143,7 @@ class _Decoder:
         if self._writer is None or size > self._writer.size:
             if self._writer is not None:
                 self._writer.close(remove=False)  # the host removes it when nothing of it is needed
-            self._writer = RingWriter.make(size=size)
+            self._writer = RingWriter.make(size=size, slots=self._task.slots)
         self._listen(0)
         slot = self._writer.claim()
         while slot is None and self._task.wait:
