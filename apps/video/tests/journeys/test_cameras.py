@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from apps.video.tests.camera_kit import Taken, ended, go, until
 from PIL import Image
 
-from torchship_video import pixels, ring
 from torchship_video.config import CameraConfig
-from torchship_video.messages import Frame
 from torchship_video.sources.decoding import kind_of
 from torchship_video.supervisor import Camera
 
@@ -40,52 +39,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
             film.mux(stream.encode(frame))
         film.mux(stream.encode(None))
     return path
-
-
-class Taken:
-    """What a flow does: hold each frame, look at it, let it go a little later."""
-
-    def __init__(self, *, seconds: float = 0.002) -> None:
-        self.frames: list[Frame] = []
-        self.means: list[float] = []
-        self._seconds = seconds
-
-    def __call__(self, frame: Frame) -> None:
-        ring.hold(frame)
-        self.frames.append(frame)
-        asyncio.get_running_loop().call_later(self._seconds, self._look, frame)
-
-    def _look(self, frame: Frame) -> None:
-        with ring.read(frame) as data:
-            self.means.append(float(pixels.to_rgb(data, frame).mean()))
-        ring.release(frame)
-
-    @property
-    def numbers(self) -> list[int]:
-        return [frame.sequence for frame in self.frames]
-
-
-def go(work: Coroutine[Any, Any, None]) -> None:
-    before = rings()
-    asyncio.run(asyncio.wait_for(work, 120))
-    assert rings() <= before  # the memory is back
-
-
-def rings() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("torchship-ring-")}
-
-
-async def until(true: Callable[[], bool], *, seconds: float = 40.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come"
-        await asyncio.sleep(0.01)
-
-
-async def ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
 
 
 def test_every_frame_of_a_file_comes_once_in_order_with_its_pixels(clip: Path) -> None:
