@@ -79,6 +79,9 @@ class Trainer:
         import torch
 
         net.train().to(self.device, memory_format=torch.channels_last)
+        for part in net.modules():  # fresh leaves: those that had gradients are bound to the stream of that time
+            for name, weight in part.named_parameters(recurse=False):
+                setattr(part, name, torch.nn.Parameter(weight.detach().clone()))
         rows = min(_ROWS, len(self.x))
         steps = len(self.x) // rows
         weights = [p for p in net.parameters() if p.requires_grad]
