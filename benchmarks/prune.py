@@ -138,7 +138,7 @@ class Trainer:
 def _graph(step: Callable[[], None]) -> Callable[[], None]:
     import torch
 
-    aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside: Any = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):  # with a rate of zero: weights stay, statistics of norms see a few batches more
@@ -237,6 +237,7 @@ def artifacts(name: str, seed: int, out: Path, store: Path) -> dict[str, Any]:
     import torch
 
     import torchship
+    from torchship.optimize.search import optimize
 
     net = opened(name, seed, out)
     x, _ = fashion.pictures("train")
@@ -247,8 +248,8 @@ def artifacts(name: str, seed: int, out: Path, store: Path) -> dict[str, Any]:
     }
     found = {}
     for word, recipe in recipes.items():
-        report = torchship.optimize(
-            net, torch.from_numpy(x[:2]), calibration=data, recipes=[recipe], goal="size", budget=300.0, threads=2,
+        report = optimize(
+            net, torch.from_numpy(x[:2]), calibration=data, recipes=[recipe], budget=300.0, threads=2,
             guard=torchship.Guard(max_drop=0.05), store=store, name=f"{name}-{seed}-{word}",
         )  # fmt: skip
         if report.winner is None or report.winner.recipe.backend != "onnxruntime":

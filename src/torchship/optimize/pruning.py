@@ -35,16 +35,14 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `flops` is the share of its multiplications that is to go (0.58: 58 % fewer), `rounds` in how many steps, with
     fine-tuning after each. `multiple`: channel counts are multiples of it. `importance` of a channel: the size of its
-    weights, or how much the loss would rise without it (Taylor; needs a loss). `latency`: stop once the model is so
-    many times faster as it is measured, however many multiplications are left (0: by multiplications alone). `keep`
-    names modules that stay as they are.
+    weights, or how much the loss would rise without it (Taylor; needs a loss). `keep` names modules that stay as they
+    are.
     """
 
     flops: float = 0.5
     rounds: int = 3
     multiple: int = 8
     importance: Importance = "magnitude"
-    latency: float = 0.0
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -52,8 +50,6 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise BadConfig(f"prune: flops is {self.flops:g}", hint="a share between 0 and 1, such as 0.5")
         if self.rounds < 1 or self.multiple < 1:
             raise BadConfig("prune: rounds and multiple are at least 1")
-        if self.latency and self.latency <= 1:
-            raise BadConfig(f"prune: latency is {self.latency:g}", hint="how many times faster: more than 1, or 0")
 
 
 _PLAIN = Prune()
@@ -138,7 +134,7 @@ def _pruner(module: nn.Module, inputs: Sequence[torch.Tensor], wish: Prune, loss
     if wish.importance == "taylor":
         if loss is None:
             raise BadConfig("prune: Taylor importance needs a loss", hint="give data, or importance = magnitude")
-        loss(module).backward()
+        loss(module).backward()  # type: ignore[no-untyped-call]
         importance: Any = tp.importance.GroupTaylorImportance(normalizer="mean")
     else:
         importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer="mean")
@@ -272,7 +268,7 @@ def _narrow(layer: nn.Module, kept: Kept) -> None:
     if _depthwise(layer):
         _slice(layer, kept.out, 0)
         width = layer.weight.shape[0]
-        layer.groups = layer.in_channels = layer.out_channels = width  # type: ignore[assignment]
+        layer.groups = layer.in_channels = layer.out_channels = width
         return
     across = 0 if isinstance(layer, _TRANSPOSED) else 1
     if kept.taken is not None:
