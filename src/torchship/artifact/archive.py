@@ -9,7 +9,7 @@ import stat
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -42,16 +42,23 @@ def export(folder: Path | str, *, to: Path | str) -> Path:
 
     Raises BadConfig for another suffix, and what `open_artifact` raises.
     """
+    _check_suffix(Path(to), _WRITTEN)
+    artifact = open_artifact(folder)
+    return write(artifact.path, [entry.path for entry in artifact.manifest.files], to=to)
+
+
+def write(root: Path, paths: Sequence[str], *, to: Path | str) -> Path:
+    """Write the manifest in `root`, its signature where there is one, and the files `paths` to a .tar or .zip file.
+
+    Equal files give an equal archive. Raises BadConfig for another suffix.
+    """
     target = Path(to)
     _check_suffix(target, _WRITTEN)
-    artifact = open_artifact(folder)
-    paths = [MANIFEST, *(entry.path for entry in artifact.manifest.files)]
-    if (artifact.path / SIGNATURE).is_file():
-        paths.insert(1, SIGNATURE)
+    paths = [MANIFEST, *([SIGNATURE] if (root / SIGNATURE).is_file() else []), *paths]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        (_write_tar if target.suffix == ".tar" else _write_zip)(temporary, artifact.path, paths)
+        (_write_tar if target.suffix == ".tar" else _write_zip)(temporary, root, paths)
         folders.sync(temporary)
         os.replace(temporary, target)
     finally:
@@ -64,7 +71,7 @@ def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
         raise BadConfig(f"{path.name}: not an archive's name", hint=f"end it with {' or '.join(suffixes)}")
 
 
-def _write_tar(target: Path, root: Path, paths: list[str]) -> None:
+def _write_tar(target: Path, root: Path, paths: Sequence[str]) -> None:
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
         for path in paths:
             with os.fdopen(folders.open_file(root, path), "rb") as file:
@@ -73,7 +80,7 @@ def _write_tar(target: Path, root: Path, paths: list[str]) -> None:
                 archive.addfile(info, file)
 
 
-def _write_zip(target: Path, root: Path, paths: list[str]) -> None:
+def _write_zip(target: Path, root: Path, paths: Sequence[str]) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for path in paths:
             info = zipfile.ZipInfo(path)
@@ -93,18 +100,26 @@ def extracted(archive: Path | str) -> Iterator[Artifact]:
     folder is checked as any artifact's.
     Raises NotFound, BadConfig, UnsafeArtifact, CorruptArtifact, Unsupported for an unknown format version.
     """
+    with tempfile.TemporaryDirectory(prefix="torchship-") as place:
+        root = Path(place) / home.expand(archive).name
+        unpack(archive, to=root)
+        yield open_artifact(root)
+
+
+def unpack(archive: Path | str, *, to: Path) -> None:
+    """Write the files of an archive below the new folder `to`, which is not verified yet.
+
+    Raises NotFound, BadConfig, UnsafeArtifact for what would leave the folder or grow beyond bounds, CorruptArtifact.
+    """
     path = home.expand(archive)
     _check_suffix(path, SUFFIXES)
     if not path.is_file():
         raise NotFound(f"no file {path}")
-    with tempfile.TemporaryDirectory(prefix="torchship-") as place:
-        root = Path(place) / path.name
-        try:
-            with _opened(path) as members:
-                _extract(members, root, packed=path.stat().st_size, name=path.name)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as fault:
-            raise CorruptArtifact(f"{path.name} cannot be read: {fault}", hint="export or copy it again") from None
-        yield open_artifact(root)
+    try:
+        with _opened(path) as members:
+            _extract(members, to, packed=path.stat().st_size, name=path.name)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as fault:
+        raise CorruptArtifact(f"{path.name} cannot be read: {fault}", hint="export or copy it again") from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -14,7 +15,7 @@ from torchship import hardware, plugins
 from torchship.artifact import folder as folders
 from torchship.artifact import recheck, signing, tensorfile
 from torchship.artifact.folder import MANIFEST, MAX_BYTES, MAX_FILES, SIGNATURE
-from torchship.artifact.manifest import FORMAT, Manifest
+from torchship.artifact.manifest import FORMAT, FileEntry, Manifest
 from torchship.errors import CorruptArtifact, TorchshipError, Unavailable, UnsafeArtifact, Unsupported, WrongMachine
 from torchship.recipe import Recipe
 from torchship.stage import Stage
@@ -148,12 +149,19 @@ def open_artifact(path: Path | str, *, verify: bool | Literal["known"] = True) -
         raise CorruptArtifact(f"{root} has no {MANIFEST}", hint="packing did not finish, or this is no artifact")
     data = folders.read(root, MANIFEST, limit=_MAX_MANIFEST)
     manifest = read_manifest(data, where=str(root / MANIFEST))
-    listed = {entry.path: entry for entry in manifest.files} if verify else {}
+    if verify:
+        check_files(root, manifest.files, unlisted=verify == "known")
+    return Artifact(root, manifest, hashlib.sha256(data).hexdigest())
+
+
+def check_files(root: Path, files: Sequence[FileEntry], *, unlisted: bool = False) -> None:
+    """Raise CorruptArtifact unless the files below `root` are as its manifest lists them, others if `unlisted`."""
+    present, listed = folders.files_below(root), {entry.path: entry for entry in files}
     missing = sorted(listed.keys() - present.keys())
     unknown = sorted(present.keys() - listed.keys() - {MANIFEST, SIGNATURE})
     if missing:
         raise CorruptArtifact(f"{root} lacks {missing[0]}", hint="copy or publish the artifact again")
-    if unknown and verify is True:
+    if unknown and not unlisted:
         raise CorruptArtifact(f"{root} holds {unknown[0]}, which its manifest does not list", hint="remove that file")
     for name, entry in listed.items():  # all sizes before the first hash, which takes long
         if present[name].st_size != entry.size:
@@ -164,4 +172,3 @@ def open_artifact(path: Path | str, *, verify: bool | Literal["known"] = True) -
     for name, entry in listed.items():
         if folders.sha256(root, name) != entry.sha256:
             raise CorruptArtifact(f"{name} was changed: its hash is wrong", hint="copy or publish the artifact again")
-    return Artifact(root, manifest, hashlib.sha256(data).hexdigest())

@@ -60,6 +60,11 @@ def check(stage: Stage, manifest: Manifest, *, inputs: Tensors, outputs: Tensors
         rows = slice(min(stage.max_batch, *(len(array) for array in inputs.values())))
     found = stage({name: array[rows] for name, array in inputs.items()})
     wanted = {name: array[rows] for name, array in outputs.items()}
+    same(manifest, wanted, found)
+
+
+def same(manifest: Manifest, wanted: Tensors, found: Tensors) -> None:
+    """Raise WrongMachine when an artifact's answers `found` differ from its stored ones more than `check` allows."""
     allowed = max(TOLERANCE, 3 * manifest.verdict.error if manifest.verdict else 0.0)
     for name, fault in faults(manifest.signature, wanted, found, allowed=allowed).items():
         raise WrongMachine(
@@ -81,6 +86,6 @@ def faults(signature: Signature, wanted: Tensors, found: Tensors, *, allowed: fl
             error = relative_error(theirs, ours)
             if not error <= allowed:
                 wrong[spec.name] = f"is off by {error:.3g} (relative L2 error, {allowed:.3g} allowed)"
-        elif (same := share_equal(theirs, ours)) < _SAME_SHARE:
-            wrong[spec.name] = f"agrees in {same:.0%} of its values"
+        elif (share := share_equal(theirs, ours)) < _SAME_SHARE:
+            wrong[spec.name] = f"agrees in {share:.0%} of its values"
     return wrong

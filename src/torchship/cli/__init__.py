@@ -25,6 +25,7 @@ _ABOUT = {
     "predict": "Run an artifact, or a served model, on a file.",
     "serve": "Serve artifacts and pipelines by REST and gRPC.",
     "store": "List, show, remove, export and import artifacts.",
+    "edge": "Bring an artifact to a small machine: one archive, tried and updated offline.",
     "doctor": "Say what this machine can run, and why a model does not export.",
     "bench": "Load a server or an artifact and report throughput and latency.",
     "compare": "Compare two artifacts.",
