@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from torchship import __version__, hardware, plugins
+from torchship import hardware, plugins
 from torchship.artifact import archive, signing, wheels
 from torchship.artifact import folder as folders
 from torchship.artifact.folder import MANIFEST
@@ -144,7 +144,7 @@ def pack(
             lines = wheels.locked(root / "wheels")
         else:
             lines = "".join(f"{need}\n" for need in [*wanted, f"torchship=={ours.name.split('-')[1]}"])
-        found = EdgePack(target, python, artifact.manifest.name, with_wheels, __version__, ())
+        found = EdgePack(target, python, artifact.manifest.name, with_wheels, hardware.version("torchship"), ())
         _describe(root, artifact.manifest, found, requirements=lines)
         found = msgspec.structs.replace(found, files=entries(root, artifact))
         data = msgspec.json.format(msgspec.json.encode(found), indent=1)
