@@ -203,6 +203,7 @@ def _describe(root: Path, manifest: Manifest, found: EdgePack, *, requirements: 
 
 
 def entries(root: Path, artifact: Artifact) -> tuple[FileEntry, ...]:
+    """What a pack's manifest says of the files below `root`, those of `artifact` among them."""
     native = {f"artifact/{entry.path}" for entry in artifact.manifest.files if entry.kind == "native"}
     return tuple(
         FileEntry(path, folders.sha256(root, path), info.st_size, "native" if path in native else "data")
