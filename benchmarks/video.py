@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import os
 import time
 from fractions import Fraction
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ import numpy as np
 import uvloop
 
 from torchship.artifact import Store
-from torchship_video import mount, stages
-from torchship_video.config import convert
+from torchship_video import mount, ring, stages
+from torchship_video.config import CameraConfig, convert
 from torchship_video.flow import Flow
+from torchship_video.messages import Frame, decode, encode
+from torchship_video.supervisor import Camera
 from torchship_video.tracking import CameraTracker, TrackerOptions
 
 _SCENE = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
@@ -56,6 +60,73 @@ def clip(folder: Path) -> Path:
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(pixels[..., None], 3, 2), format="rgb24")))
         out.mux(stream.encode())
     return path
+
+
+def _send(talk: Connection, queue: Any, frames: int) -> None:
+    """The decoder's side of `handover`: a frame of its own goes over by the ring, or the queue, when it is told."""
+    frame = np.full((_HEIGHT * 3 // 2, _WIDTH), 7, np.uint8)
+    writer = ring.RingWriter.make(size=frame.nbytes)
+    for number in range(frames):
+        talk.recv_bytes()
+        began = time.monotonic()
+        slot = writer.claim()
+        assert slot is not None
+        slot.pixels(_WIDTH, _HEIGHT, "I420")[:] = frame
+        talk.send((encode(slot.publish("c", sequence=number)), began))
+        talk.recv_bytes()
+        queue.put((time.monotonic(), frame))
+    talk.recv_bytes()
+    writer.close()
+
+
+def handover(frames: int = 100) -> tuple[float, float]:
+    """Seconds from a frame in the decoder's memory to an array in another process, the copy into the slot included:
+    by the ring, and by a queue of `multiprocessing`; medians, one frame at a time, in turn."""
+    context = multiprocessing.get_context("spawn")
+    talk, theirs = context.Pipe()
+    queue = context.Queue()
+    child = context.Process(target=_send, args=(theirs, queue, frames))
+    child.start()
+    by_ring, by_queue = [], []
+    for _ in range(frames):
+        talk.send_bytes(b"ring")
+        handle, began = talk.recv()
+        with ring.read(decode(handle)) as pixels:
+            by_ring.append(time.monotonic() - began)
+            assert pixels[-1, -1] == 7
+        talk.send_bytes(b"queue")
+        began, got = queue.get()
+        by_queue.append(time.monotonic() - began)
+        assert got[-1, -1] == 7
+    talk.send_bytes(b"end")
+    child.join()
+    return float(np.median(by_ring)), float(np.median(by_queue))
+
+
+async def decoding(video: Path, *, seconds: float) -> float:
+    """Frames for each second of CPU time of a source's process, the way into the ring included."""
+    count = 0
+
+    def counted(_: Frame) -> None:
+        nonlocal count
+        count += 1
+
+    camera = Camera(CameraConfig(name="c", source=str(video), loop=True), on_frame=counted)
+    task = asyncio.ensure_future(camera.run())
+    try:
+        while count < 10:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        before, spent = count, _cpu_seconds(camera.pid)
+        await asyncio.sleep(seconds)
+        return (count - before) / (_cpu_seconds(camera.pid) - spent)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _cpu_seconds(pid: int | None) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def plain_loop(video: Path, store: Store, *, seconds: float) -> float:
@@ -144,6 +215,9 @@ def main() -> None:
     given = parser.parse_args()
     store, folder = Store(given.store or None), Path(os.environ.get("TMPDIR", "/tmp"))  # one's own clip
     video = clip(folder)
+    by_ring, by_queue = handover()
+    print(f"  a frame to another process: {1e3 * by_ring:.2f} ms by the ring, {1e3 * by_queue:.2f} ms by a queue")
+    decoded = uvloop.run(decoding(video, seconds=min(5.0, given.seconds)))
     plain = plain_loop(video, store, seconds=given.seconds)
     print(f"  plain loop: {plain:.1f} frames/s")
     once = {"seconds": given.seconds, "threads": given.threads}
@@ -152,8 +226,15 @@ def main() -> None:
         uvloop.run(flow(video, store, cameras=count, policy="latest", **once))
         for count in map(int, given.cameras.split(","))
     ]
-    print(f"end_to_end_fps={alone['fps']:.1f} vs_plain_loop_x={alone['fps'] / plain:.2f} "
-          f"frame_age_p99_ms={live[0]['p99']:.0f}")  # fmt: skip
+    last = {
+        "handover_ms": f"{1e3 * by_ring:.2f}",
+        "handover_vs_queue_x": f"{by_queue / by_ring:.1f}",
+        "decode_fps_per_core": f"{decoded:.0f}",
+        "end_to_end_fps": f"{alone['fps']:.1f}",
+        "vs_plain_loop_x": f"{alone['fps'] / plain:.2f}",
+        "frame_age_p99_ms": f"{live[0]['p99']:.0f}",
+    }
+    print(" ".join(f"{name}={value}" for name, value in last.items()))
 
 
 if __name__ == "__main__":
