@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import click
 
-from torchship import hardware
-from torchship.artifact import Artifact, Store, edge, open_artifact, recheck, signing
+from torchship import hardware, process
+from torchship.artifact import Artifact, Store, edge, open_artifact, pulling, recheck, signing
 from torchship.artifact.edge import TARGETS, EdgePack
 from torchship.cli import _shown
 from torchship.errors import Unavailable, UnsafeArtifact, WrongMachine
@@ -31,6 +31,7 @@ _OPEN_S = 120.0
 Examples:
   torchship edge pack resnet18 --target pi4 --sign my.key -o resnet18-pi4.tar
   torchship edge pack resnet18 --target x86-64 -o here.tar && torchship edge try here.tar --trust
+  torchship edge update https://models.example.org/resnet18.tar --server http://127.0.0.1:8000
 """
 )
 def command() -> None:
@@ -180,3 +181,71 @@ def _serving(place: Path, words: list[str]) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+@command.command()
+@click.argument("source", metavar="FOLDER|FILE|https://URL")
+@click.option("--name", default=None, help="The name to publish under.  [default: the artifact's own]")
+@click.option("--store", default=None, metavar="DIR", help="The store of the server that is to serve it.")
+@click.option("--key", default=None, type=click.Path(dir_okay=False), help="The only public key to trust.")
+@click.option("--server", default="", metavar="URL", help="A server that watches the store: unless it serves the new "
+              "version within --wait seconds, the old one is made current again.")  # fmt: skip
+@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait for --server.")
+@_json
+def update(
+    *, source: str, name: str | None, store: str | None, key: str | None, server: str, wait: float, as_json: bool
+) -> None:
+    """Publish a new version of an artifact, if a trusted key signed it and it answers as stored here.
+
+    SOURCE is a folder, an archive as `store export` writes it, or an https URL of one. It is opened in a fresh process
+    first; whatever fails, and wherever the power is cut, the version that was current stays so.
+    """
+    signing.need_library()
+    shelf = Store(store)
+    with pulling.pulled(source) as artifact:
+        public = signing.read_public(Path(key)) if key else ""
+        who = signing.check(artifact.path, digest=artifact.digest, key=public)
+        given = name or artifact.manifest.name
+        before = shelf.current(given) if shelf.versions(given) else 0
+        old = open_artifact(shelf.resolve(given), verify=False).digest if before else ""
+        version = before
+        if old != artifact.digest:
+            outcome = process.run("torchship.cli.edge:answers_here", argument=str(artifact.path), timeout=600.0)
+            if outcome.fault:
+                raise WrongMachine(f"{source} does not run here: {outcome.fault}", hint=f"{given} is as it was")
+            version = shelf.publish(artifact.path, name=given)
+    if server and version != before:
+        _served_or_back(shelf, given, version=version, before=before, server=server, wait=wait)
+    if as_json:
+        _shown.print_json({"name": given, "version": version, "before": before, "signed_by": who})
+    elif version == before:
+        click.echo(f"{given}@{version} is this already")
+    else:
+        click.echo(f"published {given}@{version}, signed by {who}")
+
+
+def answers_here(folder: str) -> None:
+    """Open an artifact, whose signature was checked, and compare its answers. Raises WrongMachine."""
+    from torchship.pipeline import open_target
+
+    artifact = open_artifact(Path(folder))
+    stage = open_target(artifact, trust=True)
+    recheck.check(stage, artifact.manifest, inputs=artifact.inputs(), outputs=artifact.outputs())
+    stage.close()
+
+
+def _served_or_back(shelf: Store, name: str, *, version: int, before: int, server: str, wait: float) -> None:
+    from torchship.client import Client
+
+    end = time.monotonic() + wait
+    with Client(server) as client:
+        while not client.ready(name, str(version)):
+            if time.monotonic() > end:
+                back = f"{name}@{before} is current again" if before else "there was no version before"
+                if before:
+                    shelf.set_current(name, version=before)
+                raise Unavailable(
+                    f"{server} does not serve {name}@{version} after {wait:g} s: {back}",
+                    hint="see the server's log; it must watch this store: [store] watch = 5",
+                )
+            time.sleep(0.2)
