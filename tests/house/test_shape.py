@@ -77,14 +77,14 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 35_869
+ENGINE = 36_008
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_848,
-    "torchship.artifact": 1_735,
+    "torchship.artifact": 1_805,
     "torchship.backends": 1_965,
-    "torchship.cli": 1_783,
+    "torchship.cli": 1_852,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 3_159,
