@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--store", default="")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--cameras", default="1,2,4")
-    parser.add_argument("--threads", type=int, default=0, help="of the detector; 0: one for each core")
+    parser.add_argument("--threads", type=int, default=0, help="of the detector; 0: half of the cores")
     given = parser.parse_args()
     store, folder = Store(given.store or None), Path(os.environ.get("TMPDIR", "/tmp"))  # one's own clip
     video = clip(folder)

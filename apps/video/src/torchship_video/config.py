@@ -28,7 +28,8 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     `source` is a file, a folder of pictures, rtsp://, http:// (MJPEG) or /dev/video0. `policy` says what happens to
     frames that come faster than they are analysed: `wait` stops the decoder, `oldest` drops the one that waited longest
     of `queue`, `latest` keeps only the newest; by default files wait unless they are played in `realtime`, and cameras
-    keep the latest. `in_flight` frames are analysed at the same time. Every `every`-th frame is looked at by the
+    keep the latest. `in_flight` frames are analysed at the same time, by default 6 where the policy is `wait`, else 3:
+    more makes each of them older. Every `every`-th frame is looked at by the
     detector; tracks go on in between. `motion` is the share of the picture that must change for that, 0 for always, and
     it counts for another `motion_hold` seconds. Only what stands within `region` is tracked: corners as shares of the
     frame's width and height. `loop` begins a file again.
@@ -38,7 +39,7 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     source: str
     policy: Policy = ""
     queue: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
-    in_flight: Annotated[int, msgspec.Meta(ge=1, le=16)] = 3
+    in_flight: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
     every: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
     motion: Share = 0.0
     motion_hold: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 1.0
@@ -65,12 +66,18 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         """The policy, resolved."""
         return self.policy or ("latest" if self.live else "wait")
 
+    @property
+    def together(self) -> int:
+        """How many frames are analysed at the same time, resolved."""
+        return self.in_flight or (6 if self.keeps == "wait" else 3)
+
 
 class DetectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[detector]`: the line `detect`. By default YOLOv3-tiny as `torchship watch prepare` made it.
 
     Another detector is an `artifact` with `stages` behind it that give boxes, scores and labels as torchship's own
-    `torchship.stages.boxes:Detections` does; `side`, `planes` and `unit` say what it takes: see stages.Squares.
+    `torchship.stages.boxes:Detections` does; `side`, `planes` and `unit` say what it takes: see stages.Squares. By
+    default its `threads` are half of the cores: the other half decodes, makes squares, tracks and draws.
     """
 
     artifact: str = DETECTOR

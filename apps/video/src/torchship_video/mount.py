@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from torchship import hardware
 from torchship.errors import TorchshipError
 from torchship.serve.routes import Mounted, Service
 from torchship_video import config as configs
@@ -51,7 +52,7 @@ def serving(config: WatchConfig, *, file: str = "", until_end: bool = False, ter
                 {
                     "artifact": detector.artifact,
                     "name": "detector",
-                    "threads": detector.threads,
+                    "threads": detector.threads or max(1, hardware.cores() // 2),
                     "copies": detector.copies,
                     "device": detector.device,
                 },

@@ -92,7 +92,7 @@ class CameraStream:
         self._pending: deque[_Pending] = deque()
         self._leaving: set[asyncio.Task[None]] = set()  # their observations are there, and not yet taken
         self._news = asyncio.Event()
-        self._room = asyncio.Semaphore(config.in_flight)
+        self._room = asyncio.Semaphore(config.together)
         self._counted = 0
         self._sequence, self._first, self._next, self._started = 0, 1, 1, False
         self._still, self._before = 0.0, 0.0  # seconds without motion, which the tracker is not told of

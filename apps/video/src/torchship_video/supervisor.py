@@ -105,7 +105,7 @@ class Camera:
             transport=config.transport,
             options=config.options,
             first=self._first,
-            slots=(config.queue if config.keeps == "oldest" else 1) + config.in_flight + _SPARE,
+            slots=(config.queue if config.keeps == "oldest" else 1) + config.together + _SPARE,
         )
         given: Any = msgspec.to_builtins(task)
         self._child, self._sock = process.converse("torchship_video.sources.decoding:main", argument=given, threads=1)
