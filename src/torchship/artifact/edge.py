@@ -62,7 +62,7 @@ DynamicUser=yes
 StateDirectory=torchship
 CacheDirectory=torchship
 Environment=HOME={data} XDG_CACHE_HOME=/var/cache/torchship PYTHONDONTWRITEBYTECODE=1
-ReadWritePaths={data} /var/cache/torchship
+ReadWritePaths=-{data} -/var/cache/torchship
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
