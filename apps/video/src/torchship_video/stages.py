@@ -97,12 +97,13 @@ class Tracking:
     """
 
     def __init__(self, **options: Any) -> None:
-        from torchship_video.tracking import TrackerOptions
+        from torchship_video.tracking import CameraTracker, TrackerOptions
 
         try:
             self._options = msgspec.convert(options, TrackerOptions)
         except msgspec.ValidationError as fault:
             raise BadConfig(f"options of the tracker: {fault}") from None
+        CameraTracker(self._options)  # its package takes seconds to load: now, and not while the first frame waits
         self._trackers: dict[str, Any] = {}
 
     def __call__(

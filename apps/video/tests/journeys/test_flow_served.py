@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -97,6 +98,7 @@ async def test_a_file_is_analysed_whole_and_in_order(monkeypatch: pytest.MonkeyP
         assert all(track.number == 0 for one in found for track in one.tracks if not track.confirmed)
         (status,) = watched.flow.status()
         assert (status.state, status.frames, status.drops) == ("ended", 50, 0)
+        assert "trackers" not in sys.modules  # the process that tracks alone loads it
         text = watched.server.service.metrics()
         assert 'torchship_video_frames_total{camera="one"} 50' in text
         assert 'torchship_video_dropped_total{camera="one",reason="full"} 0' in text
