@@ -99,7 +99,7 @@ ROOMS = {
     "torchship.wire": 1_576,
     "torchship_faces": 2_205,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 3_790,
+    "torchship_video": 3_791,
     "torchship_video.identity": 1_327,
     "torchship_video.sinks": 1_254,
     "torchship_video.sources": 225,
