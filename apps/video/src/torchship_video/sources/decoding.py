@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 import av
 import msgspec
 import numpy as np
+from av.video.reformatter import ColorRange, VideoReformatter
 
 from torchship.errors import TorchshipError, Unavailable
 from torchship.stages.picture import picture_files
@@ -28,9 +29,10 @@ from torchship_video.pixels import pixel_bytes, planes
 from torchship_video.ring import RingWriter
 
 Kind: TypeAlias = Literal["rtsp", "http", "v4l2", "pictures", "file"]
-_LAYOUTS: dict[str, Layout] = {"yuv420p": "I420", "yuvj420p": "I420", "nv12": "NV12", "rgb24": "RGB"}
+_LAYOUTS: dict[str, Layout] = {"yuv420p": "I420", "nv12": "NV12", "rgb24": "RGB"}
 _OPENING = 10.0  # seconds to connect, and to wait for data; the host looks at the age of frames beside that
 _PICTURES_A_SECOND = 25.0
+_reformatter = VideoReformatter()  # keeps its tables from frame to frame
 
 
 class SourceTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,10 +212,16 @@ def _frames(task: SourceTask) -> Iterator[tuple[Any, float]]:
 
 
 def _copy(decoded: Any, pixels: Any, width: int, height: int, layout: Layout) -> None:
-    """A decoded frame into a slot, converted where its own layout is another."""
+    """A decoded frame into a slot, converted where its own layout or its range of values is another.
+
+    Frames in a ring have limited range (`pixels`), those of JPEG and of many USB cameras have full range.
+    """
     name = {"I420": "yuv420p", "NV12": "nv12", "RGB": "rgb24"}[layout]
-    if decoded.format.name != name and not (layout == "I420" and decoded.format.name == "yuvj420p"):
-        decoded = decoded.reformat(format=name)
+    full = decoded.format.name.startswith("yuvj") or (layout != "RGB" and decoded.color_range == ColorRange.JPEG)
+    if full and layout != "RGB":
+        decoded = _reformatter.reformat(decoded, format=name, src_color_range="JPEG", dst_color_range="MPEG", threads=1)
+    elif decoded.format.name != name:
+        decoded = _reformatter.reformat(decoded, format=name, threads=1)
     if layout == "RGB":
         rows = np.frombuffer(decoded.planes[0], np.uint8).reshape(height, -1)
         pixels[:] = rows[:, : width * 3].reshape(height, width, 3)
