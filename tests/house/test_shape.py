@@ -102,7 +102,7 @@ ROOMS = {
     "torchship_video": 3_791,
     "torchship_video.identity": 1_327,
     "torchship_video.sinks": 1_254,
-    "torchship_video.sources": 225,
+    "torchship_video.sources": 233,
 }
 
 FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)
