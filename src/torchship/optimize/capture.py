@@ -12,7 +12,7 @@ from torchship.errors import BadInput, CaptureFailed
 from torchship.lowering.torch_stage import no_fast_path
 from torchship.lowering.tree import Parts
 from torchship.model import Model, to_numpy, to_torch
-from torchship.optimize import axes, decisions, freeze
+from torchship.optimize import axes, decisions, freeze, reparameterize
 from torchship.optimize.flatten import CallTemplate, Flat, kind_of, outline, parameters_of, take_apart
 from torchship.optimize.places import Place, innermost
 from torchship.optimize.rows import Call, Run, Shape
@@ -44,6 +44,8 @@ def capture(
     """
     inner = freeze.frozen(module)
     specs, examples = _examples(inner, example_inputs)
+    with torch.inference_mode():
+        inner, fused = reparameterize.fused(inner, lambda net: net(*examples[0][0], **examples[0][1]))
     frame, first = take_apart(inner, *examples[0])
     names = [spec.name for spec in specs] if specs else [name for name, _ in first]
     calls = _calls(inner, examples, frame)
@@ -64,7 +66,7 @@ def capture(
     # other lengths and values are examples too: the guard is to see them
     examples = _longer(flat, _arrays(names, [*calls, *study.tried]), signature)
     edges = _arrays(names, study.edges)
-    flat.notes = [*study.notes, *flat.dropped, *_on_buffers(changed)]
+    flat.notes = [*fused, *study.notes, *flat.dropped, *_on_buffers(changed)]
     flat.moves, flat.steady = study.moves, study.steady
     flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
