@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 import torch
 from torch import nn
 
-from torchship.errors import BadConfig, CorruptArtifact, Unavailable, Unsupported
+from torchship.errors import BadConfig, CorruptArtifact, TorchshipError, Unavailable, Unsupported
 from torchship.plugins import missing
 
 Importance: TypeAlias = Literal["magnitude", "taylor"]
@@ -96,12 +97,14 @@ def prune(
     found = _complete(known, module)
     training = module.training
     module.eval()
-    pruner = _pruner(module, inputs, wish, loss)
+    with _understood():
+        pruner = _pruner(module, inputs, wish, loss)
     now = flops_of(module, inputs)
     for _ in range(_STEPS):
         if now <= flops:
             break
-        groups = [group for group in pruner.step(interactive=True) if _removable(group, wish.multiple)]
+        with _understood():
+            groups = [group for group in pruner.step(interactive=True) if _removable(group, wish.multiple)]
         for group in groups:
             _note(group, found, names)
             group.prune()
@@ -117,11 +120,20 @@ def prune(
 
 def _runs(module: nn.Module, inputs: Sequence[torch.Tensor]) -> float:
     """Its multiplications. Raises Unsupported where channels went that something needs."""
-    try:
+    with _understood():
         return flops_of(module, inputs)
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Raises Unsupported where the graph of channels cannot be made, or what is left of the module fails."""
+    try:
+        yield
+    except TorchshipError:
+        raise
     except Exception as fault:
         raise Unsupported(
-            f"this model cannot be pruned whole: without some channels it fails: {fault}",
+            f"this model cannot be pruned: {type(fault).__name__}: {fault}",
             hint="its channels are split or shuffled: keep the modules that do so as they are",
         ) from fault
 

@@ -106,11 +106,19 @@ def test_what_cannot_be_reached_is_refused_with_the_numbers() -> None:
         pruned(seeded(), Prune(0.999, rounds=1))
 
 
-def test_channels_that_change_places_are_refused_or_pruned_whole() -> None:
+def test_channels_that_change_places_are_refused() -> None:
     torch.manual_seed(0)
     net = Shuffled().eval()
     with pytest.raises(Unsupported):
         pruned(net, Prune(0.9, rounds=1))
+
+
+def test_a_network_whose_graph_of_channels_cannot_be_made_is_refused_with_words() -> None:
+    import torchvision
+
+    net = torchvision.models.shufflenet_v2_x0_5(weights=None).eval()
+    with pytest.raises(Unsupported, match="this model cannot be pruned: "):
+        pruning.prune(net, (torch.randn(1, 3, 64, 64),), flops=1e6)
 
 
 def test_a_map_of_another_class_is_refused() -> None:
