@@ -44,8 +44,7 @@ def capture(
     """
     inner = freeze.frozen(module)
     specs, examples = _examples(inner, example_inputs)
-    with torch.inference_mode():
-        inner, fused = reparameterize.fused(inner, lambda net: net(*examples[0][0], **examples[0][1]))
+    inner, fused = reparameterize.fused(inner, lambda net: net(*examples[0][0], **examples[0][1]))
     frame, first = take_apart(inner, *examples[0])
     names = [spec.name for spec in specs] if specs else [name for name, _ in first]
     calls = _calls(inner, examples, frame)

@@ -27,17 +27,17 @@ def fused(module: torch.nn.Module, run: Callable[[torch.nn.Module], object]) -> 
     offers = [(path, name) for path, part in module.named_modules() for name in METHODS if _offers(part, name)]
     if isinstance(module, torch.jit.ScriptModule) or not offers:
         return module, []
-    made = copy.deepcopy(module)
     called = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad():  # not inference mode: weights that are made in it could never be fine-tuned
+            made = copy.deepcopy(module)
             for path, name in offers:
                 part = _part(made, path)
                 if part is not None and _offers(part, name):  # its owner may have replaced it
                     getattr(part, name)()
                     called += 1
-        made = made.eval().requires_grad_(False)
-        error = _apart(run(module), run(made))
+            made = made.eval().requires_grad_(False)
+            error = _apart(run(module), run(made))
     except Exception as fault:
         return module, [f"not re-parameterized: {offers[0][1]} fails: {one_line(fault)}"]
     names = ", ".join(sorted({name for _, name in offers}))

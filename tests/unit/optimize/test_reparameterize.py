@@ -96,6 +96,14 @@ def test_branches_become_one_convolution_and_the_users_module_stays() -> None:
     assert "2 modules were fused by their own switch_to_deploy" in " ".join(noted(model))
 
 
+def test_what_was_fused_can_be_fine_tuned() -> None:
+    _, model = captured(RepVgg)
+    model.module.requires_grad_(True)
+    answer: Any = model.module(torch.randn(2, 3, 6, 6))[0].sum()
+    answer.backward()
+    assert all(weight.grad is not None for weight in model.module.parameters())
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [(Broken, "after switch_to_deploy the answers are off by"), (Raises, "switch_to_deploy fails: "), (Asks, "")],
