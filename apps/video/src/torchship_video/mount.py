@@ -13,7 +13,7 @@ import signal
 from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -28,6 +28,9 @@ from torchship_video.flow import Feed, Flow, OnFrame
 from torchship_video.messages import CameraStatus
 from torchship_video.sinks.runner import SinkRunner
 from torchship_video.supervisor import Camera
+
+if TYPE_CHECKING:
+    from torchship_video.view import IdentityBook
 
 _log = logging.getLogger("torchship.video")
 _LOOK = 1.0  # seconds between two looks at the file, and at whether all is over
@@ -125,15 +128,19 @@ class _Application:
             from torchship_video.view import View
 
             self.view = View(
-                self.flow.status, zones=config.zone, lines=config.line, sinks=self._sink_status, **self._book()
+                self.flow.status, zones=config.zone, lines=config.line, sinks=self._sink_status, identities=self._book()
             )
             self.flow.subscribe(self.view.observe)
         for camera in config.camera:
             self.flow.add(camera)
 
-    def _book(self) -> dict[str, Any]:
-        """The identities for the page, where they can tell about themselves."""
-        return {"identities": self.identities} if hasattr(self.identities, "cards") else {}
+    def _book(self) -> IdentityBook | None:
+        """The identities for the page, where there are any."""
+        if self.identities is None:
+            return None
+        from torchship_video.identity.evidence import EvidenceBook
+
+        return EvidenceBook(self.identities)
 
     def mounted(self) -> Mounted:
         """What the server is given."""
