@@ -89,9 +89,10 @@ def faces(folder: Path) -> dict[str, str]:
     asked = [name for name in ("CASE_FACES", "CASE_FACE_STORE") if mentioned(name, folder) and name not in os.environ]
     if not asked or find_spec("torchship_faces") is None:
         return {}
+    from torchship import pinned
     from torchship_faces import weights
 
-    store = weights.folder().parent / "case-faces"
+    store = pinned.folder().parent / "case-faces"
     if not (store / "done").exists():
         words: Sequence[str] = (sys.executable, "-m", "torchship", "faces", "prepare", "--quick", "--store", str(store))
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ import msgspec
 from torchship import home
 from torchship.errors import BadConfig, NotFound
 from torchship_video.sinks import SinkConfig
+from torchship_video.sources import is_live
 from torchship_video.stages import DETECTOR, SIDE
 from torchship_video.tracking import TrackerOptions
 from torchship_video.zones import LineConfig, ZoneConfig
@@ -59,7 +60,7 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     @property
     def live(self) -> bool:
         """Whether frames come at their own time, whatever is done with them."""
-        return self.realtime or "://" in self.source or self.source.startswith("/dev/")
+        return self.realtime or is_live(self.source)
 
     @property
     def keeps(self) -> Policy:

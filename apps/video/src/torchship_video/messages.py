@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 Layout: TypeAlias = Literal["I420", "NV12", "RGB"]
+LARGEST = 1 << 20  # bytes of one message between two processes
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the frame; the right and bottom edges are outside."""
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from torchship import process
 from torchship_video import ring
 from torchship_video.config import CameraConfig
+from torchship_video.conversation import Conversation
 from torchship_video.messages import Frame
-from torchship_video.sources.decoding import SourceTask, SourceTold, is_live
+from torchship_video.sources import is_live
+from torchship_video.sources.decoding import SourceTask, SourceTold
 
 CameraState: TypeAlias = Literal["opening", "live", "stalled", "reconnecting", "ended", "paused", "failed"]
 OPENING, STALLED = 20.0, 10.0  # seconds without a frame after which a source is opened again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-_LARGEST = 1 << 16
 _SPARE = 8  # slots of the ring beside those that the flow holds: for the embedder, for sinks, and to decode into
 
 
@@ -36,9 +35,8 @@ class Camera:
         self.words = ""
         self.decoded = self.lost = self.reconnects = 0
         self._live = is_live(config.source)
-        self._child: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self._ended, self._resumed = asyncio.Event(), asyncio.Event()
+        self._talk: Conversation | None = None
+        self._resumed = asyncio.Event()
         self._resumed.set()
         self._rings: list[str] = []
         self._last, self._lost_before, self._at_end, self._fault = 0.0, 0, False, ""
@@ -47,7 +45,7 @@ class Camera:
     @property
     def pid(self) -> int | None:
         """The source's process, where one runs."""
-        return self._child.pid if self._child is not None else None
+        return self._talk.pid if self._talk is not None else None
 
     def pause(self) -> None:
         """Decode nothing until `resume`: a live source is let go, a file waits where it is."""
@@ -55,14 +53,15 @@ class Camera:
         if self.state not in ("ended", "failed"):
             self.state, self.words = "paused", ""
         if self._live:
-            self._ended.set()
+            if self._talk is not None:
+                self._talk.ended.set()
         else:
             self._say(b"pause")
 
     def resume(self) -> None:
         """Go on."""
         if self.state == "paused":
-            self.state = "opening" if self._live or self._child is None else "live"
+            self.state = "opening" if self._live or self._talk is None else "live"
             self._last = time.monotonic()
         self._resumed.set()
         self._say(b"resume")
@@ -74,9 +73,9 @@ class Camera:
             while True:
                 await self._resumed.wait()
                 before = self.decoded
-                self._start()
+                talk = self._start()
                 try:
-                    await self._watch()
+                    await self._watch(talk)
                 finally:
                     self._buried()
                 if not self._live and (self._at_end or not self._fault.startswith(("killed", "exited"))):
@@ -94,7 +93,7 @@ class Camera:
             for name in self._rings:
                 ring.discard(name)
 
-    def _start(self) -> None:
+    def _start(self) -> Conversation:
         config = self._config
         task = SourceTask(
             camera=config.name,
@@ -107,20 +106,17 @@ class Camera:
             first=self._first,
             slots=(config.queue if config.keeps == "oldest" else 1) + config.together + _SPARE,
         )
-        given: Any = msgspec.to_builtins(task)
-        self._child, self._sock = process.converse("torchship_video.sources.decoding:main", argument=given, threads=1)
-        self._sock.setblocking(False)
-        self._ended.clear()
+        self._talk = Conversation("torchship_video.sources.decoding:main", task, take=self._heard)
         self._at_end, self._fault, self._last, self._lost_before = False, "", time.monotonic(), self.lost
         if self.state != "reconnecting":
             self.state = "opening"
-        asyncio.get_running_loop().add_reader(self._sock.fileno(), self._hear)
+        return self._talk
 
-    async def _watch(self) -> None:
+    async def _watch(self, talk: Conversation) -> None:
         """Until the child is gone, or has sent nothing for too long."""
-        while not self._ended.is_set():
+        while not talk.ended.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), 0.5)
+                await asyncio.wait_for(talk.ended.wait(), 0.5)
             age = time.monotonic() - self._last
             if not self._live or not self._resumed.is_set():
                 continue
@@ -131,32 +127,14 @@ class Camera:
                 return
 
     def _buried(self) -> None:
-        sock, self._sock = self._sock, None
-        child, self._child = self._child, None
-        if sock is not None:
-            asyncio.get_running_loop().remove_reader(sock.fileno())
-            sock.close()
-        if child is not None:
-            process.stop(child)
-            code = child.wait()
-            if not self._at_end and not self._fault and code:
-                self._fault = process.describe_exit(code)
+        talk, self._talk = self._talk, None
+        if talk is not None and (code := talk.close()) and not self._at_end and not self._fault:
+            self._fault = process.describe_exit(code)
         while len(self._rings) > 1:
             ring.discard(self._rings.pop(0))
 
-    def _hear(self) -> None:
-        assert self._sock is not None  # noqa: S101
-        try:
-            while data := _received(self._sock):
-                self._take(msgspec.msgpack.decode(data, type=SourceTold))
-        except BlockingIOError:
-            return
-        except (OSError, msgspec.DecodeError):
-            pass
-        asyncio.get_running_loop().remove_reader(self._sock.fileno())
-        self._ended.set()
-
-    def _take(self, told: SourceTold) -> None:
+    def _heard(self, message: bytes) -> None:
+        told = msgspec.msgpack.decode(message, type=SourceTold)
         self.lost = self._lost_before + told.lost
         if told.what == "failed":
             self._fault = told.words
@@ -174,14 +152,6 @@ class Camera:
             self._say(b"taken")
 
     def _say(self, word: bytes) -> None:
-        if self._sock is not None:
+        if self._talk is not None:
             with suppress(OSError):
-                self._sock.send(word)
-
-
-def _received(sock: socket.socket) -> bytes:
-    """The next message. A peer that ended with something unread is told once as a reset, before what it has sent."""
-    try:
-        return sock.recv(_LARGEST)
-    except ConnectionResetError:
-        return sock.recv(_LARGEST)
+                self._talk.send(word)

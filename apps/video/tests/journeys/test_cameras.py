@@ -21,7 +21,7 @@ from apps.video.tests.camera_kit import Taken, ended, go, until
 from PIL import Image
 
 from torchship_video.config import CameraConfig
-from torchship_video.sources.decoding import kind_of
+from torchship_video.sources import kind_of
 from torchship_video.supervisor import Camera
 
 FRAMES = 60

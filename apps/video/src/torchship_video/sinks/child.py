@@ -10,10 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from torchship_video.messages import Frame, Observation
+from torchship_video.messages import LARGEST, Frame, Observation
 from torchship_video.sinks import Opening, SinkConfig, kind_of
 
-LARGEST = 1 << 20  # bytes of a message that is received; what is sent is bounded by the socket's buffer
 _TELL = 1.0  # seconds between two tellings of facts while nothing is written
 
 

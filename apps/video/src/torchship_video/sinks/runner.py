@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import socket
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from torchship import process
-from torchship_video.messages import Observation
+from torchship_video.conversation import Conversation
+from torchship_video.messages import LARGEST, Observation
 from torchship_video.sinks import QUEUE, QUEUE_OF_PIXELS, Opening, SinkConfig, kind_of
-from torchship_video.sinks.child import LARGEST, Done, SinkTask
+from torchship_video.sinks.child import Done, SinkTask
 from torchship_video.zones import LineConfig, ZoneConfig
 
 _log = logging.getLogger("torchship.video")
@@ -26,7 +25,6 @@ IN_FLIGHT = 4  # observations that the child holds at once
 PATIENCE = 30.0  # seconds that one observation may take before the child is taken for hung
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two starts
 GRACE = 5.0  # seconds that a sink has to finish when the application ends
-_BUFFER = 1 << 20
 OnOutput: TypeAlias = Callable[[str, bytes], None]
 State: TypeAlias = Literal["starting", "running", "restarting", "ended"]
 
@@ -72,9 +70,7 @@ class SinkRunner:
         self._flying: deque[tuple[Observation, int]] = deque()
         self._offered = 0
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()  # each until so many are done with
-        self._child: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self._ended = asyncio.Event()
+        self._talk: Conversation | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._state: State = "starting"
@@ -85,7 +81,7 @@ class SinkRunner:
     @property
     def pid(self) -> int | None:
         """The sink's process, where one runs."""
-        return self._child.pid if self._child is not None else None
+        return self._talk.pid if self._talk is not None else None
 
     def offer(self, observation: Observation) -> None:
         """Queue one observation; never waits, never raises. A full queue drops its oldest and counts it."""
@@ -143,8 +139,7 @@ class SinkRunner:
             while True:
                 began = time.monotonic()
                 try:
-                    self._start()
-                    await self._live()
+                    await self._live(self._start())
                 finally:
                     self._buried()
                 pause = FIRST_PAUSE if time.monotonic() - began > LONGEST_PAUSE else min(pause * 2, LONGEST_PAUSE)
@@ -157,32 +152,27 @@ class SinkRunner:
             self._state = "ended"
             self._rest()
 
-    def _start(self) -> None:
+    def _start(self) -> Conversation:
         opening = Opening(restarts=self._counts["restarts"], zones=self._zones, lines=self._lines)
-        argument: Any = msgspec.to_builtins(SinkTask(self.config, opening))
-        self._child, self._sock = process.converse("torchship_video.sinks.child:main", argument=argument, threads=1)
-        self._sock.setblocking(False)
-        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            self._sock.setsockopt(socket.SOL_SOCKET, buffer, _BUFFER)
-        self._ended.clear()
+        task = SinkTask(self.config, opening)
         self._heard = time.monotonic()
-        asyncio.get_running_loop().add_reader(self._sock.fileno(), self._hear)
+        self._talk = Conversation("torchship_video.sinks.child:main", task, take=self._take, quiet=self._pump)
+        return self._talk
 
-    async def _live(self) -> None:
+    async def _live(self, talk: Conversation) -> None:
         """Until the child is gone or hung; when cancelled, until it has finished or its grace is over."""
         try:
-            while not self._ended.is_set():
+            while not talk.ended.is_set():
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._ended.wait(), 1.0)
+                    await asyncio.wait_for(talk.ended.wait(), 1.0)
                 if self._flying and time.monotonic() - self._heard > PATIENCE:
                     self._words = f"did not answer for {PATIENCE:.0f} s"
                     return
         except asyncio.CancelledError:
-            await self._either(self._idle, self._ended)
-            if self._sock is not None and not self._ended.is_set():
-                with suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_WR)
-                await self._either(self._ended)
+            await self._either(self._idle, talk.ended)
+            if not talk.ended.is_set():
+                talk.finish()
+                await self._either(talk.ended)
             raise
 
     @staticmethod
@@ -197,14 +187,10 @@ class SinkRunner:
 
     def _buried(self) -> None:
         """The child is gone, or is to go: take back what it held."""
-        sock, self._sock = self._sock, None
-        child, self._child = self._child, None
-        if sock is not None:
-            asyncio.get_running_loop().remove_reader(sock.fileno())
-            sock.close()
-        if child is not None:
-            process.stop(child)
-            self._words = self._words or process.describe_exit(child.wait())
+        talk, self._talk = self._talk, None
+        if talk is not None:
+            code = talk.close()
+            self._words = self._words or process.describe_exit(code)
         for observation, deaths in reversed(self._flying):
             if self._again and deaths == 0 and len(self._queue) < self._room:
                 self._queue.appendleft((observation, 1))
@@ -215,12 +201,12 @@ class SinkRunner:
 
     def _pump(self) -> None:
         """Send what waits, as far as the child may hold it."""
-        while self._sock is not None and self._queue and len(self._flying) < IN_FLIGHT:
+        while self._talk is not None and self._queue and len(self._flying) < IN_FLIGHT:
             data = msgspec.msgpack.encode(self._queue[0][0])
             try:
                 if len(data) > LARGEST:
                     raise OSError("larger than any message")
-                self._sock.send(data)
+                self._talk.send(data)
             except BlockingIOError:
                 break  # its answers make room
             except ConnectionError:
@@ -244,21 +230,8 @@ class SinkRunner:
         if not self._queue and not self._flying:
             self._idle.set()
 
-    def _hear(self) -> None:
-        """The child said something, or is gone."""
-        assert self._sock is not None  # noqa: S101
-        try:
-            while data := _received(self._sock):
-                self._take(msgspec.msgpack.decode(data, type=Done))
-        except BlockingIOError:
-            self._pump()
-            return
-        except (OSError, msgspec.DecodeError):
-            pass
-        asyncio.get_running_loop().remove_reader(self._sock.fileno())
-        self._ended.set()
-
-    def _take(self, done: Done) -> None:
+    def _take(self, message: bytes) -> None:
+        done = msgspec.msgpack.decode(message, type=Done)
         self._heard = time.monotonic()
         if done.what == "failed":
             self._words = done.words
@@ -274,11 +247,3 @@ class SinkRunner:
         self._counts[done.what] += 1
         if done.output and self._on_output is not None:
             self._on_output(done.camera, done.output)
-
-
-def _received(sock: socket.socket) -> bytes:
-    """The next message. A peer that ended with something unread is told once as a reset, before what it has sent."""
-    try:
-        return sock.recv(LARGEST)
-    except ConnectionResetError:
-        return sock.recv(LARGEST)

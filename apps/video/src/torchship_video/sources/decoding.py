@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import av
 import msgspec
@@ -27,8 +27,8 @@ from torchship_video import ring
 from torchship_video.messages import Frame, Layout
 from torchship_video.pixels import pixel_bytes, planes
 from torchship_video.ring import RingWriter
+from torchship_video.sources import is_live, kind_of
 
-Kind: TypeAlias = Literal["rtsp", "http", "v4l2", "pictures", "file"]
 _LAYOUTS: dict[str, Layout] = {"yuv420p": "I420", "nv12": "NV12", "rgb24": "RGB"}
 _OPENING = 10.0  # seconds to connect, and to wait for data; the host looks at the age of frames beside that
 _PICTURES_A_SECOND = 25.0
@@ -60,22 +60,6 @@ class SourceTold(msgspec.Struct, frozen=True, array_like=True):
     frame: Frame | None = None
     words: str = ""
     lost: int = 0
-
-
-def kind_of(source: str) -> Kind:
-    """What a source is, by its address."""
-    if source.startswith(("rtsp://", "rtsps://")):
-        return "rtsp"
-    if "://" in source:
-        return "http"
-    if source.startswith("/dev/"):
-        return "v4l2"
-    return "pictures" if Path(source).is_dir() else "file"
-
-
-def is_live(source: str) -> bool:
-    """Whether its end is a lost connection."""
-    return kind_of(source) in ("rtsp", "http", "v4l2")
 
 
 def main(argument: Any, talk: socket.socket) -> None:
