@@ -1,10 +1,11 @@
-"""End to end on video: decode, detect every frame, track; against the same libraries in a plain loop, in one run.
+"""End to end on video: decode, detect every frame, track, embed new tracks; against a plain loop in the same run.
 
     python -m benchmarks.video [--store DIR] [--seconds 20] [--cameras 1,2,4]
 
 The store holds the detector that `torchship watch prepare` made. The clip is made here: vtest.avi (Debian opencv-doc)
-enlarged to 1080p and encoded as H.264, else a moving pattern. The plain loop decodes with OpenCV, letterboxes with
-OpenCV, runs the same artifact with all cores, and makes boxes and tracks with the same functions.
+enlarged to 1080p and encoded as H.264, else a moving pattern. The plain loop is what one would write first: OpenCV
+decodes and resizes, ONNX Runtime runs the same network in int8 on all cores, and the same functions make boxes and
+tracks and embed the same crops of new tracks.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import socket
 import time
 from fractions import Fraction
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import numpy as np
 import uvloop
 
+from torchship import hardware
 from torchship.artifact import Store
-from torchship_video import mount, ring, stages
+from torchship_video import appearance, mount, ring, stages
 from torchship_video.config import CameraConfig, convert
+from torchship_video.conversation import Conversation
 from torchship_video.flow import Flow
-from torchship_video.messages import Frame, decode, encode
+from torchship_video.identity.selection import CropChoice
+from torchship_video.messages import Frame, Observation
 from torchship_video.supervisor import Camera
 from torchship_video.tracking import CameraTracker, TrackerOptions
 
@@ -62,45 +68,94 @@ def clip(folder: Path) -> Path:
     return path
 
 
-def _send(talk: Connection, queue: Any, frames: int) -> None:
-    """The decoder's side of `handover`: a frame of its own goes over by the ring, or the queue, when it is told."""
-    frame = np.full((_HEIGHT * 3 // 2, _WIDTH), 7, np.uint8)
-    writer = ring.RingWriter.make(size=frame.nbytes)
-    for number in range(frames):
+class Sent(msgspec.Struct, frozen=True):
+    """A frame of `handover` by the ring: when its copy into the slot began, and when it was complete there."""
+
+    frame: Frame
+    began: float
+    complete: float
+
+
+def send_by_ring(frames: Any, talk: socket.socket) -> None:
+    """The decoder's side of `by_ring`: one frame whenever it is told to."""
+    picture = np.full((_HEIGHT * 3 // 2, _WIDTH), 7, np.uint8)
+    writer = ring.RingWriter.make(size=picture.nbytes)
+    try:
+        for number in range(int(frames)):
+            if not talk.recv(64):
+                return
+            began = time.monotonic()
+            slot = writer.claim()
+            assert slot is not None
+            slot.pixels(_WIDTH, _HEIGHT, "I420")[:] = picture
+            complete = time.monotonic()
+            talk.send(msgspec.msgpack.encode(Sent(slot.publish("c", sequence=number), began, complete)))
+        talk.recv(64)
+    finally:
+        writer.close()
+
+
+async def by_ring(frames: int = 200) -> tuple[float, float]:
+    """Seconds until another process has read a row, along the way that frames of a camera take: from when a frame is
+    complete in its slot, and from when it is in the decoder's own memory. Medians."""
+    handed, copied = [], []
+    got = asyncio.Event()
+
+    def take(message: bytes) -> None:
+        sent = msgspec.msgpack.decode(message, type=Sent)
+        with ring.read(sent.frame) as pixels:
+            assert int(pixels[0].sum()) == 7 * _WIDTH
+            now = time.monotonic()
+        handed.append(now - sent.complete)
+        copied.append(now - sent.began)
+        got.set()
+
+    talk = Conversation("benchmarks.video:send_by_ring", frames, take=take)
+    try:
+        for _ in range(frames):
+            got.clear()
+            talk.send(b"next")
+            await got.wait()
+    finally:
+        talk.close()
+    return float(np.median(handed)), float(np.median(copied))
+
+
+def send_by_queue(talk: Connection, pickled: Any, shared: Any, frames: int) -> None:
+    """The decoder's side of `by_queues`."""
+    import torch
+
+    picture = np.full((_HEIGHT * 3 // 2, _WIDTH), 7, np.uint8)
+    tensor = torch.from_numpy(picture.copy()).share_memory_()
+    for _ in range(frames):
         talk.recv_bytes()
-        began = time.monotonic()
-        slot = writer.claim()
-        assert slot is not None
-        slot.pixels(_WIDTH, _HEIGHT, "I420")[:] = frame
-        talk.send((encode(slot.publish("c", sequence=number)), began))
+        pickled.put((time.monotonic(), picture))
         talk.recv_bytes()
-        queue.put((time.monotonic(), frame))
+        shared.put((time.monotonic(), tensor))
     talk.recv_bytes()
-    writer.close()
 
 
-def handover(frames: int = 100) -> tuple[float, float]:
-    """Seconds from a frame in the decoder's memory to an array in another process, the copy into the slot included:
-    by the ring, and by a queue of `multiprocessing`; medians, one frame at a time, in turn."""
+def by_queues(frames: int = 200) -> tuple[float, float]:
+    """Seconds from a complete frame until another process has read a row: of an array through a queue of
+    `multiprocessing`, and of a tensor that is in shared memory through one of `torch.multiprocessing`. Medians."""
+    import torch.multiprocessing
+
     context = multiprocessing.get_context("spawn")
     talk, theirs = context.Pipe()
-    queue = context.Queue()
-    child = context.Process(target=_send, args=(theirs, queue, frames))
+    queues = (context.Queue(), torch.multiprocessing.get_context("spawn").Queue())
+    child = context.Process(target=send_by_queue, args=(theirs, *queues, frames))
     child.start()
-    by_ring, by_queue = [], []
+    seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(frames):
-        talk.send_bytes(b"ring")
-        handle, began = talk.recv()
-        with ring.read(decode(handle)) as pixels:
-            by_ring.append(time.monotonic() - began)
-            assert pixels[-1, -1] == 7
-        talk.send_bytes(b"queue")
-        began, got = queue.get()
-        by_queue.append(time.monotonic() - began)
-        assert got[-1, -1] == 7
+        for queue, found in zip(queues, seconds, strict=True):
+            talk.send_bytes(b"next")
+            complete, got = queue.get()
+            assert int(np.asarray(got)[0].sum()) == 7 * _WIDTH
+            found.append(time.monotonic() - complete)
     talk.send_bytes(b"end")
     child.join()
-    return float(np.median(by_ring)), float(np.median(by_queue))
+    pickled, shared = (float(np.median(found)) for found in seconds)
+    return pickled, shared
 
 
 async def decoding(video: Path, *, seconds: float) -> float:
@@ -129,30 +184,71 @@ def _cpu_seconds(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def plain_loop(video: Path, store: Store, *, seconds: float) -> float:
+def quantized(folder: Path) -> Path:
+    """YOLOv3-tiny for the plain loop: exported to ONNX, and quantized by ONNX Runtime's own tool on street frames.
+
+    Made once: U8S8, QDQ, a scale for each channel, which is what its documentation advises for VNNI.
+    """
+    import torch
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from torchship_video import detector, weights
+
+    path = folder / "torchship-plain-yolov3-tiny-int8.onnx"
+    if path.exists():
+        return path
+    frames = iter(detector.squares(weights.fetch("bikes.mp4"), most=32))
+
+    class Frames(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Any] | None:
+            pixels = next(frames, None)
+            return None if pixels is None else {"pixels": pixels[None]}
+
+    with TemporaryDirectory(dir=folder) as scratch:
+        exported, prepared, made = (Path(scratch) / f"{name}.onnx" for name in ("exported", "prepared", "made"))
+        example = torch.zeros(1, stages.SIDE, stages.SIDE, 3, dtype=torch.uint8)
+        names = ["map0", "map1"]
+        torch.onnx.export(
+            detector.network(), (example,), str(exported), dynamo=False, input_names=["pixels"], output_names=names
+        )
+        quant_pre_process(str(exported), str(prepared))
+        quantization.quantize_static(str(prepared), str(made), Frames(), per_channel=True)
+        made.rename(path)
+    return path
+
+
+def plain_loop(video: Path, model: Path, *, seconds: float) -> float:
     """Frames a second of one camera in a loop, as one would write it first."""
     import cv2
+    import onnxruntime
 
-    import torchship
-
-    detector: Any = torchship.open(str(store.resolve(stages.DETECTOR)))
-    boxes, tracker = stages.Boxes(labels=["person"]), CameraTracker(TrackerOptions())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = hardware.cores()
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    boxes, tracker, choice = stages.Boxes(labels=["person"]), CameraTracker(TrackerOptions()), CropChoice()
     capture = cv2.VideoCapture(str(video))
     scale = stages.SIDE / _WIDTH
     high = round(_HEIGHT * scale)
     top = (stages.SIDE - high) // 2
     place = np.array([[scale, 0, top, _HEIGHT, _WIDTH]], np.float32)
+    square = np.full((1, stages.SIDE, stages.SIDE, 3), 114, np.uint8)
     count, began = 0, 0.0
     while not began or time.monotonic() < began + seconds:
         there, picture = capture.read()
         if not there:
             capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
             continue
-        square = np.full((1, stages.SIDE, stages.SIDE, 3), 114, np.uint8)
-        small = cv2.resize(picture, (stages.SIDE, high), interpolation=cv2.INTER_AREA)
-        square[0, top : top + high] = cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
-        found = detector({"pixels": square})
-        tracker.update(*boxes(found["map0"], found["map1"], place), seconds=count / 25)
+        small = cv2.resize(picture, (stages.SIDE, high), interpolation=cv2.INTER_LINEAR)
+        cv2.cvtColor(small, cv2.COLOR_BGR2RGB, dst=square[0, top : top + high])
+        map0, map1 = session.run(None, {"pixels": square})
+        tracks = tracker.update(*boxes(map0, map1, place), seconds=count / 25)
+        now = time.time()
+        frame = Frame("c", "", 0, 0, count, now, count / 25, _WIDTH, _HEIGHT, "RGB")
+        for track, _ in choice.choose(Observation(frame, tuple(tracks)), time=now):
+            left, upper, right, lower = (max(0, round(edge)) for edge in track.box)
+            crop = cv2.cvtColor(picture[upper:lower, left:right], cv2.COLOR_BGR2RGB)
+            appearance.colours(cv2.resize(crop, (appearance.WIDTH, appearance.HEIGHT)))
         count += 1
         if count == 10 and not began:  # warm
             began, count = time.monotonic(), 0
@@ -179,7 +275,7 @@ async def flow(
         for at in range(cameras)
     ]
     watch = convert(
-        {"camera": given, "http_port": 0, "identity": {"on": False}, "store": str(store.root),
+        {"camera": given, "http_port": 0, "store": str(store.root),
          "detector": {"threads": threads}}
     )  # fmt: skip
     server = Server(configs.convert(msgspec.to_builtins(mount.serving(watch))))
@@ -215,10 +311,13 @@ def main() -> None:
     given = parser.parse_args()
     store, folder = Store(given.store or None), Path(os.environ.get("TMPDIR", "/tmp"))  # one's own clip
     video = clip(folder)
-    by_ring, by_queue = handover()
-    print(f"  a frame to another process: {1e3 * by_ring:.2f} ms by the ring, {1e3 * by_queue:.2f} ms by a queue")
+    handed, copied = uvloop.run(by_ring())
+    pickled, shared = by_queues()
+    print(f"  a complete frame to another process: {1e3 * handed:.3f} ms by the ring "
+          f"({1e3 * copied:.2f} ms with the copy into its slot), {1e3 * pickled:.2f} ms pickled through a queue, "
+          f"{1e3 * shared:.2f} ms as a shared tensor of torch.multiprocessing")  # fmt: skip
     decoded = uvloop.run(decoding(video, seconds=min(5.0, given.seconds)))
-    plain = plain_loop(video, store, seconds=given.seconds)
+    plain = plain_loop(video, quantized(folder), seconds=given.seconds)
     print(f"  plain loop: {plain:.1f} frames/s")
     once = {"seconds": given.seconds, "threads": given.threads}
     alone = uvloop.run(flow(video, store, cameras=1, policy="wait", **once))
@@ -227,8 +326,8 @@ def main() -> None:
         for count in map(int, given.cameras.split(","))
     ]
     last = {
-        "handover_ms": f"{1e3 * by_ring:.2f}",
-        "handover_vs_queue_x": f"{by_queue / by_ring:.1f}",
+        "handover_ms": f"{1e3 * handed:.3f}",
+        "handover_vs_queue_x": f"{pickled / handed:.1f}",
         "decode_fps_per_core": f"{decoded:.0f}",
         "end_to_end_fps": f"{alone['fps']:.1f}",
         "vs_plain_loop_x": f"{alone['fps'] / plain:.2f}",
