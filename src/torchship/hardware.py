@@ -192,19 +192,22 @@ def _processor() -> tuple[str, tuple[str, ...]]:
     return name, tuple(sorted(flags.intersection(_INTERESTING)))
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    query = "--query-gpu=name,memory.total,compute_cap,driver_version"
+def ask_driver(kind: str, fields: str) -> list[list[str]]:
+    """The rows that `nvidia-smi --query-KIND=FIELDS` gives, but for odd ones; none where it cannot."""
+    command = ["nvidia-smi", f"--query-{kind}={fields}", "--format=csv,noheader,nounits"]
     try:
-        text = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout
-        rows = [[cell.strip() for cell in row.split(",")] for row in text.splitlines() if row.strip()]
-        return tuple(Gpu(name, int(size) * 2**20, capability, driver) for name, size, capability, driver in rows)
+        text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return [row for row in rows if len(row) == fields.count(",") + 1]
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    rows = ask_driver("gpu", "name,memory.total,compute_cap,driver_version")
+    try:
+        return tuple(Gpu(name, int(size) * 2**20, capability, driver) for name, size, capability, driver in rows)
+    except ValueError:  # a card that does not tell its memory
         return ()
 
 

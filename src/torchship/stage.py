@@ -240,12 +240,4 @@ def join(jobs: Sequence[Tensors]) -> Tensors:
     return {name: np.concatenate([job[name] for job in jobs]) for name in jobs[0]}
 
 
-def split(batch: Tensors, rows: Sequence[int]) -> list[Tensors]:
-    """Undo `join`: views of `batch`, `rows[i]` rows for job i."""
-    ends = np.cumsum(rows)
-    return [
-        {name: array[end - count : end] for name, array in batch.items()} for end, count in zip(ends, rows, strict=True)
-    ]
-
-
 make_callable(__name__, verb="torchship.stage:stage")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from torchship.errors import BadConfig, BadInput
-from torchship.stage import FunctionStage, Parameter, Stage, join, split, stage
+from torchship.stage import FunctionStage, Parameter, Stage, join, stage
 from torchship.tensors import Array
 
 Score = Annotated[float, msgspec.Meta(ge=0, le=1, description="smallest score that is kept")]
@@ -90,12 +90,6 @@ def test_a_missing_output_is_named() -> None:
 
     with pytest.raises(BadConfig, match="without \\['y'\\]"):
         FunctionStage(forgets)({"x": np.zeros(1, np.float32)})
-
-
-def test_split_undoes_join() -> None:
-    jobs = [{"a": np.arange(n * 2).reshape(n, 2), "b": np.arange(n)} for n in (1, 3, 2)]
-    for job, back in zip(jobs, split(join(jobs), [1, 3, 2]), strict=True):
-        assert all(np.array_equal(job[name], back[name]) for name in job)
 
 
 def test_join_puts_the_rows_of_jobs_one_after_the_other() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 
 from torchship import process
+from torchship.hardware import ask_driver
 
 _LIMIT = 60.0  # seconds; torch alone takes some to load
 _STEP = "card step: "
@@ -52,24 +52,14 @@ class CardReport(msgspec.Struct, frozen=True):
 def uses() -> list[CardUse]:
     """The memory of each card by `nvidia-smi`, empty where it cannot; containers see their own processes only."""
     holders: dict[str, list[str]] = {}
-    for card, pid, name, size in _rows("compute-apps", "gpu_uuid,pid,process_name,used_memory"):
+    for card, pid, name, size in ask_driver("compute-apps", "gpu_uuid,pid,process_name,used_memory"):
         held = f"{int(size) / 1024:.1f} GiB" if size.isdigit() else "some"
         holders.setdefault(card, []).append(f"{os.path.basename(name)} ({pid}) {held}")
     return [
         CardUse(int(free) * 2**20, tuple(holders.get(card, ())), mig == "Enabled")
-        for card, free, mig in _rows("gpu", "uuid,memory.free,mig.mode.current")
+        for card, free, mig in ask_driver("gpu", "uuid,memory.free,mig.mode.current")
         if free.isdigit()
     ]
-
-
-def _rows(kind: str, fields: str) -> list[list[str]]:
-    command = ["nvidia-smi", f"--query-{kind}={fields}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-    return [row for row in rows if len(row) == fields.count(",") + 1]
 
 
 def look() -> CardReport:

@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Collection, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import uvloop
 
 from torchship import hardware
 from torchship.artifact import Store, open_artifact
-from torchship.artifact.manifest import ServedMemory
+from torchship.artifact.manifest import Manifest
 from torchship.errors import BadConfig, TorchshipError
 from torchship.process import resolve
 from torchship.serve import config as configs
@@ -93,7 +93,8 @@ class Server:
 
     def _expect_memory(self) -> None:
         """Where memory matters, have it watched, and say what the models were measured with."""
-        measured = [found for model in self.config.model for found in _measured(model, self.catalog.store)]
+        artifacts = [(model.name, one) for model in self.config.model for one in _manifests(model, self.catalog.store)]
+        measured = [(name, one.timing.served) for name, one in artifacts if one.timing and one.timing.served]
         for name, served in measured:
             _log.info("%s was measured at %.1f MB in batches of %d", name, served.peak / 1e6, served.max_batch)
             if served.one_process and not self.config.one_process:
@@ -111,20 +112,20 @@ class Server:
             raise
 
     async def _listen(self) -> None:
-        config, control, http = self.config, self.config.control, self.config.http
+        config, control, http, tls = self.config, self.config.control, self.config.http, self.config.tls
         front = Front(
             self.service,
             regions=SharedMemory() if control.shared_memory else None,
             tracing=Tracing(folder=Path(control.trace_folder) if control.trace_folder else None),
-            scheme="https" if config.tls else "http",
+            scheme="https" if tls else "http",
             guarded=bool(config.token),
             drain=self.drain,
             forward="|".join(filter(None, (http.forward_headers, HEADERS if self._traces else ""))),
         )
-        room = room_for_connections(most_workers(config, self.catalog.store))
-        if count := default_receivers(config, self.catalog.store) if http.receivers is None else http.receivers:
-            files = (config.tls.certificate, config.tls.key, config.tls.clients) if config.tls else None
-            self.receivers = await ReceiverPool(count, files=files).open()
+        cards = on_cards(config, self.catalog.store)
+        room = room_for_connections(most_workers(config, cards))
+        if count := default_receivers(cards) if http.receivers is None else http.receivers:
+            self.receivers = await ReceiverPool(count, files=msgspec.structs.astuple(tls) if tls else None).open()
         given: dict[str, Any] = {
             "admit": gate(config.token),
             "receivers": self.receivers,
@@ -208,43 +209,38 @@ async def _beside(work: Coroutine[Any, Any, None]) -> None:
         _log.exception("a mount's work has failed; the models are served on")
 
 
-def default_receivers(config: ServerConfig, store: Store) -> int:
-    """A quarter of the cores, at most four, where a model runs on a card: there one process cannot receive as much as
+def default_receivers(cards: Collection[str]) -> int:
+    """A quarter of the cores, at most four, where models run on `cards`: there one process cannot receive as much as
     its worker takes. None elsewhere: the workers need the cores."""
-    return min(4, hardware.cores() // 4) if any(_on_a_card(model, store) for model in config.model) else 0
+    return min(4, hardware.cores() // 4) if cards else 0
 
 
-def most_workers(config: ServerConfig, store: Store) -> int:
-    """How many workers there may be: all copies, and a spare one where a stage with one copy keeps one."""
+def most_workers(config: ServerConfig, cards: Collection[str]) -> int:
+    """How many workers there may be: all copies, and a spare one where a stage with one copy keeps one, as models on
+    `cards` do by default."""
     found = 0
     for model in config.model:
-        spares = _on_a_card(model, store) if model.spare is None else model.spare
+        spares = model.name in cards if model.spare is None else model.spare
         found += sum(stage.copies + (spares and stage.copies == 1) for stage in model.pipeline().stages)
     return found
 
 
-def _on_a_card(model: ModelConfig, store: Store) -> bool:
-    """Whether a stage of a model asks for a card, or its artifact was made for one."""
-    for stage in model.pipeline().stages:
-        devices: list[object] = [*stage.devices]
-        with suppress(TorchshipError):  # an artifact that cannot be read is told when it is loaded
-            if stage.artifact:
-                devices.append(
-                    open_artifact(store.resolve(stage.artifact), verify=False).manifest.recipe.options.get("device")
-                )
-        if any(str(device).startswith("cuda") for device in devices):
-            return True
-    return False
+def on_cards(config: ServerConfig, store: Store) -> set[str]:
+    """The names of the models of which a stage asks for a card, or an artifact was made for one."""
+    return {model.name for model in config.model if any(one.startswith("cuda") for one in _devices(model, store))}
 
 
-def _measured(model: ModelConfig, store: Store) -> Iterator[tuple[str, ServedMemory]]:
-    """What a server of each artifact in a model took, where that was measured when it was made."""
+def _devices(model: ModelConfig, store: Store) -> Iterator[str]:
+    yield from (device for stage in model.pipeline().stages for device in stage.devices)
+    yield from (str(manifest.recipe.options.get("device")) for manifest in _manifests(model, store))
+
+
+def _manifests(model: ModelConfig, store: Store) -> Iterator[Manifest]:
+    """What a model's artifacts say of themselves; one that cannot be read is told when it is loaded."""
     for stage in model.pipeline().stages:
-        with suppress(TorchshipError):  # it has been unloaded or removed meanwhile
+        with suppress(TorchshipError):
             if stage.artifact:
-                timing = open_artifact(store.resolve(stage.artifact), verify=False).manifest.timing
-                if timing and timing.served:
-                    yield model.name, timing.served
+                yield open_artifact(store.resolve(stage.artifact), verify=False).manifest
 
 
 class ServeOptions(TypedDict, total=False):

@@ -15,7 +15,7 @@ from torchship.recipe import Recipe
 from torchship.serve import config as configs
 from torchship.serve.access import check_places, gate, hash_of, is_loopback, new_token
 from torchship.serve.config import Token
-from torchship.serve.host import configure, default_receivers, most_workers
+from torchship.serve.host import configure, default_receivers, most_workers, on_cards
 
 MODEL = {"name": "m", "run": "a:b"}
 
@@ -159,7 +159,7 @@ def test_receivers_are_the_default_where_a_model_runs_on_a_card(
     for cores, some in ((32, 4), (16, 4), (8, 2), (2, 0)):
         monkeypatch.setattr(hardware, "cores", lambda cores=cores: cores)
         found = {
-            name: default_receivers(configs.convert({"model": [model]}), Store(tmp_path / "store"))
+            name: default_receivers(on_cards(configs.convert({"model": [model]}), Store(tmp_path / "store")))
             for name, model in models.items()
         }
         assert found == {"asked": some, "dealt": some, "made": some, "plain": 0, "missing": 0}
@@ -178,7 +178,8 @@ def test_receivers_are_the_default_where_a_model_runs_on_a_card(
     ],
 )
 def test_a_spare_worker_counts_where_there_may_be_one(model: dict[str, object], workers: int, tmp_path: Path) -> None:
-    assert most_workers(configs.convert({"model": [{"name": "m", **model}]}), Store(tmp_path)) == workers
+    config = configs.convert({"model": [{"name": "m", **model}]})
+    assert most_workers(config, on_cards(config, Store(tmp_path))) == workers
 
 
 def test_receivers_are_said_in_the_file_or_on_the_command_line(tmp_path: Path) -> None:

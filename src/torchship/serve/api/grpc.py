@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -14,7 +13,7 @@ from google.protobuf.message import DecodeError
 from torchship.errors import BadInput, NotFound, TorchshipError
 from torchship.serve.api.front import Front
 from torchship.serve.api.regions import NO_CUDA, refuse_cuda
-from torchship.serve.http.exchange import spawn
+from torchship.serve.http.exchange import settle, spawn
 from torchship.serve.http.http2.calls import Call
 from torchship.serve.http.site import Rpc
 from torchship.wire.messages import Request, Response
@@ -134,8 +133,6 @@ class GrpcInference:
             call.fail(end)
             return
         try:
-            if not end.id:
-                end.id = request.id
             call.reply(self._codec.encode(end, request), trace=end.trace)
         except Exception as fault:
             call.fail(fault)
@@ -218,7 +215,6 @@ class _StreamInference:
             await self._send(call, Request(request.model, {}), empty, last=True)
 
     async def _send(self, call: Call, request: Request, response: Response, *, last: bool) -> None:
-        response.id = response.id or request.id
         response.parameters = {**response.parameters, "triton_final_response": last}
         encoded = self._codec.encode(response, request)
         call.write(b"\x12" + varint(len(encoded)) + encoded)  # infer_response = 2 of a ModelStreamInferResponse
@@ -236,9 +232,6 @@ def _tell_fault(call: Call, request_id: str, fault: Exception) -> None:
 def _answering(method: Method, work: Work) -> Callable[[Call, Buffer, int], None]:
     """A method whose answer is plain data, at once or from a coroutine."""
 
-    async def later(call: Call, answer: Awaitable[Any]) -> None:
-        reply(call, await answer)
-
     def reply(call: Call, answer: Any) -> None:
         told = ParseDict(answer or {}, method.response(), ignore_unknown_fields=True)
         call.reply(told.SerializeToString())
@@ -248,11 +241,7 @@ def _answering(method: Method, work: Work) -> Callable[[Call, Buffer, int], None
             ask = method.request.FromString(bytes(memoryview(body)[start:]))
         except DecodeError as fault:
             raise BadInput(f"not a {method.request.DESCRIPTOR.name}: {fault}") from None
-        answer = work(ask)
-        if inspect.isawaitable(answer):
-            spawn(call, later, call, answer)
-        else:
-            reply(call, answer)
+        settle(call, work(ask), reply)
 
     return unary
 

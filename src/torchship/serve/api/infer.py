@@ -111,8 +111,6 @@ class Inference:
             exchange.fail(end)
             return
         try:
-            if not end.id:
-                end.id = request.id
             body = encode_slice(end, request)
             if body is None and oip_json.is_long(end, request):
                 spawn(exchange, self._write_apart, exchange, request, end)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,7 +15,7 @@ from torchship.serve.api.generate import generate_routes
 from torchship.serve.api.infer import Inference
 from torchship.serve.api.regions import NO_CUDA, refuse_cuda
 from torchship.serve.http.content import json_object, read_json
-from torchship.serve.http.exchange import Admit, Endpoint, Exchange, spawn
+from torchship.serve.http.exchange import Admit, Endpoint, Exchange, settle
 from torchship.serve.http.http1 import Connection
 from torchship.serve.http.http2.connection import Connection2
 from torchship.serve.http.listen import Listener, LocalListener, bind
@@ -89,20 +88,10 @@ def all_routes(front: Front, extra: Sequence[Route] = ()) -> list[Route]:
 def _answering(work: Callable[[Exchange], Any]) -> Endpoint:
     """An endpoint that answers with what `work` gives, at once or by a coroutine, as JSON; nothing is `{}`."""
 
-    async def later(exchange: Exchange, found: Any) -> None:
-        answer(exchange, await found)
-
     def answer(exchange: Exchange, found: Any) -> None:
         exchange.answer_json({} if found is None else found)
 
-    def endpoint(exchange: Exchange) -> None:
-        found = work(exchange)
-        if inspect.isawaitable(found):
-            spawn(exchange, later, exchange, found)
-        else:
-            answer(exchange, found)
-
-    return endpoint
+    return lambda exchange: settle(exchange, work(exchange), answer)
 
 
 def _protocol_routes(front: Front) -> list[Route]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
@@ -159,6 +160,18 @@ def spawn(partner: Any, work: Callable[..., Any], *given: Any) -> None:
             partner.fail(fault)
 
     partner.job = asyncio.ensure_future(run())
+
+
+def settle(partner: Any, found: Any, reply: Callable[[Any, Any], None]) -> None:
+    """`reply(partner, found)` to an Exchange or a Call; where `found` is awaitable, with what it gives, later."""
+
+    async def later() -> None:
+        reply(partner, await found)
+
+    if inspect.isawaitable(found):
+        spawn(partner, later)
+    else:
+        reply(partner, found)
 
 
 def status_line(status: int) -> bytes:
