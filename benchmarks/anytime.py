@@ -12,6 +12,7 @@ median one at 60 seconds.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -33,15 +34,14 @@ def search(name: str, *, cache: Path, options: argparse.Namespace) -> list[float
     from torchship.optimize.choose import is_valid
     from torchship.optimize.search import optimize
 
-    finished: list[tuple[float, float, str]] = []
+    told: list[tuple[float, str, float]] = []  # seconds, recipe, ms at batch 1 (infinite: not valid, or no more)
     module, inputs = subjects.module(name), [torchship.TensorSpec.parse(subjects.signature(name))]
     calibration = subjects.calibration(name)
     started = time.monotonic()
 
     def on_trial(trial: Any, done: int, total: int) -> None:
         seconds = time.monotonic() - started
-        if is_valid(trial):
-            finished.append((seconds, trial.timing.curve[0].p50_ms, trial.recipe.key))
+        told.append((seconds, trial.recipe.key, trial.timing.curve[0].p50_ms if is_valid(trial) else math.inf))
         print(f"  {seconds:5.0f} s  {trial.status:8} {trial.recipe.label}", flush=True)
 
     report = optimize(
@@ -61,8 +61,12 @@ def search(name: str, *, cache: Path, options: argparse.Namespace) -> list[float
     final = {trial.recipe.key: trial.timing.curve[0].p50_ms for trial in report.trials if trial.timing}
     best = report.winner.timing.curve[0].p50_ms
     print(f"  won by {report.winner.recipe.label}: {best:.2f} ms", flush=True)
-    leaders = [min((f for f in finished if f[0] <= moment), key=lambda f: f[1], default=None) for moment in _MOMENTS]
-    return [min(1.0, best / final[leader[2]]) if leader else 0.0 for leader in leaders]
+    shares = list[float]()
+    for moment in _MOMENTS:
+        known = {key: cost for seconds, key, cost in told if seconds <= moment}
+        leader = min((key for key, cost in known.items() if cost < math.inf), key=known.__getitem__, default=None)
+        shares.append(min(1.0, best / final[leader]) if leader else 0.0)
+    return shares
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

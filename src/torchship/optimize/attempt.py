@@ -25,6 +25,7 @@ from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import judge
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.measure import SERVING_BATCH, Effort
+from torchship.optimize.reference import Reference
 from torchship.optimize.trial import BuildTask, ProofTask, Trial
 from torchship.recipe import Recipe
 
@@ -44,9 +45,7 @@ class SearchContext:
     forks: Forkserver
     hardware: Hardware
     deadline: float
-    rows: int
-    judged_hash: str
-    doubts: tuple[str, ...] = ()
+    reference: Reference
     tuned: bool = False
     metric_hash: str = ""
     reference_metric: float | None = None
@@ -108,7 +107,7 @@ def _keys(recipe: Recipe, context: SearchContext) -> tuple[str, str]:
     how: tuple[object, ...] = (config.effort, config.threads, config.device)
     if config.serves:
         how = (*how, "served", config.constraints.max_memory)
-    return built, digest(built, context.judged_hash, context.metric_hash, *how)
+    return built, digest(built, context.reference.hash, context.metric_hash, *how)
 
 
 def _packages(recipe: Recipe) -> list[str]:
@@ -162,14 +161,42 @@ def completed(trial: Trial, *, context: SearchContext) -> Trial:
     return found
 
 
-def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence[Trial], whole: bool = False) -> Trial:
-    """The trial with what a fresh child, pinned, finds out about its artifact."""
+def rejudged(trial: Trial, *, context: SearchContext) -> Trial:
+    """A trial that was judged on fewer rows than there are by now, judged on them all; what was measured stays.
+
+    One that gave other shapes, or no number, is what it was, and one that answered all of the few exactly.
+    """
+    found, exact = trial.verdict, trial.verdict is not None and trial.verdict.error == 0
+    if found is None or trial.timing is None or found.error >= HOPELESS or (exact and trial.status == "ok"):
+        return trial
+    if (before := known(trial.recipe, context)) is not None:
+        return before
+    left = max(context.deadline - time.monotonic(), LEAST_S)
+    trial = msgspec.structs.replace(trial, key=_keys(trial.recipe, context)[1])
+    trial = _proven(trial, context, left=left, done=(), measured=trial.timing)
+    note = f"judged on a few rows at first, then on {context.reference.rows}"
+    trial = msgspec.structs.replace(trial, notes=(*trial.notes, note))
+    if trial.verdict is not None and not trial.failure.startswith(_PASSING):
+        context.cache.keep("trials", trial.key, trial)
+    return trial
+
+
+def _proven(
+    trial: Trial,
+    context: SearchContext,
+    *,
+    left: float,
+    done: Sequence[Trial],
+    whole: bool = False,
+    measured: Timing | None = None,
+) -> Trial:
+    """The trial with what a fresh child, pinned, finds out about its artifact; with `measured`, the verdict alone."""
     timings = [other.timing for other in done if other.timing and is_valid(other)]
     few = [point for timing in timings for point in timing.curve if point.batch <= SERVING_BATCH]
     config = context.config
     task = ProofTask(
         artifact=trial.artifact,
-        reference=str(context.work / "reference"),
+        reference=str(context.reference.folder),
         recipe=trial.recipe,
         guard=config.guard,
         effort=_effort(trial.recipe, context),
@@ -179,6 +206,7 @@ def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence
         best_ms=min((timing.curve[0].p50_ms for timing in timings), default=0.0),
         best_rate=max((point.rows_per_s for point in few), default=0.0),
         whole=whole,
+        measured=measured,
         evaluate=str(context.work / "metric.pkl") if context.metric_hash else "",
         reference_metric=context.reference_metric,
     )
@@ -191,9 +219,9 @@ def _proven(trial: Trial, context: SearchContext, *, left: float, done: Sequence
         cpus=hardware.cpus(config.threads),
     )
     if outcome.fault:
-        return msgspec.structs.replace(trial, failure=outcome.fault, log=outcome.log)
+        return msgspec.structs.replace(trial, status="failed", failure=outcome.fault, log=outcome.log)
     verdict, timing = msgspec.convert(outcome.value, tuple[Verdict, Timing])
-    if config.serves and verdict.passed:
+    if config.serves and verdict.passed and measured is None:
         return _served(msgspec.structs.replace(trial, verdict=verdict, timing=timing), context, left=left)
     return _ended(msgspec.structs.replace(trial, verdict=verdict, timing=timing))
 

@@ -14,9 +14,9 @@ from typing import TypeAlias
 import msgspec
 
 from torchship.artifact.manifest import BatchPoint
-from torchship.optimize.attempt import LEAST_S, SearchContext, attempt, completed, known
+from torchship.optimize.attempt import LEAST_S, SearchContext, attempt, completed, known, rejudged
 from torchship.optimize.cache import digest
-from torchship.optimize.choose import Choice, Goal, baseline_place, cost
+from torchship.optimize.choose import Choice, Goal, baseline_place, cost, is_plain, is_valid
 from torchship.optimize.measure import interleaved, point
 from torchship.optimize.strategies import Asked, Strategy
 from torchship.optimize.trial import Trial
@@ -24,6 +24,7 @@ from torchship.optimize.trial import Trial
 OnTrial: TypeAlias = Callable[[Trial, int, int], None]
 _CLOSE, _MOST = 1.15, 4  # how far from the best, and how many, are measured again
 _FEWEST = 5  # calls that make a point
+_TRIED_ON_FEW = 4  # trials at most that are judged on a part of the rows
 
 
 def run(
@@ -32,13 +33,14 @@ def run(
     """The trials in their order, and whether the user interrupted; what the budget did not reach is skipped.
 
     The first strategy that wants something has its way, those before all others that are `at_once`. Once time is up,
-    what the first one still wants is told as skipped, and the second is asked where nothing is valid yet.
+    what the first one still wants is told as skipped, and the second is asked where nothing is valid yet. Where the
+    reference begins with few rows, it answers all as soon as something is valid on them; what was judged before is
+    judged again, and told again.
     """
     done: list[Trial] = []
     interrupted = False
 
     def tell(trial: Trial, waiting: int) -> bool:
-        done.append(trial)
         try:
             if on_trial is not None:
                 on_trial(trial, len(done), len(done) + waiting)
@@ -46,16 +48,40 @@ def run(
             return True
         return False
 
-    while not interrupted and (waiting := _asked(strategies, done, context)):
+    while not interrupted:
+        waiting = _asked(strategies, done, context)
+        if _has_come_to_grow(context, done, waiting):
+            try:
+                context.reference.grow()
+                for place, before in enumerate(done):
+                    done[place] = rejudged(before, context=context)
+                    if done[place] is not before:
+                        interrupted = tell(done[place], len(waiting)) or interrupted
+            except KeyboardInterrupt:
+                interrupted = True
+            continue
+        if not waiting:
+            break
         try:
             found = _tried(waiting[0], done, context)
         except KeyboardInterrupt:
             interrupted = True
             found = _skipped(waiting[0], "interrupted")
+        done.append(found)
         interrupted = tell(found, len(waiting) - 1) or interrupted
     for left in strategies[0].ask(done) if interrupted else ():
-        tell(_skipped(left, "interrupted"), 0)
+        done.append(_skipped(left, "interrupted"))
+        tell(done[-1], 0)
     return done, interrupted
+
+
+def _has_come_to_grow(context: SearchContext, done: Sequence[Trial], waiting: Sequence[Asked]) -> bool:
+    """Whether the reference is to answer all rows now: something is valid beside the module as it is, or nothing is
+    found on a few rows, and there is time for it."""
+    reference = context.reference
+    if reference.whole or time.monotonic() + reference.left_s > context.deadline:
+        return False
+    return len(done) >= _TRIED_ON_FEW or not waiting or any(is_valid(t) and not is_plain(t.recipe) for t in done)
 
 
 def _asked(strategies: Sequence[Strategy], done: Sequence[Trial], context: SearchContext) -> list[Asked]:

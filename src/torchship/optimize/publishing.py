@@ -15,7 +15,7 @@ from torchship.artifact import Artifact, Store, open_artifact, package
 from torchship.artifact import folder as folders
 from torchship.artifact.manifest import Manifest
 from torchship.optimize.attempt import SearchContext
-from torchship.optimize.choose import accelerated, cost, price
+from torchship.optimize.choose import accelerated, baseline, cost, is_valid, price
 from torchship.optimize.facts import Facts
 from torchship.optimize.report import Report
 from torchship.optimize.trial import Trial
@@ -30,17 +30,21 @@ class Publisher:
 
     On the way a version is published when the best so far costs a tenth less, by the goal, than what is current under
     that name as it was measured with as many threads: servers that watch the store get better, never worse, and a
-    search that is killed leaves what it had. One such version is there at a time; the last goes when the winner comes.
+    search that is killed leaves what it had. One such version is there at a time; the last goes when the winner comes,
+    or when it is refused after all, on more rows.
     """
 
     def __init__(self, store: Store | Path | str | None, *, context: SearchContext) -> None:
         self._store = store if isinstance(store, Store) else Store(store)
         self._context = context
-        self._version = 0  # the one on the way
+        self._version, self._recipe = 0, baseline()  # the one on the way, and what it is
 
     def offer(self, facts: Facts) -> None:
         """Publish the best so far where that is worth a version."""
         config, now = self._context.config, time.monotonic()
+        if any(trial.recipe == self._recipe and not is_valid(trial) for trial in facts.trials):
+            self._remove(facts.name, self._version)
+            self._version = 0
         old_enough = now - self._context.deadline + config.budget >= YOUNG_S
         if facts.winner is None or not old_enough or now > self._context.deadline:
             return
@@ -83,10 +87,13 @@ class Publisher:
             folder = Path(place) / "artifact"
             _packed(facts, winner, folder, labels=self._context.config.labels)
             number = self._store.publish(folder, name=facts.name)
-        before, self._version = self._version, number
-        if before in self._store.versions(facts.name):
-            self._store.remove(facts.name, version=before)
+        before, self._version, self._recipe = self._version, number, winner.recipe
+        self._remove(facts.name, before)
         return number
+
+    def _remove(self, name: str, version: int) -> None:
+        if version in self._store.versions(name):
+            self._store.remove(name, version=version)
 
 
 def _packed(facts: Facts, winner: Trial, folder: Path, *, labels: Sequence[str]) -> None:

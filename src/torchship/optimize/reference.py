@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -33,6 +34,8 @@ GROUP = "group"
 JUDGED_ROWS = 1024
 _FEWEST = 256
 _SECONDS = 10.0
+_FIRST = 32  # rows to begin with where all of them would take long
+_LONG = 15.0  # seconds of the reference
 FIT_ROWS = 512
 _PIECE = 32
 _NOISE_CALLS = 2
@@ -99,46 +102,102 @@ def split(model: Model, samples: Iterable[Any]) -> tuple[Model, list[Tensors], l
     return replace(model, calibration=fit), held, [group for group in groups if group not in ours]
 
 
-def prepare(
-    folder: Path, model: Model, *, held_back: Sequence[Tensors], groups: Sequence[int] | None = None
-) -> tuple[JudgedSet, str]:
-    """Run the reference on all that candidates are judged on, keep inputs, outputs and the plan in `folder`; the plan
-    and a hash of it all. Real rows are the held-back ones, or else the user's examples. They end after some seconds of
-    the reference's time, 1,024 rows or half a gigabyte. Raises BadInput for data that the module refuses.
+class Reference:
+    """What candidates are judged on: inputs, the reference's outputs and the plan, as files in `folder`.
+
+    Real rows are the held-back ones, or else the user's examples. They end after some seconds of the reference's time
+    (where 256 rows are done), 1,024 rows or half a gigabyte: every candidate has to answer them all. Where `stepwise`,
+    and 256 rows would take long, there are few until `grow` is called, so that something is judged by then. `hash` is
+    that of all there is. Raises BadInput for data that the module refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    stage, signature = EagerStage(model), model.signature
-    tried = int(getattr(model.module, "tried", 0))
-    own = list(model.examples[: len(model.examples) - tried])
-    made = [*model.examples[len(own) :], *model.edges]
-    real = own
-    if held_back:
-        size = min(_PIECE, signature.max_rows)
-        real = [p for batch in held_back for p in (_pieces(batch, size=size) if signature.batched else [batch])]
-        made = [*own, *made]
-    outputs = write(folder, stage=stage, batches=real, rows=JUDGED_ROWS)
-    _refuse_nan(outputs, model)
-    if signature.batched and signature.max_rows > 1:
-        made += [resized(real[0], rows=rows) for rows in (1, min(5, signature.max_rows))]
-    made += [] if held_back else _random(model)
-    base = real[0]
-    if signature.batched:  # four rows of real data, the same ones again where there are fewer
-        base = resized(base, rows=min(laws.BASE_ROWS, signature.max_rows))
-    probes = [Probe(Law(""), base, stage(base)), *laws.probes(base, signature=signature, answer=stage)]
-    entries = [
-        *[JudgedBatch("real")] * len(outputs),
-        *(JudgedBatch("finite" if laws.masks_all(b, batched=signature.batched) else "made") for b in made),
-        *(JudgedBatch("law", probe.law) for probe in probes),
-    ]
-    more = [*((batch, stage(batch)) for batch in made), *((probe.inputs, probe.outputs) for probe in probes)]
-    for index, (batch, answer) in enumerate(more, len(outputs)):
-        _keep(folder, index, batch, answer)
-    count = sum(rows_of(batch, signature=signature) for batch in real[: len(outputs)])
-    known = None if groups is None else tuple(groups[:count])
-    plan = JudgedSet(tuple(entries), tuple(study(outputs, signature=signature)), known, rows=count)
-    (folder / PLAN).write_bytes(msgspec.json.encode(plan))
-    judged = [*real[: len(outputs)], *(batch for batch, _ in more)]
-    return plan, caching.digest(caching.hash_tensors(judged), plan)
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Model,
+        *,
+        held_back: Sequence[Tensors],
+        groups: Sequence[int] | None = None,
+        stepwise: bool = False,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.whole, self.rows = folder, False, 0
+        self._stage, self._groups = EagerStage(model), groups
+        self._entries, self._hashes, self._outputs = list[JudgedBatch](), list[str](), list[Tensors]()
+        self._seconds, self._bytes = 0.0, 0
+        signature = model.signature
+        tried = int(getattr(model.module, "tried", 0))
+        own = list(model.examples[: len(model.examples) - tried])
+        made = [*model.examples[len(own) :], *model.edges]
+        real = own
+        if held_back:
+            size = min(_PIECE, signature.max_rows)
+            real = [p for batch in held_back for p in (_pieces(batch, size=size) if signature.batched else [batch])]
+            made = [*own, *made]
+        self._waiting = deque(real)
+        self._answer(stepwise=stepwise)
+        _refuse_nan(self._outputs, model)
+        if signature.batched and signature.max_rows > 1:
+            made += [resized(real[0], rows=rows) for rows in (1, min(5, signature.max_rows))]
+        for batch in (*made, *([] if held_back else _random(model))):
+            numbers_alone = laws.masks_all(batch, batched=signature.batched)
+            self._keep(JudgedBatch("finite" if numbers_alone else "made"), batch, self._stage(batch))
+        base = real[0]
+        if signature.batched:  # four rows of real data, the same ones again where there are fewer
+            base = resized(base, rows=min(laws.BASE_ROWS, signature.max_rows))
+        found = laws.probes(base, signature=signature, answer=self._stage)
+        for probe in (Probe(Law(""), base, self._stage(base)), *found):
+            self._keep(JudgedBatch("law", probe.law), probe.inputs, probe.outputs)
+        self.plan, self.hash = self._planned()
+
+    @property
+    def left_s(self) -> float:
+        """About how long `grow` takes, in seconds."""
+        left = sum(rows_of(batch, signature=self._stage.signature) for batch in self._waiting)
+        return self._seconds / max(1, self.rows) * min(left, max(0, _FEWEST - self.rows))
+
+    def grow(self) -> None:
+        """Have the reference answer all the rows. What was judged before was judged on fewer."""
+        self._answer()
+        self.plan, self.hash = self._planned()
+
+    def _answer(self, *, stepwise: bool = False) -> None:
+        signature = self._stage.signature
+        while self._waiting:
+            if stepwise and self.rows >= _FIRST and self.left_s > _LONG:
+                return
+            enough = self.rows >= _FEWEST and self._seconds > _SECONDS
+            if enough or self.rows >= JUDGED_ROWS or self._bytes > _KEPT_BYTES:
+                break
+            batch, started = self._waiting[0], time.monotonic()
+            shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
+            hint = "call the module with that data in plain Python first"
+            with as_error(BadInput, f"the model itself fails on data to judge by ({shapes})", hint=hint):
+                answer = self._stage(batch)
+            self._seconds += time.monotonic() - started
+            self._bytes += sum(array.nbytes for array in (*batch.values(), *answer.values()))
+            self.rows += rows_of(self._waiting.popleft(), signature=signature)
+            self._outputs.append(answer)
+            self._keep(JudgedBatch("real"), batch, answer)
+        self.whole = True
+        self._waiting.clear()
+
+    def _keep(self, entry: JudgedBatch, batch: Tensors, answer: Tensors) -> None:
+        index = len(self._entries)
+        (self.folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
+        (self.folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))
+        self._entries.append(entry)
+        self._hashes.append(caching.hash_tensors([batch]))
+
+    def _planned(self) -> tuple[JudgedSet, str]:
+        """The plan, which is written for the children, and a hash of it and of all inputs."""
+        known = None if self._groups is None else tuple(self._groups[: self.rows])
+        yards = tuple(study(self._outputs, signature=self._stage.signature))
+        plan = JudgedSet(tuple(self._entries), yards, known, rows=self.rows)
+        (self.folder / PLAN).write_bytes(msgspec.json.encode(plan))
+        if self.whole:
+            self._outputs.clear()
+        return plan, caching.digest(self._hashes, plan)
 
 
 def _refuse_nan(outputs: Sequence[Tensors], model: Model) -> None:
@@ -207,30 +266,3 @@ def grouped(samples: Sequence[Any], *, signature: Signature) -> list[int] | None
             )
         found += [known.setdefault(value, len(known)) for value in (values * rows if len(values) == 1 else values)]
     return found
-
-
-def write(folder: Path, *, stage: EagerStage, batches: Sequence[Tensors], rows: int) -> list[Tensors]:
-    """Run the reference on `batches`, keep inputs and outputs as numbered files in `folder`, return the outputs.
-
-    Ends after `rows` rows, half a gigabyte (the outputs of a segmentation net are large), or some seconds (where 256
-    rows are done): every candidate has to answer them all. Raises BadInput for data that the module refuses.
-    """
-    outputs: list[Tensors] = []
-    kept, done, started = 0, 0, time.monotonic()
-    for index, batch in enumerate(batches):
-        if kept > _KEPT_BYTES or done >= rows or (done >= _FEWEST and time.monotonic() - started > _SECONDS):
-            break
-        shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
-        hint = "call the module with that data in plain Python first"
-        with as_error(BadInput, f"the model itself fails on data to judge by ({shapes})", hint=hint):
-            answer = stage(batch)
-        outputs.append(answer)
-        done += rows_of(batch, signature=stage.signature)
-        kept += sum(array.nbytes for array in (*batch.values(), *answer.values()))
-        _keep(folder, index, batch, answer)
-    return outputs
-
-
-def _keep(folder: Path, index: int, batch: Tensors, answer: Tensors) -> None:
-    (folder / f"{index}.in.safetensors").write_bytes(tensorfile.encode(batch))
-    (folder / f"{index}.out.safetensors").write_bytes(tensorfile.encode(answer))

@@ -26,7 +26,7 @@ from torchship.errors import BadInput, GuardRefused
 from torchship.lowering.program import as_error
 from torchship.model import Model
 from torchship.optimize import cache as caching
-from torchship.optimize import loop, probes, reference, workspace
+from torchship.optimize import loop, probes, workspace
 from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
@@ -38,6 +38,7 @@ from torchship.optimize.guard import Guard, judge
 from torchship.optimize.judge import compare
 from torchship.optimize.loop import OnTrial
 from torchship.optimize.publishing import Publisher
+from torchship.optimize.reference import EagerStage, Reference, refuse_unsteady, split
 from torchship.optimize.report import Report
 from torchship.optimize.strategies import Strategy, winners
 from torchship.optimize.strategies.cutting import Cutting
@@ -123,18 +124,19 @@ def _prepare(
 ) -> SearchContext:
     """Compute the reference once, and lay everything out for the children."""
     forks.start()  # its imports take about as long as the reference does
-    model, held_back, groups = reference.split(model, samples)
+    model, held_back, groups = split(model, samples)
     if evaluate is None:
-        reference.refuse_unsteady(model)
+        refuse_unsteady(model)
     deadline = time.monotonic() + config.budget
     # first, so that nothing that the reference leaves behind in the module goes along
     workspace.put(work / "model.pkl", model, what=f"the module {model.name!r}")
-    plan, judged_hash = reference.prepare(work / "reference", model, held_back=held_back, groups=groups)
+    stepwise = not config.guard.strict  # which has no use for what is not proved
+    judged = Reference(work / "reference", model, held_back=held_back, groups=groups, stepwise=stepwise)
     metric_hash, reference_metric = "", None
     if evaluate is not None:
         workspace.put(work / "metric.pkl", evaluate, what="the evaluate function")
         metric_hash = caching.hash_function(evaluate)
-        reference_metric = _reference_metric(evaluate, reference.EagerStage(model), work / "reference")
+        reference_metric = _reference_metric(evaluate, EagerStage(model), judged.folder)
     return SearchContext(
         config=config,
         model=model,
@@ -146,15 +148,13 @@ def _prepare(
         forks=forks,
         hardware=machines.here(),
         deadline=deadline,
-        rows=plan.rows,
-        doubts=tuple(told(plan.yards)),
-        judged_hash=judged_hash,
+        reference=judged,
         metric_hash=metric_hash,
         reference_metric=reference_metric,
     )
 
 
-def _reference_metric(evaluate: Metric, eager: reference.EagerStage, folder: Path) -> float:
+def _reference_metric(evaluate: Metric, eager: EagerStage, folder: Path) -> float:
     """The reference's own value; its values by row, where there are such, are kept in `folder`."""
     hint = "it takes a Stage, calls it with a dict of arrays, and returns one number"
     with as_error(BadInput, "the evaluate function fails on the eager model", hint=hint):
@@ -182,7 +182,9 @@ def _search(context: SearchContext, on_trial: OnTrial | None, publisher: Publish
     done: list[Trial] = []
 
     def tell(trial: Trial, count: int, total: int) -> None:
-        done.append(trial)
+        done[:] = [trial if before.recipe == trial.recipe else before for before in done]
+        if trial not in done:
+            done.append(trial)
         if on_trial is not None:
             on_trial(trial, count, total)
         if publisher is not None and trial.status != "skipped":
@@ -209,7 +211,7 @@ def _facts(
 ) -> Facts:
     """What came of the trials so far."""
     config = context.config
-    notes = [*getattr(context.model.module, "notes", ()), *context.doubts]
+    notes = [*getattr(context.model.module, "notes", ()), *told(context.reference.plan.yards)]
     load, cores = os.getloadavg()[1], context.hardware.cores
     if load >= cores * 2 + 1:  # our own trials make a load of about one a core
         notes.append(f"the machine was busy (load {load:.1f} on {cores} cores): single figures are noisy")
@@ -231,7 +233,7 @@ def _facts(
         left_out=left_out,
         notes=tuple(notes),
         command=config.command,
-        rows=context.rows,
+        rows=context.reference.rows,
         seconds=time.monotonic() - context.deadline + config.budget,
         interrupted=interrupted,
         reference_metric=context.reference_metric,
@@ -271,7 +273,7 @@ def build(
     """
     model = capture(module, example_inputs, name=name)
     example = model.examples[0]
-    wanted = reference.EagerStage(model)(example)
+    wanted = EagerStage(model)(example)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     provenance = Provenance(__version__, created, f"torchship.build:{name}", caching.hash_model(model))
     with TemporaryDirectory(prefix="torchship-build-") as scratch:

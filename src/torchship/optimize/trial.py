@@ -13,7 +13,7 @@ import numpy as np
 
 from torchship import plugins, process
 from torchship.artifact import open_artifact, package, tensorfile
-from torchship.artifact.manifest import BatchPoint, Evidence, Provenance, Timing, Verdict
+from torchship.artifact.manifest import Evidence, Provenance, Timing, Verdict
 from torchship.errors import BadInput, BuildFailed
 from torchship.model import Model, Shelf
 from torchship.optimize import workspace
@@ -71,7 +71,8 @@ class ProofTask(msgspec.Struct, frozen=True):
     """What the proving child is told.
 
     `best_ms` at batch 1 and `best_rate` (rows a second, up to 8 rows) are the best so far (0: none). Who is far behind
-    in both, or the first of all, is not measured at other batches unless the `whole` curve is asked for.
+    in both, or the first of all, is not measured at other batches unless the `whole` curve is asked for. What was
+    `measured` before is not measured at all, only judged.
     """
 
     artifact: str
@@ -85,6 +86,7 @@ class ProofTask(msgspec.Struct, frozen=True):
     best_ms: float = 0.0
     best_rate: float = 0.0
     whole: bool = False
+    measured: Timing | None = None
     evaluate: str = ""
     reference_metric: float | None = None
 
@@ -133,8 +135,8 @@ def prove_here(argument: Any) -> tuple[Verdict, Timing]:
     stage = artifact.open(device=task.device, threads=task.threads, trust=True)
     load_s = time.perf_counter() - started
     example, signature = artifact.inputs(), artifact.manifest.signature
-    points = list[BatchPoint]()
-    further = curve(stage, example, batched=signature.batched, effort=task.effort)
+    points = list(task.measured.curve if task.measured else ())
+    further = iter(()) if points else curve(stage, example, batched=signature.batched, effort=task.effort)
     for found in further:
         points.append(found)
         if found.batch >= SERVING_BATCH:
@@ -152,7 +154,7 @@ def prove_here(argument: Any) -> tuple[Verdict, Timing]:
         verdict = _by_metric(stage, verdict, task) if task.evaluate else verdict
     stage.close()
     points.sort(key=lambda found: found.batch)
-    return verdict, Timing(tuple(points), load_s, peak, artifact.size, task.threads)
+    return verdict, task.measured or Timing(tuple(points), load_s, peak, artifact.size, task.threads)
 
 
 def _by_metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:

@@ -27,6 +27,7 @@ FAULTS = (
     "leaves",
     "touchy",
     "stubborn",
+    "seldom",
 )
 
 
@@ -43,6 +44,8 @@ class Stage:
             answer[0, 0] = np.nan
         if self._fault == "wrong":
             answer = -answer
+        if self._fault == "seldom":
+            answer = np.where(tensors["input"][:, :1] > 100, -answer, answer)
         if self._fault == "crooked":
             answer = answer[:, :-1]
         if self._fault == "dies":
@@ -106,7 +109,7 @@ class Planted:
             return Stage(self.fault, arrays["weight"], arrays["bias"], signature)
 
 
-good, segfault, hang, greedy, nan, wrong, refuses, raises, crooked, dies, leaves, touchy, stubborn = map(
+good, segfault, hang, greedy, nan, wrong, refuses, raises, crooked, dies, leaves, touchy, stubborn, seldom = map(
     Planted, FAULTS
 )
 

@@ -57,7 +57,11 @@ def attempts(monkeypatch: pytest.MonkeyPatch, lefts: list[float]) -> list[str]:
 
 
 def context(seconds: float = 100.0) -> Any:
-    return SimpleNamespace(deadline=time.monotonic() + seconds, config=SimpleNamespace(goal="latency"))
+    return SimpleNamespace(
+        deadline=time.monotonic() + seconds,
+        config=SimpleNamespace(goal="latency"),
+        reference=SimpleNamespace(whole=True),
+    )
 
 
 def asked(*names: str, **more: Any) -> list[Asked]:
@@ -152,3 +156,57 @@ def test_layers_go_back_to_float_until_it_holds_then_fewer_are_looked_for(monkey
     assert tried == [1, 2, 4, 8, 6, 5]
     assert strategy.layers == layers
     assert strategy.ask(results) == []
+
+
+class Growing:
+    """A reference with few rows at first."""
+
+    whole, left_s = False, 5.0
+
+    def grow(self) -> None:
+        self.whole = True
+
+
+@pytest.mark.parametrize(
+    ("names", "when"),
+    [
+        (["eager", "a", "b", "c", "d"], 2),  # one is valid beside eager
+        (["eager", "bad", "bad2", "bad3", "d"], 4),
+        (["eager", "bad"], 2),
+    ],
+)
+def test_all_rows_are_judged_once_something_is_valid_on_few(
+    attempts: list[str], monkeypatch: pytest.MonkeyPatch, names: list[str], when: int
+) -> None:
+    judged: list[str] = []
+
+    def attempt(recipe: Recipe, **given: Any) -> Trial:
+        attempts.append(recipe.backend)
+        return trial(recipe.backend, status="refused" if "bad" in recipe.backend else "ok")
+
+    def rejudged(found: Trial, **given: Any) -> Trial:
+        judged.append(found.recipe.backend)
+        return msgspec.structs.replace(found, status="refused") if found.recipe.backend == "a" else found
+
+    monkeypatch.setattr(loop, "attempt", attempt)
+    monkeypatch.setattr(loop, "rejudged", rejudged)
+    where, told = context(), list[tuple[str, str]]()
+    where.reference = Growing()
+    done, _ = loop.run(
+        [Once(*asked(*names))],
+        context=where,
+        on_trial=lambda found, count, total: told.append((found.recipe.backend, found.status)),
+    )
+    assert judged == names[:when]
+    assert [found.recipe.backend for found in done] == names
+    if "a" in names:
+        assert done[1].status == "refused"
+        assert told[1:3] == [("a", "ok"), ("a", "refused")]
+
+
+def test_without_the_time_for_all_rows_few_must_do(attempts: list[str]) -> None:
+    where = context(4.0)
+    where.reference = Growing()
+    done, _ = loop.run([Once(*asked("eager", "a", "b"))], context=where)
+    assert [found.status for found in done] == ["ok"] * 3
+    assert not where.reference.whole

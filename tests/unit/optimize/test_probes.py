@@ -66,7 +66,9 @@ def test_refused_recipes_are_not_proposed_again(children: list[str], tmp_path: P
 
 
 def test_an_attempt_begins_with_it_and_leaves_it_where_time_is_short(children: list[str], tmp_path: Path) -> None:
-    context: Any = SimpleNamespace(cache=Cache(tmp_path), hardware=CARD, model_hash="m", judged_hash="", metric_hash="")
+    context: Any = SimpleNamespace(
+        cache=Cache(tmp_path), hardware=CARD, model_hash="m", reference=SimpleNamespace(hash=""), metric_hash=""
+    )
     context.config = SimpleNamespace(effort=None, threads=1, device="cpu", serves=False)
     late = attempt(ON_CARD, context=context, left=10.0)
     assert (late.status, children) == ("skipped", [])

@@ -16,6 +16,8 @@ from tests.unit.optimize.test_order import made_facts
 from torchship.artifact import Store, open_artifact
 from torchship.optimize.facts import Facts
 from torchship.optimize.publishing import Publisher
+from torchship.optimize.trial import Trial
+from torchship.recipe import Options
 
 
 @pytest.fixture
@@ -74,6 +76,27 @@ def test_the_end_is_told_in_full_where_the_version_on_the_way_had_won(store: Sto
     assert store.versions("m") == (number,)
     _, again = publisher(store, tmp_path).finish(facts, facts.winner)
     assert again == number, "a rerun publishes nothing new"
+
+
+def test_a_version_on_the_way_that_is_refused_after_all_is_taken_back(store: Store, tmp_path: Path) -> None:
+    earlier, facts = publisher(store, tmp_path), found(tmp_path, 6.0)
+    assert facts.winner is not None
+    _, there = earlier.finish(facts, facts.winner)
+    ours = publisher(store, tmp_path)
+    few = found(tmp_path, 8.0, 3.0)
+    few = msgspec.structs.replace(few, trials=tuple(_named(trial) for trial in few.trials))
+    ours.offer(few)
+    assert served_ms(store) == 3.0
+    refused = msgspec.structs.replace(few.trials[1], status="refused")
+    ours.offer(made_facts((few.trials[0], refused)))
+    assert (store.versions("m"), served_ms(store)) == ((there,), 6.0)
+
+
+def _named(trial: Trial) -> Trial:
+    """The trial with a recipe of its own."""
+    assert trial.timing is not None
+    options: Options = {"threads": int(trial.timing.curve[0].p50_ms)}
+    return msgspec.structs.replace(trial, recipe=msgspec.structs.replace(trial.recipe, options=options))
 
 
 def test_what_others_published_stays_and_nothing_worse_replaces_it(store: Store, tmp_path: Path) -> None:

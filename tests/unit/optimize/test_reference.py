@@ -13,6 +13,7 @@ from torchship.artifact import tensorfile
 from torchship.errors import BadInput
 from torchship.model import Model
 from torchship.optimize import reference
+from torchship.optimize.reference import Reference
 from torchship.tensors import Array, Signature, Tensors
 
 PLAIN = Signature.parse("x:FP32[-1,3] -> y:FP32[-1,2]")
@@ -43,7 +44,7 @@ def rows(count: int, seed: int = 0) -> Array:
 def test_real_rows_and_made_up_ones_are_kept_apart(tmp_path: Path) -> None:
     model = Model(module=Flat(), signature=PLAIN, examples=[{"x": rows(2)}])
     held = [{"x": rows(40, seed)} for seed in (1, 2)]
-    plan, _ = reference.prepare(tmp_path, model, held_back=held)
+    plan = Reference(tmp_path, model, held_back=held).plan
     real = [index for index, entry in enumerate(plan.entries) if entry.kind == "real"]
     given = np.concatenate([tensorfile.load(tmp_path / f"{index}.in.safetensors")["x"] for index in real])
     np.testing.assert_array_equal(given, np.concatenate([batch["x"] for batch in held]))
@@ -54,7 +55,7 @@ def test_real_rows_and_made_up_ones_are_kept_apart(tmp_path: Path) -> None:
 
 def test_without_data_the_users_examples_are_real_and_noise_is_not(tmp_path: Path) -> None:
     model = Model(module=Flat(), signature=PLAIN, examples=[{"x": rows(2)}])
-    plan, _ = reference.prepare(tmp_path, model, held_back=[])
+    plan = Reference(tmp_path, model, held_back=[]).plan
     assert [entry.kind for entry in plan.entries].count("real") == 1
     assert plan.rows == 2
 
@@ -68,7 +69,8 @@ def test_a_model_without_rows_is_judged_on_other_values_too_and_keeps_its_intege
 
     signature = Signature.parse("x:FP32[3,4], which:INT64[2] -> y:FP32[2,4]", batched=False)
     example: Tensors = {"x": np.ones((3, 4), np.float32), "which": np.array([2, 0])}
-    plan, _ = reference.prepare(tmp_path, Model(module=Picks(), signature=signature, examples=[example]), held_back=[])
+    model = Model(module=Picks(), signature=signature, examples=[example])
+    plan = Reference(tmp_path, model, held_back=[]).plan
     made = [i for i, entry in enumerate(plan.entries) if entry.kind == "made"]
     given = [tensorfile.load(tmp_path / f"{index}.in.safetensors") for index in made]
     assert len({batch["x"].tobytes() for batch in given} - {example["x"].tobytes()}) == 2
@@ -81,9 +83,7 @@ def test_a_made_up_mask_that_leaves_out_everything_is_only_asked_for_numbers(tmp
     empty: Tensors = {"ids": ids, "mask": np.zeros_like(ids)}
     module = Flat()
     module.tried = 1
-    plan, _ = reference.prepare(
-        tmp_path, Model(module=module, signature=WORDS, examples=[example, empty]), held_back=[]
-    )
+    plan = Reference(tmp_path, Model(module=module, signature=WORDS, examples=[example, empty]), held_back=[]).plan
     kinds = {
         bool(tensorfile.load(tmp_path / f"{index}.in.safetensors")["mask"].any()): entry.kind
         for index, entry in enumerate(plan.entries)
@@ -97,7 +97,7 @@ def test_answers_that_are_no_numbers_anywhere_are_refused_with_words(tmp_path: P
     with torch.no_grad():
         module.head.bias.fill_(torch.nan)
     with pytest.raises(BadInput, match="'y' of the model itself is NaN or infinite everywhere"):
-        reference.prepare(tmp_path, Model(module=module, signature=PLAIN, examples=[{"x": rows(2)}]), held_back=[])
+        Reference(tmp_path, Model(module=module, signature=PLAIN, examples=[{"x": rows(2)}]), held_back=[])
 
 
 def test_rows_of_one_group_are_all_on_one_side() -> None:
@@ -119,3 +119,26 @@ def test_data_without_groups_is_halved_and_half_a_grouping_is_refused() -> None:
     assert (len(model.calibration), len(held), theirs) == (3, 3, None)
     with pytest.raises(BadInput, match="sample 1 names 0 groups for 8 rows"):
         reference.grouped([{"x": batches[0], "group": "a"}, {"x": batches[1]}], signature=PLAIN)
+
+
+def test_a_slow_model_is_judged_on_few_rows_until_all_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(module=Flat(), signature=PLAIN, examples=[{"x": rows(2)}])
+    held = [{"x": rows(40, seed)} for seed in (1, 2)]
+    whole = Reference(tmp_path / "whole", model, held_back=held, groups=range(80), stepwise=True)
+    assert (whole.whole, whole.rows) == (True, 80), "what is quick is answered at once"
+    monkeypatch.setattr(reference, "_LONG", 0.0)
+    few = Reference(tmp_path / "few", model, held_back=held, groups=range(80), stepwise=True)
+    assert (few.whole, few.rows, few.plan.groups) == (False, 32, tuple(range(32)))
+    assert few.left_s > 0
+    hashed = few.hash
+    few.grow()
+    assert few.whole
+    assert few.hash != hashed
+    assert few.plan.groups == tuple(range(80))
+    assert few.plan.yards == whole.plan.yards
+    assert sorted(map(repr, few.plan.entries)) == sorted(map(repr, whole.plan.entries))
+    real = [index for index, entry in enumerate(few.plan.entries) if entry.kind == "real"]
+    given = np.concatenate([tensorfile.load(tmp_path / f"few/{index}.in.safetensors")["x"] for index in real])
+    np.testing.assert_array_equal(given, np.concatenate([batch["x"] for batch in held]))

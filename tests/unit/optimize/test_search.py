@@ -20,7 +20,7 @@ import torchship
 from tests.unit.optimize.planted import plant
 from torchship.artifact import open_artifact
 from torchship.errors import BadConfig
-from torchship.optimize import facts, search, workspace
+from torchship.optimize import facts, reference, search, workspace
 from torchship.optimize.cache import hash_model
 from torchship.optimize.capture import capture
 from torchship.optimize.guard import Guard
@@ -222,6 +222,33 @@ def test_the_users_metric_refuses(planted: Path) -> None:
     assert report.trials[1].verdict.metric == pytest.approx(report.facts.reference_metric, rel=1e-4)
     assert report.trials[1].status == "ok"
     assert "the metric fell by" in failure(report, "wrong")
+
+
+def test_what_few_rows_did_not_show_is_refused_on_all(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_LONG", 0.0)
+    data = [torch.randn(16, 4, generator=torch.manual_seed(seed)) for seed in range(8)]
+    data[7][3, 0] = 200  # of the 64 rows that are judged one of the last
+    seen: list[tuple[str, str]] = []
+    report = optimize(
+        planted,
+        "seldom",
+        "good",
+        publish=False,
+        calibration=data,
+        on_trial=lambda trial, done, total: seen.append((trial.recipe.backend, trial.status)),
+    )
+    again = seen.index(("planted_seldom", "refused"))
+    assert seen[1] == ("planted_seldom", "ok")
+    assert again > 1
+    assert "a row is off by" in failure(report, "seldom")
+    assert report.facts.rows == 64
+    good = next(trial for trial in report.trials if trial.recipe.backend == "planted_good")
+    assert good.verdict is not None
+    assert good.verdict.evidence is not None
+    assert (good.status, good.verdict.evidence.rows) == ("ok", 64)
+    rerun = optimize(planted, "seldom", "good", publish=False, calibration=data)
+    assert all(trial.cached for trial in rerun.trials)
+    assert rerun.facts.choice.reason == report.facts.choice.reason
 
 
 def test_nobody_valid_publishes_nothing(planted: Path) -> None:
