@@ -109,7 +109,11 @@ def test_only_fp16_that_would_win_and_was_not_mended_is_worth_it() -> None:
 def test_it_asks_at_once_and_for_more_layers_while_the_guard_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {LARGEST: ["a"], 0.25 * LARGEST: ["a"], 0.05 * LARGEST: ["a", "b"]}
     monkeypatch.setattr("torchship.optimize.strategies.overflow.out_of_range", lambda context, *, limit: found[limit])
-    context: Any = SimpleNamespace(config=SimpleNamespace(goal="latency"), deadline=time.monotonic() + 100)
+    context: Any = SimpleNamespace(
+        config=SimpleNamespace(goal="latency"),
+        deadline=time.monotonic() + 100,
+        reference=SimpleNamespace(whole=True),
+    )
     tried: list[Recipe] = []
 
     def attempt(recipe: Recipe, **given: Any) -> Trial:
