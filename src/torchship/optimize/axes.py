@@ -25,6 +25,7 @@ Symbols: TypeAlias = Mapping[str, Sequence[tuple[int, int]]]  # free axes by nam
 _PATIENCE = 4.0  # seconds that one run may be expected to take
 _MOST = 1 << 24  # numbers in all inputs of one call
 _STEP, _FARTHEST = 4, 256  # an unbounded axis is tried in steps of 4 times, up to 256 times the example's
+_QUICK = 0.25  # seconds of one run that every candidate can be asked for, too
 UNSTEADY = "two runs on the same input differ: forward draws random numbers, or remembers earlier calls"
 _OURS = re.compile(r"n\d+|rows")
 
@@ -109,6 +110,7 @@ def study(
     started = time.monotonic()
     outputs = run(calls[0])
     odd = rows.bounded(run, usual=time.monotonic() - started)
+    rows.answers(odd, next(rows.other_values(calls[0])), values=True)  # what is remembered of it may change the answer
     steady = all(map(rows.close, outputs, run(calls[0])))
     found = _rows(odd, calls, names=names, batched=batched, decided=decided) if steady else Rows(reason=UNSTEADY)
     if batched and not found.alone:
@@ -130,10 +132,13 @@ def study(
     probes += _others(odd, calls[0], notes) if decided else []
     notes = list(dict.fromkeys(notes))
     first = lengths.shapes[0][0] if alone else None
-    ends = [_output_shape(i, out.dim(), probes, places=lengths.places, rows=first) for i, out in enumerate(outputs)]
-    shapes, beyond = _edges(lengths, names=names, notes=notes)
-    beyond += rows.odd_values(odd, calls[0], names=names)
     tried = [call for call, _ in probes[len(calls) :]]
+    shapes, beyond = _edges(lengths, names=names, notes=notes)
+    ranks = [out.dim() for out in outputs]  # at a length of one, some squeeze an axis away
+    farther = [(call, [tuple(out.shape) for out in run(call)]) for call in beyond]
+    probes += [(call, seen) for call, seen in farther if list(map(len, seen)) == ranks]
+    ends = [_output_shape(i, rank, probes, places=lengths.places, rows=first) for i, rank in enumerate(ranks)]
+    beyond += rows.odd_values(odd, calls[0], names=names)
     shapes, ends = _unnamed(shapes, ends)
     return Study(shapes, outputs, ends, alone, moves, steady, notes, tried, beyond)
 
@@ -289,6 +294,7 @@ class Lengths:
             else:
                 self.tied[first][name] = longer[first].pop()
         self._slowest: dict[str, float] = {}
+        self._farthest: dict[str, int] = {}  # the longest that was answered quickly
 
     def resized(self, lengths: Mapping[str, int], *, count: int = 0) -> Call:
         """The first example with other lengths, and `count` rows; integers that stood for a length follow it."""
@@ -318,7 +324,10 @@ class Lengths:
         started = time.monotonic()
         if not rows.answers(self.run, call):
             return False
-        self._slowest[name] = (time.monotonic() - started) * _STEP**2  # attention takes the square
+        took = time.monotonic() - started
+        self._slowest[name] = took * _STEP**2  # attention takes the square
+        if took < _QUICK:
+            self._farthest[name] = max(length, self._farthest.get(name, 0))
         return True
 
     def bounds(self, name: str) -> tuple[int, int | None]:
@@ -352,7 +361,11 @@ class Lengths:
         return good
 
     def ends(self, bounds: Mapping[str, tuple[int, int | None]]) -> list[Call]:
-        """Calls at the low end, at the high end, and odd lengths between: all axes at once, else each by itself."""
+        """Calls at the low end, at the high end, and odd lengths between: all axes at once, else each by itself.
+
+        Where an axis has no end, one row as long as the module answers quickly: forward may cut what is longer than
+        this or that, or go another way there.
+        """
         if not bounds:
             return []
         low = {name: least if most else max(least, self.now[name] // 8) for name, (least, most) in bounds.items()}
@@ -366,6 +379,10 @@ class Lengths:
             whole = self._tried(lengths, count)
             parts = [self._tried({name: length}, count) for name, length in lengths.items()] if whole is None else []
             found += [call for call in (whole, *parts) if call is not None]
+        for name, (least, most) in bounds.items():
+            more = {least, self._farthest.get(name, 0)} if most is None else set()
+            others = (self._tried({name: length}, 1) for length in sorted(more - {0, low[name], high[name]}))
+            found += [call for call in others if call is not None]
         return found
 
     def _tried(self, lengths: Mapping[str, int], count: int) -> Call | None:

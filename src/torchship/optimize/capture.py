@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchship.errors import BadInput, CaptureFailed
+from torchship.lowering.program import one_line
 from torchship.lowering.torch_stage import no_fast_path
 from torchship.lowering.tree import Parts
 from torchship.model import Model, to_numpy, to_torch
@@ -44,29 +45,43 @@ def capture(
     """
     inner = freeze.frozen(module)
     specs, examples = _examples(inner, example_inputs)
+    dense = freeze.make_dense(inner)
     inner, fused = reparameterize.fused(inner, lambda net: net(*examples[0][0], **examples[0][1]))
     frame, first = take_apart(inner, *examples[0])
     names = [spec.name for spec in specs] if specs else [name for name, _ in first]
+    for word, (_, tensor) in zip(names, first, strict=True):
+        _dtype(word, tensor)
     calls = _calls(inner, examples, frame)
     restore = freeze.remember(inner)
-    flat = _flat(inner, frame, names, calls[0])
+    try:
+        flat = _flat(inner, frame, names, calls[0])
+    except CaptureFailed as fault:
+        if not dense:
+            raise
+        raise CaptureFailed(
+            f"{dense[0]}; so {fault}",
+            hint="keep the indices and values of what must be sparse as buffers: index_select and index_add take them",
+        ) from fault
     changed = restore()
     # what stands for the lines of a module that has none of Python
     outside = Place("TorchScript", 0, code="its code") if isinstance(inner, torch.jit.ScriptModule) else None
     decided = decisions.decisions(flat.run, calls[0], outside=outside)
+    restore()
     with torch.inference_mode():
         shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
         if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
             batched = False  # the caller fixed axis 0
         study = axes.study(_watched(flat), calls, shapes, names=names, batched=batched, decided=decided)
-    restore()
+    remembered = restore(attributes=True)
     inputs = _specs(names, calls[0], study.inputs)
     signature = Signature(inputs, _specs(flat.output_names, study.outputs, study.output_shapes), study.batched)
     # other lengths and values are examples too: the guard is to see them
     examples = _longer(flat, _arrays(names, [*calls, *study.tried]), signature)
     edges = _arrays(names, study.edges)
-    flat.notes = [*fused, *study.notes, *flat.dropped, *_on_buffers(changed)]
+    flat.notes = [*dense, *fused, *study.notes, *flat.dropped, *_on_buffers(changed)]
     flat.moves, flat.steady = study.moves, study.steady
+    if not study.steady:
+        flat.unsteady = decisions.drawn(flat.run, calls[0]), remembered
     flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
     name = name or type(module).__name__
@@ -184,7 +199,7 @@ def _failed(
     except Exception:  # it fails with gradients as well
         shapes = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True))
         return CaptureFailed(
-            f"{name} fails on its example inputs ({shapes}){at}: {type(fault).__name__}: {fault}",
+            f"{name} fails on its example inputs ({shapes}){at}: {one_line(fault)}",
             hint="are these the shapes and dtypes that forward takes? in eval mode?",
         )
     return CaptureFailed(
@@ -213,6 +228,13 @@ def _watched(flat: Any) -> Run:
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise CaptureFailed(
+            f"tensor {name!r} is {kind}, which no wire format carries",
+            hint="take and return dense tensors: the indices and values of a sparse one, the padded rows of a nested "
+            "one, and dequantize()",
+        )
     try:
         return dtype_name(to_numpy(tensor).dtype)
     except (BadInput, TypeError) as fault:

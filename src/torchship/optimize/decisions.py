@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,31 @@ def decisions(
     except Exception:  # noqa: S110  # higher-order operators do not run under a mode; a trial says the rest
         pass
     return [place for place in watch.places if not place.code.startswith("assert")]
+
+
+def drawn(run: Callable[[Sequence[torch.Tensor]], object], tensors: Sequence[torch.Tensor]) -> list[Place]:
+    """The lines where `run(tensors)` draws random numbers, as `decisions` finds those where values decide."""
+    seen = _Drawing()
+    try:
+        with torch.no_grad(), seen:
+            run([tensor.clone() for tensor in tensors])
+    except Exception:  # noqa: S110  # as above
+        pass
+    return seen.places
+
+
+class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator that takes numbers from a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places: list[Place] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = place_now() if torch.Tag.nondeterministic_seeded in func.tags else None
+        if place is not None and place not in self.places:
+            self.places.append(place)
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch:
@@ -95,13 +120,18 @@ class _Leaving(TorchFunctionMode):
             if self.watch.holds(args[0]):
                 self.watch.decided()
             return (args[1] if args[0] else args[2])(*(args[3] if len(args) > 3 else ()))
-        if name not in _SHOWN:
+        if name not in _SHOWN and not _checks(name, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         self.watch.paused, before = True, self.watch.paused
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self.watch.paused = before
+
+
+def _checks(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call looks at values only to refuse some, as `one_hot` does once it is told the number of classes."""
+    return name == "one_hot" and (args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) != -1
 
 
 def _decides(func: Any, args: Sequence[Any]) -> bool:

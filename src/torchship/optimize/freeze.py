@@ -31,6 +31,7 @@ _IDLE_HOOKS = frozenset(name for name in vars(torch.nn.Module()) if "hooks" in n
     *("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks_with_kwargs",
 }
+_LARGEST = 2**26  # numbers of a sparse tensor that is made dense
 # no copies of these are made
 _SHARED = (ContextVar, type(threading.Lock()), type(threading.RLock()), threading.local, logging.Logger)
 
@@ -84,8 +85,9 @@ def _bare(module: torch.nn.Module) -> torch.nn.Module:
 
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
     values = [value for part in module.modules() for value in vars(part).values()]
-    computed = [value for value in values if isinstance(value, torch.Tensor) and not value.is_leaf]
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    tensors = [*values, *module.buffers()]
+    apart = [value for value in tensors if isinstance(value, torch.Tensor) and not _copies_itself(value)]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in apart}
     for part in module.modules():
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
             values += [cell.cell_contents for cell in getattr(hook, "__closure__", ()) or ()]
@@ -102,6 +104,12 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
             f"{_culprit(module, memo)} cannot be copied: {type(fault).__name__}: {fault}",
             hint="it holds something that is no weight: an open file, or a tensor that gradients flow through",
         ) from fault
+
+
+def _copies_itself(tensor: torch.Tensor) -> bool:
+    """Whether `deepcopy` takes a tensor: not what is computed, compressed (CSR), or of a class made of Tensor."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or torch.nn.parameter.is_lazy(tensor)
+    return tensor.is_leaf and tensor.layout in (torch.strided, torch.sparse_coo) and plain
 
 
 def _culprit(module: torch.nn.Module, memo: dict[int, Any]) -> str:
@@ -150,8 +158,34 @@ def _settle_parametrized(part: torch.nn.Module) -> None:
         part.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
 
 
-def remember(module: torch.nn.Module) -> Callable[[], list[str]]:
-    """What gives a module its buffers and plain attributes back as they are now, and tells which buffers had changed.
+def make_dense(module: torch.nn.Module) -> list[str]:
+    """Put dense tensors in the place of the module's sparse weights, buffers and attributes; a note for the report.
+
+    No format of artifacts carries sparse ones, and most products take either. Raises CaptureFailed for what would be
+    too large.
+    """
+    found = []
+    for path, part in module.named_modules():
+        for held in () if isinstance(part, torch.jit.ScriptModule) else (part._parameters, part._buffers, vars(part)):
+            for name, tensor in held.items():
+                if not isinstance(tensor, torch.Tensor) or tensor.layout == torch.strided:
+                    continue
+                where = f"{path}.{name}".strip(".")
+                if tensor.numel() > _LARGEST:
+                    raise CaptureFailed(
+                        f"{where} is sparse and has shape {list(tensor.shape)}: no artifact carries sparse tensors, "
+                        f"and {tensor.numel():,} numbers are too many",
+                        hint="keep its indices and values as buffers, and compute with index_select and index_add",
+                    )
+                dense = tensor.to_dense()
+                held[name] = torch.nn.Parameter(dense, requires_grad=False) if held is part._parameters else dense
+                found.append(where)
+    return [f"{', '.join(found[:4])}: sparse, made dense, for artifacts carry no sparse tensors"] if found else []
+
+
+def remember(module: torch.nn.Module) -> Callable[..., list[str]]:
+    """What gives a module its buffers and plain attributes back as they are now, and tells which buffers had changed;
+    with `attributes=True` which attributes, too, all by their paths.
 
     Forward may count, and keep what it has computed; what is made of the module later is to start from the beginning.
     """
@@ -162,17 +196,23 @@ def remember(module: torch.nn.Module) -> Callable[[], list[str]]:
         {name: (value, copy.copy(value) if type(value) in mutable else None) for name, value in _own(part).items()}
         for part in parts
     ]
+    paths = {id(part): path for path, part in module.named_modules()}
 
-    def restore() -> list[str]:
+    def restore(*, attributes: bool = False) -> list[str]:
+        changed: list[str] = []
+        other: list[str] = []
         for part, kept in zip(parts, plain, strict=True):
-            for name in set(_own(part)).difference(kept):
+            path, held = paths[id(part)], _own(part)
+            for name in set(held).difference(kept):
                 del vars(part)[name]
+                other.append(f"{path}.{name}".strip("."))
             for name, (value, content) in kept.items():
+                if held.get(name) is not value or (content is not None and _held(content) != _held(value)):
+                    other.append(f"{path}.{name}".strip("."))
                 vars(part)[name] = value
                 if content is not None:  # the same object, for others may hold it too
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(content)
-        changed = []
         for path, before in buffers.items():
             *above, name = path.split(".")
             owner: Any = functools.reduce(getattr, above, module)  # TorchScript's modules have no get_submodule
@@ -180,9 +220,14 @@ def remember(module: torch.nn.Module) -> Callable[[], list[str]]:
             if now is None or not same(now, before):
                 setattr(owner, name, before.clone())
                 changed.append(path)
-        return changed
+        return [*changed, *other] if attributes else changed
 
     return restore
+
+
+def _held(container: Any) -> list[int]:
+    """Which objects a list, dict or set holds: tensors in it are not compared."""
+    return [id(item) for item in (*container, *(container.values() if isinstance(container, dict) else ()))]
 
 
 def _own(part: torch.nn.Module) -> dict[str, Any]:
@@ -192,5 +237,7 @@ def _own(part: torch.nn.Module) -> dict[str, Any]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of any dtype are equal, NaN for NaN."""
+    """Whether two tensors of any dtype and layout are equal, NaN for NaN."""
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return a.layout == b.layout and a.shape == b.shape and same(a.to_dense(), b.to_dense())
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  # NaN is not itself

@@ -67,9 +67,14 @@ def refuse_unsteady(model: Model) -> None:
     module: Any = model.module
     if module.steady:
         return
+    drawn, kept = module.unsteady
+    found = [f"random numbers at {place}: {place.code}" for place in drawn[:3]] or [
+        f"self.{path} is changed by each call" for path in kept[:3]
+    ]
+    where = f" ({'; '.join(found)})" if found else ""
     raise CaptureFailed(
-        f"{model.name}: {UNSTEADY}. No guard can compare answers with that",
-        hint="torchship doctor names the part; pass noise and state in as inputs, or give your own metric",
+        f"{model.name}: {UNSTEADY}{where}. No guard can compare answers with that",
+        hint="pass noise and state in as inputs, and return the new state; torchship doctor names the part",
     )
 
 

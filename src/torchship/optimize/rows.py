@@ -118,6 +118,12 @@ def _mixes(run: Run, several: Call) -> str:
             together = [run(call) for call in (rows, *others)]
         except Exception:  # noqa: S112  # a module may refuse values that it was not made for
             continue
+        for index, (part, whole) in enumerate(zip(alone[0], together[0], strict=True)):
+            if part.dim() != whole.dim():
+                return (
+                    f"not batched: output {index} has shape {list(part.shape)} for one row alone, and "
+                    f"{list(whole.shape)} for {len(whole)}: squeeze(-1) leaves the axis of the rows, squeeze() does not"
+                )
         for index, whole in ((index, whole) for joined in together for index, whole in enumerate(joined)):
             if any(
                 whole.shape[:1] != rows[0].shape[:1] or not close(part[index], whole[i : i + 1])

@@ -18,7 +18,7 @@ from torch.distributions import Normal
 
 from torchship.errors import CaptureFailed
 from torchship.lowering import program
-from torchship.optimize import workspace
+from torchship.optimize import reference, workspace
 from torchship.optimize.capture import capture
 from torchship.pipeline.wiring import relax
 from torchship.tensors import Signature, TensorSpec
@@ -181,3 +181,163 @@ def test_code_keeps_the_name_of_its_file(tmp_path: Path) -> None:
     found = carried(scope["twice"], tmp_path)
     assert found(3) == 6
     assert found.__code__.co_filename == "/some/script.py"
+
+
+class Streaming(nn.Module):
+    """A causal convolution that keeps the end of what it was last given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(2, 2, 3)
+        self.register_buffer("past", torch.zeros(1, 2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        past: Any = self.past
+        joined = torch.cat([past, x], 2)
+        past.copy_(joined[:, :, -2:])
+        return self.mix(joined)  # type: ignore[no-any-return]
+
+
+class Remembering(nn.Module):
+    """A cache of keys in a plain attribute, whose mean is the same after the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = x if self.cache is None else torch.cat([self.cache, x], 1)
+        return self.cache.mean(1)
+
+
+class Sampling(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "words"),
+    [
+        (Streaming(), torch.randn(1, 2, 9), r"self\.past is changed by each call"),
+        (Remembering(), torch.randn(2, 3, 4), r"self\.cache is changed by each call"),
+        (
+            Sampling(),
+            torch.randn(2, 8),
+            r"random numbers at .*test_other_hands\.py:\d+: return nn\.functional\.dropout",
+        ),
+    ],
+)
+def test_what_outlives_a_call_or_is_drawn_is_refused_by_name(module: nn.Module, x: torch.Tensor, words: str) -> None:
+    with pytest.raises(CaptureFailed, match=words):
+        reference.refuse_unsteady(capture(module, x))
+
+
+def test_what_forward_keeps_without_using_it_is_no_reason_to_refuse() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen, self.table = getattr(self, "seen", 0) + 1, torch.arange(x.shape[1])
+            return x * self.table
+
+    reference.refuse_unsteady(capture(Counting(), torch.randn(2, 4)))
+
+
+class Truncating(nn.Module):
+    """Cuts what is longer than 20, as tokenizers and encoders do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :20] * 2 if x.shape[1] > 20 else x * 2
+
+
+def test_a_length_at_which_forward_goes_another_way_is_judged() -> None:
+    model = capture(Truncating(), [torch.randn(2, 5, 3), torch.randn(2, 9, 3)])
+    assert max(edge["x"].shape[1] for edge in model.edges) > 20
+    assert min(edge["x"].shape[1] for edge in model.edges) == 1
+    assert str(model.signature) == "x:FP32[-1,-1,3] -> output:FP32[-1,0..,3]"  # not as long as the input
+
+
+class Propagating(nn.Module):
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.links: torch.Tensor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CSR is in beta
+            self.register_buffer("links", (torch.eye(3) * 2).to_sparse(layout=getattr(torch, layout)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.links @ x
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr"])
+def test_sparse_weights_are_made_dense_and_told(layout: str) -> None:
+    model, x = capture(Propagating(layout), torch.randn(3, 4)), torch.randn(3, 4)
+    flat: Any = model.module
+    torch.testing.assert_close(flat(x)[0], 2 * x)
+    assert "links: sparse, made dense" in flat.notes[0]
+
+
+def test_what_needs_a_sparse_weight_is_refused_by_its_name() -> None:
+    class Indexing(Propagating):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[self.links.coalesce().indices()[0]]
+
+    with pytest.raises(CaptureFailed, match=r"^links: sparse, made dense.*so Indexing fails.* coalesce"):
+        capture(Indexing("sparse_coo"), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.eye(3).to_sparse(), r"tensor 'x' is torch\.sparse_coo"),
+        (torch.zeros(3, 3, dtype=torch.complex64), r"tensor 'x' is torch\.complex64"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), r"tensor 'x' is nested"),
+    ],
+)
+def test_inputs_that_no_wire_carries_are_refused_by_name(tensor: torch.Tensor, words: str) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.to_dense() if x.is_sparse else x.abs()) + 1
+
+    with pytest.raises(CaptureFailed, match=words):
+        capture(Plain(), tensor)
+
+
+class Tagged(torch.Tensor):
+    """A tensor of a class of its own, as libraries for pictures have them."""
+
+
+def test_a_buffer_of_a_class_made_of_tensor_is_copied() -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((4,), 3.0).as_subclass(Tagged))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale  # type: ignore[operator]
+
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(capture(Holding(), x).module(x)[0].as_subclass(torch.Tensor), x * 3)
+
+
+def test_one_hot_with_its_number_of_classes_decides_nothing() -> None:
+    class Counting(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.classes = classes
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot(ids, self.classes).sum(1)
+
+    ids = torch.randint(0, 9, (2, 4))
+    assert capture(Counting(9), ids).signature.batched
+    assert not capture(Counting(-1), ids).signature.batched
+
+
+def test_squeeze_of_the_rows_axis_is_told_as_such() -> None:
+    class Scoring(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum(1, keepdim=True).squeeze()
+
+    model = capture(Scoring(), torch.randn(3, 4))
+    assert not model.signature.batched
+    flat: Any = model.module
+    assert "output 0 has shape [] for one row alone" in flat.notes[0]
