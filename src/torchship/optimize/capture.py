@@ -49,19 +49,9 @@ def capture(
     inner, fused = reparameterize.fused(inner, lambda net: net(*examples[0][0], **examples[0][1]))
     frame, first = take_apart(inner, *examples[0])
     names = [spec.name for spec in specs] if specs else [name for name, _ in first]
-    for word, (_, tensor) in zip(names, first, strict=True):
-        _dtype(word, tensor)
     calls = _calls(inner, examples, frame)
     restore = freeze.remember(inner)
-    try:
-        flat = _flat(inner, frame, names, calls[0])
-    except CaptureFailed as fault:
-        if not dense:
-            raise
-        raise CaptureFailed(
-            f"{dense[0]}; so {fault}",
-            hint="keep the indices and values of what must be sparse as buffers: index_select and index_add take them",
-        ) from fault
+    flat = _flat(inner, frame, names, calls[0], dense=dense)
     changed = restore()
     # what stands for the lines of a module that has none of Python
     outside = Place("TorchScript", 0, code="its code") if isinstance(inner, torch.jit.ScriptModule) else None
@@ -105,6 +95,8 @@ def _specs(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Sequen
 def _calls(module: torch.nn.Module, examples: Sequence[Any], frame: CallTemplate) -> list[list[torch.Tensor]]:
     """The tensors of each example: copies, for forward may write into what it is given."""
     frames, taken = zip(*(take_apart(module, *call) for call in examples), strict=True)
+    for name, tensor in taken[0]:
+        _dtype(name, tensor)
     if any(other != frame for other in frames):
         counts = [len(call) for call in taken]
         raise CaptureFailed(
@@ -152,14 +144,27 @@ def _by_name(module: torch.nn.Module, specs: Sequence[TensorSpec], tensors: Sequ
     return tuple(tensors), {}
 
 
-def _flat(module: torch.nn.Module, frame: CallTemplate, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Any:
+def _flat(
+    module: torch.nn.Module,
+    frame: CallTemplate,
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    *,
+    dense: Sequence[str],
+) -> Any:
     given = [tensor.clone() for tensor in tensors]
     args, kwargs = frame.fill(given)
     try:
         with torch.inference_mode(), no_fast_path():
             answer = module(*args, **kwargs)
     except Exception as fault:
-        raise _failed(module, frame, names, tensors, fault) from fault
+        failed = _failed(module, frame, names, tensors, fault)
+        if not dense:
+            raise failed from fault
+        raise CaptureFailed(
+            f"{dense[0]}; so {failed}",
+            hint="keep the indices and values of what must be sparse as buffers: index_select and index_add take them",
+        ) from fault
     parts = Parts()
     leaves = outline(answer, parts)
     for leaf in parts.hiding:
