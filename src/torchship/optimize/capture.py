@@ -53,16 +53,14 @@ def capture(
     restore = freeze.remember(inner)
     flat = _flat(inner, frame, names, calls[0], dense=dense)
     changed = restore()
-    # what stands for the lines of a module that has none of Python
-    outside = Place("TorchScript", 0, code="its code") if isinstance(inner, torch.jit.ScriptModule) else None
-    decided = decisions.decisions(flat.run, calls[0], outside=outside)
+    decided = _decided(flat, calls[0])
     restore()
     with torch.inference_mode():
         shapes = [spec.shape for spec in specs] if specs else axes.input_shapes(names, calls, free=free)
         if any(not spec.shape or isinstance(spec.shape[0], int) for spec in specs):
             batched = False  # the caller fixed axis 0
         study = axes.study(_watched(flat), calls, shapes, names=names, batched=batched, decided=decided)
-    remembered = restore(attributes=True)
+    flat.remembers = restore(attributes=True)
     inputs = _specs(names, calls[0], study.inputs)
     signature = Signature(inputs, _specs(flat.output_names, study.outputs, study.output_shapes), study.batched)
     # other lengths and values are examples too: the guard is to see them
@@ -70,12 +68,16 @@ def capture(
     edges = _arrays(names, study.edges)
     flat.notes = [*dense, *fused, *study.notes, *flat.dropped, *_on_buffers(changed)]
     flat.moves, flat.steady = study.moves, study.steady
-    if not study.steady:
-        flat.unsteady = decisions.drawn(flat.run, calls[0]), remembered
     flat.decided, flat.tried = tuple(decided), len(study.tried)  # so many of the last examples are made up
     fit = () if calibration is None else flatten_samples(calibration, signature=signature, rows=CALIBRATION_ROWS)
     name = name or type(module).__name__
     return Model(module=flat, signature=signature, examples=examples, edges=edges, calibration=fit, name=name)
+
+
+def _decided(flat: Any, call: Call) -> list[Place]:
+    # what stands for the lines of a module that has none of Python
+    outside = Place("TorchScript", 0, code="its code") if isinstance(flat.inner, torch.jit.ScriptModule) else None
+    return decisions.decisions(flat.run, call, outside=outside)
 
 
 def _on_buffers(changed: Sequence[str]) -> list[str]:

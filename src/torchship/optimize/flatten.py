@@ -15,7 +15,6 @@ import torch
 from torchship.errors import CaptureFailed
 from torchship.lowering import tree
 from torchship.lowering.torch_stage import no_fast_path
-from torchship.optimize.places import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Flat(torch.nn.Module):
         self.paths = tuple(paths)
         self.moves: tuple[int, ...] = ()  # for each output the axis that is to come first
         self.steady = True  # whether two runs on the same input agree
-        self.unsteady: tuple[list[Place], list[str]] = ([], [])  # lines that draw numbers; what forward keeps, by path
+        self.remembers: list[str] = []  # the paths of what forward changes in itself
         self.written: tuple[int, ...] = ()  # inputs that forward writes into: it gets copies of them
         # exporters read names and number of the inputs from the arguments of forward
         arguments, scope = ", ".join(identifiers(names)), dict[str, Any](__name__="torchship_flat")

@@ -20,7 +20,7 @@ from torchship.errors import BadInput, CaptureFailed
 from torchship.lowering.program import as_error
 from torchship.model import Model, to_numpy
 from torchship.optimize import cache as caching
-from torchship.optimize import laws
+from torchship.optimize import decisions, laws
 from torchship.optimize.axes import UNSTEADY
 from torchship.optimize.judge import FEWEST_GROUPS, PLAN, JudgedBatch, JudgedSet
 from torchship.optimize.laws import Law, Probe
@@ -67,9 +67,9 @@ def refuse_unsteady(model: Model) -> None:
     module: Any = model.module
     if module.steady:
         return
-    drawn, kept = module.unsteady
+    drawn = decisions.drawn(module.run, model.torch_inputs(model.examples[0]))
     found = [f"random numbers at {place}: {place.code}" for place in drawn[:3]] or [
-        f"self.{path} is changed by each call" for path in kept[:3]
+        f"self.{path} is changed by each call" for path in module.remembers[:3]
     ]
     where = f" ({'; '.join(found)})" if found else ""
     raise CaptureFailed(
