@@ -55,11 +55,9 @@ class Stage(Protocol):
 
     def __call__(self, tensors: Tensors, parameters: Parameters = ...) -> Tensors:
         """Run on `tensors`, already checked against the signature; `parameters` holds the request's."""
-        ...
 
     def close(self) -> None:
         """Give memory, files and devices back."""
-        ...
 
 
 def select(wanted: Sequence[Parameter], given: Parameters, defaults: Parameters = {}) -> dict[str, Value]:

@@ -76,7 +76,7 @@ def talk(kind: type[Connection] | type[Connection2], pieces: list[bytes]) -> byt
     """Feed a connection; everything it wrote, after its answers have come."""
 
     async def main(front: Front) -> bytes:
-        limits = ConnectionLimits(body=10_000, head=2000, streams=5, pipelined=3)
+        limits = ConnectionLimits(max_body=10_000, head=2000, streams=5, pipelined=3)
         site = Site(Router(rest.all_routes(front)).resolve, limits, rpcs=grpc.all_rpcs(front))
         site.tick(1.0)
         wire = Wire()

@@ -108,7 +108,6 @@ def _seal(root: Path, manifest: Manifest) -> Artifact:
     for path, info in folders.files_below(root).items():
         if path in (MANIFEST, SIGNATURE):
             continue
-        folders.check_path(path)
         code: Literal["native", "data"] = "native" if path.startswith(native) else "data"
         entries.append(FileEntry(path, folders.sha256(root, path), info.st_size, code))
         folders.sync(root / path)

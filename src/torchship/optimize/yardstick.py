@@ -41,8 +41,7 @@ class Channels(msgspec.Struct, frozen=True):
 
 class Yardstick(msgspec.Struct, frozen=True):
     """How one output is to be judged. `norm` and `spread`: the median row's root mean square, as it is and about the
-    row's own mean. `power`: what a random class would cost where the output is class scores; `softmax`: whether they
-    are logits. `varies`: whether the reference's answers differ at all.
+    row's own mean. `softmax`: whether class scores are logits. `varies`: whether the reference's answers differ at all.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Yardstick(msgspec.Struct, frozen=True):
     norm: float = 0.0
     spread: float = 0.0
     softmax: bool = False
-    power: float = 0.0
     varies: bool = True
 
     def probabilities(self, scores: Array) -> Array:
@@ -90,10 +88,10 @@ def _of(spec: TensorSpec, parts: Sequence[Array], batched: bool) -> Yardstick:
     norms = np.concatenate([size_of(part) for part in floats]) if floats else np.zeros(1)
     spreads = np.concatenate([size_of(centred(part)) for part in floats]) if floats else np.zeros(1)
     kind: Kind = "values"
-    soft, power = False, 0.0
+    soft = False
     if batched and rows >= FEWEST_ROWS and parts[0].ndim == 2 and parts[0].shape[1] > 1:
         joined = np.concatenate(parts).astype(np.float64)
-        kind, soft, power = _kind(joined)
+        kind, soft = _kind(joined)
     # channels may lie along the first and the last axis of fixed length, counted with the rows in front
     shape = spec.shape[1:] if batched else spec.shape
     fixed = [i + 1 for i, axis in enumerate(shape) if isinstance(axis, int) and 1 < axis <= _MOST_CHANNELS]
@@ -102,24 +100,22 @@ def _of(spec: TensorSpec, parts: Sequence[Array], batched: bool) -> Yardstick:
     # answers of other lengths differ, too
     first = floats[0][:1] if rows > 1 else np.ravel(floats[:1])[:1]  # a single row can only be compared with itself
     varies = lone or any(p.shape[1:] != floats[0].shape[1:] or bool((p != first).any()) for p in floats)
-    return Yardstick(
-        spec.name, kind, found, float(np.median(norms)), float(np.median(spreads)), soft, power, varies=varies
-    )
+    return Yardstick(spec.name, kind, found, float(np.median(norms)), float(np.median(spreads)), soft, varies)
 
 
-def _kind(joined: Array) -> tuple[Kind, bool, float]:
+def _kind(joined: Array) -> tuple[Kind, bool]:
     """Whether [rows, columns] of floats are embeddings of unit length, or class scores that can tell good from bad:
     softmax of them, or they themselves, must hold a random class to be clearly worse than the best.
     """
     finite = joined[np.isfinite(joined).all(1)]
     if len(finite) and np.allclose(np.linalg.norm(finite, axis=1), 1.0, atol=1e-3) and bool((finite < 0).any()):
-        return "embedding", False, 0.0
+        return "embedding", False
     whole = bool(len(finite)) and bool((finite >= -1e-6).all()) and np.allclose(finite.sum(1), 1.0, atol=1e-2)
     chances = np.nan_to_num(joined if whole else softmax(joined))
     top = chances.argmax(1)
     often = np.bincount(top, minlength=chances.shape[1]) / len(top)
     power = float((chances.max(1) - chances @ often).mean())
-    return ("scores" if power >= _POWER else "values"), not whole, power
+    return ("scores" if power >= _POWER else "values"), not whole
 
 
 def _channels(axis: int | None, parts: Sequence[Array]) -> Channels:

@@ -12,7 +12,8 @@ import msgspec
 from torchship import home, textfiles
 from torchship.errors import BadConfig
 from torchship.pipeline.config import PipelineConfig, StageConfig
-from torchship.serve.engine.spec import Count, LineLimits, Seconds
+from torchship.serve.engine.spec import LineLimits
+from torchship.serve.http.site import CallerLimits
 from torchship.stage import Value
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][A-Za-z0-9_.\-]{0,127}$")]
@@ -29,29 +30,23 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clients: str = ""
 
 
-class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[http]`: where REST listens (gRPC too, over HTTP/2); port 0 takes a free one; `max_body` in bytes.
+class Http(CallerLimits, frozen=True, forbid_unknown_fields=True):
+    """`[http]`: where REST listens (gRPC too, over HTTP/2), and its CallerLimits; port 0 takes a free one.
 
     A `shared` port is listened on by several servers of one user, among whom the kernel deals out connections; at its
     `own_port` each of them can be asked alone. `receivers` are processes that run the connections instead of the host:
-    by default there are some where a model runs on a card. Times are seconds without progress; a server that is told to
-    stop is not ready, but takes requests, for `drain_delay`; connections end after `max_connection_age` (0: never).
+    by default there are some where a model runs on a card. A server that is told to stop is not ready, but takes
+    requests, for `drain_delay` seconds.
     """
 
     host: str = _LOOPBACK
     port: Port = 8000
-    max_body: Count = 64 * 2**20
     forward_headers: str = ""
     shared: bool = False
     own_port: Port | None = None
     receivers: Annotated[int, msgspec.Meta(ge=0, le=64)] | None = None
     cors_origins: tuple[str, ...] = ()
-    idle: Seconds = 75.0
-    head_timeout: Seconds = 10.0
-    body_timeout: Seconds = 30.0
-    write_timeout: Seconds = 30.0
     drain_delay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    max_connection_age: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Grpc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

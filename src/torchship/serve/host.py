@@ -126,20 +126,13 @@ class Server:
         room = room_for_connections(most_workers(config, cards))
         if count := default_receivers(cards) if http.receivers is None else http.receivers:
             self.receivers = await ReceiverPool(count, files=msgspec.structs.astuple(tls) if tls else None).open()
+        limits = msgspec.convert(http, ConnectionLimits, from_attributes=True)
         given: dict[str, Any] = {
             "admit": gate(config.token),
             "receivers": self.receivers,
             "thrifty": config.one_process,
             "tls": self._certificates.context if self._certificates else None,
-            "limits": ConnectionLimits(
-                body=http.max_body,
-                connections=room,
-                head_seconds=http.head_timeout,
-                body_seconds=http.body_timeout,
-                idle_seconds=http.idle,
-                write_seconds=http.write_timeout,
-                age_seconds=http.max_connection_age,
-            ),
+            "limits": msgspec.structs.replace(limits, connections=room),
         }
         self._mounted = [_mounted(mount, self.service) for mount in config.mount]
         routes = [route for mounted in self._mounted for route in mounted.routes]

@@ -43,7 +43,7 @@ BOTH = pytest.mark.parametrize("scheme", ["http", "grpc"])
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        return await rest.listen(front, port=0, limits=ConnectionLimits(body=1 << 20))
+        return await rest.listen(front, port=0, limits=ConnectionLimits(max_body=1 << 20))
 
     with running(listen) as found:
         yield found

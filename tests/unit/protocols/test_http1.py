@@ -23,7 +23,7 @@ from torchship.serve.http.listen import Listener
 from torchship.serve.http.router import Route
 from torchship.serve.http.site import ConnectionLimits
 
-LIMITS = ConnectionLimits(body=100_000, head=4096, connections=8, pipelined=4)
+LIMITS = ConnectionLimits(max_body=100_000, head=4096, connections=8, pipelined=4)
 ASK = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": list(range(16))}]}).encode()
 BYE = b"GET /bye HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 ECHO = "/v2/models/echo/infer"
@@ -300,7 +300,7 @@ def test_too_many_connections(server: Running) -> None:
 
 def test_slow_peers_are_dropped() -> None:
     async def main(service: WatchedService) -> None:
-        limits = ConnectionLimits(head_seconds=0.0, body_seconds=0.0, idle_seconds=0.0)
+        limits = ConnectionLimits(head_timeout=0.0, body_timeout=0.0, idle=0.0)
         listener = await rest.listen(Front(service), port=0, limits=limits)
         for start, expected in ((b"GET /v2 HT", b"408"), (post(ASK)[:-5], b"408"), (b"", b"")):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
@@ -316,7 +316,7 @@ def test_slow_peers_are_dropped() -> None:
 
 def test_a_reader_that_does_not_read_is_dropped() -> None:
     async def main(service: WatchedService) -> None:
-        listener = await rest.listen(Front(service), port=0, limits=ConnectionLimits(write_seconds=0.0))
+        listener = await rest.listen(Front(service), port=0, limits=ConnectionLimits(write_timeout=0.0))
         reader, writer = await asyncio.open_connection("127.0.0.1", listener.port, limit=1000)
         item = {"name": "x", "shape": [20_000, 16], "datatype": "FP32", "data": [0.125] * 320_000}
         ask = post(json.dumps({"inputs": [item]}).encode())
@@ -440,7 +440,7 @@ def test_other_origins() -> None:
 
 def test_connections_have_an_age() -> None:
     async def listen(front: Front) -> Listener:
-        return await rest.listen(front, port=0, limits=ConnectionLimits(age_seconds=0.5))
+        return await rest.listen(front, port=0, limits=ConnectionLimits(max_connection_age=0.5))
 
     with running(listen) as found, socket.create_connection(("127.0.0.1", found.port), timeout=10) as peer:
         said: list[str] = []
@@ -455,7 +455,7 @@ def test_connections_have_an_age() -> None:
 
 def test_a_slow_but_steady_sender_is_not_cut() -> None:
     async def listen(front: Front) -> Listener:
-        return await rest.listen(front, port=0, limits=ConnectionLimits(body_seconds=1.5))
+        return await rest.listen(front, port=0, limits=ConnectionLimits(body_timeout=1.5))
 
     request = post(ASK)
     cuts = [request[:-80], *[request[place : place + 16] for place in range(len(request) - 80, len(request), 16)]]
@@ -468,7 +468,7 @@ def test_a_slow_but_steady_reader_is_not_cut() -> None:
     """The limit counts from the last byte that moved: whoever reads on gets all, however long it takes."""
 
     async def listen(front: Front) -> Listener:
-        return await rest.listen(front, port=0, limits=ConnectionLimits(write_seconds=3.0))
+        return await rest.listen(front, port=0, limits=ConnectionLimits(write_timeout=3.0))
 
     item = {"name": "x", "shape": [20_000, 16], "datatype": "FP32", "data": [0.125] * 320_000}
     request = post(json.dumps({"inputs": [item]}).encode())

@@ -29,7 +29,7 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 @pytest.fixture(scope="module", params=WAYS)
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        limits, pool = ConnectionLimits(body=300_000, head=8192, streams=20), await receivers(request.param)
+        limits, pool = ConnectionLimits(max_body=300_000, head=8192, streams=20), await receivers(request.param)
         return await rest.listen(front, port=0, grpc_only=True, limits=limits, receivers=pool)
 
     with running(listen) as found:
@@ -406,7 +406,7 @@ def test_headers_are_forwarded_and_deadlines_kept() -> None:
 def test_slow_peers_are_dropped() -> None:
     async def main(service: WatchedService) -> None:
         listener = await rest.listen(
-            Front(service), port=0, grpc_only=True, limits=ConnectionLimits(head_seconds=0.0, idle_seconds=0.0)
+            Front(service), port=0, grpc_only=True, limits=ConnectionLimits(head_timeout=0.0, idle=0.0)
         )
         for start in (b"", h2.PREFACE[:9], h2.PREFACE + h2.settings(())):
             reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)

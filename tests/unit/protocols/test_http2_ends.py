@@ -19,7 +19,7 @@ from torchship.wire import frames as h2
 @pytest.fixture(scope="module", params=WAYS)
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     async def listen(front: Front) -> Any:
-        limits, pool = ConnectionLimits(body=300_000), await receivers(request.param)
+        limits, pool = ConnectionLimits(max_body=300_000), await receivers(request.param)
         return await rest.listen(front, port=0, grpc_only=True, limits=limits, receivers=pool)
 
     with running(listen) as found:

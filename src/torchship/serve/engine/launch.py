@@ -148,6 +148,7 @@ class WorkerThread:
             )
         self._stuck.pop(self._name, None)
         loop, self.pid = asyncio.get_running_loop(), os.getpid()
+        self.size, self.waited, self.last_lines = 0, 0.0, list[str]()  # its own are not told from the host's
         self._on_end, self._watched = on_end, True
         self._loop = loop
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -181,18 +182,6 @@ class WorkerThread:
     def stuck(cls) -> list[str]:
         """The names of the threads that were given up, and still run."""
         return [name for name, thread in cls._stuck.items() if thread.is_alive()]
-
-    @property
-    def size(self) -> int:
-        return 0
-
-    @property
-    def waited(self) -> float:
-        return 0.0
-
-    @property
-    def last_lines(self) -> list[str]:
-        return []
 
     def kill(self) -> None:
         if self._thread.is_alive():

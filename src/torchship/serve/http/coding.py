@@ -97,7 +97,7 @@ def enter(exchange: Exchange, site: Site) -> None:
         if site.admit is not None:
             site.admit(head.scope, head.headers)
         if head.encoding and exchange.body:
-            _unpack(exchange, site.limits.body)
+            _unpack(exchange, site.limits.max_body)
         else:
             head.endpoint(exchange)
     except Exception as fault:

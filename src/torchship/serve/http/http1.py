@@ -333,11 +333,11 @@ class Connection(asyncio.Protocol):
             view = memoryview(buffer)[end : end + length]
             self._begin(head, bytes(view) if length < _COPY_BELOW else view)
             return end + length
-        if length > limits.body:
-            raise HttpFault(413, f"the body has {length} bytes, the limit is {limits.body}")
+        if length > limits.max_body:
+            raise HttpFault(413, f"the body has {length} bytes, the limit is {limits.max_body}")
         self._head, self._since = head, self._site.now
         self._body = bytearray()
-        self._chunks = Chunks(limits.body) if length < 0 else None
+        self._chunks = Chunks(limits.max_body) if length < 0 else None
         if head.expects and end == len(buffer) and not self._pending:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length >= _STRAIGHT and self._site.room is not None and (room := self._site.room(length)) is not None:
@@ -533,15 +533,15 @@ class Connection(asyncio.Protocol):
         if self._refused and not self._pending and waited > _LINGER:
             self.transport.abort()
         if not self._writable:
-            if waited > limits.write_seconds:
+            if waited > limits.write_timeout:
                 self.transport.abort()
         elif self._head is not None:
-            if waited > limits.body_seconds:
+            if waited > limits.body_timeout:
                 self._refuse(HttpFault(408, "the body did not arrive in time"))
         elif self._buffer and not self._paused:
-            if waited > limits.head_seconds:
+            if waited > limits.head_timeout:
                 self._refuse(HttpFault(408, "the request head did not arrive in time"))
-        elif not self._pending and waited > limits.idle_seconds:
+        elif not self._pending and waited > limits.idle:
             self.transport.close()
 
     def _probe(self, now: float) -> None:

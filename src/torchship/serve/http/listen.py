@@ -36,12 +36,8 @@ class LocalListener:
     def __init__(self, site: Site, server: asyncio.Server) -> None:
         self._site, self._server = site, server
         self._clock: asyncio.TimerHandle | None = None
+        self.port = int(server.sockets[0].getsockname()[1])
         self._tick()
-
-    @property
-    def port(self) -> int:
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

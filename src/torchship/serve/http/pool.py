@@ -15,10 +15,10 @@ import time
 import weakref
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from torchship import process
@@ -310,9 +310,10 @@ class ReceiverPool:
     def serve(self, site: Site, *, grpc_only: bool, origins: Sequence[str]) -> int:
         """One more site at all receivers, who share its limits; its number."""
         limits, count = site.limits, self._count
-        shares = replace(limits, connections=-(-limits.connections // count), bodies=-(-limits.bodies // count))
+        share = {"connections": -(-limits.connections // count), "bodies": -(-limits.bodies // count)}
         rpcs = {path: rpc.stream is not None for path, rpc in site.rpcs.items()}
-        self.sites.append((site, ReceiverSite(grpc_only, shares, tuple(origins), rpcs)))
+        limits = msgspec.structs.replace(limits, **share)
+        self.sites.append((site, ReceiverSite(grpc_only, limits, tuple(origins), rpcs)))
         for receiver in self._receivers:
             receiver.serve(*self.sites[-1])
         return len(self.sites) - 1
@@ -414,7 +415,7 @@ class PooledListener:
                 _log.warning("no connection can be accepted: %s", fault)
                 self._pause(1.0)
                 return
-            min(ready, key=_connections).connect(self._index, peer)
+            min(ready, key=lambda one: one.connections).connect(self._index, peer)
 
     def drain(self) -> None:
         for receiver in self._pool.ready:
@@ -433,7 +434,3 @@ class PooledListener:
             async with asyncio.timeout(grace + 1.0):
                 while any(one in self._pool.ready and self._index not in one.closed for one in asked):
                     await self._pool.wait()
-
-
-def _connections(receiver: ReceiverProcess) -> int:
-    return receiver.connections

@@ -10,7 +10,9 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import msgspec
 
 from torchship.serve.http.exchange import Admit, Exchange, Head, Headers, HttpFault, header_lines, status_line
 from torchship.wire.raw import Buffer
@@ -26,6 +28,7 @@ class Rpc(NamedTuple):
 
 
 NO_RPC = Rpc()
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
 _NAMES = re.compile(r"[A-Za-z0-9\-_, ]{0,1024}")
 
 
@@ -42,25 +45,29 @@ class Peer(Protocol):
         """Hang up as soon as the answers that are due have been sent."""
 
 
-@dataclass(slots=True, frozen=True)
-class ConnectionLimits:
-    """What one caller may use. Sizes in bytes, times in seconds.
+class CallerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one caller may use, and how long it may take: keys of `[http]` too (serve.config extends it).
 
-    Bodies and answers are timed from the last byte that moved: who is slow but goes on is never cut. `age_seconds` is
-    how long a connection may live (0: for ever), give or take a tenth, so that they do not all end at once.
+    Sizes in bytes, times in seconds without progress: who is slow but goes on is never cut. `max_connection_age` is how
+    long a connection may live (0: for ever), give or take a tenth, so that they do not all end at once.
     """
 
-    body: int = 64 << 20
+    max_body: Annotated[int, msgspec.Meta(ge=1)] = 64 << 20
+    idle: _Seconds = 75.0
+    head_timeout: _Seconds = 10.0
+    body_timeout: _Seconds = 30.0
+    write_timeout: _Seconds = 30.0
+    max_connection_age: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class ConnectionLimits(CallerLimits, frozen=True, kw_only=True):
+    """The same with what a server finds out, or nobody needs to change."""
+
     bodies: int = 1 << 30  # of all bodies together that are still arriving
     head: int = 32 << 10
     connections: int = 4096
     pipelined: int = 128
     streams: int = 128
-    head_seconds: float = 10.0
-    body_seconds: float = 30.0
-    idle_seconds: float = 75.0
-    write_seconds: float = 30.0
-    age_seconds: float = 0.0
 
 
 class Cors:
@@ -145,7 +152,7 @@ class Site:
         """When a connection that begins now should be replaced by a new one."""
         if self.draining:
             return 0.0
-        age = self.limits.age_seconds
+        age = self.limits.max_connection_age
         return self.now + age * random.uniform(0.9, 1.1) if age else math.inf  # noqa: S311  # no secret
 
     def tick(self, now: float) -> None:

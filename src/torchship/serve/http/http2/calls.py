@@ -62,7 +62,7 @@ class Call:
         try:
             while len(body) - place >= 5:
                 size = int.from_bytes(body[place + 1 : place + 5], "big")
-                if size > self._link.site.limits.body:
+                if size > self._link.site.limits.max_body:
                     raise HttpFault(413, f"the message has {size} bytes")
                 if len(body) - place - 5 < size:
                     break
@@ -134,7 +134,7 @@ class Call:
         coding = self.head.headers.get("grpc-encoding", "identity")
         if message[0] != 1 or coding == "identity":
             raise HttpFault(400, "the message says it is compressed, the call does not")
-        return bytes(5) + decompress(memoryview(message)[5:], coding=coding, limit=self._link.site.limits.body)
+        return bytes(5) + decompress(memoryview(message)[5:], coding=coding, limit=self._link.site.limits.max_body)
 
     async def messages(self) -> AsyncIterator[Buffer]:
         """The messages of the client, each behind a prefix of five bytes, until it has said all."""

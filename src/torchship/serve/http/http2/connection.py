@@ -167,7 +167,7 @@ class Connection2(asyncio.Protocol):
             stream.partner = Call(self, stream)
             if head.rpc.stream is not None:
                 stream.partner.open()
-        elif head.length > self.site.limits.body:
+        elif head.length > self.site.limits.max_body:
             self._begin_exchange(stream, HttpFault(413, f"the body has {head.length} bytes"))
             return
         if ended:
@@ -211,7 +211,7 @@ class Connection2(asyncio.Protocol):
         stream.size += end - start
         if not ended:
             stream.hold(self.site, stream.size)
-        if stream.size > self.site.limits.body + 5:
+        if stream.size > self.site.limits.max_body + 5:
             self._too_large(stream)
             return
         if stream.partner is not None and stream.head.rpc is not None and stream.head.rpc.stream is not None:
@@ -222,7 +222,7 @@ class Connection2(asyncio.Protocol):
             self._ended(stream)
 
     def _too_large(self, stream: Stream) -> None:
-        fault = HttpFault(413, f"there are more than {self.site.limits.body} bytes")
+        fault = HttpFault(413, f"there are more than {self.site.limits.max_body} bytes")
         if stream.head.rpc is not None:
             stream.partner.fail(fault)
         else:
@@ -440,17 +440,17 @@ class Connection2(asyncio.Protocol):
             self.retire()
         if self._closing and now - self._since > _LINGER:
             self.transport.abort()
-        if not self._writable and now - self._since > limits.write_seconds:
+        if not self._writable and now - self._since > limits.write_timeout:
             self.transport.abort()
             return
         for stream in tuple(self._streams.values()):
             if stream.late(now, limits):
                 self._reset(stream.number, h2.CANCEL)
-        if not self._reader.started and now - self._since > limits.head_seconds:
+        if not self._reader.started and now - self._since > limits.head_timeout:
             self.transport.abort()
-        elif self._block is not None and now - self._since > limits.head_seconds:
+        elif self._block is not None and now - self._since > limits.head_timeout:
             self._hang_up(h2.ENHANCE_YOUR_CALM, "the header block did not arrive in time")
-        elif not self._streams and now - self._since > max(limits.idle_seconds, 0.0) * 4:
+        elif not self._streams and now - self._since > max(limits.idle, 0.0) * 4:
             self._hang_up(h2.NO_ERROR, "idle")
 
     def retire(self) -> None:

@@ -49,8 +49,8 @@ class Stream(msgspec.Struct, eq=False):
         """Whether the peer takes too long to read, or to send the body of a request that is not gRPC."""
         waited = now - self.since
         if self.waiting is not None:
-            return waited > limits.write_seconds
-        return self.head.rpc is None and not self.ended and waited > limits.body_seconds
+            return waited > limits.write_timeout
+        return self.head.rpc is None and not self.ended and waited > limits.body_timeout
 
 
 class Outflow:
