@@ -77,23 +77,23 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_387
+ENGINE = 36_357
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_933,
-    "torchship.artifact": 1_805,
+    "torchship": 1_931,
+    "torchship.artifact": 1_804,
     "torchship.backends": 1_965,
     "torchship.cli": 1_852,
     "torchship.client": 1_412,
     "torchship.doctor": 1_800,
     "torchship.lowering": 3_159,
-    "torchship.optimize": 7_410,
+    "torchship.optimize": 7_406,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
-    "torchship.serve": 2_494,
+    "torchship.serve": 2_482,
     "torchship.serve.api": 1_358,
-    "torchship.serve.engine": 2_800,
+    "torchship.serve.engine": 2_789,
     "torchship.serve.http": 3_447,
     "torchship.stages": 1_394,
     "torchship.wire": 1_576,
