@@ -182,7 +182,7 @@ def _flat(
     flat: Any = Flat(module, frame=frame, names=names, paths=[leaf.path for leaf in leaves])
     flat.output_names = [leaf.name for leaf in leaves]
     flat.dropped = [
-        f"output {leaf.name!r} is a {kind_of(leaf.value)}, no tensor: it is left out" for leaf in parts.others
+        f"output {leaf.name!r} is a {kind_of(leaf.value)}, no tensor of rows: it is left out" for leaf in parts.others
     ]
     versions = zip(given, tensors, strict=True)
     flat.written = tuple(i for i, (now, was) in enumerate(versions) if now._version or not freeze.same(now, was))

@@ -119,8 +119,19 @@ def parameters_of(module: torch.nn.Module) -> list[inspect.Parameter]:
 
 
 def outline(output: Any, parts: tree.Parts | None = None) -> list[tree.Leaf]:
-    """Every tensor of an output with its way there, under stable and distinct names; `parts` takes in all the rest."""
+    """Every tensor of an output with its way there, under stable and distinct names; `parts` takes in all the rest.
+
+    So it does a single number that an object keeps for itself, as a cache keeps its window: it belongs to no row.
+    """
     parts = parts or tree.Parts()
     tree.take_apart(output, parts)
-    words = identifiers([leaf.name or "output" for leaf in parts.tensors])
-    return [tree.Leaf(word, leaf.path, leaf.value) for word, leaf in zip(words, parts.tensors, strict=True)]
+    leaves: list[tree.Leaf] = []
+    for leaf in parts.tensors:
+        own = not leaf.value.dim() and any(_private(*step) for step in leaf.path)
+        (parts.others if own else leaves).append(leaf)
+    words = identifiers([leaf.name or "output" for leaf in leaves])
+    return [tree.Leaf(word, leaf.path, leaf.value) for word, leaf in zip(words, leaves, strict=True)]
+
+
+def _private(how: str, key: object) -> bool:
+    return how == "field" and str(key).startswith("_")

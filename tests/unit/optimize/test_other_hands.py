@@ -341,3 +341,21 @@ def test_squeeze_of_the_rows_axis_is_told_as_such() -> None:
     assert not model.signature.batched
     flat: Any = model.module
     assert "output 0 has shape [] for one row alone" in flat.notes[0]
+
+
+class Windowed:
+    """A cache as libraries write them, which keeps a number for itself."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.keys, self._window = keys, torch.tensor(8)
+
+
+def test_a_number_that_an_object_keeps_for_itself_costs_no_batches() -> None:
+    class Attending(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            return {"y": x * 2, "cache": Windowed(x + 1)}
+
+    model = capture(Attending(), torch.randn(2, 4))
+    assert str(model.signature) == "x:FP32[-1,4] -> y:FP32[-1,4], cache_keys:FP32[-1,4]"
+    flat: Any = model.module
+    assert any("'cache__window'" in note for note in flat.notes)
