@@ -27,67 +27,6 @@ _MAX_MANIFEST = 16 * 2**20
 _HOME = "/opt/torchship"
 _DATA = "/var/lib/torchship"
 
-_CONFIG = """\
-# The server of {name}: see docs/serve.md. Callers on other machines need a token first: torchship serve --new-token.
-one_process = {one_process}
-
-[http]
-host = "127.0.0.1"
-port = 8000
-
-[store]
-root = "{data}/store"
-watch = 5.0
-
-[[model]]
-name = "{name}"
-artifact = "{name}"
-"""
-
-_UNIT = """\
-[Unit]
-Description=torchship serves {name}
-After=network.target
-
-[Service]
-Type=exec
-ExecStartPre=/bin/sh -c 'test -d {data}/store/{name} || exec {home}/venv/bin/torchship store --store {data}/store \
-publish {home}/artifact --name {name}'
-ExecStart={home}/venv/bin/torchship serve {home}/config.toml
-Restart=always
-RestartSec=2
-TimeoutStopSec=75
-User=torchship
-DynamicUser=yes
-StateDirectory=torchship
-CacheDirectory=torchship
-Environment=HOME={data} XDG_CACHE_HOME=/var/cache/torchship PYTHONDONTWRITEBYTECODE=1
-ReadWritePaths=-{data} -/var/cache/torchship
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-NoNewPrivileges=yes
-RestrictSUIDSGID=yes
-RestrictNamespaces=yes
-LockPersonality=yes
-CapabilityBoundingSet=
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-# What it logs goes to journald, which rotates: SystemMaxUse= in /etc/systemd/journald.conf bounds it.
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-_README = """\
-1. As root: unpack this archive into {home} (python3 {python} must be there), then `python3 -m venv {home}/venv`.
-2. `{home}/venv/bin/pip install {install}`
-3. `cp {home}/torchship.service /etc/systemd/system/ && systemctl enable --now torchship`, then ask http://127.0.0.1:8000/docs.
-"""
-
 
 class EdgePack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The manifest of a pack: for which target and Python, the artifact's name, whether wheels are inside."""
@@ -192,14 +131,10 @@ def _describe(root: Path, manifest: Manifest, found: EdgePack, *, requirements: 
     served = manifest.timing.served if manifest.timing else None
     one_process = served.one_process if served else found.target != "x86-64"
     names = {"name": manifest.name, "home": _HOME, "data": _DATA}
-    texts = {
-        "requirements.txt": requirements,
-        "config.toml": _CONFIG.format(one_process=str(one_process).lower(), **names),
-        "torchship.service": _UNIT.format(**names),
-        "README": _README.format(python=found.python, install=" ".join(found.install), **names),
-    }
-    for name, text in texts.items():
-        (root / name).write_text(text)
+    facts = {"one_process": str(one_process).lower(), "python": found.python, "install": " ".join(found.install)}
+    (root / "requirements.txt").write_text(requirements)
+    for name in ("config.toml", "torchship.service", "README"):
+        (root / name).write_text(plugins.rendered("torchship.artifact", f"{name}.j2", **names, **facts) + "\n")
 
 
 def entries(root: Path, artifact: Artifact) -> tuple[FileEntry, ...]:
