@@ -77,12 +77,12 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_368
+ENGINE = 36_303
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_931,
-    "torchship.artifact": 1_804,
+    "torchship.artifact": 1_739,
     "torchship.backends": 1_965,
     "torchship.cli": 1_852,
     "torchship.client": 1_412,
