@@ -17,8 +17,7 @@ def odd_places(wanted: Array, found: Array) -> Array:
         return np.zeros(wanted.shape, bool)
     a, b = wanted.astype(np.float64), found.astype(np.float64)
     same = (np.isfinite(a) & np.isfinite(b)) | (a == b) | (np.isnan(a) & np.isnan(b))
-    odd: Array = ~same
-    return odd
+    return np.asarray(~same)
 
 
 def relative_error(wanted: Array, found: Array) -> float:

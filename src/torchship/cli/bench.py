@@ -158,8 +158,7 @@ def _await_model(port: int, server: Any, log: Any) -> str:
         end = time.monotonic() + 180
         while time.monotonic() < end and server.poll() is None:
             if client.ready():
-                found: str = client.statistics()["model_stats"][0]["name"]
-                return found
+                return str(client.statistics()["model_stats"][0]["name"])
             time.sleep(0.1)
     log.seek(0)
     words = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]

@@ -183,8 +183,7 @@ class GrpcLink:
         fault = call.exception()
         if fault is not None:
             raise self._channel.error(fault)
-        answer: bytes = call.result()
-        return answer
+        return bytes(call.result())
 
     async def close(self) -> None:
         """Hang up."""

@@ -61,8 +61,7 @@ def softmax(logits: Array) -> Array:
     """Along the last axis, in FP64; NaN counts as minus infinity."""
     wide = np.nan_to_num(logits.astype(np.float64), nan=-1e30, posinf=1e30, neginf=-1e30)
     raised = np.exp(wide - wide.max(-1, keepdims=True))
-    found: Array = raised / raised.sum(-1, keepdims=True)
-    return found
+    return np.asarray(raised / raised.sum(-1, keepdims=True))
 
 
 def rows_first(array: Array, *, batched: bool) -> Array:
@@ -144,8 +143,7 @@ def _channels(axis: int | None, parts: Sequence[Array]) -> Channels:
 def size_of(rows: Array) -> Array:
     """The root mean square of each row; 0 for empty ones."""
     flat = rows.reshape(len(rows), -1)
-    found: Array = np.sqrt(np.square(flat).mean(1)) if flat.shape[1] else np.zeros(len(rows))
-    return found
+    return np.asarray(np.sqrt(np.square(flat).mean(1)) if flat.shape[1] else np.zeros(len(rows)))
 
 
 def centred(rows: Array) -> Array:

@@ -299,5 +299,4 @@ def scale_back(boxes: Array, frame: Array) -> Array:
     """
     ratio, left, top, height, width = frame.astype(np.float64).tolist()
     moved = (boxes - np.array([left, top, left, top])) / ratio
-    inside: Array = np.clip(moved, 0, np.array([width, height, width, height])).astype(np.float32)
-    return inside
+    return np.asarray(np.clip(moved, 0, np.array([width, height, width, height])).astype(np.float32))

@@ -66,8 +66,7 @@ def activate(logits: Array, how: str) -> Array:
     """Softmax over the last axis, sigmoid, or nothing; FP32, safe for large numbers."""
     if how == "softmax":
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        found: Array = powers / powers.sum(axis=-1, keepdims=True)
-        return found
+        return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
     if how == "sigmoid":
         return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, 80))), np.float32)
     return logits

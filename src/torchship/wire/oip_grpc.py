@@ -232,8 +232,7 @@ def _answer(response: Response, outputs: Iterable[tuple[str, Array, Mapping[str,
     for name, array, parameters in outputs:
         output = answer.outputs.add(name=name, datatype=dtype_name(array.dtype), shape=array.shape)
         set_parameters(output.parameters, parameters)
-    data: bytes = answer.SerializeToString()
-    return data
+    return bytes(answer.SerializeToString())
 
 
 def typed_contents(contents: Any, *, name: str, datatype: str, shape: list[int]) -> Array:
@@ -290,8 +289,7 @@ def encode_request(request: Request) -> bytes:
         ask.raw_input_contents.append(encode_raw(array))
     for wish in request.outputs:
         set_parameters(ask.outputs.add(name=wish.name).parameters, oip_json.wish_parameters(wish))
-    data: bytes = ask.SerializeToString()
-    return data
+    return bytes(ask.SerializeToString())
 
 
 def decode_response(data: Buffer, *, streamed: bool = False) -> Response:

@@ -65,5 +65,4 @@ def file_of(name: str, *, symbol: bool) -> bytes:
         found = _pool().FindFileContainingSymbol(name) if symbol else _pool().FindFileByName(name)
     except KeyError:
         return b""
-    data: bytes = found.serialized_pb
-    return data
+    return bytes(found.serialized_pb)
