@@ -77,26 +77,26 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_303
+ENGINE = 36_293
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_931,
+    "torchship": 1_930,
     "torchship.artifact": 1_739,
     "torchship.backends": 1_965,
-    "torchship.cli": 1_852,
-    "torchship.client": 1_412,
+    "torchship.cli": 1_851,
+    "torchship.client": 1_411,
     "torchship.doctor": 1_800,
     "torchship.lowering": 3_159,
-    "torchship.optimize": 7_417,
+    "torchship.optimize": 7_415,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
     "torchship.serve": 2_482,
     "torchship.serve.api": 1_358,
     "torchship.serve.engine": 2_789,
     "torchship.serve.http": 3_447,
-    "torchship.stages": 1_394,
-    "torchship.wire": 1_576,
+    "torchship.stages": 1_392,
+    "torchship.wire": 1_573,
     "torchship_faces": 2_149,
     "torchship_faces.gallery": 1_935,
     "torchship_video": 3_790,
