@@ -121,6 +121,8 @@ class WatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         names = [camera.name for camera in self.camera]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two cameras are called {min(doubled)!r}")
+        if sum(sink.kind == "mjpeg" for sink in self.sink) > 1:
+            raise ValueError("there is one sink mjpeg at most: it says how the page's pictures are drawn")
 
 
 def convert(data: object, *, kind: Any = WatchConfig) -> Any:

@@ -120,15 +120,22 @@ class _Application:
             taken=self._taken,
             **given,
         )
-        self.sinks = [SinkRunner(sink, zones=config.zone, lines=config.line) for sink in config.sink]
+        kept = [sink for sink in config.sink if sink.kind != "mjpeg"]
+        drawn = [sink for sink in config.sink if sink.kind == "mjpeg"]  # their pictures are the page's
+        self.sinks = [SinkRunner(sink, zones=config.zone, lines=config.line) for sink in kept]
         for sink in self.sinks:
             self.flow.subscribe(sink.offer)
         self.view: Any = None
-        if config.view:
+        if config.view or drawn:
             from torchship_video.view import View
 
             self.view = View(
-                self.flow.status, zones=config.zone, lines=config.line, sinks=self._sink_status, identities=self._book()
+                self.flow.status,
+                zones=config.zone,
+                lines=config.line,
+                sinks=self._sink_status,
+                identities=self._book(),
+                sink=drawn[0] if drawn else None,
             )
             self.flow.subscribe(self.view.observe)
         for camera in config.camera:

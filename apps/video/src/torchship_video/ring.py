@@ -164,7 +164,7 @@ class RingWriter:
         """
         if not 2 <= slots <= _MOST_SLOTS or size < 1:
             raise BadConfig(f"a ring of {slots} slots of {size} bytes", hint=f"from 2 to {_MOST_SLOTS} slots")
-        name = name or f"torchship-ring-{secrets.token_hex(8)}"
+        name = name or new_name()
         if not _NAME.fullmatch(name):
             raise BadInput(f"{name[:80]!r} is not a name for a ring", hint="torchship-ring- and letters, digits or .-_")
         step = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -343,6 +343,18 @@ def discard(name: str) -> None:
     """Remove a ring's file: nobody can attach to it any more, and its memory is back once nobody reads it."""
     if _NAME.fullmatch(name):
         (FOLDER / name).unlink(missing_ok=True)
+
+
+def new_name() -> str:
+    """A name for a ring, or with a dot and more behind it for a family of them, that nobody else has."""
+    return f"torchship-ring-{secrets.token_hex(8)}"
+
+
+def discard_family(name: str, *, spared: str = "") -> None:
+    """Remove all rings whose names begin with `name` and a dot, but one."""
+    for path in FOLDER.glob(f"{name}.*"):
+        if path.name != spared:
+            discard(path.name)
 
 
 def sweep() -> list[str]:

@@ -10,12 +10,12 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
 
-from torchship.errors import TorchshipError
+from torchship.errors import Busy, StageFailed, TorchshipError, Unavailable
 from torchship.serve.routes import Service
 from torchship.stage import Value
 from torchship.tensors import Tensors
@@ -27,6 +27,8 @@ from torchship_video.motion import MotionGate, Region
 _log = logging.getLogger("torchship.video")
 _AGES = 1024  # frames that p50 and p99 are of
 _RECENT = 64  # frames that the rate is of
+_TRIES, _PATIENCE = 3, 60.0  # of a frame that must not be lost: faults of a stage, and seconds without a worker
+_T = TypeVar("_T")
 _NOTHING: Tensors = {
     "boxes": np.empty((0, 4), np.float32),
     "scores": np.empty(0, np.float32),
@@ -161,7 +163,20 @@ class CameraStream:
 
     async def _look(self, frame: Frame) -> Tensors:
         handle = np.array([[encode(frame)]], np.object_)
-        return await self._service.infer(self._detect, {"frame": handle}, parameters={"score_threshold": self._score})
+        values: dict[str, Value] = {"score_threshold": self._score}
+        return await self._kept(lambda: self._service.infer(self._detect, {"frame": handle}, parameters=values))
+
+    async def _kept(self, ask: Callable[[], Awaitable[_T]]) -> _T:
+        """What a line answers. Where the policy is `wait` it is asked again when its worker is lost or not there."""
+        end, failed = time.monotonic() + _PATIENCE, 0
+        while True:
+            try:
+                return await ask()
+            except (StageFailed, Unavailable, Busy) as fault:
+                failed += isinstance(fault, StageFailed)
+                if self.config.keeps != "wait" or failed >= _TRIES or time.monotonic() > end or _is_stale(fault):
+                    raise
+                await asyncio.sleep(max(0.1, getattr(fault, "retry_after", 0.0)))
 
     async def _finish(self) -> None:
         """The tracks of the frames in their order."""
@@ -197,7 +212,7 @@ class CameraStream:
             if not self._region.all:
                 inside = self._region.stands(found["boxes"], frame)
                 found = {name: found[name][inside] for name in ("boxes", "scores", "labels")}
-        tracks = await self._tracked(frame, found, looked=task is not None)
+        tracks = await self._kept(lambda: self._tracked(frame, found, looked=task is not None))
         self.fault = ""
         self.meter.tracks = sum(track.confirmed for track in tracks)
         self.meter.done(frame)
@@ -230,8 +245,7 @@ class CameraStream:
         return f"{self.config.name}/{self._sequence}"
 
     def _failed(self, fault: TorchshipError) -> None:
-        reason = "stale" if "StaleFrame" in str(fault) or "was overwritten" in str(fault) else "failed"
-        self.meter.drops[reason] += 1
+        self.meter.drops["stale" if _is_stale(fault) else "failed"] += 1
         if fault.line != self.fault:
             self.fault = fault.line
             _log.warning("camera %s: %s", self.config.name, fault.line)
@@ -248,3 +262,8 @@ class CameraStream:
             self.meter.drops["removed"] += 1
         self._waiting.clear()
         self._pending.clear()
+
+
+def _is_stale(fault: TorchshipError) -> bool:
+    """Whether the frame is gone, told by whatever process noticed."""
+    return "StaleFrame" in str(fault) or "was overwritten" in str(fault)

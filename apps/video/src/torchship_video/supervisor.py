@@ -38,7 +38,7 @@ class Camera:
         self._talk: Conversation | None = None
         self._resumed = asyncio.Event()
         self._resumed.set()
-        self._rings: list[str] = []
+        self._rings, self._starts, self._ring = ring.new_name(), 0, ""  # their family, and the one of the last frame
         self._last, self._lost_before, self._at_end, self._fault = 0.0, 0, False, ""
         self._first = 0
 
@@ -90,11 +90,10 @@ class Camera:
                 self.words = f"{self._fault or 'the connection was lost'}; again in {wait:.1f} s"
                 await asyncio.sleep(wait)
         finally:
-            for name in self._rings:
-                ring.discard(name)
+            ring.discard_family(self._rings)
 
     def _start(self) -> Conversation:
-        config = self._config
+        config, self._starts = self._config, self._starts + 1
         task = SourceTask(
             camera=config.name,
             source=config.source,
@@ -104,6 +103,7 @@ class Camera:
             transport=config.transport,
             options=config.options,
             first=self._first,
+            ring=f"{self._rings}.{self._starts}",
             slots=(config.queue if config.keeps == "oldest" else 1) + config.together + _SPARE,
         )
         self._talk = Conversation("torchship_video.sources.decoding:main", task, take=self._heard)
@@ -130,8 +130,7 @@ class Camera:
         talk, self._talk = self._talk, None
         if talk is not None and (code := talk.close()) and not self._at_end and not self._fault:
             self._fault = process.describe_exit(code)
-        while len(self._rings) > 1:
-            ring.discard(self._rings.pop(0))
+        ring.discard_family(self._rings, spared=self._ring)
 
     def _heard(self, message: bytes) -> None:
         told = msgspec.msgpack.decode(message, type=SourceTold)
@@ -146,8 +145,7 @@ class Camera:
                 self.state, self.words = "live", ""
             self.decoded += 1
             self._first = told.frame.sequence + 1
-            if told.frame.ring not in self._rings:
-                self._rings.append(told.frame.ring)
+            self._ring = told.frame.ring
             self._on_frame(told.frame)
             self._say(b"taken")
 

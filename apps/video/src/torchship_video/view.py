@@ -101,17 +101,16 @@ class View:
         lines: Collection[LineConfig] = (),
         identities: IdentityBook | None = None,
         sinks: Callable[[], Sequence[SinkStatus]] | None = None,
-        options: dict[str, Any] = {},
+        sink: SinkConfig | None = None,
     ) -> None:
-        """`options` are those of the sink `mjpeg`: width, quality, fps. Raises BadConfig."""
+        """`sink` is of the kind `mjpeg`: how pictures are drawn, if not as usual. Raises BadConfig."""
         self._status, self._identities, self._sinks = status, identities, sinks
         self._pictures: dict[str, _Picture] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._counts: dict[tuple[str, str], dict[str, int]] = {}
         self._told = 0
-        self.runner = SinkRunner(
-            SinkConfig(kind="mjpeg", name="view", options=options), zones=zones, lines=lines, on_output=self._made
-        )
+        sink = sink or SinkConfig(kind="mjpeg", name="view")
+        self.runner = SinkRunner(sink, zones=zones, lines=lines, on_output=self._made)
 
     async def run(self) -> None:
         """Draw pictures until cancelled."""

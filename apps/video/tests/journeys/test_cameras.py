@@ -17,10 +17,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from apps.video.tests.camera_kit import Taken, ended, go, until
+from apps.video.tests.camera_kit import Taken, ended, go, rings, until
 from PIL import Image
 
+from torchship_video import supervisor
 from torchship_video.config import CameraConfig
+from torchship_video.conversation import Conversation
 from torchship_video.sources import kind_of
 from torchship_video.supervisor import Camera
 
@@ -221,6 +223,36 @@ def test_a_stream_that_dies_comes_back_and_others_never_stop(monkeypatch: pytest
 
     go(work())
     stream.close()
+
+
+def test_a_decoder_that_dies_before_its_first_frame_leaves_no_ring(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+    dying = "apps.video.tests.unit.ring_children:die_with_a_ring"
+    monkeypatch.setattr(supervisor, "Conversation", lambda _target, task, take: Conversation(dying, task, take=take))
+
+    async def work() -> None:
+        camera = Camera(CameraConfig(name="a", source=str(clip)), on_frame=Taken())
+        before, task = rings(), asyncio.ensure_future(camera.run())
+        await until(lambda: camera.reconnects == 2)
+        assert not rings() - before
+        await ended(task)
+
+    go(work())
+
+
+def test_a_camera_names_the_rings_of_its_decoders(clip: Path) -> None:
+    async def work() -> None:
+        taken = Taken()
+        camera = Camera(CameraConfig(name="a", source=str(clip)), on_frame=taken)
+        task = asyncio.ensure_future(camera.run())
+        await until(lambda: bool(taken.frames))
+        assert camera.pid
+        os.kill(camera.pid, signal.SIGKILL)
+        await until(lambda: camera.state == "ended")
+        names = sorted({frame.ring for frame in taken.frames})
+        assert [name.rpartition(".")[0] for name in names] == [f"{camera._rings}.1", f"{camera._rings}.2"]
+        await ended(task)
+
+    go(work())
 
 
 def test_kinds_are_told_by_the_address(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ import httpx
 import pytest
 import uvloop
 from apps.video.tests import video_kit
+from PIL import Image
 
+from torchship.errors import BadConfig, StageFailed
 from torchship.serve import config as server_configs
 from torchship.serve.host import Server
 from torchship_video import mount
@@ -102,6 +105,64 @@ async def test_a_file_is_analysed_whole_and_in_order(monkeypatch: pytest.MonkeyP
         text = watched.server.service.metrics()
         assert 'torchship_video_frames_total{camera="one"} 50' in text
         assert 'torchship_video_dropped_total{camera="one",reason="full"} 0' in text
+
+
+@pytest.mark.parametrize("killed", ["detect", "track"])
+@in_loop
+async def test_no_frame_of_a_file_is_lost_with_a_worker(
+    monkeypatch: pytest.MonkeyPatch, video: Path, killed: str
+) -> None:
+    camera = {"name": "one", "source": str(video), "realtime": True, "policy": "wait"}
+    async with watching(monkeypatch, [camera]) as watched:
+        for _ in range(2):
+            await watched.more("one", 5)
+            watched.kill_worker(killed)
+        await watched.until(lambda: watched.flow.over)
+        assert [one.frame.sequence for one in watched.of("one")] == list(range(50))
+        assert not sum(watched.flow.camera("one").stream.meter.drops.values())
+
+
+@in_loop
+async def test_a_frame_that_the_detector_cannot_stand_is_dropped_at_last(
+    monkeypatch: pytest.MonkeyPatch, video: Path
+) -> None:
+    async with watching(monkeypatch, [{"name": "one", "source": str(video)}]) as watched:
+        service, asked = watched.server.service, [0]
+        infer = service.infer
+
+        async def failing(model: str, *given: Any, **named: Any) -> Any:
+            if model == "detect" and (asked[0] or watched.of("one")):
+                asked[0] += 1
+                raise StageFailed("it died")
+            return await infer(model, *given, **named)
+
+        monkeypatch.setattr(watched.flow.camera("one").stream, "_service", _Asked(failing))
+        await watched.until(lambda: watched.flow.over)
+        meter = watched.flow.camera("one").stream.meter
+        assert meter.drops["failed"] == 50 - len(watched.of("one"))
+        assert asked[0] == 3 * meter.drops["failed"] > 0
+
+
+class _Asked:
+    """A service of one function."""
+
+    def __init__(self, infer: Callable[..., Coroutine[Any, Any, Any]]) -> None:
+        self.infer = infer
+
+
+@in_loop
+async def test_a_sink_mjpeg_is_served(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
+    camera = {"name": "one", "source": str(video), "loop": True, "realtime": True}
+    sink = {"kind": "mjpeg", "options": {"width": 160}}
+    async with watching(monkeypatch, [camera], sink=[sink]) as watched:
+        await watched.more("one", 3)
+        async with httpx.AsyncClient(base_url=watched.server.url, timeout=20) as client:
+            answer = await client.get("/watch/cameras/one/picture")
+            assert Image.open(io.BytesIO(answer.content)).size == (160, 120)
+            (told,) = (await client.get("/watch/state")).json()["sinks"]
+            assert (told["kind"], told["state"]) == ("mjpeg", "running")
+    with pytest.raises(BadConfig, match="one sink mjpeg"):
+        video_kit.serving([camera], sink=[sink, sink])
 
 
 @in_loop

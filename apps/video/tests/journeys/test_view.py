@@ -20,6 +20,7 @@ from torchship.serve.host import Server
 from torchship.serve.routes import Mounted, Service
 from torchship_video.drawing import color_of
 from torchship_video.messages import CameraStatus
+from torchship_video.sinks import SinkConfig
 from torchship_video.view import EvidenceCrop, IdentityCard, View
 
 VIEWS: list[View] = []
@@ -40,7 +41,7 @@ class Book:
 def mount(service: Service) -> Mounted:
     """A camera that shows something, and one that does not."""
     status = [CameraStatus("a/b <c>", "live", fps=25.0), CameraStatus("dead", "failed", words="no such file")]
-    view = View(lambda: status, identities=Book(), options={"width": WIDTH})
+    view = View(lambda: status, identities=Book(), sink=SinkConfig(kind="mjpeg", options={"width": WIDTH}))
     VIEWS.append(view)
     return Mounted(view.routes(), view.run)
 
@@ -204,4 +205,4 @@ def test_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_of_the_pictures_are_checked_at_once() -> None:
     with pytest.raises(BadConfig, match="width"):
-        View(list, options={"width": 1})
+        View(list, sink=SinkConfig(kind="mjpeg", options={"width": 1}))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
+from typing import Any
 
 from torchship_video import ring
 from torchship_video.messages import decode
@@ -25,3 +28,9 @@ def write_half(name: str, line: socket.socket) -> None:
     slot.pixels(4, 2, "RGB")[0] = 99
     line.send(b"written")
     time.sleep(60)
+
+
+def die_with_a_ring(argument: Any, line: socket.socket) -> None:
+    """A decoder that is killed when it has made its ring, and before its first frame."""
+    RingWriter.make(size=64, slots=2, name=f"{argument['ring']}.1")
+    os.kill(os.getpid(), signal.SIGKILL)

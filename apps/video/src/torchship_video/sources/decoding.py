@@ -39,7 +39,7 @@ class SourceTask(msgspec.Struct, frozen=True, kw_only=True):
     """What to decode. `wait`: nothing is dropped, the decoder waits for room. `realtime`: as fast as it was filmed.
 
     `first` is the number of the first frame: a file goes on behind those that were sent before its process was lost.
-    `slots` is how many frames the ring has room for.
+    `slots` is how many frames a ring has room for, `ring` what their names begin with: the host removes them.
     """
 
     camera: str
@@ -51,6 +51,7 @@ class SourceTask(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
     first: int = 0
     slots: int = ring.SLOTS
+    ring: str
 
 
 class SourceTold(msgspec.Struct, frozen=True, array_like=True):
@@ -84,6 +85,7 @@ class _Decoder:
     def __init__(self, task: SourceTask, talk: socket.socket) -> None:
         self._task, self._talk = task, talk
         self._writer: RingWriter | None = None
+        self._rings = 0
         self._flying: deque[Frame] = deque()  # held until the host says that it holds them
         self._sequence = task.first
         self._paused = False
@@ -129,7 +131,8 @@ class _Decoder:
         if self._writer is None or size > self._writer.size:
             if self._writer is not None:
                 self._writer.close(remove=False)  # the host removes it when nothing of it is needed
-            self._writer = RingWriter.make(size=size, slots=self._task.slots)
+            self._rings += 1
+            self._writer = RingWriter.make(size=size, slots=self._task.slots, name=f"{self._task.ring}.{self._rings}")
         self._listen(0)
         slot = self._writer.claim()
         while slot is None and self._task.wait:
