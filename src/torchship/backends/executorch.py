@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchship.errors import BuildFailed, CorruptArtifact
+from torchship.errors import BuildFailed, CorruptArtifact, Unavailable
 from torchship.hardware import Hardware
 from torchship.lowering import paths, program
 from torchship.lowering.torch_stage import prepare, staged
@@ -97,7 +97,9 @@ def _int8(exported: ExportedProgram, model: Model, rules: paths.Rules) -> Export
 
 
 def open(path: Path, *, signature: Signature, options: Options, device: str = "cpu", threads: int = 0) -> Stage:
-    """Load the program into ExecuTorch's own runtime. Raises CorruptArtifact."""
+    """Load the program into ExecuTorch's own runtime. Raises Unavailable for another device, CorruptArtifact."""
+    if device != "cpu":
+        raise Unavailable(f"executorch runs on the processor here, not on {device}")
     from executorch.runtime import Runtime
 
     prepare(device="cpu", threads=threads)

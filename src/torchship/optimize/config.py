@@ -11,7 +11,7 @@ import torch
 
 from torchship import hardware as machines
 from torchship import plugins
-from torchship.errors import BadConfig
+from torchship.errors import BadConfig, Unavailable
 from torchship.lowering import paths
 from torchship.optimize.choose import GOALS, Constraints, Goal
 from torchship.optimize.guard import Guard
@@ -93,7 +93,7 @@ def read(
     guard: Guard | None,
     settings: Settings,
 ) -> SearchConfig:
-    """Raises BadConfig for an unknown goal, backend or setting."""
+    """Raises BadConfig for an unknown goal, backend or setting, Unavailable for a card that is not there."""
     if goal not in GOALS:
         raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
     unknown = sorted(set(settings).difference(Settings.__annotations__))
@@ -106,6 +106,9 @@ def read(
     for recipe in settings.get("recipes") or ():
         check(recipe, module)
     machine, limits = machines.here(), guard or Guard()
+    device = settings.get("device", "cpu")
+    if device.partition(":")[0] == "cuda" and not machine.gpus and not torch.cuda.is_available():
+        raise Unavailable(f"there is no device {device!r} here", hint="torchship doctor says what this machine has")
     strict = settings.get("strict", limits.strict)
     return SearchConfig(
         goal=goal,
@@ -122,7 +125,7 @@ def read(
         source=settings.get("source") or f"{type(module).__module__}.{type(module).__qualname__}",
         effort=settings.get("effort") or Effort(),
         recipes=settings.get("recipes"),
-        device=settings.get("device", "cpu"),
+        device=device,
         labels=settings.get("labels", ()),
         command=settings.get("command", ""),
         finetune=settings.get("finetune"),

@@ -86,6 +86,9 @@ def optimize(
     config = read(
         module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings
     )
+    samples = list(calibration or ())
+    if calibration is not None and not samples:
+        raise BadInput("calibration holds no batch", hint="give batches of real inputs, or leave it out")
     model = capture(
         module,
         example_inputs,
@@ -96,7 +99,6 @@ def optimize(
     root = Path(settings.get("cache") or home.folder("TORCHSHIP_CACHE", ".cache", "torchship"))
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
     with folders.room(root), workspace.private_folder(root / "work") as work, closing(forks):
-        samples = () if calibration is None else calibration
         context = _prepare(model, samples, evaluate, config, work=work, cache=Cache(root), forks=forks)
         publisher = Publisher(store, context=context) if settings.get("publish", True) else None
         facts = _search(context, on_trial, publisher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
@@ -26,6 +27,7 @@ from torchship.stages.picture import SUFFIXES, picture_files, read_file
 from torchship.tensors import Array, TensorSpec
 
 _MOST_PICTURES = 256
+_MOST_BATCHES = 512
 # a command line begins with these options, and leaves out what is at its default
 _FIRST = ("weights", "data", "evaluate", "finetune", "backends", "max_latency_p99", "max_memory", "max_size", "labels",
           "budget", "name")  # fmt: skip
@@ -106,14 +108,23 @@ def found_at(target: str, *, what: str) -> Any:
     try:
         return process.resolve(target)
     except (ImportError, AttributeError) as fault:
-        raise NotFound(
-            f"{what}: {target!r} cannot be imported: {fault}", hint="is it on PYTHONPATH, and spelt right?"
-        ) from fault
+        raise NotFound(f"{what}: {target!r} cannot be imported: {fault}", hint=_instead(target)) from fault
     except (Exception, SystemExit) as fault:
         raise BadConfig(
             f"{what}: {module} fails when it is imported: {_told(fault)}",
             hint='what a script does when it is run belongs under if __name__ == "__main__"',
         ) from fault
+
+
+def _instead(target: str) -> str:
+    """What to try where `module:attribute` was not found: the name that is nearest to it, of a module that is there."""
+    module, _, attribute = target.partition(":")
+    if module not in sys.modules:
+        return "is it on PYTHONPATH, and spelt right?"
+    found = sys.modules[module]
+    names = [name for name in vars(found) if not name.startswith("_")]
+    near = difflib.get_close_matches(attribute, names, 1)
+    return f"did you mean {near[0]}?" if near else f"{getattr(found, '__file__', module)} defines no such name"
 
 
 def _told(fault: BaseException) -> str:
@@ -158,14 +169,27 @@ def module_at(target: str) -> torch.nn.Module:
 
 
 def data_at(target: str, *, specs: Sequence[TensorSpec]) -> Iterable[Any]:
-    """Batches from a function (or anything iterable), or from a folder of pictures for a picture input."""
+    """Batches from a function (or anything iterable), or from a folder of pictures for a picture input.
+
+    Raises BadConfig where the function fails or gives no batch, NotFound where there is none.
+    """
     if Path(target).is_dir():
         return pictures(Path(target), specs=specs)
+    if ":" not in target:
+        raise NotFound(
+            f"--data: no folder {target}", hint="give a folder of pictures, module:function or file.py:function"
+        )
     found = found_at(target, what="--data")
-    made = found() if callable(found) else found
-    if not isinstance(made, Iterable):
-        raise BadConfig(f"--data: {target!r} returned a {type(made).__name__}", hint="return or yield batches")
-    return islice(made, 512)
+    try:
+        made = found() if callable(found) else found
+        batches = list(islice(made, _MOST_BATCHES)) if isinstance(made, Iterable) else None
+    except (Exception, SystemExit) as fault:
+        raise BadConfig(f"--data: {target!r} fails: {_told(fault)}", hint="the line above is where it stops") from fault
+    if batches is None:
+        raise BadConfig(f"--data: {target!r} gives a {type(made).__name__}", hint="return or yield batches")
+    if not batches:
+        raise BadConfig(f"--data: {target!r} gives no batch", hint="return or yield batches")
+    return batches
 
 
 def pictures(folder: Path, *, specs: Sequence[TensorSpec]) -> Iterator[Array]:

@@ -175,10 +175,15 @@ def _by_metric(stage: Stage, found: Verdict, task: ProofTask) -> Verdict:
 
 def read_metric(given: Any) -> tuple[float, Array | None]:
     """What the user's metric returned, as one number and, where it gave one for each row, those. Raises BadInput."""
-    rows = np.asarray(given, np.float64)
+    try:
+        rows = np.asarray(given, np.float64)
+    except (TypeError, ValueError):  # words, a dict, rows of different lengths
+        rows, words = np.full(1, math.nan), f"a {type(given).__name__} that is no numbers"
+    else:
+        words = f"values of shape {list(rows.shape)}" if rows.ndim > 1 else "None" if given is None else ""
     metric = float(rows.mean()) if rows.size and rows.ndim < 2 else math.nan
     if not math.isfinite(metric):
-        words = f"values of shape {list(rows.shape)}" if rows.ndim > 1 else f"{metric}"
+        words = words or f"{metric}"
         raise BadInput(
             f"the evaluate function returned {words}",
             hint="return a finite number, or one for each row, higher is better",

@@ -41,7 +41,11 @@ def load_weights(module: torch.nn.Module, path: Path) -> int:
             f"--weights {path}: no state dict in it", hint="save torch.save(model.state_dict(), path), or safetensors"
         )
     if chosen and chosen not in found:
-        raise BadConfig(f"--weights {path} holds no {chosen!r}", hint=f"it holds {', '.join(found)}")
+        keys = ", ".join(filter(None, found))
+        raise BadConfig(
+            f"--weights {path} holds no {chosen!r}",
+            hint=f"it holds {keys}" if keys else f"it holds one set of weights: leave out #{chosen}",
+        )
     found = {chosen: found[chosen]} if chosen else found
     faults = {key: _faults(state, wanted) for key, state in found.items()}
     right = [key for key in found if not faults[key]]

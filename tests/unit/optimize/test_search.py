@@ -18,15 +18,16 @@ from torch import nn
 
 import torchship
 from tests.unit.optimize.planted import plant
+from torchship import hardware
 from torchship.artifact import open_artifact
-from torchship.errors import BadConfig
+from torchship.errors import BadConfig, BadInput, Unavailable
 from torchship.optimize import facts, reference, search, workspace
 from torchship.optimize.cache import hash_model
 from torchship.optimize.capture import capture
 from torchship.optimize.guard import Guard
 from torchship.optimize.measure import Effort
 from torchship.optimize.report import Report
-from torchship.optimize.trial import Trial
+from torchship.optimize.trial import Trial, read_metric
 
 QUICK = Effort(seconds=0.02, calls=5, fewest=2, warm_up=0.01, max_batch=4)
 
@@ -266,6 +267,23 @@ def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
         optimize(planted, "missing")
     with pytest.raises(BadConfig, match="unknown setting 'colour'"):
         optimize(planted, "good", colour="blue")
+    with pytest.raises(BadInput, match="calibration holds no batch"):
+        optimize(planted, "good", calibration=iter(()))
+
+
+def test_a_card_that_is_not_there_is_told_before_anything_runs(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "here", lambda: hardware.Hardware("x86_64", "a processor", 2, 2**30))
+    with pytest.raises(Unavailable, match="no device 'cuda:0' here"):
+        optimize(planted, "good", device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [(None, "None"), ("good", "a str"), ({"top": 1}, "a dict"), ([[1], [1, 2]], "a list")]
+)
+def test_a_metric_that_is_no_number_is_named(given: object, words: str) -> None:
+    with pytest.raises(BadInput, match=f"the evaluate function returned {words}"):
+        read_metric(given)
 
 
 def test_the_table_tells_every_trial(planted: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,39 @@ def test_a_folder_of_pictures_is_read_as_the_server_reads_them(
     rows = list(targets.data_at(str(tmp_path), specs=[TensorSpec.parse("image:FP32[-1,3,16,24]")]))
     np.testing.assert_array_equal(np.stack(rows), wanted)
     assert "c.png is left out" in caplog.text
+
+
+def batches_then_a_fault() -> Iterator[torch.Tensor]:
+    yield torch.ones(2, 4)
+    raise OSError("the disk is gone")
+
+
+def no_batches() -> Iterator[torch.Tensor]:
+    return iter(())
+
+
+@pytest.mark.parametrize(
+    ("target", "fault", "words"),
+    [
+        ("nowhere", NotFound, "--data: no folder nowhere"),
+        (f"{HERE}:batches_then_a_fault", BadConfig, r"fails: OSError: the disk is gone .*test_targets.py:\d+: raise"),
+        (f"{HERE}:net", BadConfig, "fails: TypeError"),
+        (f"{HERE}:no_batches", BadConfig, "gives no batch"),
+        (f"{HERE}:fails", BadConfig, "gives a int"),
+    ],
+)
+def test_wrong_data_is_named(target: str, fault: type[Exception], words: str) -> None:
+    with pytest.raises(fault, match=words):
+        targets.data_at(target, specs=[TensorSpec.parse("x:FP32[-1,4]")])
+
+
+def test_a_misspelt_name_is_put_right() -> None:
+    with pytest.raises(NotFound, match="no attribute 'mkae'") as caught:
+        targets.module_at(f"{HERE}:mkae")
+    assert caught.value.hint == "did you mean make?"
+    with pytest.raises(NotFound, match="no attribute 'zzzz'") as caught:
+        targets.module_at(f"{HERE}:zzzz")
+    assert caught.value.hint.endswith("test_targets.py defines no such name")
 
 
 def test_help_shows_examples_and_bad_words_exit_with_2() -> None:

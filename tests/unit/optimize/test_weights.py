@@ -150,6 +150,13 @@ def test_averaged_weights_beside_raw_ones_are_offered(tmp_path: Path) -> None:
     load_weights(net(), tmp_path / "x.pth")  # the same twice is no question, and other models' weights are none
 
 
+def test_a_key_for_a_file_of_one_set_is_named(tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(BadConfig, match="holds no 'ema'") as caught:
+        load_weights(net(), tmp_path / "plain.pth#ema")
+    assert caught.value.hint == "it holds one set of weights: leave out #ema"
+
+
 def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
     torch.save({name: tensor.to(torch.int8) for name, tensor in net().state_dict().items()}, tmp_path / "int8.pth")
     with pytest.raises(BadConfig, match=r"is torch\.int8"):
