@@ -105,6 +105,8 @@ def _calls(module: torch.nn.Module, examples: Sequence[Any], frame: CallTemplate
             f"the examples differ in their number of tensors ({counts}), or in arguments that are no tensors",
             hint="an artifact has one set of inputs: optimize once for each",
         )
+    if any(call and all(tensor.ndim and not len(tensor) for _, tensor in call) for call in taken):
+        raise CaptureFailed("the example inputs hold no rows", hint="give tensors with two rows or more on axis 0")
     return [[tensor.detach().cpu().clone() for _, tensor in call] for call in taken]
 
 

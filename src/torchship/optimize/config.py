@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
@@ -11,7 +11,7 @@ import torch
 
 from torchship import hardware as machines
 from torchship import plugins
-from torchship.errors import BadConfig, Unavailable
+from torchship.errors import BadConfig, BadInput, Unavailable
 from torchship.lowering import paths
 from torchship.optimize.choose import GOALS, Constraints, Goal
 from torchship.optimize.guard import Guard
@@ -93,7 +93,9 @@ def read(
     guard: Guard | None,
     settings: Settings,
 ) -> SearchConfig:
-    """Raises BadConfig for an unknown goal, backend or setting, Unavailable for a card that is not there."""
+    """Raises BadConfig for an unknown goal, backend, setting or number, Unavailable for a card that is not there."""
+    _refuse_below_zero(budget, what="budget", hint="give a number of seconds")
+    _refuse_below_zero(max_drop or 0.0, what="max_drop", hint="give a number that is not below 0, as 0.01")
     if goal not in GOALS:
         raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
     unknown = sorted(set(settings).difference(Settings.__annotations__))
@@ -130,6 +132,21 @@ def read(
         command=settings.get("command", ""),
         finetune=settings.get("finetune"),
     )
+
+
+def _refuse_below_zero(value: Any, *, what: str, hint: str) -> None:
+    if not isinstance(value, int | float) or not value >= 0:  # NaN too
+        raise BadConfig(f"{what} is {value!r}", hint=hint)
+
+
+def batches(given: Iterable[Any] | None) -> list[Any]:
+    """The caller's `calibration`, none where it is left out. Raises BadInput where it holds nothing."""
+    if given is not None and not isinstance(given, Iterable):
+        raise BadInput(f"calibration is a {type(given).__name__}", hint="give batches of real inputs")
+    found = [] if given is None else list(given)
+    if given is not None and not found:
+        raise BadInput("calibration holds no batch", hint="give batches of real inputs, or leave it out")
+    return found
 
 
 def check(recipe: Recipe, module: torch.nn.Module) -> None:

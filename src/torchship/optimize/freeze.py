@@ -40,9 +40,13 @@ def frozen(module: torch.nn.Module) -> torch.nn.Module:
     """A copy of `module` on the host, in eval mode, that needs no gradients.
 
     Weights that are computed anew at each call (weight norm, spectral norm, parametrizations, masks of pruning) never
-    change in eval mode: they become plain ones. Raises CaptureFailed for weights without values, and for what cannot
-    be copied.
+    change in eval mode: they become plain ones. Raises CaptureFailed for weights without values, for what cannot be
+    copied, and for what is no module.
     """
+    given: object = module
+    if not isinstance(given, torch.nn.Module):
+        what = f"{given.__name__} is a class" if isinstance(given, type) else f"this is a {type(given).__name__}"
+        raise CaptureFailed(f"{what}, not an nn.Module", hint="give the module itself: call what makes it")
     module = _unwrapped(module)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if torch.nn.parameter.is_lazy(tensor):

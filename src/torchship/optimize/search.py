@@ -31,7 +31,7 @@ from torchship.optimize.attempt import SearchContext
 from torchship.optimize.cache import Cache
 from torchship.optimize.capture import capture
 from torchship.optimize.choose import Goal, baseline, choose
-from torchship.optimize.config import Metric, SearchConfig, Settings, read
+from torchship.optimize.config import Metric, SearchConfig, Settings, batches, read
 from torchship.optimize.facts import Facts
 from torchship.optimize.forkserver import Forkserver
 from torchship.optimize.guard import Guard, judge
@@ -86,9 +86,7 @@ def optimize(
     config = read(
         module, goal=goal, backends=backends, budget=budget, max_drop=max_drop, guard=guard, settings=settings
     )
-    samples = list(calibration or ())
-    if calibration is not None and not samples:
-        raise BadInput("calibration holds no batch", hint="give batches of real inputs, or leave it out")
+    samples = batches(calibration)
     model = capture(
         module,
         example_inputs,

@@ -20,8 +20,8 @@ import torchship
 from tests.unit.optimize.planted import plant
 from torchship import hardware
 from torchship.artifact import open_artifact
-from torchship.errors import BadConfig, BadInput, Unavailable
-from torchship.optimize import facts, reference, search, workspace
+from torchship.errors import BadConfig, BadInput, CaptureFailed, Unavailable
+from torchship.optimize import config, facts, reference, search, workspace
 from torchship.optimize.cache import hash_model
 from torchship.optimize.capture import capture
 from torchship.optimize.guard import Guard
@@ -269,6 +269,28 @@ def test_wrong_wishes_are_named_before_anything_runs(planted: Path) -> None:
         optimize(planted, "good", colour="blue")
     with pytest.raises(BadInput, match="calibration holds no batch"):
         optimize(planted, "good", calibration=iter(()))
+    with pytest.raises(BadInput, match="calibration is a int"):
+        optimize(planted, "good", calibration=3)
+    for budget in ("10m", -1, float("nan")):
+        with pytest.raises(BadConfig, match="budget is"):
+            optimize(planted, "good", budget=budget)
+    with pytest.raises(BadConfig, match=r"max_drop is -0\.1"):
+        optimize(planted, "good", max_drop=-0.1)
+
+
+def test_calibration_may_be_one_tensor_whose_rows_are_samples() -> None:
+    assert len(config.batches(torch.ones(3, 4))) == 3
+    assert config.batches(None) == []
+
+
+def test_what_is_no_module_and_examples_without_rows_are_named() -> None:
+    with pytest.raises(CaptureFailed, match=r"function, not an nn\.Module") as caught:
+        capture(module, torch.ones(2, 4))  # type: ignore[arg-type]
+    assert "call" in caught.value.hint
+    with pytest.raises(CaptureFailed, match=r"Linear is a class, not an nn\.Module"):
+        capture(nn.Linear, torch.ones(2, 4))  # type: ignore[arg-type]
+    with pytest.raises(CaptureFailed, match="hold no rows"):
+        capture(module(), torch.ones(0, 4))
 
 
 def test_a_card_that_is_not_there_is_told_before_anything_runs(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
