@@ -76,12 +76,14 @@ def run(
 
 
 def _has_come_to_grow(context: SearchContext, done: Sequence[Trial], waiting: Sequence[Asked]) -> bool:
-    """Whether the reference is to answer all rows now: something is valid beside the module as it is, or nothing is
-    found on a few rows, and there is time for it."""
+    """Whether the reference is to answer all rows now: the module as it is has been tried on a few, and something else
+    is valid on them or nothing is found; and there is time for it."""
     reference = context.reference
     if reference.whole or time.monotonic() + reference.left_s > context.deadline:
         return False
-    return len(done) >= _TRIED_ON_FEW or not waiting or any(is_valid(t) and not is_plain(t.recipe) for t in done)
+    plain = [is_plain(trial.recipe) for trial in done]
+    won = any(plain) and any(is_valid(trial) and not own for trial, own in zip(done, plain, strict=True))
+    return won or len(done) >= _TRIED_ON_FEW or not waiting
 
 
 def _asked(strategies: Sequence[Strategy], done: Sequence[Trial], context: SearchContext) -> list[Asked]:

@@ -173,7 +173,8 @@ def _search(context: SearchContext, on_trial: OnTrial | None, publisher: Publish
     if config.recipes is None:
         cutting = Cutting(context)
         liked = winners.known(context)
-        proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead, favourites=liked)
+        hurried = not context.reference.whole
+        proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead, favourites=liked, hurried=hurried)
         strategies: list[Strategy] = [proposals, cutting, overflow, mixed, tuning]
     else:  # what the caller lists is tried to its end, and nothing else but what mends it
         recipes = [baseline(), *(recipe for recipe in config.recipes if recipe != baseline())]

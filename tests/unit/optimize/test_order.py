@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,22 @@ def test_what_won_before_is_tried_right_after_eager_and_only_where_it_is_propose
     while asked := proposals.ask(done):
         done.append(trial(asked[0].recipe.backend, p50=1))
     assert [each.recipe.backend for each in done] == ["eager", "often", "rare", "new"]
+
+
+def test_where_eager_takes_long_one_favourite_comes_before_it() -> None:
+    recipes = [Recipe(name) for name in ("eager", "new", "rare", "often")]
+    firsts: list[str] = []
+
+    def instead(results: Sequence[Trial]) -> list[Recipe]:
+        firsts.append(results[0].recipe.backend)
+        return []
+
+    proposals = Proposals(recipes, goal="latency", instead=instead, favourites=["often", "rare"], hurried=True)
+    done: list[Trial] = []
+    while asked := proposals.ask(done):
+        done.append(trial(asked[0].recipe.backend, p50=1))
+    assert [each.recipe.backend for each in done] == ["often", "eager", "rare", "new"]
+    assert firsts == ["eager"], "it is asked once, when eager is known"
 
 
 def test_what_is_shipped_comes_behind_what_this_machine_learned_and_fits_kind_goal_and_processor(

@@ -59,7 +59,7 @@ def cut(
 
     None where a trial that exported it, or took it as a script into another engine, is valid.
     """
-    eager, *others = trials
+    eager, *others = sorted(trials, key=lambda trial: not is_plain(trial.recipe))
     exported = eager.status == "ok" and (Path(eager.artifact) / "backend" / PROGRAM).is_file()
     valid = [trial.recipe.backend for trial in others if trial.status == "ok"]
     if exported or not all(plugins.fact("backends", name, "REPLAYS", False) for name in valid):

@@ -20,6 +20,7 @@ _HOPELESS = 8.0
 class Proposals:
     """Asks for `recipes`, plain eager first, then those whose labels are among the `favourites`, then best first.
 
+    Where eager takes long, the first favourite comes before it: the search is `hurried`.
     `instead` says what to try too where eager ends badly; with it goes what cannot win any more. A list of the caller's
     own, which has none, is tried to its end.
     """
@@ -31,21 +32,24 @@ class Proposals:
         goal: Goal,
         instead: Callable[[Sequence[Trial]], Sequence[Recipe]] | None = None,
         favourites: Sequence[str] = (),
+        hurried: bool = False,
     ) -> None:
         self._waiting, self._goal, self._instead = list(recipes), goal, instead
-        self._favourites = favourites
+        self._first, self._favourites, self._hurried = recipes[0], favourites, hurried
 
     def ask(self, results: Sequence[Trial]) -> list[Asked]:
         """What is left, the next one first."""
-        if results:
-            self._waiting = [recipe for recipe in self._waiting if recipe != results[-1].recipe]
-        if self._instead is not None and len(results) == 1:
+        results = sorted(results, key=lambda trial: trial.recipe != self._first)
+        told = [trial.recipe for trial in results]
+        if self._instead is not None and self._first in told and self._first in self._waiting:
             self._waiting = [*self._instead(results), *self._waiting]
+        self._waiting = [recipe for recipe in self._waiting if recipe not in told]
         if not self._waiting:
             return []
-        liked = {recipe.label: recipe for recipe in self._waiting if results}
-        first = self._waiting[next_up(self._waiting, results, goal=self._goal)]
-        if not stands_in(first, results):
+        ready = self._first in told or (self._hurried and not told)
+        liked = {recipe.label: recipe for recipe in self._waiting if ready}
+        first = self._waiting[next_up(self._waiting, results, goal=self._goal) if self._first in told else 0]
+        if not (told and stands_in(first, results)):
             first = next((liked[label] for label in self._favourites if label in liked), first)
         why = hopeless(first, results, goal=self._goal) if self._instead else ""
         return [
