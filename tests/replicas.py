@@ -26,7 +26,7 @@ class InProcessReplica:
         self.state = "opening"
         self.in_flight: deque[InFlightBatch] = deque()
         self.heard = time.monotonic()
-        self.served = 0
+        self.served, self.killed = 0, 0.0
         self.fault: TorchshipError | None = None
         self.card: CardMemory | None = None
         self.pid = os.getpid()

@@ -123,6 +123,68 @@ def test_it_answers_survives_kill_9_and_stops_cleanly(tmp_path: Path) -> None:
     assert leftovers() <= before
 
 
+@contextmanager
+def service_manager(folder: Path, *, watchdog: float) -> Iterator[tuple[socket.socket, dict[str, str]]]:
+    """What systemd gives to a service of Type=notify, and its own end of the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "notify"))
+        sock.settimeout(60)
+        told = {"NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": str(int(watchdog * 1e6))}
+        yield sock, os.environ | told
+
+
+def until_told(sock: socket.socket, word: str) -> list[str]:
+    """All lines up to the one that begins with `word`."""
+    lines: list[str] = []
+    while not lines or not lines[-1].startswith(word):
+        lines += [line for line in sock.recv(4096).decode().split("\n") if line not in lines[-1:]]
+        assert len(lines) < 1000
+    return lines
+
+
+def test_a_service_manager_is_told_and_the_children_are_not_asked_to(tmp_path: Path) -> None:
+    with service_manager(tmp_path, watchdog=0.4) as (sock, env), serving(TWO, tmp_path, env=env) as server:
+        before = until_told(sock, "READY=1")
+        assert before == ["STATUS=opening double, slow", "READY=1"]
+        assert until_told(sock, "STATUS=")[-1] == f"STATUS=serving double, slow at {server.url}"
+        assert "WATCHDOG=1" in until_told(sock, "WATCHDOG=1")
+        for worker in workers_of(server):
+            assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & worker.environ().keys()
+        server.child.send_signal(signal.SIGHUP)
+        assert until_told(sock, "READY=1")[-3:-1][0] == "RELOADING=1"
+        assert server.double(2)[0] == 200
+        server.child.send_signal(signal.SIGTERM)
+        assert until_told(sock, "STOPPING=1")
+        assert "Traceback" not in server.finish()
+        assert server.child.returncode == 0
+
+
+def test_a_model_that_hangs_where_it_cannot_be_ended_gets_no_sign_of_life(tmp_path: Path) -> None:
+    text = TWO + "run_timeout = 0.3\n"
+    ask = {"inputs": [{"name": "ms", "shape": [1], "datatype": "INT32", "data": [6000]}]}
+    with (
+        service_manager(tmp_path, watchdog=0.4) as (sock, env),
+        serving(text, tmp_path, "--one-process", env=env) as server,
+    ):
+        until_told(sock, "WATCHDOG=1")
+        status, answer = server.ask("/v2/models/slow/infer", ask)
+        assert (status, "hung: no answer for 0.3 s" in answer["error"]) == (500, True)
+        words = "STATUS=a call of stage sleeper of tests.serving:sleeper hangs, and a thread cannot be ended"
+        assert until_told(sock, "STATUS=a call of stage")[-1] == words
+        assert sock.recv(4096).split(b"\n")[0] == b"WATCHDOG=1", "the call has returned: the server lives again"
+
+
+def test_a_worker_that_hangs_is_replaced_and_the_watchdog_is_fed(tmp_path: Path) -> None:
+    text = TWO + "run_timeout = 0.3\n"
+    ask = {"inputs": [{"name": "ms", "shape": [1], "datatype": "INT32", "data": [60_000]}]}
+    with service_manager(tmp_path, watchdog=0.4) as (sock, env), serving(text, tmp_path, env=env) as server:
+        until_told(sock, "WATCHDOG=1")
+        assert server.ask("/v2/models/slow/infer", ask)[0] == 500
+        assert not [line for line in until_told(sock, "WATCHDOG=1") if "hangs" in line]
+        ask["inputs"][0]["data"] = [0]
+        assert server.ask("/v2/models/slow/infer", ask)[0] == 200
+
+
 def test_in_one_process_there_is_no_other_and_it_says_what_that_costs(tmp_path: Path) -> None:
     with serving(TWO, tmp_path, "--one-process") as server:
         assert server.double(2)[1]["outputs"][0]["data"] == [4.0] * 4

@@ -194,15 +194,19 @@ class Catalog:
         """Look into the store again and again, and load what has changed there. Runs until it is cancelled."""
         while True:
             await asyncio.sleep(seconds)
-            for entry in list(self.entries.values()):
-                if entry.reason == "unloaded":
-                    continue
-                try:
-                    found = await asyncio.to_thread(wanted, entry.config, self.store)
-                    if tuple(version.files for version in found) != entry.tried:
-                        await self.load(entry.config, fresh=False)
-                except TorchshipError as fault:
-                    _log.debug("watching %s: %s", entry.config.name, fault.line)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Load what has changed in the store. What cannot be loaded stays as it is, as the log and the index tell."""
+        for entry in list(self.entries.values()):
+            if entry.reason == "unloaded":
+                continue
+            try:
+                found = await asyncio.to_thread(wanted, entry.config, self.store)
+                if tuple(version.files for version in found) != entry.tried:
+                    await self.load(entry.config, fresh=False)
+            except TorchshipError as fault:
+                _log.debug("watching %s: %s", entry.config.name, fault.line)
 
     def entry(self, name: str) -> CatalogEntry:
         """A model. Raises NotFound."""
@@ -243,6 +247,11 @@ class Catalog:
             for version in entry.versions.values()
             if version.line is not None
         }
+
+    def stuck(self, now: float) -> list[str]:
+        """What hangs though its station has killed it; every line is asked, those that are being retired too."""
+        lines = {*self.lines().values(), *self._retiring.values()}
+        return [words for line in lines for station in line.stations for words in station.stuck(now)]
 
     async def drain(self, *, patience: float | None = None) -> None:
         """Take nothing more, and answer what is under way, within `patience` seconds or as long as it may take."""

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections.abc import Collection, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -39,6 +40,7 @@ from torchship.serve.http.router import Mounted
 from torchship.serve.http.site import ConnectionLimits
 from torchship.serve.metrics import peak
 from torchship.serve.service import Service
+from torchship.serve.systemd import ServiceManager
 from torchship.serve.tracing import HEADERS, Traces
 
 _log = logging.getLogger("torchship.serve")
@@ -65,6 +67,7 @@ class Server:
         self._certificates = Certificates(tls.certificate, key=tls.key, clients=tls.clients) if tls else None
         self._mounted: list[Mounted] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._reloads = asyncio.Lock()
 
     async def open(self) -> Server:
         """Bind the ports first, so that a taken one is told at once, then open all models.
@@ -166,6 +169,22 @@ class Server:
                 listener.drain()
             await asyncio.sleep(0.0 if patience == 0 else self.config.http.drain_delay)
         await self.catalog.drain(patience=patience)
+
+    def look(self) -> tuple[str, str]:
+        """What hangs and cannot be ended, empty where nothing does, and how the server is, in words."""
+        stuck = self.catalog.stuck(time.monotonic())
+        stuck += [f"a call of stage {name} hangs, and a thread cannot be ended" for name in WorkerThread.stuck()]
+        names = list(self.catalog.entries)
+        away = [name for name in names if not self.service.model_ready(name)]
+        status = f"not ready: {', '.join(away)}" if away else f"serving {', '.join(names)} at {self.url}"
+        return "; ".join(stuck), "finishing what is under way" if self.service.draining else status
+
+    async def reload(self, manager: ServiceManager) -> None:
+        """Load what has changed in the store now, and tell the service manager from when to when."""
+        async with self._reloads:
+            manager.reloading()
+            await self.catalog.refresh()
+            manager.tell("READY=1")
 
     async def close(self, *, patience: float | None = None) -> None:
         """Drain, stop the workers, close the ports."""
@@ -318,11 +337,24 @@ def serve(*targets: str | Mapping[str, Any], **options: Unpack[ServeOptions]) ->
     return uvloop.run(_run(config))
 
 
+def _announce(server: Server) -> None:
+    """Log what is served where."""
+    config = server.config
+    if server.grpc and config.grpc:
+        host = config.grpc.host or config.http.host
+        _log.info("gRPC at %s:%d, and at %s", host, server.grpc.port, server.url)
+    if config.one_process:
+        _log.warning("one process: a model that crashes ends this server, and one that hangs cannot be ended")
+    for name in server.catalog.entries:
+        _log.info("serving %s at %s/v2/models/%s", name, server.url, name)
+
+
 async def _run(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     me = asyncio.current_task()
-    server = Server(config)
+    manager, server = ServiceManager(), Server(config)
+    manager.tell(f"STATUS=opening {', '.join(model.name for model in config.model)}")
     opening = asyncio.ensure_future(server.open())
     interrupts = 0
 
@@ -334,11 +366,13 @@ async def _run(config: ServerConfig) -> int:
             if me is not None:
                 me.cancel()
         elif not stop.is_set():
+            manager.tell("STOPPING=1")
             _log.info("%s: no new requests, finishing what is under way", number.name)
             stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask, number)
+    beside: set[asyncio.Task[None]] = set()
     waiting = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([opening, waiting], return_when=asyncio.FIRST_COMPLETED)
@@ -350,13 +384,11 @@ async def _run(config: ServerConfig) -> int:
         gc.collect()  # what is there now stays: it need not be looked at again, nor after every 700 new objects
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)
-        if server.grpc and config.grpc:
-            host = config.grpc.host or config.http.host
-            _log.info("gRPC at %s:%d, and at %s", host, server.grpc.port, server.url)
-        if config.one_process:
-            _log.warning("one process: a model that crashes ends this server, and one that hangs cannot be ended")
-        for name in server.catalog.entries:
-            _log.info("serving %s at %s/v2/models/%s", name, server.url, name)
+        _announce(server)
+        if manager.there:  # elsewhere SIGHUP says that the terminal is gone
+            manager.tell("READY=1")
+            beside.add(asyncio.ensure_future(manager.attend(server.look)))
+            loop.add_signal_handler(signal.SIGHUP, lambda: beside.add(asyncio.ensure_future(server.reload(manager))))
         await waiting
         await server.close()
         return 0
@@ -364,4 +396,5 @@ async def _run(config: ServerConfig) -> int:
         await server.close(patience=0.0)
         return 130
     finally:
-        waiting.cancel()
+        for task in (waiting, *beside):
+            task.cancel()

@@ -52,6 +52,7 @@ def test_a_pack_holds_what_a_machine_needs_and_is_the_same_each_time(tmp_path: P
     config = configs.convert(tomllib.loads((tmp_path / "out" / "config.toml").read_text()))
     assert (config.http.host, config.one_process, config.model[0].artifact) == ("127.0.0.1", True, "linear")
     unit = (tmp_path / "out" / "torchship.service").read_text()
+    assert {"Type=notify", "WatchdogSec=30", "LogRateLimitBurst=1000"} <= set(unit.splitlines())
     assert {"Restart=always", "DynamicUser=yes", "ProtectSystem=strict"} <= set(unit.splitlines())
     lines = (tmp_path / "out" / "requirements.txt").read_text().split()
     assert all("==" in line for line in lines)

@@ -172,6 +172,28 @@ def test_how_long_a_batch_may_run(limits: dict[str, Any], deadline: float, allow
     run(work, {"run": "double"}, **limits)
 
 
+def test_what_no_kill_ends_is_told_to_the_watchdog() -> None:
+    """A batch that runs beyond all limits though it was swept, and a killed worker that is still there."""
+
+    async def work(line: Line, station: Station, staff: Staff) -> None:
+        asked = line.submit({"x": ROW})
+        await turns()
+        replica = staff.all[0]
+        start = max(replica.in_flight[0].sent, replica.heard)
+        assert not list(station.stuck(start + 64.0))  # it may run for 60 s, and then be killed
+        (words,) = station.stuck(start + 66.0)
+        assert words == f"worker {replica.pid} of stage 'double' hangs, and killing it does not end it"
+        replica.go()
+        assert np.array_equal((await asked)["y"], ROW * 2)
+        assert not list(station.stuck(start + 66.0))
+        replica.killed = start
+        assert not list(station.stuck(start + 4.0))
+        assert list(station.stuck(start + 6.0)) == [words]
+        replica.killed = 0.0
+
+    run(work, {"run": "double"})
+
+
 def test_a_replica_that_takes_too_much_memory_goes_when_its_successor_is_ready() -> None:
     async def work(line: Line, station: Station, staff: Staff) -> None:
         (old,) = staff.all

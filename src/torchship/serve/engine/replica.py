@@ -63,9 +63,10 @@ class Replica(Protocol):
     """One copy of a stage, wherever it runs. `state` goes from opening to ready to stopping to ended, never back.
 
     Batches come back in the order in which they were given. `heard` is when it last gave a sign of life, `served` how
-    many batches it has answered, `fault` why its stage could not be opened; `ended` is done when it is gone. It takes
-    `slots` batches altogether, and has reserved `shared` bytes of memory to hand them over; `pid` is its process id,
-    for logs, or 0 where it has none. `card` is the memory of the card that it has opened its stage on, if any.
+    many batches it has answered, `fault` why its stage could not be opened, `killed` when it was killed (0: never);
+    `ended` is done when it is gone. It takes `slots` batches altogether, and has reserved `shared` bytes of memory to
+    hand them over; `pid` is its process id, for logs, or 0 where it has none. `card` is the memory of the card that it
+    has opened its stage on, if any.
     """
 
     spec: WorkerSpec
@@ -76,6 +77,7 @@ class Replica(Protocol):
     in_flight: deque[InFlightBatch]
     heard: float
     served: int
+    killed: float
     fault: TorchshipError | None
     card: CardMemory | None
     ended: asyncio.Future[None]
@@ -124,7 +126,7 @@ class LocalReplica:
         self.heard = time.monotonic()
         self.fault: TorchshipError | None = None
         self.card: CardMemory | None = None
-        self.served = 0
+        self.served, self.killed = 0, 0.0
         self._reason = ""
         self._events = events
         self._loop = asyncio.get_running_loop()
@@ -304,7 +306,7 @@ class LocalReplica:
     def kill(self, reason: str) -> None:
         if self.state == "ended":
             return
-        self._reason = self._reason or reason
+        self._reason, self.killed = self._reason or reason, self.killed or time.monotonic()
         self.state = "stopping"
         self._worker.kill()
 

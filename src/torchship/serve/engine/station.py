@@ -28,6 +28,7 @@ _LIVES = 2  # crashes that a job survives alone before it is blamed
 _LOOP = 5  # quick crashes in a row that open the circuit
 _PING_EVERY = 5.0  # seconds
 _PING_TIMEOUT = 15.0
+_BURIAL = 5.0  # seconds that a killed worker has to be gone
 _SPARE_EVERY = 30.0  # seconds between two attempts to open a spare replica
 _BACKLOG = 4  # batches that may wait at the next station before this one pauses
 
@@ -445,14 +446,24 @@ class Station:
         yield from self.pins
 
     def _check_hang(self, replica: Replica, batch: InFlightBatch, now: float) -> None:
-        silent = now - max(batch.sent, replica.heard)
-        if silent <= self._run_timeout or replica.state != "ready" or silent <= self._patience(batch.calls):
-            return
-        if batch.unread and not batch.calls[0].job.done:  # a stream waits for its caller
+        if replica.state != "ready" or not self._hangs(replica, batch, now):
             return
         if len(batch.calls) == 1:
             batch.calls[0].crashes = _LIVES  # what is too slow is not run a second time
         replica.kill(f"hung: no answer for {self._patience(batch.calls):g} s")
+
+    def _hangs(self, replica: Replica, batch: InFlightBatch, now: float) -> bool:
+        """Whether a batch has run for longer than it may, and not because a stream waits for its caller."""
+        silent = now - max(batch.sent, replica.heard)
+        late = silent > self._run_timeout and silent > self._patience(batch.calls)
+        return late and not (batch.unread and not batch.calls[0].job.done)
+
+    def stuck(self, now: float) -> Iterator[str]:
+        """Workers that hang and are still there long after they should have been killed: the station cannot help it."""
+        for replica in self.processes:
+            unburied = replica.killed and now - replica.killed > _BURIAL
+            if unburied or (replica.in_flight and self._hangs(replica, replica.in_flight[0], now - _BURIAL)):
+                yield f"worker {replica.pid} of stage {self.name!r} hangs, and killing it does not end it"
 
     def ping(self, now: float, number: int) -> None:
         """Ask idle workers for a sign of life, kill those that gave none, replace those that took too much memory."""
