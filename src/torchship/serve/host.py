@@ -40,7 +40,7 @@ from torchship.serve.http.router import Mounted
 from torchship.serve.http.site import ConnectionLimits
 from torchship.serve.metrics import peak
 from torchship.serve.service import Service
-from torchship.serve.systemd import ServiceManager
+from torchship.serve.systemd import ServiceSupervisor
 from torchship.serve.tracing import HEADERS, Traces
 
 _log = logging.getLogger("torchship.serve")
@@ -179,7 +179,7 @@ class Server:
         status = f"not ready: {', '.join(away)}" if away else f"serving {', '.join(names)} at {self.url}"
         return "; ".join(stuck), "finishing what is under way" if self.service.draining else status
 
-    async def reload(self, manager: ServiceManager) -> None:
+    async def reload(self, manager: ServiceSupervisor) -> None:
         """Load what has changed in the store now, and tell the service manager from when to when."""
         async with self._reloads:
             manager.reloading()
@@ -353,7 +353,7 @@ async def _run(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     me = asyncio.current_task()
-    manager, server = ServiceManager(), Server(config)
+    manager, server = ServiceSupervisor(), Server(config)
     manager.tell(f"STATUS=opening {', '.join(model.name for model in config.model)}")
     opening = asyncio.ensure_future(server.open())
     interrupts = 0

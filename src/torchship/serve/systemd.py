@@ -18,7 +18,7 @@ _STATUS_S = 5.0  # seconds between two looks where no watchdog asks for more
 _AGAIN = 5  # looks in half a watchdog's time while something hangs
 
 
-class ServiceManager:
+class ServiceSupervisor:
     """The service manager that started this process, where one did and asked to be told (Type=notify)."""
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torchship.serve.systemd import ServiceManager
+from torchship.serve.systemd import ServiceSupervisor
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -26,7 +26,7 @@ def listening(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[
 def test_it_tells_and_takes_its_variables_out_of_the_environment(listening: tuple[socket.socket, str]) -> None:
     sock, name = listening
     environment = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid()), "HOME": "/"}
-    manager = ServiceManager(environment)
+    manager = ServiceSupervisor(environment)
     assert environment == {"HOME": "/"}
     manager.tell("READY=1", "STATUS=serving")
     assert sock.recv(4096) == b"READY=1\nSTATUS=serving"
@@ -36,7 +36,7 @@ def test_it_tells_and_takes_its_variables_out_of_the_environment(listening: tupl
     assert int(second.removeprefix("MONOTONIC_USEC=")) > 0
 
 
-def attended(sock: socket.socket, manager: ServiceManager, told: list[tuple[str, str]], *, count: int) -> list[str]:
+def attended(sock: socket.socket, manager: ServiceSupervisor, told: list[tuple[str, str]], *, count: int) -> list[str]:
     """The first datagrams of a manager that sees what is told, one after the other, the last again and again."""
 
     async def main() -> list[str]:
@@ -53,7 +53,7 @@ def attended(sock: socket.socket, manager: ServiceManager, told: list[tuple[str,
 
 def test_a_sign_of_life_comes_only_while_nothing_hangs(listening: tuple[socket.socket, str]) -> None:
     sock, name = listening
-    manager = ServiceManager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "20000"})
+    manager = ServiceSupervisor({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "20000"})
     told = [
         ("", "serving a"),
         ("", "serving a"),
@@ -72,14 +72,14 @@ def test_a_sign_of_life_comes_only_while_nothing_hangs(listening: tuple[socket.s
 
 def test_without_a_watchdog_of_ours_there_are_only_words(listening: tuple[socket.socket, str]) -> None:
     sock, name = listening
-    manager = ServiceManager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"})
+    manager = ServiceSupervisor({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"})
     assert attended(sock, manager, [("", "serving\na")], count=1) == ["STATUS=serving a"]
 
 
 def test_nobody_there_is_no_fault(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    ServiceManager({}).tell("READY=1")
-    assert not ServiceManager({}).there
-    assert not ServiceManager({"NOTIFY_SOCKET": "vsock:2:1"}).there
+    ServiceSupervisor({}).tell("READY=1")
+    assert not ServiceSupervisor({}).there
+    assert not ServiceSupervisor({"NOTIFY_SOCKET": "vsock:2:1"}).there
     assert "only Unix sockets" in caplog.text
-    ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "none")}).tell("READY=1")
+    ServiceSupervisor({"NOTIFY_SOCKET": str(tmp_path / "none")}).tell("READY=1")
     assert "cannot be told READY=1" in caplog.text
