@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_361
+ENGINE = 36_491
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -91,9 +91,9 @@ ROOMS = {
     "torchship.optimize": 7_481,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
-    "torchship.serve": 2_482,
+    "torchship.serve": 2_599,
     "torchship.serve.api": 1_358,
-    "torchship.serve.engine": 2_789,
+    "torchship.serve.engine": 2_802,
     "torchship.serve.http": 3_447,
     "torchship.stages": 1_392,
     "torchship.wire": 1_573,
