@@ -54,8 +54,9 @@ def propose(model: Model, *, hardware: Hardware) -> list[Recipe]:
 def build(model: Model, *, options: Options, out: Path) -> None:
     """Write `model.xml` and `model.bin`. Options: precision f32 | bf16 | f16 | int8 (calibrated) | int8_weights (the
     weights alone); for both rest (f32 | bf16: what else is computed in); for int8 range (mean_minmax |
-    minmax | percentile | mse), bias_correction (the slow, exact one instead of the fast), preset (performance |
-    mixed), transformer (true where there is attention), exclude and modules (see `lowering.onnx_int8`).
+    minmax | percentile | mse), bias_correction (the slow, exact one instead of the fast), preset (performance | mixed;
+    mixed where activations are leaky), transformer (true where there is attention), exclude and modules (see
+    `lowering.onnx_int8`).
 
     Raises BuildFailed or BadConfig.
     """
@@ -109,11 +110,12 @@ def _int8(graph: Any, onnx: Path, model: Model, options: Options) -> Any:
 
     batches = [_feed(batch, model.signature) for batch in model.calibration or model.examples]
     advanced = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=_ranges(model, options))
+    preset = str(options.get("preset") or ("mixed" if _leaks(graph) else "performance"))
     return nncf.quantize(
         graph,
         nncf.Dataset(batches),
         subset_size=len(batches),
-        preset=nncf.QuantizationPreset(str(options.get("preset", "performance"))),
+        preset=nncf.QuantizationPreset(preset),
         fast_bias_correction=options.get("bias_correction") is not True,
         model_type=nncf.ModelType.TRANSFORMER if options.get("transformer", _attends(graph)) else None,
         ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
@@ -129,6 +131,12 @@ def _int8_weights(graph: Any, onnx: Path, model: Model, options: Options) -> Any
         mode=nncf.CompressWeightsMode.INT8_ASYM,
         ignored_scope=nncf.IgnoredScope(names=_left_out(graph, onnx, model, options), validate=False),
     )
+
+
+def _leaks(graph: Any) -> bool:
+    """Whether activations fall a little below zero, as those of LeakyReLU: a symmetric range leaves half of the levels
+    to values that do not occur."""
+    return any(operation.get_type_name() == "PRelu" for operation in graph.get_ops())
 
 
 def _attends(graph: Any) -> bool:

@@ -110,6 +110,21 @@ def test_openvino_scales_behind_a_mean_along_the_right_axis(tmp_path: Path) -> N
     assert error(stage(given), expected(model, given)) < 0.05
 
 
+def test_openvino_spends_no_levels_on_values_that_a_leaky_activation_does_not_have(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.1), nn.Conv2d(16, 16, 3), nn.LeakyReLU(0.1), nn.Conv2d(16, 8, 1)]
+    rows = [np.random.default_rng(at).normal(size=(4, 3, 24, 24)).astype(np.float32) for at in range(8)]
+    model = capture(nn.Sequential(*layers).eval(), torch.randn(2, 3, 24, 24), calibration=rows)
+    given, errors = {model.signature.inputs[0].name: rows[0]}, []
+    for name, chosen in {"by itself": {}, "symmetric": {"preset": "performance"}}.items():
+        options: Options = {"precision": "int8", **chosen}
+        (folder := tmp_path / name).mkdir()
+        openvino.build(model, options=options, out=folder)
+        stage = openvino.open(folder, signature=model.signature, options=options, threads=1)
+        errors.append(error(stage(given), expected(model, given)))
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_executorch_plans_for_more_than_fifteen_rows(tmp_path: Path) -> None:
     body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
     model = capture(body.eval(), torch.randn(2, 3, 8, 8))
