@@ -77,13 +77,13 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_491
+ENGINE = 36_499
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_930,
     "torchship.artifact": 1_739,
-    "torchship.backends": 1_967,
+    "torchship.backends": 1_975,
     "torchship.cli": 1_851,
     "torchship.client": 1_411,
     "torchship.doctor": 1_800,
