@@ -34,6 +34,7 @@ _SURE = 1.645  # standard deviations of a one-sided 95 % bound
 _RESAMPLES = 1000
 _WORST = 99.0  # the percentile of rows that stands for the worst
 _LOST = 0.5  # of the variation of a row or a channel: the rest is noise
+_OTHER = 0.75  # of the integers of made-up rows
 _FLOOR = 0.1  # of the median row: what is nearly zero by chance is judged by this
 _FEW = 10  # flips
 _FLIP = 0.2  # what a flip costs at least in the bound: benchmarks.guard has what less and more of it would cover
@@ -80,12 +81,25 @@ def judged(stage: Stage, folder: Path, *, signature: Signature, law_limit: float
             floats = [spec.name for spec in signature.outputs if spec.dtype in FLOATS and entry.kind == "made"]
             # of each output as a whole: made-up rows have no scale of their own
             made = max([made, *(difference.relative_error(reference[name], answer[name]) for name in floats)])
+            if entry.kind == "made":
+                fault = fault or _other_integers(reference, answer, signature=signature)
         elif base is None:
             base = answer
         else:
             fault = broken(entry.law, wanted=reference, found=answer, base=base, signature=signature, limit=law_limit)
     evidence = msgspec.structs.replace(found.evidence, made=min(made, HOPELESS), broken=fault)
     return msgspec.structs.replace(found, evidence=evidence)
+
+
+def _other_integers(wanted: Tensors, found: Tensors, *, signature: Signature) -> str:
+    """Which output lost its integers on made-up rows: noise flips some, and what is the same everywhere may be a tie."""
+    for spec in signature.outputs:
+        a, b = wanted[spec.name], found[spec.name]
+        if spec.dtype not in FLOATS and a.size and (a != a.flat[0]).any():
+            differ = 1 - difference.share_equal(a, b)
+            if differ > _OTHER:
+                return f"output {spec.name!r}: {differ:.0%} of its integers on made-up rows are not the reference's"
+    return ""
 
 
 class Meter:
@@ -156,6 +170,8 @@ class Meter:
         if yard.kind == "embedding" and self.pairs:
             self.costs = [_neighbours(*(np.concatenate(side) for side in zip(*self.pairs, strict=True)))]
         if not yard.varies or self.rows < FEWEST_ROWS or not self.costs:
+            if yard.kind == "labels":  # too few rows for a share of them, but not for other integers altogether
+                drift = _worst([cost[:, 0] for cost in self.costs])
             return Evidence(output=yard.name, drift=drift, rows=self.rows, broken=broken if yard.varies else "")
         costs = np.concatenate(self.costs)
         measure = {"scores": "top-1", "embedding": "neighbours", "labels": "equality", "values": "variation"}[yard.kind]

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from torchship.artifact.manifest import Evidence, Verdict
+from torchship.optimize.guard import Guard, judge
 from torchship.optimize.judge import bounded, compare
 from torchship.optimize.yardstick import softmax, study, told
+from torchship.recipe import Recipe
 from torchship.tensors import Array, Signature
 
 DRAW = np.random.default_rng(0)
@@ -217,3 +219,15 @@ def test_one_answer_of_a_model_without_rows_is_no_proof_of_sameness() -> None:
     assert still == ["output 'y' is the same for all rows: it proves nothing"]
     alone = Signature.parse("x:FP32[4] -> y:FP32[1]")
     assert not list(told(study([{"y": np.ones(1, np.float32)}], signature=alone)))
+
+
+def test_a_few_rows_of_other_integers_are_no_equal_ones() -> None:
+    signature = Signature.parse("x:FP32[-1,4] -> y:UINT8[-1,4]")
+    pixels = np.arange(8, dtype=np.uint8).reshape(2, 4)
+    assert evidence(pixels, pixels, signature).drift == 0
+    other = np.array([[0, 1, 2, 3], [4, 9, 9, 9]], np.uint8)
+    assert evidence(other, pixels, signature).drift == 0.75
+    found = judge(measured(pixels[:, ::-1].copy(), pixels, signature), guard=Guard(), recipe=Recipe("openvino"))
+    assert not found.passed
+    same = np.zeros((64, 4), np.uint8)  # a reference that always says the same is no licence to say something else
+    assert evidence(same + np.uint8(1), same, signature).drift == 1

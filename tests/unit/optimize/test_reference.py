@@ -13,8 +13,11 @@ from torchship.artifact import tensorfile
 from torchship.errors import BadInput
 from torchship.model import Model
 from torchship.optimize import reference
+from torchship.optimize.capture import capture
+from torchship.optimize.judge import judged
 from torchship.optimize.reference import Reference
-from torchship.tensors import Array, Signature, Tensors
+from torchship.stage import Parameters
+from torchship.tensors import Array, Signature, Tensors, TensorSpec
 
 PLAIN = Signature.parse("x:FP32[-1,3] -> y:FP32[-1,2]")
 WORDS = Signature.parse("ids:INT64[-1,n], mask:INT64[-1,n] -> y:FP32[-1,2]")
@@ -142,3 +145,24 @@ def test_a_slow_model_is_judged_on_few_rows_until_all_are_asked_for(
     real = [index for index, entry in enumerate(few.plan.entries) if entry.kind == "real"]
     given = np.concatenate([tensorfile.load(tmp_path / f"few/{index}.in.safetensors")["x"] for index in real])
     np.testing.assert_array_equal(given, np.concatenate([batch["x"] for batch in held]))
+
+
+class Bucketing(nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids % 97
+
+
+def test_integers_that_narrow_arithmetic_loses_are_seen_on_made_rows(tmp_path: Path) -> None:
+    model = capture(Bucketing(), [TensorSpec.parse("ids:INT64[-1,4]")])
+    Reference(tmp_path, model, held_back=[])
+
+    class Narrow(reference.EagerStage):
+        def __call__(self, tensors: Tensors, parameters: Parameters = {}) -> Tensors:
+            return super().__call__({name: a.astype(np.int32).astype(np.int64) for name, a in tensors.items()})
+
+    right = judged(reference.EagerStage(model), tmp_path, signature=model.signature, law_limit=1e-3)
+    wrong = judged(Narrow(model), tmp_path, signature=model.signature, law_limit=1e-3)
+    assert right.evidence is not None
+    assert wrong.evidence is not None
+    assert not right.evidence.broken
+    assert "integers on made-up rows" in wrong.evidence.broken
