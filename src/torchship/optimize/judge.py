@@ -92,7 +92,7 @@ def judged(stage: Stage, folder: Path, *, signature: Signature, law_limit: float
 
 
 def _other_integers(wanted: Tensors, found: Tensors, *, signature: Signature) -> str:
-    """Which output lost its integers on made-up rows: noise flips some, and what is the same everywhere may be a tie."""
+    """Which output lost its integers on made-up rows. Noise flips some; what is the same everywhere may be a tie."""
     for spec in signature.outputs:
         a, b = wanted[spec.name], found[spec.name]
         if spec.dtype not in FLOATS and a.size and (a != a.flat[0]).any():
