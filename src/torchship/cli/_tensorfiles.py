@@ -111,12 +111,13 @@ def _array(value: Any, datatype: str | None, name: str, item: dict[str, Any]) ->
 
 def write(path: Path, tensors: Tensors) -> None:
     """Write tensors as .npz, .npy (one tensor), .safetensors or .json. Raises BadInput for another suffix."""
+    check_suffix(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         folders.write(path, tensorfile.encode(tensors))
     elif suffix == ".json":
         folders.write(path, msgspec.json.encode(as_json(tensors)))
-    elif suffix in (".npz", ".npy"):
+    else:
         plain = {name: _storable(array) for name, array in tensors.items()}
         if suffix == ".npy" and len(plain) != 1:
             raise BadInput(f"{path.name}: {len(plain)} outputs do not fit one .npy file", hint="use .npz")
@@ -126,7 +127,11 @@ def write(path: Path, tensors: Tensors) -> None:
         else:
             np.savez(buffer, **plain)  # type: ignore[arg-type]
         folders.write(path, buffer.getvalue())
-    else:
+
+
+def check_suffix(path: Path) -> None:
+    """Raise BadInput for a name that `write` knows no format for."""
+    if path.suffix.lower() not in (".npz", ".npy", ".safetensors", ".json"):
         raise BadInput(f"{path.name}: unknown suffix", hint="use .npz, .npy, .safetensors or .json")
 
 

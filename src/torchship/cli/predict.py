@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from torchship.cli import _shown, _tensorfiles
-from torchship.errors import BadInput
+from torchship.errors import BadInput, NotFound
 from torchship.stage import Stage, Value
 from torchship.tensors import Tensors, dtype_name
 
@@ -46,6 +46,10 @@ def command(
 
     A picture for a model that takes FP32[-1,3,H,W] is resized, cut and normalized as torchvision's classifiers are.
     """
+    if output:
+        _tensorfiles.check_suffix(output)
+    if not file.exists():
+        raise NotFound(f"no file {file}")
     chosen = dict(map(_parameter, parameters))
     read = partial(_tensorfiles.read, file, mean=_numbers(mean), std=_numbers(std))
     labels: tuple[str, ...] = ()

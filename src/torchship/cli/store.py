@@ -87,7 +87,8 @@ def remove(store: Store, *, target: str, yes: bool) -> None:
         raise BadConfig(f"{target}: say which version by its number", hint=f"as in {name}@{store.current(name)}")
     versions = store.versions(name)
     what = f"version {wanted} of {name}" if wanted else f"all {len(versions)} versions of {name}"
-    if versions and not yes:
+    there = int(wanted) in versions if wanted else bool(versions)  # else nothing is asked, and `remove` refuses
+    if there and not yes:
         click.confirm(f"Remove {what}?", abort=True, err=True)
     store.remove(name, version=int(wanted) if wanted else None)
     click.echo(f"removed {what}")

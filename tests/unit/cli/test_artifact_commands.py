@@ -78,6 +78,16 @@ def test_store_commands(store: Store, tmp_path: Path) -> None:
         torchship("store", "remove", "linear@current")
     with pytest.raises(NotFound):
         torchship("store", "show", "nope")
+    with pytest.raises(NotFound, match="has no version 9"):  # and nothing was asked: there is no answer
+        torchship("store", "remove", "colour@9")
+
+
+def test_files_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "x.npy").touch()
+    with pytest.raises(BadInput, match="unknown suffix"):
+        torchship("predict", "nope", "--input", tmp_path / "x.npy", "--output", "out.txt")
+    with pytest.raises(NotFound, match=r"no file .*y\.npy"):
+        torchship("predict", "nope", "--input", tmp_path / "y.npy")
 
 
 GIVEN = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
