@@ -12,7 +12,7 @@ import msgspec
 from torchship import home
 from torchship.errors import BadConfig, NotFound
 from torchship_video.sinks import SinkConfig
-from torchship_video.sources import is_live
+from torchship_video.sources import SCHEMES, is_live
 from torchship_video.stages import DETECTOR, SIDE
 from torchship_video.tracking import TrackerOptions
 from torchship_video.zones import LineConfig, ZoneConfig
@@ -54,6 +54,9 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("source is empty")
+        scheme, address, _ = self.source.partition("://")
+        if address and scheme not in SCHEMES:
+            raise ValueError(f"source begins with {scheme[:20]}://, expected a path or one of {', '.join(SCHEMES)}")
         if self.region and len(self.region) < 3:
             raise ValueError(f"a region has three corners or more, this one {len(self.region)}")
 

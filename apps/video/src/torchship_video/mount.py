@@ -7,6 +7,7 @@ The models that it asks are served by the same server: `detect`, `track` and, wh
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import signal
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from torchship import hardware
-from torchship.errors import TorchshipError
-from torchship.serve.routes import Mounted, Service
+from torchship.errors import Denied, TorchshipError
+from torchship.serve.routes import Exchange, Mounted, Route, Service
 from torchship_video import config as configs
 from torchship_video import ring
 from torchship_video.camera_routes import camera_routes
@@ -158,7 +159,7 @@ class _Application:
             from torchship_video.identity.identity_routes import routes as identity_routes
 
             routes += identity_routes(self.identities)
-        return Mounted(routes, self.run, self.flow.metrics)
+        return Mounted([_of_own_pages(route) for route in routes], self.run, self.flow.metrics)
 
     async def _taken(self, camera: str) -> None:
         """Wait until the sinks need the pixels of a camera's observations so far no more."""
@@ -241,6 +242,27 @@ class _Application:
 def open_feed(config: CameraConfig, on_frame: OnFrame) -> Feed:
     """The camera's frames, decoded by a process of its own."""
     return Camera(config, on_frame=on_frame)
+
+
+def _of_own_pages(route: Route) -> Route:
+    """The same route; one that changes something refuses what a page of another origin makes a browser send.
+
+    Such a page needs no token where the server asks for none, and a POST of plain text no leave of ours (Fetch
+    standard, simple requests). Who is no browser sends no Origin.
+    """
+    if route.scope != "manage":
+        return route
+    inner = route.endpoint
+
+    async def endpoint(exchange: Exchange) -> None:
+        origin = exchange.head.headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != exchange.head.headers.get("host", "").lower():
+            raise Denied("a page of another origin may not change this", hint="ask from this server's own address")
+        answering = inner(exchange)
+        if inspect.isawaitable(answering):
+            await answering
+
+    return route._replace(endpoint=endpoint)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -225,6 +225,22 @@ def test_a_stream_that_dies_comes_back_and_others_never_stop(monkeypatch: pytest
     stream.close()
 
 
+def test_a_file_is_a_name_and_no_protocol(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
+    monkeypatch.chdir(clip.parent)
+
+    async def work() -> None:
+        good, bad = (
+            Camera(CameraConfig(name="a", source=source), on_frame=Taken()) for source in (clip.name, f"concat:{clip}")
+        )
+        tasks = [asyncio.ensure_future(one.run()) for one in (good, bad)]
+        await until(lambda: good.state == "ended" and bad.state == "failed")
+        assert "No such file" in bad.words
+        for task in tasks:
+            await ended(task)
+
+    go(work())
+
+
 def test_a_decoder_that_dies_before_its_first_frame_leaves_no_ring(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
     dying = "apps.video.tests.unit.ring_children:die_with_a_ring"
     monkeypatch.setattr(supervisor, "Conversation", lambda _target, task, take: Conversation(dying, task, take=take))

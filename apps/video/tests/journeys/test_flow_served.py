@@ -208,6 +208,24 @@ async def test_cameras_come_change_and_go_by_the_api(monkeypatch: pytest.MonkeyP
 
 
 @in_loop
+async def test_pages_of_others_change_nothing(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
+    async with watching(monkeypatch, []) as watched, httpx.AsyncClient(base_url=watched.server.url) as client:
+        camera = json.dumps({"name": "two", "source": str(video), "paused": True})
+        for origin in ("http://evil.example", "null", ""):
+            answer = await client.post("/v1/cameras", content=camera, headers={"origin": origin})
+            assert answer.status_code == 403, origin
+        assert not watched.flow.cameras
+        answer = await client.post("/v1/cameras", content=camera, headers={"origin": watched.server.url})
+        assert answer.status_code == 201
+        answer = await client.get("/v1/cameras", headers={"origin": "http://evil.example"})
+        assert answer.status_code == 200
+        assert "access-control-allow-origin" not in answer.headers
+        for source in ("file:///etc/passwd", "subfile,,start,0,end,9,,://etc/passwd", "concat://a"):
+            answer = await client.post("/v1/cameras", json={"name": "x", "source": source})
+            assert (answer.status_code, "$" in answer.text) == (400, True), source
+
+
+@in_loop
 async def test_a_slow_detector_drops_frames_and_holds_no_slots(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
     camera = {"name": "one", "source": str(video), "loop": True, "realtime": True, "policy": "latest", "in_flight": 1}
     async with watching(monkeypatch, [camera]) as watched:

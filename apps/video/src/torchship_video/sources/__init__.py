@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtp", "srt", "tcp", "udp")
+
 Kind: TypeAlias = Literal["rtsp", "http", "v4l2", "pictures", "file"]
 
 

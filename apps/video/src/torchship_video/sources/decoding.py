@@ -184,7 +184,8 @@ def _frames(task: SourceTask) -> Iterator[tuple[Any, float]]:
     driver = "v4l2" if kind == "v4l2" else None
     timeout = (_OPENING, _OPENING) if is_live(task.source) else None
     began, start = time.monotonic(), 0.0
-    with av.open(task.source, options=options, timeout=timeout, format=driver) as container:
+    source = f"file:{task.source}" if kind == "file" else task.source  # concat: and the like are no names of files
+    with av.open(source, options=options, timeout=timeout, format=driver) as container:
         if not container.streams.video:
             raise Unavailable("it holds no video", hint="is it a video?")
         stream = container.streams.video[0]

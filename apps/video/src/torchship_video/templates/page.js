@@ -87,7 +87,7 @@ function identities(list) {
       const image = element("img");
       image.src = `/watch/identities/${card.identity}/${index}?${crop.time}`;
       image.alt = `#${card.identity} on ${crop.camera}`;
-      image.title = `${crop.camera}, ${clock(crop.time)}, similarity ${crop.score.toFixed(2)}`;
+      image.title = `${crop.camera}, ${clock(crop.time)}` + (crop.score ? `, similarity ${crop.score.toFixed(2)}` : "");
       crops.append(image);
     });
     made.append(crops);
@@ -120,6 +120,7 @@ function counts(list) {
 const VERBS = { in: "crossed in", out: "crossed out", enter: "entered", leave: "left", dwell: "stays in" };
 
 function events(list) {
+  if (!list.length) return;
   byId("events").replaceChildren(...list.slice(0, 100).map((event) => {
     const made = element("li");
     const who = event.identity ? `#${event.identity}` : `track ${event.track}`;
