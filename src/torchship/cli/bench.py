@@ -60,6 +60,10 @@ at random moments whatever the server does, and a latency counts from the moment
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a plot.")
 def command(*, target: str, store: str, as_json: bool, html: Path | None, **options: Any) -> int:
     """Load a served model (a URL) or an artifact (served for the time of the test), and tell rate and latencies."""
+    if options["sweep"]:  # before a server is started for it
+        _goal(options["sweep"])
+    else:
+        _numbers(options["rate"] or options["concurrency"])
     with _served(target, store=store) as url:
         rows = uvloop.run(_measure(url, quiet=as_json, **options))
     plain = [row.plain() for row in rows]

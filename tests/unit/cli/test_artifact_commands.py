@@ -82,6 +82,13 @@ def test_store_commands(store: Store, tmp_path: Path) -> None:
         torchship("store", "remove", "colour@9")
 
 
+def test_wrong_loads_are_told_before_a_server_is_started() -> None:
+    for option, word in (("--sweep", "p99"), ("--rate", "a"), ("--concurrency", "0")):
+        found = torchship("bench", "nope", option, word)
+        assert found.exit_code == 2
+        assert f"'{word}' is not a l" in found.output
+
+
 def test_files_are_looked_at_before_a_model_is_opened(tmp_path: Path) -> None:
     (tmp_path / "x.npy").touch()
     with pytest.raises(BadInput, match="unknown suffix"):
