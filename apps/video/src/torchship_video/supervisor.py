@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torchship_video.messages import Frame
 from torchship_video.sources import is_live
 from torchship_video.sources.decoding import SourceTask, SourceTold
 
+_log = logging.getLogger("torchship.video")
 CameraState: TypeAlias = Literal["opening", "live", "stalled", "reconnecting", "ended", "paused", "failed"]
 OPENING, STALLED = 20.0, 10.0  # seconds without a frame after which a source is opened again
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -137,6 +139,8 @@ class Camera:
         self.lost = self._lost_before + told.lost
         if told.what == "failed":
             self._fault = told.words
+        elif told.what == "broken":
+            _log.warning("camera %s: %s", self._config.name, told.words)
         elif told.what == "end":
             self._at_end = not self._live
         elif told.frame is not None:

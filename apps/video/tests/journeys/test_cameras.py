@@ -225,6 +225,26 @@ def test_a_stream_that_dies_comes_back_and_others_never_stop(monkeypatch: pytest
     stream.close()
 
 
+def test_a_broken_picture_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (0, 2):
+        Image.new("RGB", (64, 48), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "3.png").write_bytes(b"")
+
+    async def work() -> None:
+        taken = Taken()
+        camera = Camera(CameraConfig(name="a", source=str(tmp_path)), on_frame=taken)
+        task = asyncio.ensure_future(camera.run())
+        await until(lambda: camera.state == "ended")
+        assert taken.numbers == [0, 1]
+        assert camera.lost == 2
+        await ended(task)
+
+    with caplog.at_level("WARNING", logger="torchship.video"):
+        go(work())
+    assert [name in caplog.text for name in ("0.png", "1.png", "2.png", "3.png")] == [False, True, False, True]
+
+
 def test_a_file_is_a_name_and_no_protocol(monkeypatch: pytest.MonkeyPatch, clip: Path) -> None:
     monkeypatch.chdir(clip.parent)
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ class SourceTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SourceTold(msgspec.Struct, frozen=True, array_like=True):
-    """A word of the child: `frame` with a handle, `opened`, `end`, or `failed` with `words`; `lost` frames so far."""
+    """A word of the child: `frame` with a handle, `opened`, `end`, or with `words` `failed` or `broken` (one picture).
+
+    `lost` counts frames so far.
+    """
 
     what: str
     frame: Frame | None = None
@@ -101,7 +104,7 @@ class _Decoder:
         while True:
             began, last = time.monotonic(), 0.0
             seen = False
-            for decoded, position in _frames(self._task):
+            for decoded, position in _frames(self._task, self._broken):
                 if not seen:
                     self.tell(SourceTold("opened"))
                     seen = True
@@ -121,6 +124,10 @@ class _Decoder:
             if not self._task.loop:
                 return
             offset += last + 1 / _PICTURES_A_SECOND
+
+    def _broken(self, words: str) -> None:
+        self.lost += 1
+        self.tell(SourceTold("broken", words=words, lost=self.lost))
 
     def _publish(self, decoded: Any, position: float) -> None:
         layout = _LAYOUTS.get(decoded.format.name, "I420")
@@ -168,15 +175,19 @@ class _Decoder:
                 return
 
 
-def _frames(task: SourceTask) -> Iterator[tuple[Any, float]]:
-    """Decoded frames and their seconds in the stream."""
+def _frames(task: SourceTask, on_broken: Callable[[str], None]) -> Iterator[tuple[Any, float]]:
+    """Decoded frames and their seconds in the stream; what is wrong with a picture of a folder is told and left out."""
     kind = kind_of(task.source)
     if kind == "pictures":
         for number, path in enumerate(picture_files(Path(task.source))):
-            with av.open(str(path)) as container:
-                for decoded in container.decode(video=0):
-                    yield decoded, number / _PICTURES_A_SECOND
-                    break
+            try:
+                with av.open(f"file:{path}") as container:
+                    decoded = next(container.decode(video=0), None)
+            except (av.error.FFmpegError, IndexError) as fault:
+                on_broken(f"{path.name}: {getattr(fault, 'strerror', '') or 'it is no picture'}")
+                continue
+            if decoded is not None:
+                yield decoded, number / _PICTURES_A_SECOND
         return
     options = {str(key): str(value) for key, value in task.options.items()}
     if kind == "rtsp":
