@@ -99,10 +99,10 @@ ROOMS = {
     "torchship.wire": 1_573,
     "torchship_faces": 2_149,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 3_852,
+    "torchship_video": 3_856,
     "torchship_video.identity": 1_327,
     "torchship_video.sinks": 1_218,
-    "torchship_video.sources": 246,
+    "torchship_video.sources": 257,
 }
 
 FORBIDDEN_WORDS = re.compile(r"\b(faces?|persons?|people|gallery|galleries)\b", re.IGNORECASE)
