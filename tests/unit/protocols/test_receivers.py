@@ -77,7 +77,7 @@ def test_bodies_that_have_no_room_in_the_receivers_memory(monkeypatch: pytest.Mo
         assert not receiver._open
         await listener.close()
         await pool.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
     run(main)
 
