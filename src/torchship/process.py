@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import importlib
+import importlib.metadata
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ from torchship.hardware import THREAD_VARIABLES
 
 _PR_SET_PDEATHSIG = 1
 _LOG_TAIL = 4096
+_LIBRARY = re.compile(r'File ".*?/(?:site|dist)-packages/([^/"]+)[^\n]*')  # the innermost frame comes first
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -182,8 +185,9 @@ def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outco
         size = os.fstat(answer).st_size
         found = msgspec.json.decode(os.pread(answer, size, 0), type=_ChildAnswer) if size else _ChildAnswer()
         code = child.wait()
-        fault = fault or found.fault or ("" if code == 0 else describe_exit(code))
-        return Outcome(found.value, fault, tail(log), time.monotonic() - started, peak)
+        words = tail(log)
+        fault = fault or found.fault or ("" if code == 0 else explain_crash(describe_exit(code), words))
+        return Outcome(found.value, fault, words, time.monotonic() - started, peak)
     finally:
         os.close(answer)
         os.close(log)
@@ -256,6 +260,21 @@ def describe_exit(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
+
+
+def explain_crash(end: str, log: str) -> str:
+    """How a child ended, as `describe_exit` says it, and the library to change, by faulthandler's lines in its log:
+    whose import was under way, or whose call where its processor did not know an instruction."""
+    found = _LIBRARY.search(log)
+    unknown, imported = end == "killed by SIGILL", found is not None and found[0].endswith("in <module>")
+    if found is None or not (unknown or (imported and end in ("killed by SIGSEGV", "killed by SIGBUS"))):
+        return end
+    name = found[1].removesuffix(".py")
+    names = importlib.metadata.packages_distributions().get(name, [])
+    what = f"{names[0]} {importlib.metadata.version(names[0])}" if names else name
+    why = "was built for a newer processor" if unknown else "crashed"
+    when = "imported" if imported else "called"
+    return f"{end}: {what} {why}, told when it was {when}: install another version of {names[0] if names else name}"
 
 
 def tail(log: int) -> str:

@@ -110,3 +110,36 @@ def test_waiting_for_a_processor_is_told_where_the_kernel_counts_it() -> None:
     waited = process.waited_for_processor(os.getpid())
     assert waited >= 0.0
     assert process.waited_for_processor(2**22 + 1) == 0.0  # there is no such process
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGILL, "was built for a newer processor"), (signal.SIGSEGV, "crashed"), (signal.SIGBUS, "crashed")],
+)
+def test_a_library_that_kills_its_importer_is_named(
+    number: signal.Signals, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site-packages"
+    for folder, name, text in (
+        ("standin", "__init__.py", f"import os\nos.kill(os.getpid(), {int(number)})\n"),
+        ("standin_runtime-1.27.0.dist-info", "METADATA", "Name: standin-runtime\nVersion: 1.27.0\n"),
+        ("standin_runtime-1.27.0.dist-info", "top_level.txt", "standin\n"),
+    ):
+        (site / folder).mkdir(parents=True, exist_ok=True)
+        (site / folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(site))
+    outcome = process.run("standin:whatever", timeout=60.0)
+    end = f"{words}, told when it was imported: install another version of standin-runtime"
+    assert outcome.fault == f"killed by {number.name}: standin-runtime 1.27.0 {end}"
+
+
+def test_a_call_is_blamed_for_an_unknown_instruction_only() -> None:
+    log = (
+        'Current thread 0x7f (most recent call first):\n  File "/x/site-packages/standin/conv.py", line 3 in forward\n'
+    )
+    told = process.explain_crash("killed by SIGILL", log)
+    assert told.endswith(
+        "standin was built for a newer processor, told when it was called: install another version of standin"
+    )
+    for end in ("killed by SIGSEGV", "killed by SIGBUS", "killed by SIGKILL", "exited with code 1"):
+        assert process.explain_crash(end, log) == end

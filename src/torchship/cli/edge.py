@@ -141,7 +141,12 @@ def _run(words: list[str], place: Path, what: str) -> None:
 
 def _clean(place: Path) -> dict[str, str]:
     """The environment of a fresh machine: no packages and no settings of this user."""
-    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(place), "LANG": "C.UTF-8"}
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "HOME": str(place),
+        "LANG": "C.UTF-8",
+        "PYTHONFAULTHANDLER": "1",
+    }
 
 
 def _answers(place: Path, program: str, artifact: Artifact) -> bool:
@@ -171,7 +176,9 @@ def _serving(place: Path, words: list[str]) -> Iterator[str]:
         end = time.monotonic() + _OPEN_S
         while not (found := re.search(r" at (https?://\S+)/v2/models/", log.read_text(errors="replace"))):
             if server.poll() is not None or time.monotonic() > end:
-                raise Unavailable(f"the server did not start: {log.read_text(errors='replace').strip()[-400:]}")
+                words, code = log.read_text(errors="replace"), server.poll() or 0
+                end = f"{process.explain_crash(process.describe_exit(code), words)}: " if code < 0 else ""
+                raise Unavailable(f"the server did not start: {end}{words.strip()[-400:]}")
             time.sleep(0.05)
         yield found[1]
     finally:

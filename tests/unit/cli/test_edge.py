@@ -20,7 +20,8 @@ from torchship import hardware
 from torchship.artifact import edge, open_artifact, signing, wheels
 from torchship.artifact.folder import MANIFEST
 from torchship.artifact.package import amend, pack
-from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, UnsafeArtifact, WrongMachine
+from torchship.cli import edge as edge_command
+from torchship.errors import BadConfig, BuildFailed, CorruptArtifact, Unavailable, UnsafeArtifact, WrongMachine
 from torchship.recipe import Recipe
 from torchship.serve import config as configs
 
@@ -186,3 +187,14 @@ def amended(root: Path, found: edge.EdgePack) -> None:
     (root / MANIFEST).unlink()
     entries = edge.entries(root, open_artifact(root / "artifact", verify=False))
     (root / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(found, files=entries)))
+
+
+def test_a_server_that_dies_of_a_library_names_it(tmp_path: Path) -> None:
+    package = tmp_path / "site-packages" / "standin"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import os\nos.kill(os.getpid(), 4)\n")
+    (tmp_path / "pack").mkdir()
+    words = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(package.parent)!r}); import standin"]
+    told = "killed by SIGILL: standin was built for a newer processor"
+    with pytest.raises(Unavailable, match=told), edge_command._serving(tmp_path, words):
+        pass

@@ -116,7 +116,7 @@ class WorkerProcess:
         process.stop(self._child)
         os.close(self._pidfd)
         self.sock.close()
-        return process.describe_exit(self._child.returncode)
+        return process.explain_crash(process.describe_exit(self._child.returncode), self._output.tail)
 
 
 class WorkerThread:

@@ -44,6 +44,11 @@ class WorkerOutput:
         loop.add_reader(self._fd, self._read)
 
     @property
+    def tail(self) -> str:
+        """The last 16 KiB."""
+        return self._tail.decode(errors="replace")
+
+    @property
     def last_lines(self) -> list[str]:
         """The last five lines; of an assertion on a card only the first thread's, and not CUDA's general advice."""
         told: dict[bytes, str] = {}
