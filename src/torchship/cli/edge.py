@@ -177,8 +177,8 @@ def _serving(place: Path, words: list[str]) -> Iterator[str]:
         while not (found := re.search(r" at (https?://\S+)/v2/models/", log.read_text(errors="replace"))):
             if server.poll() is not None or time.monotonic() > end:
                 text, code = log.read_text(errors="replace"), server.poll() or 0
-                end = f"{process.explain_crash(process.describe_exit(code), text)}: " if code < 0 else ""
-                raise Unavailable(f"the server did not start: {end}{text.strip()[-400:]}")
+                how = f"{process.explain_crash(process.describe_exit(code), text)}: " if code < 0 else ""
+                raise Unavailable(f"the server did not start: {how}{text.strip()[-400:]}")
             time.sleep(0.05)
         yield found[1]
     finally:
