@@ -18,8 +18,6 @@ from tests.serving import planned
 from torchship import process
 from torchship.errors import BadInput, Busy, Expired, StageFailed, TorchshipError, Unavailable
 from torchship.pipeline import opening
-from torchship.pipeline.config import convert
-from torchship.pipeline.planning import plan
 from torchship.serve import prometheus
 from torchship.serve.engine.line import Line
 from torchship.serve.engine.spec import LineLimits
@@ -598,26 +596,5 @@ def test_a_worker_is_told_its_card_and_its_share(monkeypatch: pytest.MonkeyPatch
     async def work() -> None:
         async with Opened({"run": "surroundings", "device": "cuda:1", "memory_share": 0.25}) as line:
             assert (await line.submit({"x": np.ones(1, np.float32)}))["said"].tolist() == [b"6", b"0.25"]
-
-    run(work)
-
-
-def test_a_worker_that_dies_of_an_unknown_instruction_names_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "site-packages" / "standin"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("def call():\n    import os\n    os.kill(os.getpid(), 4)\n")
-    (tmp_path / "site-packages" / "needs_standin.py").write_text(
-        "import standin\nfrom torchship.stage import stage\n\n@stage('x:FP32[1] -> y:FP32[1]')\n"
-        "def calling(x):\n    standin.call()\n    return x\n"
-    )
-    monkeypatch.syspath_prepend(str(package.parent))
-
-    async def work() -> None:
-        line = await Line(plan(convert({"name": "test", "stages": [{"run": "needs_standin:calling"}]}))).open()
-        with pytest.raises(StageFailed, match="killed by SIGILL: standin was built for a newer processor"):
-            await line.submit({"x": np.array([1], np.float32)})
-        await line.close(grace=1.0)
 
     run(work)
