@@ -171,6 +171,7 @@ def train(seed: int, *, out: Path, epochs: int, rounds: int, between: int, train
     from safetensors.torch import load_file, save_file
 
     from torchship.optimize import pruning
+    from torchship.optimize.channels import ChannelMap, Prune
 
     def made(name: str, net: Any, work: Callable[[Any], None]) -> Any:
         place = out / f"{name}-{seed}"
@@ -184,7 +185,7 @@ def train(seed: int, *, out: Path, epochs: int, rounds: int, between: int, train
         channels = out / f"{name}-{seed}.channels"
         if channels.is_file():
             fresh = network()
-            net = pruning.narrow(fresh, msgspec.json.decode(channels.read_bytes(), type=pruning.ChannelMap))
+            net = pruning.narrow(fresh, msgspec.json.decode(channels.read_bytes(), type=ChannelMap))
         net.load_state_dict(load_file(place.with_suffix(".safetensors")))
         return net.eval().to(trainer.device)
 
@@ -194,11 +195,11 @@ def train(seed: int, *, out: Path, epochs: int, rounds: int, between: int, train
         weight.requires_grad_(False)
     one = torch.zeros(1, 1, 28, 28, device=trainer.device)
     whole = pruning.flops_of(teacher, (one,))
-    wish = pruning.Prune(CUT, rounds=rounds, importance="taylor")
+    wish = Prune(CUT, rounds=rounds, importance="taylor")
     budget = rounds * between + epochs
 
     def prune(net: Any) -> None:
-        found: pruning.ChannelMap = {}
+        found: ChannelMap = {}
         for left in pruning.ends(whole, wish=wish):
             found = pruning.prune(net, (one,), flops=left, wish=wish, loss=trainer.loss, known=found)
             trainer.train(net, epochs=between, teacher=teacher, peak=_RATE / 4)
@@ -219,6 +220,7 @@ def opened(name: str, seed: int, out: Path) -> Any:
     from safetensors.torch import load_file
 
     from torchship.optimize import pruning
+    from torchship.optimize.channels import ChannelMap
 
     weights = load_file(out / f"{name}-{seed}.safetensors")
     net = network()
@@ -227,7 +229,7 @@ def opened(name: str, seed: int, out: Path) -> Any:
         net = network(narrower(pruning.flops_of(net.eval(), (one,)) * (1 - CUT)))
     elif name == "pruned":
         data = (out / f"pruned-{seed}.channels").read_bytes()
-        pruning.narrow(net, msgspec.json.decode(data, type=pruning.ChannelMap))
+        pruning.narrow(net, msgspec.json.decode(data, type=ChannelMap))
     net.load_state_dict(weights)
     return net.eval()
 

@@ -150,9 +150,11 @@ def run(
     memory: int | None = None,
     threads: int | None = None,
     cpus: Collection[int] = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> Outcome:
     """Run `module:function(argument)` in a child for at most `timeout` seconds and `memory` bytes.
 
+    `meanwhile` is called about twenty times a second while it runs.
     Never raises for what the child does: exceptions, signals, hangs and blow-ups are an Outcome with a fault.
     KeyboardInterrupt kills the child and goes on.
     """
@@ -160,10 +162,12 @@ def run(
     def start(log: int, answer: int) -> Child:
         return spawn(target, argument=argument, output=log, answer=answer, threads=threads, cpus=cpus)
 
-    return watched(start, timeout=timeout, memory=memory)
+    return watched(start, timeout=timeout, memory=memory, meanwhile=meanwhile)
 
 
-def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outcome:
+def watched(
+    start: Start, *, timeout: float, memory: int | None = None, meanwhile: Callable[[], None] | None = None
+) -> Outcome:
     """Start a child in the way of `start`, and wait for it as `run` does."""
     answer, log = os.memfd_create("torchship-answer"), os.memfd_create("torchship-log")
     started = time.monotonic()
@@ -173,6 +177,8 @@ def watched(start: Start, *, timeout: float, memory: int | None = None) -> Outco
         try:
             while not fault and child.poll() is None:
                 peak = max(peak, resident(child.pid))
+                if meanwhile is not None:
+                    meanwhile()
                 if memory and peak > memory:
                     fault = f"took {peak / 2**30:.2f} GiB, more than its limit of {memory / 2**30:.2f} GiB"
                 elif time.monotonic() > started + timeout:

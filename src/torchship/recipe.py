@@ -12,6 +12,7 @@ from torchship.errors import BadConfig
 
 Option: TypeAlias = bool | int | float | str | list[str] | dict[str, str] | None
 Options: TypeAlias = dict[str, Option]
+FINETUNE, PRUNE = "finetune", "prune"  # steps that stand for weights of their own: no transform has these names
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +34,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """A short name for tables: `onnxruntime precision=int8 + quantize scheme=dynamic`."""
         parts = [_words(self.backend, self.options), *(_words(s.transform, s.options) for s in self.transforms)]
         return " + ".join(parts)
+
+    @property
+    def weights(self) -> str:
+        """Which weights it builds: those of the model as it came (empty), fine-tuned ones, or those of a round of
+        pruning."""
+        named = (
+            f"{s.transform}{s.options.get('round', '')}" for s in self.transforms if s.transform in (FINETUNE, PRUNE)
+        )
+        return next(named, "")
 
     @property
     def key(self) -> str:

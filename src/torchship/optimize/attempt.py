@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,21 +46,27 @@ class SearchContext:
     hardware: Hardware
     deadline: float
     reference: Reference
-    tuned: bool = False
+    weights: str = ""  # which ones `model_hash` is of, see `Recipe.weights`
+    trained: dict[str, str] = field(default_factory=dict)  # hashes of the weights that strategies made, by their names
     metric_hash: str = ""
     reference_metric: float | None = None
 
     @property
     def model_file(self) -> Path:
         """Where the model lies for the children."""
-        return self.work / ("tuned.pkl" if self.tuned else "model.pkl")
+        return self.work / f"{self.weights or 'model'}.pkl"
+
+    def of(self, recipe: Recipe) -> SearchContext:
+        """The context with the weights that a recipe builds."""
+        name = recipe.weights
+        return replace(self, weights=name, model_hash=self.trained[name]) if name else self
 
 
 def attempt(recipe: Recipe, *, context: SearchContext, left: float, done: Sequence[Trial] = ()) -> Trial:
     """One recipe as a Trial: from the cache, or built and proven within `left` seconds. Never raises for its faults."""
     if (before := known(recipe, context)) is not None:
         return before
-    started = time.monotonic()
+    started, context = time.monotonic(), context.of(recipe)
     if why := probes.verdict(recipe, cache=context.cache, hardware=context.hardware, left=left):
         return Trial(recipe, "failed", failure=why, seconds=time.monotonic() - started)
     if why is None:
@@ -85,7 +91,7 @@ def attempt(recipe: Recipe, *, context: SearchContext, left: float, done: Sequen
 
 def known(recipe: Recipe, context: SearchContext) -> Trial | None:
     """What an earlier search found out about this recipe, under today's limits: numbers hold, the verdict may not."""
-    trial = context.cache.trial(_keys(recipe, context)[1])
+    trial = context.cache.trial(_keys(recipe, context.of(recipe))[1])
     if trial is None:
         return None
     trial = msgspec.structs.replace(trial, cached=True)

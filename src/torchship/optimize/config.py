@@ -13,6 +13,7 @@ from torchship import hardware as machines
 from torchship import plugins
 from torchship.errors import BadConfig, BadInput, Unavailable
 from torchship.lowering import paths
+from torchship.optimize.channels import Prune
 from torchship.optimize.choose import GOALS, Constraints, Goal
 from torchship.optimize.guard import Guard
 from torchship.optimize.measure import Effort
@@ -24,6 +25,9 @@ from torchship.tensors import Free
 Metric: TypeAlias = Callable[[Stage], Any]  # a number, or one for each row
 Distill: TypeAlias = Callable[..., torch.Tensor]
 Loop: TypeAlias = Callable[[torch.nn.Module, Distill], None]
+# the pruned module, the original, and (arguments, keyword arguments, labels or None) for each batch
+Train: TypeAlias = Callable[[torch.nn.Module, torch.nn.Module, Sequence[tuple[Any, Any, Any]]], None]
+OnStep: TypeAlias = Callable[[str, int, int], None]
 _MEMORY_SHARE = 0.8
 
 
@@ -35,8 +39,10 @@ class Settings(TypedDict, total=False):
     `publish=False` leaves the store alone; `labels` are class names kept in the artifact. `threads=0` means all
     cores. `trial_timeout` in seconds for building and for proving; `trial_memory` in bytes (default: 80 % of the
     machine's). `strict`: refuse what is not proved. `finetune(student, distill)` is your training loop, for int8
-    that the guard refuses otherwise: see `strategies.finetuning`. `effort`: how long to measure. `cache`: its folder.
-    `command` and `source` are told in the report.
+    that the guard refuses otherwise: see `strategies.finetuning`. `prune`: take channels out of the module, so great a
+    share of its multiplications or as a `Prune` says, train it again, and race it beside the original; `train(student,
+    teacher, rows)` is your training for it: see `strategies.pruned`. `effort`: how long to measure. `cache`: its
+    folder. `on_step(words, done, total)` is told how training goes on. `command` and `source` are told in the report.
     """
 
     recipes: Sequence[Recipe] | None
@@ -56,6 +62,9 @@ class Settings(TypedDict, total=False):
     command: str
     source: str
     finetune: Loop | None
+    prune: float | Prune | None
+    train: Train | None
+    on_step: OnStep | None
     strict: bool
 
 
@@ -76,6 +85,9 @@ class SearchConfig(msgspec.Struct, frozen=True, kw_only=True):
     labels: Sequence[str]
     command: str
     finetune: Loop | None
+    prune: Prune | None = None
+    train: Train | None = None
+    on_step: OnStep | None = None
 
     @property
     def serves(self) -> bool:
@@ -107,6 +119,9 @@ def read(
         plugins.load("backends", name=name)
     for recipe in settings.get("recipes") or ():
         check(recipe, module)
+    wish = settings.get("prune")
+    if settings.get("train") is not None and wish is None:
+        raise BadConfig("a training function is given, and nothing to train", hint="ask for pruning: --prune 0.5")
     machine, limits = machines.here(), guard or Guard()
     device = settings.get("device", "cpu")
     if device.partition(":")[0] == "cuda" and not machine.gpus and not torch.cuda.is_available():
@@ -131,6 +146,9 @@ def read(
         labels=settings.get("labels", ()),
         command=settings.get("command", ""),
         finetune=settings.get("finetune"),
+        prune=Prune(wish, importance="taylor") if isinstance(wish, float) else wish,
+        train=settings.get("train"),
+        on_step=settings.get("on_step"),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from torchship.artifact.manifest import BatchPoint
+from torchship.optimize.channels import PrunedRound
 from torchship.optimize.choose import Choice, Constraints, Goal, accelerated, baseline, baseline_place, is_plain
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.trial import Trial
@@ -39,6 +40,7 @@ class Facts(msgspec.Struct, frozen=True):
     packages: dict[str, str] = {}
     sensitivity: tuple[tuple[str, float], ...] = ()
     cards: tuple[str, ...] = ()
+    pruned: tuple[PrunedRound, ...] = ()
 
     @property
     def winner(self) -> Trial | None:

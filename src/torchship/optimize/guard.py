@@ -4,7 +4,8 @@ Three verdicts: *proved* (with 95 % certainty over the choice of rows the cost i
 estimate is, but on too few rows of real data to prove it) and *refused*. What is measured is told in `judge`; the laws
 that no number forgives in `laws`. Beside the cost each precision has a limit for the relative error of the worst row,
 for answers that are no class scores and no embeddings (of fp32 for all): fp32 0.002, fp16, bf16 and tf32 0.08, int8 and
-below 0.3. What is beyond it is no rounding of that precision, but another computation (decision 0015).
+below 0.3. What is beyond it is no rounding of that precision, but another computation (decision 0015). A pruned module
+is another computation, and made to be close on real rows alone: it has the limit of int8 there, none on made-up rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 from torchship import plugins
 from torchship.artifact.manifest import Evidence, Verdict
 from torchship.optimize.judge import FEWEST_GROUPS, rows_needed
-from torchship.recipe import Recipe
+from torchship.recipe import PRUNE, Recipe
 
 Precision: TypeAlias = Literal["fp32", "half", "int8"]
 LAW_LIMITS: dict[Precision, float] = {"fp32": 1e-3, "half": 0.04, "int8": 0.04}
@@ -80,7 +81,8 @@ def judge(found: Verdict, *, guard: Guard, recipe: Recipe) -> Verdict:
 
 
 def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Recipe) -> list[str]:
-    precision, by_metric = precision_of(recipe), found.metric is not None
+    pruned, by_metric = any(step.transform == PRUNE for step in recipe.transforms), found.metric is not None
+    precision: Precision = "int8" if pruned else precision_of(recipe)
     reasons = [evidence.broken] if evidence.broken else []
     if found.metric is not None and found.reference_metric is not None:
         drop, both = found.reference_metric - found.metric, f"{found.reference_metric:.4g} to {found.metric:.4g}"
@@ -94,8 +96,9 @@ def _broken_limits(found: Verdict, evidence: Evidence, guard: Guard, recipe: Rec
         drift = evidence.drift if precision == "fp32" else evidence.value_drift
         most = limit * (_SATURATED if precision == "int8" and evidence.measure else 1.0)
         if drift > limit:
-            reasons.append(f"the worst row has a relative error of {drift:.3g}, above {limit:g} for {precision}")
-        elif evidence.made > most:
+            kind = "what is pruned" if pruned else precision
+            reasons.append(f"the worst row has a relative error of {drift:.3g}, above {limit:g} for {kind}")
+        elif evidence.made > most and not pruned:
             reasons.append(f"made-up rows have a relative error of {evidence.made:.3g}, above {most:g} for {precision}")
     elif guard.error is not None and found.error > guard.error:
         reasons.append(f"output error {found.error:.3g} is above {guard.error:g}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -49,7 +48,11 @@ def run(
         return False
 
     while not interrupted:
-        waiting = _asked(strategies, done, context)
+        try:
+            waiting = _asked(strategies, done, context)
+        except KeyboardInterrupt:  # while a strategy trained
+            interrupted = True
+            break
         if _has_come_to_grow(context, done, waiting):
             try:
                 context.reference.grow()
@@ -104,8 +107,7 @@ def _tried(asked: Asked, done: Sequence[Trial], context: SearchContext) -> Trial
         return known(recipe, context) or _skipped(asked, "the budget was used up")
     if asked.skip:
         return _skipped(asked, asked.skip)
-    where = replace(context, tuned=True, model_hash=asked.tuned) if asked.tuned else context
-    found = attempt(recipe, context=where, left=max(left, LEAST_S) if asked.urgent else left, done=done)
+    found = attempt(recipe, context=context, left=max(left, LEAST_S) if asked.urgent else left, done=done)
     return msgspec.structs.replace(found, notes=(*found.notes, asked.note)) if asked.note else found
 
 

@@ -15,8 +15,9 @@ from torchship.optimize.choose import Goal, baseline, cost, is_valid
 from torchship.optimize.facts import Facts, at_batch, best_rate, left_in_float, megabytes, ms_text
 from torchship.optimize.judge import HOPELESS
 from torchship.optimize.plots import Mark
-from torchship.optimize.trial import FINETUNE, Trial
+from torchship.optimize.trial import Trial
 from torchship.plugins import rendered
+from torchship.recipe import FINETUNE, PRUNE
 
 # options of a search that are not those of one recipe
 _NOT_ITS_OWN = {"--recipe", "--backends", "--budget", "--store", "--name", "--labels"}
@@ -100,7 +101,8 @@ def so_far(facts: Facts) -> Markup:
 
 def reproduce(facts: Facts, trial: Trial) -> str:
     """One command (or call, for a search from Python) that runs one row again."""
-    steps = tuple(step for step in trial.recipe.transforms if step.transform != FINETUNE)  # --finetune takes it
+    # --finetune and --prune take those
+    steps = tuple(step for step in trial.recipe.transforms if step.transform not in (FINETUNE, PRUNE))
     recipe = msgspec.json.encode(msgspec.structs.replace(trial.recipe, transforms=steps)).decode()
     if facts.command:
         words = shlex.split(facts.command)

@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import msgspec
 import torch
 from torch import nn
 
 from torchship.errors import BadConfig, CorruptArtifact, TorchshipError, Unavailable, Unsupported
+from torchship.optimize.channels import ChannelMap, Kept, Prune
 from torchship.plugins import missing
 
-Importance: TypeAlias = Literal["magnitude", "taylor"]
 Loss: TypeAlias = Callable[[nn.Module], torch.Tensor]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -31,39 +30,7 @@ _MOST = 0.9  # of the channels of one layer
 _FLOOR = 8  # channels that every layer keeps, and their multiple
 
 
-class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a model is to be pruned.
-
-    `flops` is the share of its multiplications that is to go (0.58: 58 % fewer), `rounds` in how many steps, with
-    fine-tuning after each. `multiple`: channel counts are multiples of it. `importance` of a channel: the size of its
-    weights, or how much the loss would rise without it (Taylor; needs a loss). `keep` names modules that stay as they
-    are.
-    """
-
-    flops: float = 0.5
-    rounds: int = 3
-    multiple: int = 8
-    importance: Importance = "magnitude"
-    keep: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.flops < 1:
-            raise BadConfig(f"prune: flops is {self.flops:g}", hint="a share between 0 and 1, such as 0.5")
-        if self.rounds < 1 or self.multiple < 1:
-            raise BadConfig("prune: rounds and multiple are at least 1")
-
-
 _PLAIN = Prune()
-
-
-class Kept(msgspec.Struct, omit_defaults=True):
-    """Which channels of one layer were kept, by their numbers in the original; None: all."""
-
-    out: list[int] | None = None
-    taken: list[int] | None = None  # of its input
-
-
-ChannelMap: TypeAlias = dict[str, Kept]
 
 
 def flops_of(module: nn.Module, inputs: Sequence[torch.Tensor]) -> float:
@@ -200,7 +167,7 @@ def _removable(group: Any, multiple: int) -> bool:
             continue  # an operation without weights
         if not isinstance(layer, _KNOWN):
             return False
-        if _width(layer, _is_out(dependency)) - len(indices) < min(multiple, _FLOOR):
+        if width(layer, _is_out(dependency)) - len(indices) < min(multiple, _FLOOR):
             return False
     return True
 
@@ -209,7 +176,8 @@ def _is_out(dependency: Any) -> bool:
     return "prune_out" in str(getattr(dependency.handler, "__name__", ""))
 
 
-def _width(layer: nn.Module, out: bool) -> int:
+def width(layer: nn.Module, out: bool) -> int:
+    """How many channels a layer gives, or takes."""
     if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)):
         return int(layer.out_channels if out else layer.in_channels)
     if isinstance(layer, nn.Linear):
@@ -243,7 +211,7 @@ def _note(group: Any, found: ChannelMap, names: Mapping[int, str]) -> None:
         if (name, out) in done:  # one layer may hang on a group by both ends of one operation
             continue
         done.add((name, out))
-        now = (kept.out if out else kept.taken) or list(range(_width(layer, out)))
+        now = (kept.out if out else kept.taken) or list(range(width(layer, out)))
         gone = set(indices)
         left = [channel for place, channel in enumerate(now) if place not in gone]
         if out:

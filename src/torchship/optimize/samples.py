@@ -120,16 +120,34 @@ def flatten_samples(samples: Iterable[Any], *, signature: Signature, rows: int) 
     return found
 
 
-def _flat(sample: Any, signature: Signature) -> Tensors:
+def labels_of(sample: Any, *, signature: Signature, rows: int) -> Array | None:
+    """The labels that come with a sample, an integer for each of its `rows`: what follows the inputs of a pair, or
+    stands beside them in a dict under "labels" or "label". None where there are none."""
+    specs = signature.inputs
+    if isinstance(sample, Mapping) and all(spec.name in sample for spec in specs):
+        found = sample.get("labels", sample.get("label"))
+    else:
+        found = next(iter(_values(sample, signature)[len(specs) :]), None)
+    if found is None:
+        return None
+    labels = np.ravel(to_numpy(found) if isinstance(found, torch.Tensor) else np.asarray(found))
+    return labels.astype(np.int64) if labels.dtype.kind in "iu" and len(labels) == rows else None
+
+
+def _values(sample: Any, signature: Signature) -> Sequence[Any]:
+    """The arrays of a sample in the order of the inputs, and what follows them."""
     specs = signature.inputs
     if isinstance(sample, Mapping) and not all(spec.name in sample for spec in specs):
         sample = list(as_call(sample)[1].values())
     if isinstance(sample, Mapping):
-        values: Sequence[Any] = [sample[spec.name] for spec in specs]
-    else:
-        parts = Parts()
-        take_apart(as_call(sample)[0] if isinstance(sample, tuple) else _tensors(sample), parts)
-        values = [leaf.value for leaf in parts.tensors]
+        return [sample[spec.name] for spec in specs]
+    parts = Parts()
+    take_apart(as_call(sample)[0] if isinstance(sample, tuple) else _tensors(sample), parts)
+    return [leaf.value for leaf in parts.tensors]
+
+
+def _flat(sample: Any, signature: Signature) -> Tensors:
+    specs, values = signature.inputs, _values(sample, signature)
     if len(values) < len(specs):
         raise BadInput(
             f"a calibration sample holds {len(values)} tensors, the model takes {len(specs)}",

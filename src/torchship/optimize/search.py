@@ -40,12 +40,13 @@ from torchship.optimize.loop import OnTrial
 from torchship.optimize.publishing import Publisher
 from torchship.optimize.reference import EagerStage, Reference, refuse_unsteady, split
 from torchship.optimize.report import Report
-from torchship.optimize.strategies import Strategy, winners
+from torchship.optimize.strategies import Strategy, pruned, winners
 from torchship.optimize.strategies.cutting import Cutting
 from torchship.optimize.strategies.finetuning import FineTuning
 from torchship.optimize.strategies.mixed_precision import MixedPrecision
 from torchship.optimize.strategies.overflow import Overflow
 from torchship.optimize.strategies.proposals import Proposals, propose
+from torchship.optimize.strategies.pruned import Pruning
 from torchship.optimize.trial import METRIC, Trial, packed, read_metric
 from torchship.optimize.yardstick import study, told
 from torchship.recipe import Recipe
@@ -94,6 +95,10 @@ def optimize(
         batched=settings.get("batched"),
         name=artifact_name(name or type(module).__name__),
     )
+    samples = () if calibration is None else calibration
+    if config.prune is not None:
+        samples = list(samples)  # twice: for the guard and quantizers, and to train on
+        pruned.refuse(model, config.prune, data=bool(samples))
     root = Path(settings.get("cache") or home.folder("TORCHSHIP_CACHE", ".cache", "torchship"))
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
     with folders.room(root), workspace.private_folder(root / "work") as work, closing(forks):
@@ -137,7 +142,7 @@ def _prepare(
         workspace.put(work / "metric.pkl", evaluate, what="the evaluate function")
         metric_hash = caching.hash_function(evaluate)
         reference_metric = _reference_metric(evaluate, EagerStage(model), judged.folder)
-    return SearchContext(
+    context = SearchContext(
         config=config,
         model=model,
         model_hash=caching.digest(
@@ -152,6 +157,9 @@ def _prepare(
         metric_hash=metric_hash,
         reference_metric=reference_metric,
     )
+    if config.prune is not None:
+        pruned.prepare(context, config.prune, list(samples), held_back=held_back, groups=groups)
+    return context
 
 
 def _reference_metric(evaluate: Metric, eager: EagerStage, folder: Path) -> float:
@@ -170,16 +178,17 @@ def _search(context: SearchContext, on_trial: OnTrial | None, publisher: Publish
     config = context.config
     recipes, left_out = _proposed(context)
     mixed, overflow, tuning = MixedPrecision(context), Overflow(context), FineTuning(context)
+    pruning = Pruning(context)
     if config.recipes is None:
         cutting = Cutting(context)
         liked = winners.known(context)
         hurried = not context.reference.whole
         proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead, favourites=liked, hurried=hurried)
-        strategies: list[Strategy] = [proposals, cutting, overflow, mixed, tuning]
+        strategies: list[Strategy] = [proposals, cutting, overflow, mixed, tuning, pruning]
     else:  # what the caller lists is tried to its end, and nothing else but what mends it
         recipes = [baseline(), *(recipe for recipe in config.recipes if recipe != baseline())]
-        strategies = [Proposals(recipes, goal=config.goal), overflow, mixed, tuning]
-    facts = partial(_facts, context, left_out=left_out, mixed=mixed)
+        strategies = [Proposals(recipes, goal=config.goal), overflow, mixed, tuning, pruning]
+    facts = partial(_facts, context, left_out=left_out, mixed=mixed, pruning=pruning)
     done: list[Trial] = []
 
     def tell(trial: Trial, count: int, total: int) -> None:
@@ -208,6 +217,7 @@ def _facts(
     *,
     left_out: dict[str, str],
     mixed: MixedPrecision,
+    pruning: Pruning,
     interrupted: bool = False,
 ) -> Facts:
     """What came of the trials so far."""
@@ -232,7 +242,7 @@ def _facts(
         trials=tuple(trials),
         choice=choose(trials, goal=config.goal, constraints=config.constraints),
         left_out=left_out,
-        notes=tuple(notes),
+        notes=tuple([*notes, pruning.note] if pruning.note else notes),
         command=config.command,
         rows=context.reference.rows,
         seconds=time.monotonic() - context.deadline + config.budget,
@@ -240,6 +250,7 @@ def _facts(
         reference_metric=context.reference_metric,
         packages=caching.versions(["torch", "onnxruntime", "openvino", "nncf", "torchao"]),
         sensitivity=tuple((layer.path, layer.db) for layer in mixed.layers),
+        pruned=tuple(pruning.rounds),
     )
 
 

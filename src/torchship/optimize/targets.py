@@ -18,6 +18,7 @@ import torch
 
 from torchship import process, textfiles
 from torchship.errors import BadConfig, BadInput, NotFound
+from torchship.optimize.channels import Prune
 from torchship.optimize.places import innermost
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
@@ -49,6 +50,8 @@ def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **g
         "data": lambda text: list(data_at(text, specs=specs)),
         "evaluate": lambda text: found_at(text, what="--evaluate"),
         "finetune": lambda text: found_at(text, what="--finetune"),
+        "prune": prune_at,
+        "train": lambda text: found_at(text, what="--train"),
         "backends": lambda text: [word.strip() for word in text.split(",") if word.strip()],
         "budget": lambda text: seconds(text, what="--budget"),
         "max_latency_p99": lambda text: milliseconds(text, what="--max-latency-p99"),
@@ -166,6 +169,18 @@ def module_at(target: str) -> torch.nn.Module:
     if not isinstance(found, torch.nn.Module):
         raise BadConfig(f"TARGET: {target!r} returned something of type {type(found).__name__}, not an nn.Module")
     return found
+
+
+def prune_at(text: str) -> Prune:
+    """`0.5` (the share of the multiplications that is to go), `2ms` (until a call takes no longer), or `0.7,2ms`."""
+    shares = [word for word in text.split(",") if not word.strip().endswith("s")]
+    times = [word for word in text.split(",") if word not in shares]
+    try:
+        (share,) = map(float, shares or ["0.9" if times else ""])
+        (latency,) = (milliseconds(word, what="--prune") for word in times) if times else (0.0,)
+    except ValueError:
+        raise BadConfig(f"--prune {text!r} is not understood", hint="write 0.5, 2ms or 0.7,2ms") from None
+    return Prune(share, rounds=8 if latency else 3, importance="taylor", latency=latency)
 
 
 def data_at(target: str, *, specs: Sequence[TensorSpec]) -> Iterable[Any]:

@@ -20,12 +20,11 @@ from torchship.optimize import workspace
 from torchship.optimize.guard import LAW_LIMITS, Guard, judge, precision_of
 from torchship.optimize.judge import bounded, judged
 from torchship.optimize.measure import SERVING_BATCH, Effort, curve, peak_memory
-from torchship.recipe import Recipe
+from torchship.recipe import FINETUNE, PRUNE, Recipe
 from torchship.stage import Stage
 from torchship.tensors import Array, Tensors
 
 METRIC = "metric.safetensors"  # the reference's value of the user's metric for each row
-FINETUNE = "finetune"  # the step of a recipe whose model is the tuned one
 Status: TypeAlias = Literal["ok", "refused", "failed", "skipped"]
 _NEAR = 2.0  # times the best of its batch size: who is farther behind is measured at 1 and 8 rows alone
 
@@ -99,7 +98,7 @@ def build_here(argument: Any) -> None:
     shelf.mkdir(mode=0o700, exist_ok=True)
     model = replace(model, shelf=Shelf(shelf, model.module))
     for step in task.recipe.transforms:
-        if step.transform != FINETUNE:
+        if step.transform not in (FINETUNE, PRUNE):
             model = plugins.load("transforms", name=step.transform).apply(model, options=dict(step.options))
     try:
         packed(model, Path(task.out), recipe=task.recipe, name=task.name, provenance=task.provenance)

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchship.errors import BadConfig, CorruptArtifact, Unsupported
 from torchship.optimize import pruning
-from torchship.optimize.pruning import ChannelMap, Prune
+from torchship.optimize.channels import ChannelMap, Importance, Kept, Prune
 
 
 class Mobile(nn.Module):
@@ -75,7 +75,7 @@ def pruned(net: nn.Module, wish: Prune) -> ChannelMap:
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "taylor"])
-def test_the_map_and_the_state_dict_make_the_same_module_again(importance: pruning.Importance) -> None:
+def test_the_map_and_the_state_dict_make_the_same_module_again(importance: Importance) -> None:
     original = seeded()
     net = copy.deepcopy(original)
     data = msgspec.json.encode(pruned(net, Prune(0.5, rounds=2, importance=importance)))
@@ -123,9 +123,9 @@ def test_a_network_whose_graph_of_channels_cannot_be_made_is_refused_with_words(
 
 def test_a_map_of_another_class_is_refused() -> None:
     with pytest.raises(CorruptArtifact, match="does not fit the module at 'missing'"):
-        pruning.narrow(seeded(), {"missing": pruning.Kept(out=[0])})
+        pruning.narrow(seeded(), {"missing": Kept(out=[0])})
     with pytest.raises(CorruptArtifact, match="does not fit"):
-        pruning.narrow(seeded(), {"side": pruning.Kept(out=[99])})
+        pruning.narrow(seeded(), {"side": Kept(out=[99])})
 
 
 @pytest.mark.parametrize("wish", [{"flops": 1.5}, {"rounds": 0}, {"multiple": 0}])

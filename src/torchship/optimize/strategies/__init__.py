@@ -13,7 +13,7 @@ from torchship.recipe import Recipe
 
 class Asked(msgspec.Struct, frozen=True):
     """A recipe to try. `note` is told with its trial; `skip` and `failure` say why it needs no attempt; `urgent` is
-    tried whatever the budget; `tuned` goes with the fine-tuned weights of that key.
+    tried whatever the budget.
     """
 
     recipe: Recipe
@@ -21,7 +21,6 @@ class Asked(msgspec.Struct, frozen=True):
     skip: str = ""
     failure: str = ""
     urgent: bool = False
-    tuned: str = ""
 
 
 class Strategy(Protocol):

@@ -29,15 +29,14 @@ from torchship.model import Model, to_numpy, to_torch
 from torchship.optimize import cache as caching
 from torchship.optimize import workspace
 from torchship.optimize.attempt import SearchContext
-from torchship.optimize.config import Distill, Loop
-from torchship.optimize.flatten import outline
+from torchship.optimize.config import Loop
 from torchship.optimize.sensitivity import round_signed, round_unsigned
 from torchship.optimize.strategies import Asked
 from torchship.optimize.strategies.mixed_precision import worth_it
-from torchship.optimize.trial import FINETUNE, Trial
-from torchship.recipe import Step
+from torchship.optimize.training import distillation
+from torchship.optimize.trial import Trial
+from torchship.recipe import FINETUNE, Step
 
-_TEMPERATURE = 2.0
 _QUANTIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -74,7 +73,8 @@ class FineTuning:
             msgspec.structs.replace(trial.recipe, transforms=(Step(FINETUNE), *trial.recipe.transforms))
             for trial in candidates
         ]
-        return [Asked(recipe, failure=failure, tuned=key) for recipe in recipes]
+        context.trained[FINETUNE] = key
+        return [Asked(recipe, failure=failure) for recipe in recipes]
 
 
 def tune_here(argument: Any) -> None:
@@ -87,7 +87,7 @@ def tune_here(argument: Any) -> None:
         tuned = tune(model, workspace.take(work / "loop.pkl"))
         folders.write(weights, tensorfile.encode({k: to_numpy(t) for k, t in tuned.module.state_dict().items()}))
     model.module.load_state_dict({name: to_torch(array) for name, array in tensorfile.load(weights).items()})
-    workspace.put(work / "tuned.pkl", model, what="the tuned module")
+    workspace.put(work / f"{FINETUNE}.pkl", model, what="the tuned module")
 
 
 def tune(model: Model, loop: Loop) -> Model:
@@ -105,7 +105,7 @@ def tune(model: Model, loop: Loop) -> Model:
             part.eval()
     failed = as_error(OptimizeError, "the fine-tuning loop failed", hint="it is called as loop(student, distill)")
     with _simulated_int8(student), failed:
-        loop(student, _distillation(teacher))
+        loop(student, distillation(teacher))
     bad = [name for name, tensor in student.named_parameters() if not torch.isfinite(tensor).all()]
     if bad:
         raise OptimizeError(f"fine-tuning left NaN or infinity in {bad[0]}", hint="lower the learning rate")
@@ -143,23 +143,3 @@ def _round_inputs(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         value + (round_unsigned(value.detach()) - value.detach()) if its else value
         for value, its in zip(inputs, floats, strict=True)
     )
-
-
-def _distillation(teacher: Any) -> Distill:
-    def distill(outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = outline(teacher(*args, **kwargs))
-        pairs = ((w.value, f.value) for w, f in zip(wanted, outline(outputs), strict=True))
-        parts = [_apart(w, f) for w, f in pairs if w.is_floating_point()]
-        return torch.stack(parts).mean()
-
-    return distill
-
-
-def _apart(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Scores [rows, classes] by softened Kullback-Leibler divergence, all else by relative squared error."""
-    if wanted.dim() == 2 and wanted.shape[1] > 1:
-        soft = nn.functional.softmax(wanted / _TEMPERATURE, -1)
-        log = nn.functional.log_softmax(found / _TEMPERATURE, -1)
-        return nn.functional.kl_div(log, soft, reduction="batchmean") * _TEMPERATURE**2
-    return (wanted - found).square().mean() / (wanted.square().mean() + 1e-12)

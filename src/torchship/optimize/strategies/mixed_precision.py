@@ -35,6 +35,7 @@ def worth_it(trials: Sequence[Trial], *, goal: Goal) -> list[Trial]:
         and cost(trial, goal=goal) < best
         and precision_of(trial.recipe) == "int8"
         and not left_in_float(trial.recipe)
+        and not trial.recipe.weights
     ]
     return sorted(found, key=lambda trial: cost(trial, goal=goal))[:_MOST_CANDIDATES]
 
