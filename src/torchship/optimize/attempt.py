@@ -91,7 +91,7 @@ def attempt(recipe: Recipe, *, context: SearchContext, left: float, done: Sequen
 
 def known(recipe: Recipe, context: SearchContext) -> Trial | None:
     """What an earlier search found out about this recipe, under today's limits: numbers hold, the verdict may not."""
-    trial = context.cache.trial(_keys(recipe, context.of(recipe))[1])
+    trial = context.cache.trial(_keys(recipe, context)[1])
     if trial is None:
         return None
     trial = msgspec.structs.replace(trial, cached=True)
@@ -104,6 +104,7 @@ def known(recipe: Recipe, context: SearchContext) -> Trial | None:
 
 def _keys(recipe: Recipe, context: SearchContext) -> tuple[str, str]:
     """What a build, and a trial, of this recipe are kept under."""
+    context = context.of(recipe)
     packages = caching.versions([*_packages(recipe), "numpy"])
     # a backend may hand parts of the model to another that its options name
     words = sorted(word for word in recipe.options.values() if isinstance(word, str) and word.isidentifier())

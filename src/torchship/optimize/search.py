@@ -95,9 +95,7 @@ def optimize(
         batched=settings.get("batched"),
         name=artifact_name(name or type(module).__name__),
     )
-    samples = () if calibration is None else calibration
     if config.prune is not None:
-        samples = list(samples)  # twice: for the guard and quantizers, and to train on
         pruned.refuse(model, config.prune, data=bool(samples))
     root = Path(settings.get("cache") or home.folder("TORCHSHIP_CACHE", ".cache", "torchship"))
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
@@ -158,7 +156,7 @@ def _prepare(
         reference_metric=reference_metric,
     )
     if config.prune is not None:
-        pruned.prepare(context, config.prune, list(samples), held_back=held_back, groups=groups)
+        pruned.prepare(context, config.prune, samples, held_back=held_back, groups=groups)
     return context
 
 
