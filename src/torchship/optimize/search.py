@@ -156,7 +156,7 @@ def _prepare(
         reference_metric=reference_metric,
     )
     if config.prune is not None:
-        pruned.prepare(context, config.prune, samples, held_back=held_back, groups=groups)
+        pruned.prepare(context, config.prune, list(samples), held_back=held_back, groups=groups)
     return context
 
 
