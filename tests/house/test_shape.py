@@ -77,18 +77,18 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 36_560
+ENGINE = 37_242
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
-    "torchship": 1_949,
+    "torchship": 1_965,
     "torchship.artifact": 1_739,
     "torchship.backends": 1_975,
-    "torchship.cli": 1_872,
+    "torchship.cli": 1_884,
     "torchship.client": 1_411,
     "torchship.doctor": 1_800,
     "torchship.lowering": 3_159,
-    "torchship.optimize": 7_497,
+    "torchship.optimize": 8_151,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
     "torchship.serve": 2_604,
