@@ -119,9 +119,6 @@ def read(
         plugins.load("backends", name=name)
     for recipe in settings.get("recipes") or ():
         check(recipe, module)
-    wish = settings.get("prune")
-    if settings.get("train") is not None and wish is None:
-        raise BadConfig("a training function is given, and nothing to train", hint="ask for pruning: --prune 0.5")
     machine, limits = machines.here(), guard or Guard()
     device = settings.get("device", "cpu")
     if device.partition(":")[0] == "cuda" and not machine.gpus and not torch.cuda.is_available():
@@ -146,7 +143,7 @@ def read(
         labels=settings.get("labels", ()),
         command=settings.get("command", ""),
         finetune=settings.get("finetune"),
-        prune=Prune(wish, importance="taylor") if isinstance(wish, float) else wish,
+        prune=_wish(settings),
         train=settings.get("train"),
         on_step=settings.get("on_step"),
     )
@@ -155,6 +152,13 @@ def read(
 def _refuse_below_zero(value: Any, *, what: str, hint: str) -> None:
     if not isinstance(value, int | float) or not value >= 0:  # NaN too
         raise BadConfig(f"{what} is {value!r}", hint=hint)
+
+
+def _wish(settings: Settings) -> Prune | None:
+    wish = settings.get("prune")
+    if settings.get("train") is not None and wish is None:
+        raise BadConfig("a training function is given, and nothing to train", hint="ask for pruning: --prune 0.5")
+    return Prune(wish, importance="taylor") if isinstance(wish, float) else wish
 
 
 def batches(given: Iterable[Any] | None) -> list[Any]:
