@@ -110,11 +110,7 @@ def read(
     _refuse_below_zero(max_drop or 0.0, what="max_drop", hint="give a number that is not below 0, as 0.01")
     if goal not in GOALS:
         raise BadConfig(f"unknown goal {goal!r}", hint=f"use one of {', '.join(GOALS)}")
-    unknown = sorted(set(settings).difference(Settings.__annotations__))
-    if unknown:
-        raise BadConfig(
-            f"optimize: unknown setting {unknown[0]!r}", hint=f"there is {', '.join(Settings.__annotations__)}"
-        )
+    _refuse_strange(settings)
     for name in backends or ():
         plugins.load("backends", name=name)
     for recipe in settings.get("recipes") or ():
@@ -123,12 +119,13 @@ def read(
     device = settings.get("device", "cpu")
     if device.partition(":")[0] == "cuda" and not machine.gpus and not torch.cuda.is_available():
         raise Unavailable(f"there is no device {device!r} here", hint="torchship doctor says what this machine has")
-    strict = settings.get("strict", limits.strict)
     return SearchConfig(
         goal=goal,
         constraints=Constraints(settings.get("max_latency_p99"), settings.get("max_memory"), settings.get("max_size")),
         guard=msgspec.structs.replace(
-            limits, max_drop=limits.max_drop if max_drop is None else max_drop, strict=strict
+            limits,
+            max_drop=limits.max_drop if max_drop is None else max_drop,
+            strict=settings.get("strict", limits.strict),
         ),
         limits=TrialLimits(
             settings.get("trial_timeout", 300.0), settings.get("trial_memory") or int(machine.memory * _MEMORY_SHARE)
@@ -143,9 +140,7 @@ def read(
         labels=settings.get("labels", ()),
         command=settings.get("command", ""),
         finetune=settings.get("finetune"),
-        prune=_wish(settings),
-        train=settings.get("train"),
-        on_step=settings.get("on_step"),
+        **_training(settings),
     )
 
 
@@ -154,11 +149,20 @@ def _refuse_below_zero(value: Any, *, what: str, hint: str) -> None:
         raise BadConfig(f"{what} is {value!r}", hint=hint)
 
 
-def _wish(settings: Settings) -> Prune | None:
+def _refuse_strange(settings: Settings) -> None:
+    unknown = sorted(set(settings).difference(Settings.__annotations__))
+    if unknown:
+        raise BadConfig(
+            f"optimize: unknown setting {unknown[0]!r}", hint=f"there is {', '.join(Settings.__annotations__)}"
+        )
+
+
+def _training(settings: Settings) -> dict[str, Any]:
     wish = settings.get("prune")
     if settings.get("train") is not None and wish is None:
         raise BadConfig("a training function is given, and nothing to train", hint="ask for pruning: --prune 0.5")
-    return Prune(wish, importance="taylor") if isinstance(wish, float) else wish
+    wish = Prune(wish, importance="taylor") if isinstance(wish, float) else wish
+    return {"prune": wish, "train": settings.get("train"), "on_step": settings.get("on_step")}
 
 
 def batches(given: Iterable[Any] | None) -> list[Any]:

@@ -76,10 +76,9 @@ def optimize(
     `example_inputs`: see `capture`. `calibration`: real inputs, in batches, for quantizers and the guard (half of it is
     held back for the guard; a dict's "group" names rows that belong together). `evaluate(stage)` is your metric, one
     number or one for each row, higher is better. A candidate may lose at most `max_drop` (default 0.01) of it, or else
-    of what eager fp32 answers, see `Guard`.
-    `goal`: latency (p50 at batch 1), throughput, size or memory. `backends` narrows the search, `budget` (seconds)
-    bounds it. `on_trial(trial, done, total)` is called as trials finish. Ctrl-C ends the race and keeps what is
-    done; the best so far is published on the way, see `Publisher`. `settings`: see `Settings`.
+    of what eager fp32 answers, see `Guard`. `goal`: latency (p50 at batch 1), throughput, size or memory. `backends`
+    narrows the search, `budget` (seconds) bounds it. `on_trial(trial, done, total)` is called as trials finish. Ctrl-C
+    ends the race and keeps what is done; the best so far is published on the way, see `Publisher`; see `Settings`, too.
 
     Raises CaptureFailed, BadConfig, BadInput; a backend that fails, hangs or crashes is a row of the report instead.
     When no trial is valid the report has no winner and nothing is published.
@@ -95,8 +94,7 @@ def optimize(
         batched=settings.get("batched"),
         name=artifact_name(name or type(module).__name__),
     )
-    if config.prune is not None:
-        pruned.refuse(model, config.prune, data=bool(samples))
+    pruned.refuse(model, config.prune, data=bool(samples))
     root = Path(settings.get("cache") or home.folder("TORCHSHIP_CACHE", ".cache", "torchship"))
     forks = Forkserver((*_SLOW_IMPORTS, *_OFTEN_MEANT.intersection(sys.modules)), threads=config.threads)
     with folders.room(root), workspace.private_folder(root / "work") as work, closing(forks):
@@ -104,9 +102,8 @@ def optimize(
         publisher = Publisher(store, context=context) if settings.get("publish", True) else None
         facts = _search(context, on_trial, publisher)
         winners.learn(facts, context=context)
-        if facts.winner is None or publisher is None:
-            return Report(facts)
-        return Report(facts, *publisher.finish(facts, facts.winner))
+        won = () if facts.winner is None or publisher is None else publisher.finish(facts, facts.winner)
+        return Report(facts, *won)
 
 
 def artifact_name(text: str) -> str:
@@ -155,8 +152,7 @@ def _prepare(
         metric_hash=metric_hash,
         reference_metric=reference_metric,
     )
-    if config.prune is not None:
-        pruned.prepare(context, config.prune, list(samples), held_back=held_back, groups=groups)
+    pruned.prepare(context, list(samples), held_back=held_back, groups=groups)
     return context
 
 

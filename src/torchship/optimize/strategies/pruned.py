@@ -171,9 +171,11 @@ def _end(rounds: Sequence[PrunedRound], wish: Prune, last: Trial) -> float:
     return max(1 - wish.flops, now * min(_STEP, max(_STRIDE, wish.latency / _p50(last))))
 
 
-def refuse(model: Model, wish: Prune, *, data: bool) -> None:
+def refuse(model: Model, wish: Prune | None, *, data: bool) -> None:
     """Raises what stands against pruning a model: Unavailable, BadConfig without data, Unsupported where channels
     cannot be taken out, which is tried on a copy."""
+    if wish is None:
+        return
     if lacking := missing("torch_pruning", pip='"torchship[prune]"'):
         raise Unavailable(f"--prune needs it: {lacking}")
     if not data:
@@ -197,15 +199,12 @@ def refuse(model: Model, wish: Prune, *, data: bool) -> None:
 
 
 def prepare(
-    context: SearchContext,
-    wish: Prune,
-    samples: Sequence[Any],
-    *,
-    held_back: Sequence[Tensors],
-    groups: Sequence[int] | None,
+    context: SearchContext, samples: Sequence[Any], *, held_back: Sequence[Tensors], groups: Sequence[int] | None
 ) -> None:
-    """Lay out for the children what rounds need. Raises BadConfig where training has too few rows."""
-    config, model = context.config, context.model
+    """Lay out for the children what rounds need, where pruning is asked for. Raises BadConfig for too few rows."""
+    config, model, wish = context.config, context.model, context.config.prune
+    if wish is None:
+        return
     rows = training.training_rows(samples, model=model, held_back=held_back, groups=groups)
     many = training.count(rows, model)
     if many < _FEWEST:
