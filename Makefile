@@ -49,7 +49,10 @@ lint: $(VENV)/.dev  ## format, lint, types, room contracts
 bench: $(VENV)/.dev  ## measure the speed claims against peers (long; ARGS="recipes serve")
 	@for name in $(or $(ARGS),recipes serve); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
+edge: $(VENV)/.dev  ## serve a model on an emulated Raspberry Pi 4: compare its answers, print its memory
+	@$(BIN)/python -m benchmarks.edge $(ARGS)
+
 clean:  ## remove the environment and caches of the tools
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help demo test gpu lint bench clean
+.PHONY: help demo test gpu lint bench edge clean

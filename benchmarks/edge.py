@@ -15,8 +15,6 @@ import http.client
 import os
 import shutil
 import subprocess
-import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -32,12 +30,12 @@ import psutil
 from benchmarks import memory, peers
 from benchmarks.peers import Missing
 from torchship import process
-from torchship.artifact import open_artifact
+from torchship.artifact import edge, open_artifact, wheels
 from torchship.client import Client
 from torchship.errors import TorchshipError
 
 CACHE = peers.CACHE / "a72"
-PYTHON, GLIBC = "3.11", 36  # of Debian 12
+PYTHON = "3.11"  # of Debian 12
 PACKAGES = (
     *("libc6", "libgcc-s1", "libstdc++6", "libgomp1", "zlib1g", "libexpat1", "libssl3", "libffi8", "libbz2-1.0"),
     *("liblzma5", "libsqlite3-0", "libuuid1", "libncursesw6", "libtinfo6", "libcrypt1", "libdb5.3", "libreadline8"),
@@ -122,6 +120,7 @@ def system() -> Path:
         run([*apt, "download", *PACKAGES], cwd=debs)
         for deb in sorted(debs.glob("*.deb")):
             run(["dpkg-deb", "-x", deb, made])
+        (made / "usr" / "lib" / f"python{PYTHON}" / "sitecustomize.py").write_text(CUSTOMIZE)
         for path, text in pi_files().items():
             (made / path).parent.mkdir(parents=True, exist_ok=True)
             (made / path).write_text(text)
@@ -134,34 +133,26 @@ def compiled(folder: Path) -> None:
     """Byte code beside all modules, as dpkg and pip leave it: without it each start compiles, which takes memory."""
     qemu, root = emulator(), CACHE / "root"
     python: list[str | Path] = [qemu, "-cpu", "cortex-a72", "-L", root, root / "usr" / "bin" / f"python{PYTHON}"]
-    run([*python, "-m", "compileall", "-q", folder])
+    # some packages hold files for newer Pythons, which pip passes over, too
+    subprocess.run([*python, "-m", "compileall", "-qq", folder], check=False)
 
 
 def installed(artifact: Path, folder: Path) -> Path:
-    """The folder of packages that an edge pack of `artifact` installs offline, for aarch64. Raises Missing."""
-    pack = folder / "pack.tar"
-    run(
-        [sys.executable, "-m", "torchship", "edge", "pack", artifact, "--target", "pi4", "--python", PYTHON, "-o", pack]
-    )
-    with tarfile.open(pack) as archive:
-        archive.extractall(folder / "pack", filter="data")
-    site = folder / "site"
-    only = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, GLIBC + 1)]
-    only += ["--platform=manylinux2014_aarch64", "--only-binary=:all:", "--implementation=cp", "--no-deps"]
-    only += [f"--python-version={PYTHON}", f"--target={site}"]
-    offline = ["--no-index", "--find-links", "wheels", "--require-hashes", "-r", "requirements.txt"]
-    run([sys.executable, "-m", "pip", "install", "-q", "--no-compile", *only, *offline], cwd=folder / "pack")
-    (site / "sitecustomize.py").write_text(CUSTOMIZE)
+    """The folder of packages that an edge pack of `artifact` installs offline, for aarch64. Raises TorchshipError."""
+    pack, site = folder / "pack.tar", folder / "packages"
+    edge.pack(open_artifact(artifact), target="pi4", python=PYTHON, to=pack)
+    found, _ = edge.unpack(pack, to=folder / "pack")
+    wheels.install(found.install, folder=folder / "pack", machine=found.machine, python=PYTHON, to=site)
     compiled(site)
     return site
 
 
-def emulated(folder: Path, site: Path) -> Path:
-    """A script that is Python on the emulated machine, with the packages of `site`."""
-    root, qemu, script = system(), emulator(), folder / "python"
+def emulated() -> Path:
+    """A script that is Python on the emulated machine, made once."""
+    root, qemu, script = system(), emulator(), CACHE / "python"
+    interpreter = root / "usr" / "bin" / f"python{PYTHON}"
     script.write_text(
-        f"#!/bin/sh\nexport PYTHONPATH={site} EMULATED_PYTHON={script} PYTHONDONTWRITEBYTECODE=1\n"
-        f'exec {qemu} -cpu cortex-a72 -L {root} {root}/usr/bin/python{PYTHON} "$@"\n'
+        f'#!/bin/sh\nexport EMULATED_PYTHON={script}\nexec {qemu} -cpu cortex-a72 -L {root} {interpreter} "$@"\n'
     )
     script.chmod(0o755)
     return script
@@ -193,11 +184,11 @@ def emulation(pid: int) -> float:
 
 
 @contextmanager
-def watched(words: Sequence[str | Path], log: Path) -> Iterator[list[Peak]]:
+def watched(words: Sequence[str | Path], log: Path, **environment: str) -> Iterator[list[Peak]]:
     """A server under observation; the one item of the list is its peak so far."""
     with log.open("wb") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(list(map(str, words)), stdout=out, stderr=out, env=environment)
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        child = subprocess.Popen(list(map(str, words)), stdout=out, stderr=out, env=env)
         found = [Peak(0, 0)]
         done = threading.Event()
 
@@ -234,7 +225,7 @@ def await_port(port: int) -> None:
     raise TimeoutError(f"not ready after {_PATIENCE:.0f} s")
 
 
-def served(python: Path, artifact: Path, folder: Path, *, one_process: bool) -> dict[int, tuple[Peak, float]]:
+def served(artifact: Path, folder: Path, *, packages: Path, one_process: bool) -> dict[int, tuple[Peak, float]]:
     """For 1, then 8 rows the server's peak, and how far its answers are from those of this machine, relative to them.
 
     Raises Missing where it does not answer.
@@ -246,7 +237,8 @@ def served(python: Path, artifact: Path, folder: Path, *, one_process: bool) -> 
     told = dict[int, tuple[Peak, float]]()
     here = open_artifact(artifact).open(trust=True)
     try:
-        with watched([python, "-m", "torchship", "serve", config, "--log-level", "warning"], log) as found:
+        words: list[str | Path] = [emulated(), "-m", "torchship", "serve", config, "--log-level", "warning"]
+        with watched(words, log, PYTHONPATH=str(packages), PYTHONDONTWRITEBYTECODE="1") as found:
             await_port(port)
             client = Client(f"http://127.0.0.1:{port}", timeout=_PATIENCE)
             for count in memory.ROWS:
@@ -285,9 +277,10 @@ def main(again: bool) -> None:
             for one_process in (True, False):
                 row = f"{title}, {'one process, a row at a time' if one_process else 'two processes, 8 rows'}"
                 try:
-                    site = folder / "site" if (folder / "site").exists() else installed(artifacts / name, folder)
-                    told = served(emulated(folder, site), artifacts / name, folder, one_process=one_process)
-                except Missing as fault:
+                    packages = folder / "packages"
+                    packages = packages if packages.exists() else installed(artifacts / name, folder)
+                    told = served(artifacts / name, folder, packages=packages, one_process=one_process)
+                except (Missing, TorchshipError) as fault:
                     print(f"{row:44} {fault}", flush=True)
                     continue
                 peaks = " ".join(f"{peak.held:8.1f} {peak.emulator:12.1f}" for peak, _ in told.values())
@@ -297,6 +290,7 @@ def main(again: bool) -> None:
                 best = min(best or own, own)
     if not best:
         raise click.ClickException("nothing was served")
+    print(f"a pack for it runs here: torchship edge try PACK --emulator {emulated()}")
     print(f"a72_b1_mb={best[0]:.1f} a72_b8_mb={best[1]:.1f} worst_apart={worst:.1e}")
 
 

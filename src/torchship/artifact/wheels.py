@@ -57,10 +57,7 @@ def download(wanted: list[str], *, machine: str, python: str, to: Path) -> None:
     """
     if importlib.util.find_spec("pip") is None:
         raise Unavailable("wheels are downloaded by pip, which is not installed here", hint="python -m ensurepip")
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    words += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, "--dest", str(to)]
-    for platform in (*(f"manylinux_{glibc}_{machine}" for glibc in _GLIBC), f"manylinux2014_{machine}"):
-        words += ["--platform", platform]
+    words = [*_pip("download", machine=machine, python=python), "--dest", str(to)]
     done = subprocess.run([*words, *wanted], capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr.strip()[-300:]]
@@ -68,6 +65,25 @@ def download(wanted: list[str], *, machine: str, python: str, to: Path) -> None:
             f"no wheels for {machine} and Python {python}: {said[-1].removeprefix('ERROR: ')}",
             hint="see that the registry can be reached, try another --python, or pack with --no-wheels",
         )
+
+
+def install(requirements: list[str], *, folder: Path, machine: str, python: str, to: Path) -> None:
+    """Install for another machine into the new folder `to`, by arguments of `pip install` that hold in `folder`.
+
+    Raises Unavailable with the words of pip.
+    """
+    words = [*_pip("install", machine=machine, python=python), "--target", str(to), *requirements]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Unavailable(f"the packages do not install: {done.stderr.strip()[-300:]}", hint="make the pack again")
+
+
+def _pip(verb: str, *, machine: str, python: str) -> list[str]:
+    """pip, for wheels of a Linux `machine` and of `python`."""
+    words = [sys.executable, "-m", "pip", verb, "--quiet", "--disable-pip-version-check", "--no-input"]
+    words += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    platforms = (*(f"manylinux_{glibc}_{machine}" for glibc in _GLIBC), f"manylinux2014_{machine}")
+    return [*words, *(f"--platform={platform}" for platform in platforms)]
 
 
 def locked(folder: Path) -> str:

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import click
 
 from torchship import hardware, process
-from torchship.artifact import Artifact, Store, edge, open_artifact, pulling, recheck, signing
+from torchship.artifact import Artifact, Store, edge, open_artifact, pulling, recheck, signing, wheels
 from torchship.artifact.edge import TARGETS, EdgePack
 from torchship.cli import _shown
 from torchship.errors import Unavailable, UnsafeArtifact, WrongMachine
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
-_OPEN_S = 120.0
+_OPEN_S = 300.0
 
 
 @click.group(
@@ -76,20 +76,28 @@ def pack(
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--key", default=None, type=click.Path(dir_okay=False), help="The only public key to trust.")
 @click.option("--trust", is_flag=True, help="Run it whoever signed it, or nobody: only if you know who made it.")
+@click.option(
+    "--emulator",
+    default=None,
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    metavar="PYTHON",
+    help="For a pack of another processor: a Python of that kind that runs here, as `make edge` makes.",
+)
 @_json
-def try_(*, file: str, key: str | None, trust: bool, as_json: bool) -> None:
+def try_(*, file: str, key: str | None, trust: bool, emulator: Path | None, as_json: bool) -> None:
     """Check a pack, install it into an empty folder without a network, serve it, and compare one answer.
 
-    A pack for another processor cannot run here: then this says what is needed.
+    A pack for another processor runs here by an --emulator alone: without one this says what is needed.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torchship-try-") as place:
         root = Path(place) / "pack"
         found, digest = edge.unpack(file, to=root)
         who = "" if trust and not key else _signer(root, digest, key)
-        _fits(found, file)
+        if not emulator:
+            _fits(found, file)
         artifact = open_artifact(root / "artifact")
-        program = _install(Path(place), found)
+        program = _emulated(Path(place), found, emulator) if emulator else _install(Path(place), found)
         compared = _answers(Path(place), program, artifact)
     seconds = time.monotonic() - started
     if as_json:
@@ -114,11 +122,19 @@ def _fits(found: EdgePack, file: str) -> None:
     if found.machine != here:
         raise WrongMachine(
             f"{file} is for {found.machine}, this machine is {here}: its files are as listed, it was not run",
-            hint=f"run this on a {found.target}, or in a root of {found.machine} under qemu-{found.machine}-static",
+            hint=f"run this on a {found.target}, or here with --emulator (`make edge` in a checkout makes one)",
         )
 
 
-def _install(place: Path, found: EdgePack) -> str:
+def _emulated(place: Path, found: EdgePack, python: Path) -> list[str]:
+    """The `torchship` of what the pack brings, run by a Python of the pack's processor."""
+    wheels.install(
+        found.install, folder=place / "pack", machine=found.machine, python=found.python, to=place / "packages"
+    )
+    return [str(python.absolute()), "-m", "torchship"]
+
+
+def _install(place: Path, found: EdgePack) -> list[str]:
     """The `torchship` of a new environment that holds nothing but what the pack brings."""
     python = sys.executable if found.python == f"3.{sys.version_info.minor}" else shutil.which(f"python{found.python}")
     if not python:
@@ -128,7 +144,7 @@ def _install(place: Path, found: EdgePack) -> str:
     made, programs = place / "venv", place / "venv" / "bin"
     _run([python, "-m", "venv", str(made)], place, "the environment cannot be made")
     _run([str(programs / "pip"), "install", "--quiet", *found.install], place, "the pack does not install")
-    return str(programs / "torchship")
+    return [str(programs / "torchship")]
 
 
 def _run(words: list[str], place: Path, what: str) -> None:
@@ -146,19 +162,20 @@ def _clean(place: Path) -> dict[str, str]:
         "HOME": str(place),
         "LANG": "C.UTF-8",
         "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": str(place / "packages"),  # where they are not in an environment
     }
 
 
-def _answers(place: Path, program: str, artifact: Artifact) -> bool:
+def _answers(place: Path, program: list[str], artifact: Artifact) -> bool:
     """Serve the artifact and compare its answer to a stored example; False where it has none. Raises WrongMachine."""
     from torchship.client import Client
 
     manifest, store = artifact.manifest, str(place / "store")
-    _run([program, "store", "--store", store, "publish", "artifact", "--name", manifest.name], place, "not published")
+    _run([*program, "store", "--store", store, "publish", "artifact", "--name", manifest.name], place, "not published")
     rows: Any = slice(0, 1) if manifest.signature.batched else ...
     inputs = {name: array[rows] for name, array in artifact.inputs().items()}
     outputs = {name: array[rows] for name, array in artifact.outputs().items()}
-    words = [program, "serve", "config.toml", "--store", store, "--http-port", "0"]
+    words = [*program, "serve", "config.toml", "--store", store, "--http-port", "0"]
     with _serving(place, words) as url, Client(url) as client:
         if not inputs or not outputs:
             return False

@@ -135,7 +135,7 @@ def test_a_pack_for_another_processor_says_what_it_needs(tmp_path: Path, monkeyp
     monkeypatch.setattr(edge, "TARGETS", {**edge.TARGETS, "pi4": "riscv64"})
     with pytest.raises(WrongMachine, match="riscv64") as caught:
         torchship("edge", "try", packed(tmp_path), "--trust")
-    assert "qemu-riscv64-static" in caught.value.hint
+    assert "--emulator" in caught.value.hint
 
 
 def test_models_that_cannot_run_there_are_refused(tmp_path: Path) -> None:
@@ -171,6 +171,9 @@ def test_the_whole_way_from_a_pack_to_an_answer(tmp_path: Path, registry: None) 
     torchship("edge", "pack", f"{tmp_path}/linear", "--target", "x86-64", "-o", file)
     said = json.loads(torchship("edge", "try", file, "--trust", "--json").output)
     assert (said["compared"], said["artifact"]) == (True, "linear")
+    # by a Python that is given, as for another processor
+    words = ("edge", "try", file, "--trust", "--emulator", sys.executable, "--json")
+    assert json.loads(torchship(*words).output)["compared"]
     # another pack of the same wheels, whose artifact answers otherwise than it says
     found, _ = edge.unpack(file, to=tmp_path / "out")
     inner = open_artifact(tmp_path / "out" / "artifact")
