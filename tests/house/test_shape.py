@@ -77,14 +77,14 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 37_245
+ENGINE = 37_278
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_965,
-    "torchship.artifact": 1_739,
+    "torchship.artifact": 1_755,
     "torchship.backends": 1_975,
-    "torchship.cli": 1_884,
+    "torchship.cli": 1_901,
     "torchship.client": 1_411,
     "torchship.doctor": 1_800,
     "torchship.lowering": 3_159,
