@@ -156,10 +156,15 @@ class Reference:
         self.plan, self.hash = self._planned()
 
     @property
+    def row_s(self) -> float:
+        """Seconds that the module takes for one of many rows."""
+        return self._seconds / max(1, self.rows)
+
+    @property
     def left_s(self) -> float:
         """About how long `grow` takes, in seconds."""
         left = sum(rows_of(batch, signature=self._stage.signature) for batch in self._waiting)
-        return self._seconds / max(1, self.rows) * min(left, max(0, _FEWEST - self.rows))
+        return self.row_s * min(left, max(0, _FEWEST - self.rows))
 
     def grow(self) -> None:
         """Have the reference answer all the rows. What was judged before was judged on fewer."""

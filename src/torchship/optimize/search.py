@@ -51,6 +51,7 @@ from torchship.optimize.trial import METRIC, Trial, packed, read_metric
 from torchship.optimize.yardstick import study, told
 from torchship.recipe import Recipe
 
+_SLOW_ROW = 0.1  # seconds: the trial of plain eager, which answers some 130 of them, is not waited for
 _SLOW_IMPORTS = ("torch", "torch.export", "onnxscript", "torchship.optimize.trial", "torchship.artifact.package")
 _OFTEN_MEANT = frozenset(("torchvision", "timm", "transformers"))  # where the user's module comes from
 
@@ -176,7 +177,7 @@ def _search(context: SearchContext, on_trial: OnTrial | None, publisher: Publish
     if config.recipes is None:
         cutting = Cutting(context)
         liked = winners.known(context)
-        hurried = not context.reference.whole
+        hurried = context.reference.row_s > _SLOW_ROW
         proposals = Proposals(recipes, goal=config.goal, instead=cutting.instead, favourites=liked, hurried=hurried)
         strategies: list[Strategy] = [proposals, cutting, overflow, mixed, tuning, pruning]
     else:  # what the caller lists is tried to its end, and nothing else but what mends it
