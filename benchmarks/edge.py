@@ -94,9 +94,10 @@ def emulator() -> Path:
     """qemu-aarch64-static, out of Debian's package; it is not installed. Raises Missing."""
     found = CACHE / "qemu" / "usr" / "bin" / "qemu-aarch64-static"
     if not found.exists():
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(dir=CACHE) as place:
             run(["apt-get", "download", "qemu-user-static"], cwd=Path(place))
-            run(["dpkg-deb", "-x", next(Path(place).glob("*.deb")), CACHE / "qemu"])
+            run(["dpkg-deb", "-x", next(Path(place).glob("*.deb")), Path(place) / "qemu"])
+            shutil.move(Path(place) / "qemu", CACHE / "qemu")
     return found
 
 
@@ -124,15 +125,14 @@ def system() -> Path:
         for path, text in pi_files().items():
             (made / path).parent.mkdir(parents=True, exist_ok=True)
             (made / path).write_text(text)
+        compiled(made / "usr" / "lib" / f"python{PYTHON}", root=made)
         made.rename(root)
-    compiled(root / "usr" / "lib" / f"python{PYTHON}")
     return root
 
 
-def compiled(folder: Path) -> None:
+def compiled(folder: Path, *, root: Path) -> None:
     """Byte code beside all modules, as dpkg and pip leave it: without it each start compiles, which takes memory."""
-    qemu, root = emulator(), CACHE / "root"
-    python: list[str | Path] = [qemu, "-cpu", "cortex-a72", "-L", root, root / "usr" / "bin" / f"python{PYTHON}"]
+    python: list[str | Path] = [emulator(), "-cpu", "cortex-a72", "-L", root, root / "usr" / "bin" / f"python{PYTHON}"]
     # some packages hold files for newer Pythons, which pip passes over, too
     subprocess.run([*python, "-m", "compileall", "-qq", folder], check=False)
 
@@ -143,7 +143,7 @@ def installed(artifact: Path, folder: Path) -> Path:
     edge.pack(open_artifact(artifact), target="pi4", python=PYTHON, to=pack)
     found, _ = edge.unpack(pack, to=folder / "pack")
     wheels.install(found.install, folder=folder / "pack", machine=found.machine, python=PYTHON, to=site)
-    compiled(site)
+    compiled(site, root=system())
     return site
 
 
@@ -174,9 +174,10 @@ def emulation(pid: int) -> float:
                     path = words[5] if len(words) > 5 else ""
                     kind = "own" if path == "[heap]" or (words[1].startswith("rwx") and not path) else ""
                     kind = "program" if path.endswith("/qemu-aarch64-static") else kind
-                elif words[0] == "Rss:":
-                    own += int(words[1]) if kind == "own" else 0
-                    pages += int(words[1]) if kind == "program" else 0
+                elif words[0] == "Pss:" and kind == "own":
+                    own += int(words[1])
+                elif words[0] == "Rss:" and kind == "program":
+                    pages += int(words[1])
             program = max(program, pages)
     except (psutil.Error, OSError):
         return 0.0
