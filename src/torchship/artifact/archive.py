@@ -42,7 +42,7 @@ def export(folder: Path | str, *, to: Path | str) -> Path:
 
     Raises BadConfig for another suffix, and what `open_artifact` raises.
     """
-    _check_suffix(Path(to), _WRITTEN)
+    check_suffix(Path(to))
     artifact = open_artifact(folder)
     return write(artifact.path, [entry.path for entry in artifact.manifest.files], to=to)
 
@@ -53,7 +53,7 @@ def write(root: Path, paths: Sequence[str], *, to: Path | str) -> Path:
     Equal files give an equal archive. Raises BadConfig for another suffix.
     """
     target = Path(to)
-    _check_suffix(target, _WRITTEN)
+    check_suffix(target)
     paths = [MANIFEST, *([SIGNATURE] if (root / SIGNATURE).is_file() else []), *paths]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -66,7 +66,8 @@ def write(root: Path, paths: Sequence[str], *, to: Path | str) -> Path:
     return target
 
 
-def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+def check_suffix(path: Path, suffixes: tuple[str, ...] = _WRITTEN) -> None:
+    """Raise BadConfig for a name that does not say which kind of archive it is of."""
     if not path.name.lower().endswith(suffixes):
         raise BadConfig(f"{path.name}: not an archive's name", hint=f"end it with {' or '.join(suffixes)}")
 
@@ -112,7 +113,7 @@ def unpack(archive: Path | str, *, to: Path) -> None:
     Raises NotFound, BadConfig, UnsafeArtifact for what would leave the folder or grow beyond bounds, CorruptArtifact.
     """
     path = home.expand(archive)
-    _check_suffix(path, SUFFIXES)
+    check_suffix(path, SUFFIXES)
     if not path.is_file():
         raise NotFound(f"no file {path}")
     try:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import click
 
 from torchship import hardware, process
-from torchship.artifact import Artifact, Store, edge, open_artifact, pulling, recheck, signing, wheels
+from torchship.artifact import Artifact, Store, archive, edge, open_artifact, pulling, recheck, signing, wheels
 from torchship.artifact.edge import TARGETS, EdgePack
 from torchship.cli import _shown
 from torchship.errors import Unavailable, UnsafeArtifact, WrongMachine
@@ -60,6 +60,7 @@ def pack(
     """
     if key:
         signing.need_library()
+    archive.check_suffix(Path(output))
     version = python or (f"3.{sys.version_info.minor}" if machine == "x86-64" else "3.13")
     if not re.fullmatch(r"3\.\d+", version):
         raise click.UsageError(f"--python {version}: give it as 3.13")

@@ -11,6 +11,7 @@ from torchship.cli import _shown
 from torchship.errors import BadConfig
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON to stdout.")
+_WHERE = "The store's folder.  [default: $TORCHSHIP_STORE or ~/.local/share/torchship/store]"
 
 
 @click.group(
@@ -23,13 +24,7 @@ Examples:
   torchship store keygen my.key && torchship store sign resnet18 --key my.key
 """
 )
-@click.option(
-    "--store",
-    "root",
-    default=None,
-    metavar="DIR",
-    help="The store's folder.  [default: $TORCHSHIP_STORE or ~/.local/share/torchship/store]",
-)
+@click.option("--store", "root", default=None, metavar="DIR", help=_WHERE)
 @click.pass_context
 def command(ctx: click.Context, *, root: str | None) -> None:
     """Look after published artifacts: NAME means its current version, NAME@3 version 3."""
@@ -169,3 +164,14 @@ def import_(store: Store, *, file: str, name: str | None) -> None:
         given = name or artifact.manifest.name
         version = store.publish(artifact.path, name=given)
     click.echo(f"published {given}@{version}")
+
+
+def _elsewhere(ctx: click.Context, _option: click.Parameter, root: str | None) -> None:
+    if root is not None:
+        ctx.obj = Store(root)
+
+
+for _verb in command.commands.values():  # people write it behind the verb, too
+    _verb.params.append(
+        click.Option(["--store"], metavar="DIR", help=_WHERE, expose_value=False, is_eager=True, callback=_elsewhere)
+    )

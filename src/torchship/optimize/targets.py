@@ -9,16 +9,19 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import Parameter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from torchship import process, textfiles
 from torchship.errors import BadConfig, BadInput, NotFound
 from torchship.optimize.channels import Prune
+from torchship.optimize.flatten import parameters_of
 from torchship.optimize.places import innermost
 from torchship.optimize.weights import load_weights
 from torchship.recipe import Recipe
@@ -55,7 +58,7 @@ def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **g
         "backends": lambda text: [word.strip() for word in text.split(",") if word.strip()],
         "budget": lambda text: seconds(text, what="--budget"),
         "max_latency_p99": lambda text: milliseconds(text, what="--max-latency-p99"),
-        "max_memory": lambda text: size(text, what="--max-memory"),
+        "max_memory": lambda text: memory(text, what="--max-memory"),
         "max_size": lambda text: size(text, what="--max-size"),
         "labels": labels_at,
     }
@@ -74,7 +77,7 @@ def read_wish(target: str, *, inputs: Sequence[str], recipes: Sequence[str], **g
     return {
         **options,
         "module": module,
-        "example_inputs": specs or calibration[:4],
+        "example_inputs": specs or [without_labels(sample, module) for sample in calibration[:4]],
         "source": target,
         "command": command,
     }
@@ -94,6 +97,16 @@ def _command(target: str, given: dict[str, Any]) -> str:
         elif value is not None and _DEFAULTS.get(key) != value:
             words += [option, str(value)]
     return shlex.join(words)
+
+
+def without_labels(sample: Any, module: torch.nn.Module) -> Any:
+    """A sample as a data loader yields it, with labels behind the inputs, as forward takes it: the first items only."""
+    kinds = [parameter.kind for parameter in parameters_of(module)]
+    if not isinstance(sample, list | tuple) or not kinds or Parameter.VAR_POSITIONAL in kinds:
+        return sample
+    most = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    labelled = isinstance(sample, tuple) or (len(sample) == most + 1 and np.ndim(sample[-1]) < 2)
+    return tuple(sample[:most]) if labelled and len(sample) > most else sample
 
 
 def found_at(target: str, *, what: str) -> Any:
@@ -262,6 +275,9 @@ _UNITS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
+_LEAST_MEMORY = 10**6
+
+
 def _number(text: str, *, what: str, example: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = found[2].lower() if found else None
@@ -283,3 +299,10 @@ def milliseconds(text: str, *, what: str) -> float:
 def size(text: str, *, what: str) -> int:
     """`300MB` or `1GiB` in bytes."""
     return int(_number(text, what=what, example="300MB or 1GiB"))
+
+
+def memory(text: str, *, what: str) -> int:
+    """The same, of memory. Raises BadConfig for less than any process takes: a unit was forgotten."""
+    if (found := size(text, what=what)) < _LEAST_MEMORY:
+        raise BadConfig(f"{what}: {text} is {found} bytes, less than any process takes", hint="write 300MB or 1GiB")
+    return found

@@ -59,6 +59,8 @@ def test_inspect(store: Store, tmp_path: Path) -> None:
 
 def test_store_commands(store: Store, tmp_path: Path) -> None:
     assert "linear" in torchship("store", "list").output
+    assert "nothing is published" in torchship("store", "list", "--store", tmp_path / "other").output
+    assert "linear" in torchship("store", "--store", tmp_path / "other", "list", "--store", store.root).output
     assert [entry["name"] for entry in json.loads(torchship("store", "list", "--json").output)] == ["colour", "linear"]
     assert "onnxruntime" in torchship("store", "show", "linear").output
     shown = json.loads(torchship("store", "show", "linear", "--json").output)

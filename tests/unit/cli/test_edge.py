@@ -138,6 +138,11 @@ def test_a_pack_for_another_processor_says_what_it_needs(tmp_path: Path, monkeyp
     assert "--emulator" in caught.value.hint
 
 
+def test_a_name_that_is_no_archives_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match=r"x.rar: not an archive's name"):
+        torchship("edge", "pack", f"{tmp_path}/nothing", "--target", "pi4", "-o", tmp_path / "x.rar")
+
+
 def test_models_that_cannot_run_there_are_refused(tmp_path: Path) -> None:
     linear(tmp_path / "linear")
     amend(tmp_path / "linear", recipe=Recipe("eager"))

@@ -137,6 +137,29 @@ def test_nonsense_is_refused_with_an_example(text: str) -> None:
     assert "10m" in caught.value.hint
 
 
+def test_memory_without_a_unit_is_refused() -> None:
+    assert targets.memory("90MB", what="--max-memory") == 90_000_000
+    with pytest.raises(BadConfig, match="--max-memory: 90 is 90 bytes") as caught:
+        targets.memory("90", what="--max-memory")
+    assert "300MB" in caught.value.hint
+
+
+def test_labels_behind_the_inputs_of_a_sample_are_no_inputs() -> None:
+    class Two(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    x, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    one = torch.nn.Linear(3, 2)
+    for sample, found in (((x, labels), 1), ([x, labels], 1), ((x,), 1)):
+        assert len(targets.without_labels(sample, one)) == found
+    images = [torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)]
+    assert targets.without_labels(images, one) is images, "a list of pictures is one argument"
+    assert targets.without_labels(x, one) is x
+    assert len(targets.without_labels((x, x, labels), Two())) == 2
+    assert len(targets.without_labels((x, x), Two())) == 2
+
+
 def test_milliseconds() -> None:
     assert targets.milliseconds("0.5s", what="--max-latency-p99") == 500
     assert targets.milliseconds("12ms", what="--max-latency-p99") == 12
