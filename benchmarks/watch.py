@@ -5,8 +5,8 @@
 Four cameras play a clip for ever at `rate` frames a second, into a sink on disk; every ten seconds one of the
 command's processes is killed, each in its turn: decoders, workers of detector and tracker, the sink. Another camera
 comes and goes by the API in between. Flat means: between the second and the last fifth of the time memory grows by at
-most 2 % or 8 MB, descriptors and rings in /dev/shm not at all; and that every camera is live in the end. The detector is
-the one that `torchship watch prepare` made.
+most 2 % or 8 MB, descriptors and rings in /dev/shm not at all; and that every camera is live in the end. The detector
+is the one that `torchship watch prepare` made.
 """
 
 from __future__ import annotations
