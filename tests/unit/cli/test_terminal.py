@@ -50,7 +50,7 @@ from torchship.cli.optimize import _progress
 from torchship.optimize.trial import Trial
 from torchship.recipe import Recipe
 
-with _progress(quiet=False) as show:
+with _progress(quiet=False) as (show, _):
     show(Trial(Recipe("eager"), "failed", failure="build: it broke"), 1, 2)
 """,
     "doctor": """

@@ -69,6 +69,7 @@ def test_an_attempt_begins_with_it_and_leaves_it_where_time_is_short(children: l
     context: Any = SimpleNamespace(
         cache=Cache(tmp_path), hardware=CARD, model_hash="m", reference=SimpleNamespace(hash=""), metric_hash=""
     )
+    context.of = lambda recipe: context
     context.config = SimpleNamespace(effort=None, threads=1, device="cpu", serves=False)
     late = attempt(ON_CARD, context=context, left=10.0)
     assert (late.status, children) == ("skipped", [])

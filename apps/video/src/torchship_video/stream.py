@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
-from torchship.errors import Busy, StageFailed, TorchshipError, Unavailable
+from torchship.errors import BadInput, Busy, StageFailed, TorchshipError, Unavailable
 from torchship.serve.routes import Service
 from torchship.stage import Value
 from torchship.tensors import Tensors
@@ -229,11 +229,13 @@ class CameraStream:
         values: dict[str, Value] = {"sequence_id": self._id, "sequence_start": start, "first": self._first}
         try:
             answer = await self._service.infer(self._track, inputs, parameters=values)
-        except TorchshipError:
+        except TorchshipError as fault:
             if self._started:
                 self._started = False
                 self.meter.restarts += 1
                 self._on_restarted(self.config.name)
+                if isinstance(fault, BadInput):  # a worker that died between two frames took the sequence with it
+                    raise Unavailable(f"the tracker was lost: {fault}") from fault
             raise
         self._started = True
         tracks = _tracks.decode(answer["tracks"][0])

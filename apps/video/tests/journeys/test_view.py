@@ -41,7 +41,7 @@ class Book:
 def mount(service: Service) -> Mounted:
     """A camera that shows something, and one that does not."""
     status = [CameraStatus("a/b <c>", "live", fps=25.0), CameraStatus("dead", "failed", words="no such file")]
-    view = View(lambda: status, identities=Book(), sink=SinkConfig(kind="mjpeg", options={"width": WIDTH}))
+    view = View(lambda: status, identities=Book(), sink=SinkConfig(kind="mjpeg", name="view", options={"width": WIDTH}))
     VIEWS.append(view)
     return Mounted(view.routes(), view.run)
 
