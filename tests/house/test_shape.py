@@ -77,18 +77,18 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 37_284
+ENGINE = 37_315
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
     "torchship": 1_965,
-    "torchship.artifact": 1_755,
+    "torchship.artifact": 1_756,
     "torchship.backends": 1_975,
-    "torchship.cli": 1_901,
+    "torchship.cli": 1_908,
     "torchship.client": 1_411,
     "torchship.doctor": 1_800,
     "torchship.lowering": 3_159,
-    "torchship.optimize": 8_160,
+    "torchship.optimize": 8_183,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
     "torchship.serve": 2_604,
@@ -99,7 +99,7 @@ ROOMS = {
     "torchship.wire": 1_573,
     "torchship_faces": 2_149,
     "torchship_faces.gallery": 1_935,
-    "torchship_video": 3_856,
+    "torchship_video": 3_858,
     "torchship_video.identity": 1_327,
     "torchship_video.sinks": 1_218,
     "torchship_video.sources": 257,
