@@ -171,7 +171,7 @@ def _elsewhere(ctx: click.Context, _option: click.Parameter, root: str | None) -
         ctx.obj = Store(root)
 
 
-for _verb in command.commands.values():  # people write it behind the verb, too
+for _verb in command.commands.values():  # it is often written behind the verb
     _verb.params.append(
         click.Option(["--store"], metavar="DIR", help=_WHERE, expose_value=False, is_eager=True, callback=_elsewhere)
     )
