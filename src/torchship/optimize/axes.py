@@ -379,8 +379,9 @@ class Lengths:
             whole = self._tried(lengths, count)
             parts = [self._tried({name: length}, count) for name, length in lengths.items()] if whole is None else []
             found += [call for call in (whole, *parts) if call is not None]
-        for name, (least, most) in bounds.items():
-            more = {least, self._farthest.get(name, 0)} if most is None else set()
+        for name, (_, most) in bounds.items():
+            told = self.axes[name].min  # what was only found by trying is no promise, and exporters round it up
+            more = {told if told > 1 else 0, self._farthest.get(name, 0)} if most is None else set()
             others = (self._tried({name: length}, 1) for length in sorted(more - {0, low[name], high[name]}))
             found += [call for call in others if call is not None]
         return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from torchship.lowering import program
 from torchship.model import Model
 from torchship.optimize.capture import capture
-from torchship.tensors import TensorSpec
+from torchship.tensors import Free, TensorSpec
 
 
 class Tabled(nn.Module):
@@ -127,3 +129,14 @@ def test_made_masks_attend_to_something_whichever_way_round() -> None:
         assert (mask.any(1) & ~mask.all(1)).any()
         kept = ~mask if turned else mask
         assert kept.any(1).all()
+
+
+def test_the_shortest_length_is_judged_where_it_was_told_not_where_it_was_found_by_trying() -> None:
+    body = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 10, 5), torch.nn.Conv1d(4, 2, 8, 4)).eval()
+    examples = [torch.randn(2, 1, 1600), torch.randn(2, 1, 2400)]
+
+    def shortest(**more: Any) -> int:
+        return min(int(edge["input"].shape[2]) for edge in capture(body, examples, **more).edges)
+
+    assert shortest() == 200, "an eighth of the example; 45 would run, and exporters ask for more"
+    assert shortest(free={"input": {2: Free(min=100)}}) == 100
