@@ -77,7 +77,7 @@ def test_the_median_file_is_small() -> None:
 
 
 # Lines of code a room may have. Raised only by a commit that says what it took out in return.
-ENGINE = 37_315
+ENGINE = 37_316
 
 # The same for each room; a package that is not here counts to the one it lies in.
 ROOMS = {
@@ -88,7 +88,7 @@ ROOMS = {
     "torchship.client": 1_411,
     "torchship.doctor": 1_800,
     "torchship.lowering": 3_159,
-    "torchship.optimize": 8_183,
+    "torchship.optimize": 8_184,
     "torchship.optimize.transforms": 453,
     "torchship.pipeline": 1_529,
     "torchship.serve": 2_604,
