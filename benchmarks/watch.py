@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -29,13 +28,14 @@ from typing import Any, NamedTuple
 import click
 import psutil
 
+from benchmarks import memory as engines
 from benchmarks import video
 from torchship import process
 from torchship_video import ring
 
 CAMERAS = 4
 CONFIG = """
-http_port = 0
+http_port = {port}
 [[sink]]
 kind = "jsonl"
 options = {{ path = "{folder}/seen.jsonl" }}
@@ -83,14 +83,14 @@ def asked(url: str, method: str = "GET", body: Any = None) -> Any:
         return json.loads(answer.read() or b"null")
 
 
-def address(log: Path, child: subprocess.Popen[bytes]) -> str:
-    """Where the command serves, out of what it says. Raises RuntimeError when it ends instead."""
-    while True:
-        if found := re.search(r"https?://[\d.]+:\d+", log.read_text()):
-            return found[0]
-        if child.poll() is not None:
-            raise RuntimeError(log.read_text()[-1000:])
+def ready(url: str, log: Path, child: subprocess.Popen[bytes]) -> None:
+    """Return once the API answers. Raises RuntimeError when the command ends instead."""
+    while child.poll() is None:
+        with suppress(OSError):
+            asked(f"{url}/v1/cameras")
+            return
         time.sleep(0.2)
+    raise RuntimeError(log.read_text()[-1000:])
 
 
 def sampled(host: psutil.Process) -> Sample:
@@ -127,14 +127,17 @@ def soak(url: str, host: psutil.Process, *, source: Path, seconds: float) -> tup
 def main(*, minutes: float, rate: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        port = engines.free_port()
+        url = f"http://127.0.0.1:{port}"
         source, log, config = clip(folder, rate=rate), folder / "log", folder / "cameras.toml"
         cameras = "".join(CAMERA.format(number=number, clip=source) for number in range(CAMERAS))
-        config.write_text(CONFIG.format(folder=folder) + cameras)
+        config.write_text(CONFIG.format(folder=folder, port=port) + cameras)
         words = [sys.executable, "-m", "torchship", "watch", str(config)]
         with log.open("wb") as out:
             child = subprocess.Popen(words, stdout=out, stderr=out)
         try:
-            url, host = address(log, child), psutil.Process(child.pid)
+            ready(url, log, child)
+            host = psutil.Process(child.pid)
             samples, killed, came = soak(url, host, source=source, seconds=60 * minutes)
             found = asked(f"{url}/v1/cameras")["cameras"]
             live = sum(camera["state"] == "live" for camera in found)
